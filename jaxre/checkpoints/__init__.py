@@ -1,0 +1,1 @@
+"""Weights in and out: Hugging Face folders, PEFT adapters, the Orbax store of a run."""

@@ -1,0 +1,93 @@
+"""From one form of a model to another: Hugging Face folders, our own, PEFT adapters, merged.
+
+summary = convert("runs/quickstart", Path("facts-merged"), to="hf", merge=True)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from jaxre.checkpoints.huggingface import check_free, resolve_model, save_base
+from jaxre.checkpoints.native import save_native
+from jaxre.checkpoints.peft import save_adapter
+from jaxre.checkpoints.source import kind_of, open_model
+from jaxre.config import load_config
+from jaxre.errors import InputError
+from jaxre.models.lora import merge as merge_factors
+from jaxre.models.lora import scale_of
+
+NAMES = {"hf": "a Hugging Face folder", "jaxre": "a jaxre folder", "peft": "a PEFT adapter", "run": "a run"}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written: numbers of weights and bytes, and their dtype. `merged` is whether an adapter was added in."""
+
+    source: str
+    target: Path
+    kind: str
+    to: str
+    merged: bool
+    parameters: int
+    bytes: int
+    dtype: str
+
+    def __str__(self) -> str:
+        merged = ", the adapter merged" if self.merged else ""
+        size = f"{self.parameters:,} parameters, {self.dtype}, {self.bytes / 1e6:,.1f} MB"
+        return f"{NAMES[self.kind]} {self.source} -> {NAMES[self.to]} {self.target} ({size}{merged})"
+
+
+def convert(source: str | Path, target: Path, to: Literal["jaxre", "hf", "peft"], merge: bool = False) -> Conversion:
+    """Writes `source`, in the form `to`, as the folder `target`, whole or not at all. The stored dtype is kept.
+
+    Args:
+      source: anything `open_model` opens.
+      merge: adds the adapter into the base: formed in f32, cast once to the base's dtype.
+
+    Raises:
+      InputError: a source that does not open, a combination that says nothing, a target that exists.
+    """
+    target = Path(target)
+    _check(source, to, merge)
+    check_free(target)
+    loaded = open_model(source, dtype=None)
+    if to == "peft":
+        save_adapter(target, loaded.architecture, loaded.lora, loaded.factors, loaded.base_name, loaded.folder)
+        written = loaded.factors
+    else:
+        written = merge_factors(loaded.base, loaded.factors, scale_of(loaded.lora)) if merge else loaded.base
+        save = save_base if to == "hf" else save_native
+        save(target, loaded.architecture, written, loaded.folder)
+    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(written)]
+    dtypes = ", ".join(sorted({array.dtype.name for array in arrays}))
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
+    return Conversion(str(source), target, loaded.kind, to, merge, sum(array.size for array in arrays), size, dtypes)
+
+
+def _check(source: str | Path, to: str, merge: bool) -> None:
+    """Refuses what cannot be, before any weight is read."""
+    if to not in ("jaxre", "hf", "peft"):
+        raise InputError(f"{to}: not a form of a model; --to takes jaxre, hf or peft")
+    folder = resolve_model(str(source))
+    kind = kind_of(folder)
+    has_adapter = kind == "peft" or (kind == "run" and load_config(folder / "config.yaml").train.method == "lora")
+    if to == "peft":
+        if not has_adapter:
+            whole = "the run trained all weights" if kind == "run" else f"it is {NAMES[kind]}"
+            raise InputError(
+                f"{source}: has no adapter, {whole}; {'use --to hf' if kind != 'hf' else 'train with train.method=lora first'}"
+            )
+        if merge:
+            raise InputError(f"{source}: a merged model is no adapter; leave --merge out, or use --to hf")
+    elif has_adapter and not merge:
+        raise InputError(f"{source}: is an adapter on a base; add --merge for a whole model, or use --to peft for the adapter alone")
+    elif merge and not has_adapter:
+        raise InputError(f"{source}: has no adapter to merge; leave --merge out")
+    if kind == to:
+        raise InputError(f"{source}: is {NAMES[to]} already; copy the folder")

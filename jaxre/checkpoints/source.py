@@ -1,0 +1,135 @@
+"""Anything a user may call a model, opened: one function for training, prediction and conversion.
+
+    loaded = open_model("runs/quickstart", compute_dtype("auto"))
+
+What a folder is, is decided in this order: `jaxre.json` (our own folder), `adapter_config.json` (a
+PEFT adapter), `config.json` (Hugging Face), `config.yaml` (a run). What is no folder is a shipped
+name or a hub id.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxre.checkpoints.huggingface import load_base, resolve_model
+from jaxre.checkpoints.native import is_native, load_native
+from jaxre.checkpoints.peft import CONFIG_FILE, base_name_of, load_adapter
+from jaxre.config import Config, Lora, load_config
+from jaxre.errors import InputError
+from jaxre.models.architecture import Architecture
+
+Kind = Literal["jaxre", "peft", "hf", "run"]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model in memory.
+
+    `folder` carries its tokenizer and config.json; `name` is what to call it; `base` its weights
+    (numpy, our layout) without the adapter; `lora` and `factors` (numpy f32) the adapter, if it has one.
+    `kind` is what was opened; `base_name` what an adapter names as its base.
+    """
+
+    folder: Path
+    name: str
+    architecture: Architecture
+    base: dict[str, Any]
+    lora: Lora | None = None
+    factors: dict[str, Any] | None = None
+    kind: Kind = "hf"
+    base_name: str | None = None
+
+
+def compute_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> np.dtype:
+    """The dtype of base weights and products; auto is bfloat16 on an accelerator, float32 on CPU."""
+    if setting == "auto":
+        setting = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return np.dtype(ml_dtypes.bfloat16) if setting == "bfloat16" else np.dtype(np.float32)
+
+
+def open_model(path: str | Path, dtype: np.dtype | None) -> Loaded:
+    """A model's architecture, base weights and adapter.
+
+    Args:
+      path: a Hugging Face folder, a jaxre folder, a PEFT adapter, a run folder, a shipped name or a hub id.
+      dtype: of the base weights; as stored if None.
+
+    Raises:
+      InputError: nothing of the kind, an unfinished run, or weights that do not fit.
+    """
+    folder = resolve_model(str(path))
+    kind = kind_of(folder)
+    name = folder.absolute().name if Path(path).expanduser().is_dir() else str(path)
+    if kind == "peft":
+        return _with_adapter(folder, name, kind, base_name_of(folder), dtype)
+    if kind == "run":
+        config = load_config(folder / "config.yaml")
+        check_finished(folder, config)
+        if config.train.method == "full":
+            architecture, base = load_base(folder / "model", dtype)
+            return Loaded(folder / "model", config.name, architecture, base, kind="run")
+        return _with_adapter(folder / "adapter", config.name, kind, config.model.path, dtype)
+    architecture, base = load_native(folder, dtype) if kind == "jaxre" else load_base(folder, dtype)
+    return Loaded(folder, name, architecture, base, kind=kind)
+
+
+def kind_of(folder: Path) -> Kind:
+    """What a folder is. Raises InputError if it is none of the kinds we know."""
+    if is_native(folder):
+        return "jaxre"
+    if (folder / CONFIG_FILE).is_file():
+        return "peft"
+    if (folder / "config.json").is_file():
+        return "hf"
+    if (folder / "config.yaml").is_file():
+        return "run"
+    raise InputError(
+        f"{folder}: not a model; it has none of config.json (Hugging Face), {CONFIG_FILE} (PEFT), jaxre.json, config.yaml (a run)"
+    )
+
+
+def check_finished(folder: Path, config: Config) -> None:
+    """Raises InputError for a run that has no result yet."""
+    result = "model" if config.train.method == "full" else "adapter"
+    if not (folder / result).is_dir():
+        raise InputError(f"{folder}: this run has no {result}/ yet; finish it with: jaxre train {folder / 'config.yaml'}")
+    if config.train.method == "lora" and config.model.architecture is not None:
+        raise InputError(f"{folder}: its adapter was trained on random weights that were not kept; train with train.method=full")
+
+
+def base_folder_of(name: str, seen: frozenset[Path] = frozenset()) -> Path:
+    """The folder of base weights behind a name; a run or an adapter trained on stands for its own base.
+
+    A run that starts from an adapter continues that adapter, so both have the same base.
+
+    Raises:
+      InputError: the chain ends nowhere or in itself.
+    """
+    folder = resolve_model(name)
+    if folder.resolve() in seen:
+        raise InputError(f"{folder}: is named as the base of itself; name the folder of the base weights")
+    seen = seen | {folder.resolve()}
+    kind = kind_of(folder)
+    if kind in ("hf", "jaxre"):
+        return folder
+    if kind == "peft":
+        return base_folder_of(base_name_of(folder), seen)
+    config = load_config(folder / "config.yaml")
+    check_finished(folder, config)
+    return folder / "model" if config.train.method == "full" else base_folder_of(config.model.path, seen)
+
+
+def _with_adapter(adapter: Path, name: str, kind: Kind, base_name: str, dtype: np.dtype | None) -> Loaded:
+    try:
+        folder = base_folder_of(base_name)
+    except InputError as error:
+        raise InputError(f"{adapter}: its base {base_name} does not open: {error}") from None
+    architecture, base = load_native(folder, dtype) if is_native(folder) else load_base(folder, dtype)
+    lora, factors = load_adapter(adapter, architecture)
+    return Loaded(folder, name, architecture, base, lora, factors, kind, base_name)

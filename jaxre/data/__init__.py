@@ -1,0 +1,1 @@
+"""Text to device: chat template and supervised span, packing plan, token cache, loader."""

@@ -1,0 +1,146 @@
+"""A config's data as tokens: splits with their schema, template and demonstrations, and the packing plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from jaxre.config import Config, Source
+from jaxre.data.cache import cached_tokens
+from jaxre.data.packing import Plan, plan_by_examples, plan_by_tokens
+from jaxre.data.template import ChatTemplate, Turn, load_tokenizer
+from jaxre.data.tokens import (
+    TokenSet,
+    demonstrator,
+    encode_examples,
+    encode_texts,
+    examples_digest,
+    questions_of,
+    read_texts,
+    texts_digest,
+)
+from jaxre.errors import InputError
+from jaxre.relations import sources
+from jaxre.relations.schema import Example, Schema
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split: its examples with their questions, and those that fit a row as tokens.
+
+    `examples` and `questions` go together; `tokens` leaves out the examples whose ids are in `dropped`.
+    """
+
+    examples: list[Example]
+    questions: list[list[Turn]]
+    tokens: TokenSet
+    dropped: list[str]
+    from_cache: bool
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run trains and validates on. `template` is None for the language-model objective."""
+
+    train: Split
+    validation: Split | None
+    schema: Schema | None
+    template: ChatTemplate | None
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_dataset(config: Config, folder: Path) -> Dataset:
+    """Reads, renders and tokenises the training and validation data.
+
+    Args:
+      folder: of the model, for its tokenizer and chat template.
+
+    Raises:
+      InputError: anything in the data, the template or the schema that cannot be used.
+    """
+    tokenizer = load_tokenizer(folder)
+    if config.train.objective == "lm":
+        train, validation = _load_texts(config, tokenizer)
+        return Dataset(train, validation, None, None, tokenizer)
+    template = ChatTemplate(tokenizer, config.prompt.date, str(folder))
+    examples = sources.load(config.data.train)
+    schema = schema_of(config, examples)
+    train = tokenise(config, examples, schema, template, examples, "data.train")
+    validation = None
+    if config.data.validation:
+        held_out = sources.load(config.data.validation)
+        schema.check(held_out, "data.validation")
+        validation = tokenise(config, held_out, schema, template, examples, "data.validation")
+    return Dataset(train, validation, schema, template, tokenizer)
+
+
+def schema_of(config: Config, train: Sequence[Example]) -> Schema:
+    """The config's labels, or those of the training split. Raises InputError for an example outside of them."""
+    if config.data.labels is None:
+        return Schema.of(train)
+    schema = Schema(tuple(sorted(set(config.data.labels))))
+    schema.check(train, "data.train")
+    return schema
+
+
+def load_schema(config: Config) -> tuple[Schema, list[Example]]:
+    """The schema and the training examples, which demonstrations are drawn from."""
+    if config.data.train is None:
+        raise InputError(f"{config.name}: a run without data.train has no schema; predict with a run that was trained on relations")
+    train = sources.load(config.data.train)
+    return schema_of(config, train), train
+
+
+def ask(config: Config, examples: Sequence[Example], schema: Schema, train: Sequence[Example]) -> list[list[Turn]]:
+    """The chat turns of each example up to the question, with demonstrations from `train`."""
+    return questions_of(examples, config.prompt, schema.labels, demonstrator(train, config.prompt, config.seed))
+
+
+def tokenise(config: Config, examples: list[Example], schema: Schema, template: ChatTemplate, train: Sequence[Example], place: str) -> Split:
+    """Examples as tokens, from the cache where it has them."""
+    questions = ask(config, examples, schema, train)
+    row_length = config.train.row_length
+    digest = examples_digest(questions, examples, template, row_length)
+    tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_examples(examples, questions, template))
+    fitting, dropped = tokens.fitting(row_length, config.data.too_long, place)
+    return Split(examples, questions, fitting, dropped, cached)
+
+
+def _load_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:
+    text, row_length = config.data.text, config.train.row_length
+    documents = read_texts(text)
+    digest = texts_digest(documents, tokenizer, row_length)
+    tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_texts(documents, tokenizer, row_length))
+    train, held_out = tokens.held_out(text.holdout)
+    return Split([], [], train, [], cached), Split([], [], held_out, [], cached) if len(held_out) else None
+
+
+def make_plan(config: Config, tokens: TokenSet, shards: int) -> Plan:
+    """The run's packing plan for a mesh whose rows are shared by `shards` devices. Raises InputError."""
+    train = config.train
+    if train.batch_examples is not None:
+        return plan_by_examples(
+            tokens.lengths,
+            tokens.supervised,
+            seed=config.seed,
+            epochs=train.epochs,
+            row_length=train.row_length,
+            examples=train.batch_examples,
+            accumulation=train.accumulation,
+            shards=shards,
+        )
+    rows = train.batch_tokens // (train.row_length * train.accumulation)
+    if rows % shards:
+        raise InputError(f"train.batch_tokens gives {rows} rows, which {shards} devices (mesh data x fsdp) cannot share; make it a multiple")
+    return plan_by_tokens(
+        tokens.lengths,
+        tokens.supervised,
+        seed=config.seed,
+        epochs=train.epochs,
+        row_length=train.row_length,
+        rows=rows,
+        accumulation=train.accumulation,
+    )

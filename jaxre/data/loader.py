@@ -1,0 +1,22 @@
+"""Updates as host arrays, prepared ahead by a Grain thread. Resume needs only the step number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grain
+
+from jaxre.data.packing import Plan
+from jaxre.data.rows import Rows, fill_update
+from jaxre.data.tokens import TokenSet
+
+
+def updates(examples: TokenSet, plan: Plan, first: int = 0, ahead: int = 4) -> Iterator[Rows]:
+    """Rows of the updates `first`, `first + 1`, ... of the plan.
+
+    Args:
+      ahead: updates prepared before they are asked for.
+    """
+    owners = examples.owners
+    steps = grain.MapDataset.range(first, len(plan.updates)).map(lambda step: fill_update(examples, owners, plan.updates[step]))
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)))

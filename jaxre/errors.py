@@ -1,0 +1,10 @@
+"""The one error that reaches the user as a single line."""
+
+
+class InputError(Exception):
+    """Input that cannot be used: a config, a record, a file, weights.
+
+    The message is one line that names the place and the mend, such as
+    `data/dev.jsonl:17: no "tail"; add the column or map it with data.train.columns.tail=NAME`.
+    The command line prints it and exits with code 2; nothing is half-written.
+    """

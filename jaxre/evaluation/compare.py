@@ -1,0 +1,277 @@
+"""Our predictions against cached answers of another model, example by example.
+
+    comparison = compare(read_predictions(path), read_cache(cache, examples), read_label_map(labels))
+    print(comparison.to_json()["difference"])
+
+Rows join by example id or prompt hash, or by what the cache's adapter proved (frontier.py).
+What does not join is counted and listed with its reason, never guessed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from jaxre.config import Source
+from jaxre.errors import InputError
+from jaxre.evaluation.cache import Answer, Cache
+from jaxre.evaluation.frontier import needs_examples, read_cache
+from jaxre.evaluation.label_map import LabelMap, read_label_map
+from jaxre.evaluation.metrics import Scores, score
+from jaxre.evaluation.predictions import Prediction, read_predictions
+from jaxre.evaluation.significance import Interval, McNemar, PairedBootstrap, bootstrap_f1, mcnemar, paired_bootstrap
+from jaxre.relations.schema import NEGATIVES, Example, is_negative, normalise_label
+from jaxre.relations.sources import load
+
+# More unrelated pairs per related pair than any sentence has: a cache covers all pairs of a
+# sentence, the predictions those that their run drew.
+ALL_PAIRS = 1e6
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Quadrant:
+    """Examples where `ours` and `cached` are right or wrong, with the first few ids."""
+
+    ours_right: bool
+    cached_right: bool
+    count: int
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two systems on the same joined examples; `difference` is ours - cached, in positive-class micro-F1."""
+
+    ours_name: str
+    cached_name: str
+    predictions: int
+    joined: int
+    ours: Scores
+    cached: Scores
+    ours_f1: Interval
+    cached_f1: Interval
+    difference: PairedBootstrap
+    mcnemar: McNemar
+    quadrants: tuple[Quadrant, ...]
+    not_joined: dict[str, tuple[str, ...]]  # reason -> ids of our predictions
+    leftover: dict[str, tuple[str, ...]]  # reason -> cached items
+    notes: tuple[str, ...]
+
+    @property
+    def join_rate(self) -> float:
+        return self.joined / self.predictions
+
+    def to_json(self) -> dict:
+        return {**asdict(self), "join_rate": self.join_rate}
+
+
+def compare_files(predictions: str | Path, cache: str | Path, labels: str | Path | None = None, model: str | None = None) -> Comparison:
+    """`compare` from paths; loads the examples of the predicted split where the cache is joined by text and entities."""
+    rows = read_predictions(predictions)
+    label_map = None if labels is None else read_label_map(labels)
+    examples = covered_examples(rows, str(predictions)) if needs_examples(cache) else None
+    return compare(rows, read_cache(cache, examples), label_map, model)
+
+
+def covered_examples(rows: Sequence[Prediction], place: str) -> list[Example]:
+    """The whole split that `rows` are predictions for, all entity pairs included, in file order.
+
+    Raises InputError when ids are not `DATASET/SPLIT/...` of one split of one benchmark.
+    """
+    dataset = rows[0].eval_dataset_name
+    splits = {row.example_id.removeprefix(f"{dataset}/").split("/")[0] for row in rows}
+    if len(splits) != 1 or not all(row.example_id.startswith(f"{dataset}/{min(splits)}/") for row in rows):
+        raise InputError(
+            f"{place}: this cache covers one split of one benchmark, and example {rows[0].example_id!r} does not say which "
+            f"({dataset}/SPLIT/...); predict with --data and --split of it"
+        )
+    split = splits.pop()
+    return load(Source(dataset=dataset, split=split, negatives=ALL_PAIRS))
+
+
+def compare(predictions: Sequence[Prediction], cache: Cache, label_map: LabelMap | None = None, model: str | None = None) -> Comparison:
+    """Joins, maps labels, and compares.
+
+    Args:
+      predictions: ours, each example once.
+      cache: cached answers; with several models `model` names one. Rows of the dataset, gen_type and
+        prompt_shot of our predictions are taken where the cache has several.
+      label_map: applied to gold labels and to our predictions, and to cached labels that it lists. All
+        labels that mean "no relation" are one label here.
+
+    Raises:
+      InputError: nothing joins (shows an id and a hash of each side); several models and none named;
+        a gold label that the map does not list; gold labels that the two sides spell differently.
+    """
+    answers, notes = _select(cache, predictions, model)
+    found, not_joined = _join(predictions, answers, cache)
+    if not found:
+        raise InputError(_nothing_joined(predictions, answers, cache))
+    rows, theirs = [row for row, _ in found], [answer for _, answer in found]
+
+    gold = [_one_negative(label_map.gold(row.relation, row.example_id) if label_map else row.relation) for row in rows]
+    ours = [_one_negative(label_map.predicted(row.generated_relation) if label_map else row.generated_relation) for row in rows]
+    cached = [_one_negative(label_map.predicted(answer.label) if label_map else answer.label) for answer in theirs]
+    notes += _check_gold(rows, gold, theirs, label_map, cache)
+    if label_map and (strays := sum(not label_map.lists(row.generated_relation) for row in rows)):
+        notes.append(f"{strays:,} of our predictions are not in {label_map.place}; they count as wrong")
+
+    ours_right, cached_right = _right(ours, gold), _right(cached, gold)
+    schema = sorted(set(gold) | (set(map(_one_negative, label_map.common.values())) if label_map else set()))
+    return Comparison(
+        ours_name=" ".join(dict.fromkeys(part for part in (rows[0].model_id, rows[0].tuned_dataset_name) if part)) or "ours",
+        cached_name=theirs[0].model or Path(cache.place).stem,
+        predictions=len(predictions),
+        joined=len(rows),
+        ours=score(gold, ours, schema),
+        cached=score(gold, cached, schema),
+        ours_f1=bootstrap_f1(gold, ours),
+        cached_f1=bootstrap_f1(gold, cached),
+        difference=paired_bootstrap(gold, ours, cached),
+        mcnemar=mcnemar(ours_right, cached_right),
+        quadrants=tuple(_quadrant(rows, ours_right, cached_right, ours, cached) for ours in (True, False) for cached in (True, False)),
+        not_joined=not_joined,
+        leftover=cache.leftover,
+        notes=(*cache.notes, *notes),
+    )
+
+
+def _select(cache: Cache, predictions: Sequence[Prediction], model: str | None) -> tuple[list[Answer], list[str]]:
+    """The answers of one model in the setting of our predictions."""
+    answers, notes = list(cache.answers), []
+    for name, ours in (
+        ("dataset", predictions[0].eval_dataset_name),
+        ("model", model),
+        ("gen_type", predictions[0].gen_type),
+        ("prompt_shot", predictions[0].prompt_shot),
+    ):
+        offered = sorted({getattr(answer, name) for answer in answers} - {""})
+        if name == "model" and (len(offered) > 1 or model) and model not in offered:
+            given = f"not {model!r}" if model else "and none was chosen"
+            raise InputError(f"{cache.place}: holds answers of {', '.join(offered) or 'an unnamed model'}, {given}; name one with --model")
+        if len(offered) > 1 and ours not in offered:
+            raise InputError(
+                f"{cache.place}: holds {name} {', '.join(offered)}, but the predictions are for {ours!r}; predict in one of these settings"
+            )
+        if ours in offered:
+            answers = [answer for answer in answers if getattr(answer, name) == ours]
+        elif offered and ours:
+            notes.append(f"{name} differs: ours {ours!r}, the cache {offered[0]!r}")
+    return answers, notes
+
+
+def _join(predictions, answers, cache) -> tuple[list[tuple[Prediction, Answer]], dict[str, tuple[str, ...]]]:
+    """Each prediction with its answer, and the ids without one by reason."""
+    by_id, by_hash = defaultdict(list), defaultdict(list)
+    for answer in answers:
+        (by_id[answer.example_id] if answer.example_id else by_hash[answer.prompt_hash]).append(answer)
+    found, missing = [], defaultdict(list)
+    for row in predictions:
+        candidates = by_id.get(row.example_id) or (by_hash.get(row.prompt_hash, []) if row.prompt_hash else [])
+        labels = {normalise_label(answer.label) for answer in candidates}
+        if len(labels) == 1:
+            found.append((row, candidates[0]))
+        else:
+            reason = "the cache holds different answers for it" if labels else cache.uncovered.get(row.example_id, "not in the cache")
+            missing[reason].append(row.example_id)
+    return found, {reason: tuple(ids) for reason, ids in missing.items()}
+
+
+def _nothing_joined(predictions: Sequence[Prediction], answers: Sequence[Answer], cache: Cache) -> str:
+    ours = predictions[0]
+    if not answers:
+        return f"{cache.place}: no prediction joins the cache; it holds no answer for the split of example {ours.example_id!r}"
+    theirs = answers[0]
+    return (
+        f"{cache.place}: no prediction joins the cache; ours is example {ours.example_id!r} (prompt hash {ours.prompt_hash or 'none'}), "
+        f"the cache has example {theirs.example_id or 'none'!r} (prompt hash {theirs.prompt_hash or 'none'}); "
+        "predict on the split that the cache covers (--data and --split)"
+    )
+
+
+def _one_negative(label: str) -> str:
+    return "none" if is_negative(label) else label
+
+
+def _check_gold(rows, gold, theirs, label_map, cache) -> list[str]:
+    """Notes on gold labels that differ; InputError if most do: the label spellings differ, and F1 of the cache would be wrong."""
+    differ = [
+        (row, mine, answer)
+        for row, mine, answer in zip(rows, gold, theirs, strict=True)
+        if answer.gold and not _same(_one_negative(label_map.predicted(answer.gold) if label_map else answer.gold), mine)
+    ]
+    positive = sum(normalise_label(label) not in NEGATIVES for label in gold)
+    if not differ:
+        return []
+    row, mine, answer = differ[0]
+    if len(differ) > max(positive, 1) / 2:
+        mend = f"correct {label_map.place}" if label_map else "give a label map with --labels (configs/labels has some)"
+        raise InputError(f"{cache.place}: gold labels differ: {mine!r} here, {answer.gold!r} there (example {row.example_id}); {mend}")
+    ids = ", ".join(row.example_id for row, _, _ in differ[:SHOWN])
+    return [f"gold labels differ for {len(differ):,} joined examples ({ids}); ours are used"]
+
+
+def _right(predicted: Sequence[str], gold: Sequence[str]) -> np.ndarray:
+    return np.array([_same(label, truth) for label, truth in zip(predicted, gold, strict=True)])
+
+
+def _same(label: str, other: str) -> bool:
+    return normalise_label(label) == normalise_label(other)
+
+
+def _quadrant(rows, ours_right, cached_right, ours: bool, cached: bool) -> Quadrant:
+    members = np.flatnonzero((ours_right == ours) & (cached_right == cached))
+    return Quadrant(ours, cached, len(members), tuple(rows[i].example_id for i in members[:SHOWN]))
+
+
+def comparison_table(comparison: Comparison) -> Group:
+    """A comparison for the terminal: scores, per class, who was right where, what did not join."""
+    c = comparison
+    scores = Table(title=f"{c.joined:,} of {c.predictions:,} predictions joined ({c.join_rate:.1%})", title_justify="left")
+    for column in ("system", "F1", "95% interval", "precision", "recall", "macro-F1", "accuracy"):
+        scores.add_column(column, justify="left" if column == "system" else "right")
+    for name, result, interval in ((c.ours_name, c.ours, c.ours_f1), (c.cached_name, c.cached, c.cached_f1)):
+        shares = (result.precision, result.recall, result.macro_f1, result.accuracy)
+        scores.add_row(Text(name), f"{result.f1:.3f}", f"{interval.low:.3f}-{interval.high:.3f}", *(f"{share:.3f}" for share in shares))
+
+    difference, test = c.difference, c.mcnemar
+    verdict = Text(
+        f"Difference in F1 {difference.difference:+.3f} "
+        f"(95% interval {difference.low:+.3f} to {difference.high:+.3f}, p {_p(difference.p)}). "
+        f"Right where the other is wrong: ours {test.only_first:,}, cached {test.only_second:,} "
+        f"(McNemar p {_p(test.p)}{', exact' if test.exact else ''})."
+    )
+
+    classes = Table(title="F1 per class", title_justify="left")
+    for column in ("label", "gold", "ours", "cached"):
+        classes.add_column(column, justify="left" if column == "label" else "right")
+    cached_f1 = {normalise_label(row.label): row.f1 for row in c.cached.per_class}
+    for row in c.ours.per_class:
+        classes.add_row(Text(row.label), f"{row.support:,}", f"{row.f1:.3f}", f"{cached_f1[normalise_label(row.label)]:.3f}")
+
+    where = Table(title="Who was right where", title_justify="left")
+    for column in ("ours", "cached", "examples", "such as"):
+        where.add_column(column, justify="right" if column == "examples" else "left")
+    for quadrant in c.quadrants:
+        sides = ("right" if side else "wrong" for side in (quadrant.ours_right, quadrant.cached_right))
+        where.add_row(*sides, f"{quadrant.count:,}", Text(", ".join(quadrant.ids[:3])))
+
+    lost = [f"not joined, {reason}: {len(ids):,} ({_few(ids)})" for reason, ids in c.not_joined.items()]
+    lost += [f"in the cache, {reason}: {len(items):,} ({_few(items)})" for reason, items in c.leftover.items()]
+    return Group(scores, verdict, classes, where, *(Text(f"- {line}") for line in (*lost, *c.notes)))
+
+
+def _few(items: Sequence[str]) -> str:
+    return "; ".join(item[:60] for item in items[:2]) + ("; ..." if len(items) > 2 else "")
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -1,0 +1,86 @@
+"""Cached predictions of frontier models, from any of the shapes in which they are published.
+
+    cache = read_cache("shared/data/frontier_predictions/semeval2010_chatgpt/SemEval_All_ans.json", examples)
+
+The shape is told from the content: the study's long format (a table with `prompt_hash` or
+`example_id`), or one of the JSON formats of `chatgpt_semeval` and `gpt_conll04`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxre.errors import InputError
+from jaxre.evaluation import chatgpt_semeval, gpt_conll04
+from jaxre.evaluation.cache import Answer, Cache
+from jaxre.evaluation.predictions import as_text, read_table
+from jaxre.relations.schema import Example
+
+EXPECTED = (
+    "the study's long format (.parquet or .csv with generated_relation and prompt_hash or example_id), "
+    "an array of {headEntity, tailEntity, groundTruth, closePred}, or an object with correct_cases and fail_cases"
+)
+
+
+def needs_examples(path: str | Path) -> bool:
+    """Whether `read_cache` must be given the examples: a JSON cache names texts and entities, a table ids or hashes."""
+    return Path(path).suffix == ".json"
+
+
+def read_cache(path: str | Path, examples: Sequence[Example] | None = None) -> Cache:
+    """Reads cached answers and, for the JSON formats, joins them to examples.
+
+    Args:
+      path: .parquet, .csv or .json.
+      examples: the whole split that the cache covers, in file order; all entity pairs for CoNLL04.
+
+    Raises:
+      InputError: no such file, an unknown shape (names what was expected), a broken entry, no examples.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such cache of predictions")
+    if not needs_examples(path):
+        return _read_long(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a JSON file: {error}") from None
+    if not document:
+        raise InputError(f"{path}: the cache is empty")
+    for adapter in (chatgpt_semeval, gpt_conll04):
+        if adapter.recognises(document):
+            if not examples:
+                raise InputError(f"{path}: this cache is joined by text and entities; give the examples of the split it covers")
+            return adapter.read(document, examples, str(path))
+    raise InputError(f"{path}: not a cache of predictions that jaxre knows; expected {EXPECTED}")
+
+
+def _read_long(path: Path) -> Cache:
+    """The study's long format. Rows without an id and a hash, and repeated ones that disagree, are left over."""
+    if path.suffix not in (".parquet", ".csv"):
+        raise InputError(f"{path}: not a cache of predictions that jaxre knows; expected {EXPECTED}")
+    table = read_table(path)
+    if "generated_relation" not in table[0] or not {"prompt_hash", "example_id"} & set(table[0]):
+        raise InputError(f"{path}: columns {', '.join(table[0])}; expected {EXPECTED}")
+    rows = [
+        Answer(
+            label=as_text(row["generated_relation"]),
+            gold=as_text(row.get("relation")),
+            example_id=as_text(row.get("example_id")),
+            prompt_hash=as_text(row.get("prompt_hash")),
+            dataset=as_text(row.get("eval_dataset_name")),
+            model=as_text(row.get("model_id")),
+            gen_type=as_text(row.get("gen_type")),
+            prompt_shot=as_text(row.get("prompt_shot")),
+        )
+        for row in table
+    ]
+    leftover = {"rows without example_id and prompt_hash": tuple(row.label for row in rows if not (row.example_id or row.prompt_hash))}
+    return Cache(
+        place=str(path),
+        answers=tuple(row for row in rows if row.example_id or row.prompt_hash),
+        leftover={reason: items for reason, items in leftover.items() if items},
+    )

@@ -1,0 +1,232 @@
+"""The predictions table: one row per example, in the study's long format, as Parquet and CSV side by side.
+
+    write_predictions("runs/x/predictions/test", rows)      # test.parquet and test.csv
+    rows = read_predictions("runs/x/predictions/test.csv")
+
+Both files hold the same rows. In the CSV everything is text, so the labels `no`, `NA` and
+`null` survive; probabilities are one JSON object per row.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jaxre.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """One prediction. `score` is its log-probability, `probabilities` maps each label of the schema to its own."""
+
+    example_id: str
+    relation: str  # gold, as the source spells it
+    generated_relation: str
+    eval_dataset_name: str = ""
+    gen_type: str = "gen_constrained"  # gen_open: no label list in the prompt; gen_constrained: with it
+    model_id: str = ""
+    tuned_dataset_name: str = ""  # "frontier" for cached answers of a frontier model
+    model_shot: str = "0"
+    prompt_shot: str = "0"
+    prompt: str = ""
+    prompt_hash: str = ""
+    score: float | None = None
+    probabilities: dict[str, float] | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+# The study's columns first, in its order.
+_ARROW = pa.schema(
+    [
+        *((name, pa.string()) for name in ("eval_dataset_name", "relation", "gen_type", "model_id", "tuned_dataset_name")),
+        *((name, pa.string()) for name in ("model_shot", "prompt_shot", "generated_relation", "prompt", "prompt_hash", "example_id")),
+        ("score", pa.float64()),
+        ("probabilities", pa.map_(pa.string(), pa.float64())),
+        ("input_tokens", pa.int64()),
+        ("output_tokens", pa.int64()),
+    ]
+)
+COLUMNS = tuple(_ARROW.names)
+_REQUIRED = ("example_id", "relation", "generated_relation")
+_TEXT = tuple(field.name for field in fields(Prediction) if field.type == "str")
+
+
+def hash_prompt(prompt: str) -> str:
+    """First 12 hex digits of the md5 of a prompt (the study's join key; its own is over the raw hub column `prompt_0_shot`)."""
+    return hashlib.md5(prompt.encode("utf-8"), usedforsecurity=False).hexdigest()[:12]
+
+
+def write_predictions(path: str | Path, rows: Sequence[Prediction]) -> tuple[Path, Path]:
+    """Writes `path.parquet` and `path.csv`; both appear complete or not at all.
+
+    Args:
+      path: without suffix (`.parquet` or `.csv` is taken off); an existing folder gets the name `predictions`.
+      rows: at least one, each example once.
+
+    Returns the two paths. Raises InputError when there is no row or an example occurs twice.
+    """
+    stem = _stem(Path(path))
+    check_unique(rows, str(stem))
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    targets = stem.with_name(stem.name + ".parquet"), stem.with_name(stem.name + ".csv")
+    drafts = tuple(target.with_name(f".{target.name}.{os.getpid()}.part") for target in targets)
+    try:
+        _write_parquet(drafts[0], rows)
+        _write_csv(drafts[1], rows)
+        for draft, target in zip(drafts, targets, strict=True):
+            os.replace(draft, target)
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+    return targets
+
+
+def read_predictions(path: str | Path) -> list[Prediction]:
+    """Reads a predictions file.
+
+    Args:
+      path: a .parquet or .csv file, or their common name without suffix, or a folder that `write_predictions` filled.
+
+    Raises:
+      InputError: no such file, a column is missing, a cell cannot be read, an example occurs twice, no rows.
+    """
+    path = _existing(Path(path))
+    table = read_table(path)
+    missing = [name for name in _REQUIRED if name not in table[0]]
+    if missing:
+        mend = "a file that `jaxre predict` wrote has it"
+        if missing == ["example_id"] and "prompt_hash" in table[0]:
+            mend = "this looks like a cache of frontier predictions; give it as CACHE to `jaxre compare`"
+        raise InputError(f"{path}: no column {missing[0]!r} (columns: {', '.join(table[0])}); {mend}")
+    rows = [_prediction(row, f"{path}:{number}") for number, row in enumerate(table, start=2 if path.suffix == ".csv" else 1)]
+    check_unique(rows, str(path))
+    return rows
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    """Rows of a .parquet or .csv file as plain dicts, at least one; CSV cells are text. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    if path.suffix == ".csv":
+        rows = _read_csv(path)
+    elif path.suffix == ".parquet":
+        rows = _read_parquet(path)
+    else:
+        raise InputError(f"{path}: a table is a .parquet or a .csv file")
+    if not rows:
+        raise InputError(f"{path}: the table has no rows")
+    return rows
+
+
+def check_unique(rows: Sequence[Prediction], place: str) -> None:
+    """Raises InputError when there are no rows or two rows have one example id."""
+    if not rows:
+        raise InputError(f"{place}: no predictions; was the split empty?")
+    seen = set()
+    for row in rows:
+        if row.example_id in seen:
+            raise InputError(f"{place}: example {row.example_id!r} occurs twice; keep one prediction per example (a file is one run)")
+        seen.add(row.example_id)
+
+
+def as_text(value: Any) -> str:
+    """A cell as text; null is empty."""
+    return "" if value is None else str(value)
+
+
+def _stem(path: Path) -> Path:
+    if path.is_dir():
+        return path / "predictions"
+    return path.with_suffix("") if path.suffix in (".parquet", ".csv") else path
+
+
+def _existing(path: Path) -> Path:
+    if path.is_dir():
+        found = sorted(path.glob("*.parquet")) or sorted(path.glob("*.csv"))
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or "none"
+            raise InputError(f"{path}: a folder with {len(found)} predictions files ({names}); name one of them")
+        return found[0]
+    if path.suffix not in (".parquet", ".csv"):
+        for suffix in (".parquet", ".csv"):
+            if path.with_name(path.name + suffix).is_file():
+                return path.with_name(path.name + suffix)
+    return path
+
+
+def _write_parquet(path: Path, rows: Sequence[Prediction]) -> None:
+    columns: dict[str, list] = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
+    columns["probabilities"] = [None if cell is None else list(cell.items()) for cell in columns["probabilities"]]
+    pq.write_table(pa.table(columns, schema=_ARROW), path, compression="zstd")
+
+
+def _write_csv(path: Path, rows: Sequence[Prediction]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for row in rows:
+            writer.writerow([_csv_cell(getattr(row, name)) for name in COLUMNS])
+
+
+def _csv_cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value) if isinstance(value, float) else as_text(value)
+
+
+def _read_csv(path: Path) -> list[dict[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # the default of 131,072 is less than a long prompt with many demonstrations
+    rows = []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise InputError(f"{path}:{reader.line_num}: more or fewer cells than the header has; quote cells that hold commas")
+                rows.append(row)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a CSV file in UTF-8: {error}") from None
+    return rows
+
+
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    try:
+        return pq.read_table(path).to_pylist(maps_as_pydicts="lossy")
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from None
+
+
+def _prediction(row: dict[str, Any], place: str) -> Prediction:
+    values: dict[str, Any] = {name: as_text(row[name]) for name in _TEXT if name in row}
+    if not values["example_id"]:
+        raise InputError(f"{place}: empty example_id; every row needs the id of its example")
+    values["score"] = _cell(row.get("score"), float, "score", place)
+    values["probabilities"] = _cell(row.get("probabilities"), _probabilities, "probabilities", place)
+    values["input_tokens"] = _cell(row.get("input_tokens"), int, "input_tokens", place)
+    values["output_tokens"] = _cell(row.get("output_tokens"), int, "output_tokens", place)
+    return Prediction(**values)
+
+
+def _cell(value: Any, read: Callable[[Any], Any], name: str, place: str) -> Any:
+    if value is None or value == "":
+        return None
+    try:
+        return read(value)
+    except (TypeError, ValueError, AttributeError):
+        raise InputError(f"{place}: {name} cannot be read from {str(value)[:60]!r}") from None
+
+
+def _probabilities(value: Any) -> dict[str, float]:
+    table = json.loads(value) if isinstance(value, str) else value
+    return {str(label): float(probability) for label, probability in table.items()}

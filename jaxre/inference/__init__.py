@@ -1,0 +1,1 @@
+"""Label scoring and greedy decoding."""

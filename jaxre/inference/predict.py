@@ -1,0 +1,128 @@
+"""Examples to prediction rows: exact label scoring, or greedy decoding.
+
+loaded = open_model("runs/quickstart", compute_dtype("auto"))
+rows = predict_examples(loaded, examples, labels, config.prompt, config.predict)
+write_predictions("runs/quickstart/predictions/test", rows)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from jaxre.checkpoints.source import Loaded
+from jaxre.config import Predict, Prompt
+from jaxre.data.template import ChatTemplate, Turn, load_tokenizer
+from jaxre.data.tokens import questions_of
+from jaxre.errors import InputError
+from jaxre.evaluation.predictions import Prediction, hash_prompt
+from jaxre.inference.answers import label_answers
+from jaxre.inference.decoding import clean_answer, decode
+from jaxre.inference.model import Model
+from jaxre.inference.scoring import plan_scoring, probabilities, run_scoring
+from jaxre.models.lora import scale_of
+from jaxre.relations.schema import Example
+
+
+def model_of(loaded: Loaded) -> Model:
+    """An opened model, ready to run."""
+    return Model(loaded.base, loaded.architecture, loaded.factors, scale_of(loaded.lora) if loaded.lora else 1.0)
+
+
+def predict_examples(
+    loaded: Loaded,
+    examples: Sequence[Example],
+    labels: Sequence[str],
+    prompt: Prompt,
+    settings: Predict,
+    *,
+    mode: Literal["score", "generate"] = "score",
+    demonstrations: Callable[[Example], list[Example]] = lambda example: [],
+    tuned_dataset_name: str = "",
+    model_shot: str = "0",
+    advance: Callable[[int], None] = lambda examples: None,
+) -> list[Prediction]:
+    """One row per example, in order.
+
+    Args:
+      labels: the schema.
+      demonstrations: of an example, as `jaxre.data.tokens.demonstrator` makes them.
+      mode: "score" gives the most probable label of the schema, and all probabilities; "generate"
+        what the model writes, cleaned, whether or not it is a label.
+      tuned_dataset_name, model_shot: what the model was tuned on and with how many shots, for the study's columns.
+      advance: told how many examples each finished batch had.
+
+    Returns:
+      Rows whose `score` is the log-probability of the predicted label (or text) with its end-of-turn
+      token; `prompt` is the text the model read.
+
+    Raises:
+      InputError: no example, a prompt that does not fit, labels that cannot be told apart, a faulty template.
+    """
+    if not examples:
+        raise InputError("there is no example to predict; is the split empty?")
+    template = ChatTemplate(load_tokenizer(loaded.folder), prompt.date, str(loaded.folder))
+    questions = questions_of(examples, prompt, labels, demonstrations)
+    texts = [template.render(question, generation=True) for question in questions]
+    names = [example.id for example in examples]
+    model = model_of(loaded)
+    if mode == "score":
+        tokens, answers = label_answers(template, questions, labels)
+        plan = plan_scoring(tokens, answers, loaded.architecture, batch_tokens=settings.batch_tokens, names=names)
+        scores = run_scoring(model, plan, advance=advance)
+        shares = probabilities(scores)
+        best = scores.argmax(axis=1)
+        found = [
+            {
+                "generated_relation": labels[choice],
+                "score": float(scores[i, choice]),
+                "probabilities": dict(zip(labels, shares[i].tolist(), strict=True)),
+                "output_tokens": len(answers[i][choice]),
+            }
+            for i, choice in enumerate(best.tolist())
+        ]
+    else:
+        tokens = template.tokenize(texts)
+        stops = stop_ids(template, questions[0], loaded.folder)
+        written = decode(model, tokens, stops, settings.max_new_tokens, batch_tokens=settings.batch_tokens, names=names, advance=advance)
+        plain = template.tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
+        found = [
+            {"generated_relation": clean_answer(text), "score": one.score, "output_tokens": len(one.tokens)}
+            for text, one in zip(plain, written, strict=True)
+        ]
+    return [
+        Prediction(
+            example_id=example.id,
+            relation=example.relation,
+            eval_dataset_name=example.dataset,
+            gen_type="gen_constrained" if prompt.enumerate else "gen_open",
+            model_id=loaded.name,
+            tuned_dataset_name=tuned_dataset_name,
+            model_shot=model_shot,
+            prompt_shot=str(prompt.shots),
+            prompt=text,
+            prompt_hash=hash_prompt(text),
+            input_tokens=len(ids),
+            **row,
+        )
+        for example, text, ids, row in zip(examples, texts, tokens, found, strict=True)
+    ]
+
+
+def stop_ids(template: ChatTemplate, question: Sequence[Turn], folder: Path) -> set[int]:
+    """The tokens that end an answer: the template's end of turn, the tokenizer's and the generation config's end of text."""
+    supervised = template.encode([(question, "answer")])[0]
+    answer = supervised.tokens[supervised.prompt_length :]
+    last = answer[template.end_of_turn(answer) - 1]
+    stops = {last} if last in template.tokenizer.added_tokens_decoder else set()
+    if template.tokenizer.eos_token_id is not None:
+        stops.add(template.tokenizer.eos_token_id)
+    path = folder / "generation_config.json"
+    if path.is_file():
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        stops |= set(np.atleast_1d(listed).tolist()) if listed is not None else set()
+    return stops

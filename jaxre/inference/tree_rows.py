@@ -1,0 +1,194 @@
+"""Packing of scoring: which example's tree goes to which row of which batch, and the arrays a step reads.
+
+Letters: B rows, T tokens in a row, S predicting positions in a row, W targets of a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxre.data.packing import pack_rows
+from jaxre.errors import InputError
+from jaxre.inference.trees import Answers, AnswerTree, answer_tree
+from jaxre.models.architecture import Architecture
+from jaxre.models.weights import parameter_count
+
+ROW_MULTIPLE = 128
+# Rows up to this length are tried when they pack better than the shortest that fits.
+PREFERRED_ROW = 512
+
+
+class TreeRows(NamedTuple):
+    """One batch of packed trees.
+
+    tokens, positions, visible_until: [B, T] int32, as in `jaxre.data.rows.Rows`.
+    supervised: [B, S] int32 row positions; targets: [B, S, W] int32, what each is asked for.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    visible_until: np.ndarray
+    supervised: np.ndarray
+    targets: np.ndarray
+
+
+@dataclass(frozen=True)
+class ScoringPlan:
+    """Which example goes to which row of which batch; every batch has the same shape [B, T], [B, S, W].
+
+    batches[n][b] lists the examples of row b of batch n; missing rows are all pad.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    trees: tuple[AnswerTree, ...]
+    batches: tuple[tuple[tuple[int, ...], ...], ...]
+    rows: int
+    length: int
+    supervised: int
+    targets: int
+    sharding: NamedSharding | None = None
+
+    @property
+    def pad_share(self) -> float:
+        """Share of the places in all rows that hold no token."""
+        return 1 - int(_sizes(self.prompts, self.trees).sum()) / (len(self.batches) * self.rows * self.length)
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.prompts)} examples in {len(self.batches)} batches of {self.rows} rows x {self.length} tokens, "
+            f"{self.supervised} predicting positions a row, {self.pad_share:.1%} pad, one compiled shape"
+        )
+
+
+def plan_scoring(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Answers],
+    architecture: Architecture,
+    *,
+    batch_tokens: int = 8192,
+    sharding: NamedSharding | None = None,
+    names: Sequence[str] | None = None,
+) -> ScoringPlan:
+    """Packs the trees of all examples, best fit, into batches of one shape. A plan can be run again and again.
+
+    Args:
+      sharding: of [B, ...] arrays over a mesh, if the weights are on one; B is a multiple of the devices that share the rows.
+      names: of the examples, for messages; their numbers if not given.
+
+    Raises:
+      InputError: as `score_labels`.
+    """
+    if not prompts:
+        raise InputError("there is no example to score; is the split empty?")
+    known: dict[tuple, AnswerTree] = {}
+    trees = []
+    for labels in answers:
+        key = tuple(map(tuple, labels))
+        if key not in known:
+            known[key] = answer_tree(key)
+        trees.append(known[key])
+    _check_lengths(prompts, trees, architecture, batch_tokens, names)
+    sizes = _sizes(prompts, trees)
+    places = np.array([len(tree.targets) for tree in trees])
+    length, packed = _choose_rows(sizes, places, architecture, batch_tokens)
+    count = -(-len(packed) // max(1, batch_tokens // length))  # batches
+    rows = _round_up(-(-len(packed) // count), _shards(sharding))
+    return ScoringPlan(
+        prompts=prompts,
+        trees=tuple(trees),
+        batches=tuple(tuple(packed[start : start + rows]) for start in range(0, len(packed), rows)),
+        rows=rows,
+        length=length,
+        supervised=_round_up(max(int(places[list(row)].sum()) for row in packed), 8),
+        targets=max(tree.targets.shape[1] for tree in known.values()),
+        sharding=sharding,
+    )
+
+
+def fill_trees(plan: ScoringPlan, batch: Sequence[Sequence[int]]) -> TreeRows:
+    """The rows of one batch."""
+    B, T, S, W = plan.rows, plan.length, plan.supervised, plan.targets
+    tokens, positions, supervised = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32), np.zeros((B, S), np.int32)
+    visible_until = np.broadcast_to(np.arange(1, T + 1, dtype=np.int32), (B, T)).copy()
+    targets = np.zeros((B, S, W), np.int32)
+    for b, row in enumerate(batch):
+        start = first = 0
+        for example in row:
+            prompt, tree = plan.prompts[example], plan.trees[example]
+            branch = start + len(prompt)
+            end = branch + len(tree.tokens)
+            tokens[b, start:branch] = prompt
+            tokens[b, branch:end] = tree.tokens
+            positions[b, start:branch] = np.arange(len(prompt))
+            positions[b, branch:end] = len(prompt) + tree.depths
+            visible_until[b, start:branch] = end
+            visible_until[b, branch:end] = branch + tree.until
+            places, width = tree.targets.shape
+            # The prompt's last token and every node predict: one stretch.
+            supervised[b, first : first + places] = np.arange(branch - 1, end)
+            targets[b, first : first + places, :width] = tree.targets
+            start, first = end, first + places
+    return TreeRows(tokens, positions, visible_until, supervised, targets)
+
+
+def _choose_rows(sizes: np.ndarray, places: np.ndarray, architecture: Architecture, batch_tokens: int) -> tuple[int, list[tuple[int, ...]]]:
+    """The row length with the least work, and the examples of each row.
+
+    Work of a row: 2 x T x body parameters + 4 x T^2 x H x C x L (dense attention: scores and context).
+    """
+    shortest = min(_round_up(int(sizes.max()), ROW_MULTIPLE), batch_tokens)
+    body = parameter_count(architecture) - (2 - architecture.tied_head) * architecture.vocabulary * architecture.embedding
+    attention = architecture.size("HC") * architecture.layers
+    best = None
+    for length in range(shortest, max(shortest, min(PREFERRED_ROW, batch_tokens)) + 1, ROW_MULTIPLE):
+        packed = pack_rows(sizes, places, np.arange(len(sizes)), length)
+        work = len(packed) * length * (2 * body + 4 * length * attention)
+        if best is None or work < best[0]:
+            best = work, length, packed
+    return best[1], best[2]
+
+
+def _check_lengths(
+    prompts: Sequence[Sequence[int]],
+    trees: Sequence[AnswerTree],
+    architecture: Architecture,
+    batch_tokens: int,
+    names: Sequence[str] | None,
+) -> None:
+    for number, (prompt, tree) in enumerate(zip(prompts, trees, strict=True)):
+        name = names[number] if names else number
+        if not len(prompt):
+            raise InputError(f"example {name}: its prompt has no token; the chat template must yield a generation prompt")
+        longest = len(prompt) + tree.valid.shape[1]
+        if longest > architecture.max_length:
+            raise InputError(
+                f"example {name}: prompt and longest label take {longest} tokens, the model reads {architecture.max_length}; shorten it"
+            )
+        if len(prompt) + len(tree.tokens) > batch_tokens:
+            size = len(prompt) + len(tree.tokens)
+            raise InputError(
+                f"example {name}: prompt and labels take {size} tokens, a batch has {batch_tokens}; raise predict.batch_tokens"
+            )
+        if len(tree.valid) != len(trees[0].valid):
+            raise ValueError(f"example {name} has {len(tree.valid)} labels, the first one {len(trees[0].valid)}")
+
+
+def _shards(sharding: NamedSharding | None) -> int:
+    """Over how many devices the rows are spread."""
+    if sharding is None or not sharding.spec or sharding.spec[0] is None:
+        return 1
+    axes = sharding.spec[0] if isinstance(sharding.spec[0], tuple) else (sharding.spec[0],)
+    return int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
+
+
+def _sizes(prompts: Sequence[Sequence[int]], trees: Sequence[AnswerTree]) -> np.ndarray:
+    return np.array([len(prompt) + len(tree.tokens) for prompt, tree in zip(prompts, trees, strict=True)])
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,1 @@
+"""Decoders, their weight table, LoRA."""

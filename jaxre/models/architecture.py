@@ -1,0 +1,189 @@
+"""What a decoder's `config.json` says, in our letters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxre.errors import InputError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a `model_type` means where its config.json is silent (the defaults of transformers' configuration classes).
+
+    SmolLM3-3B's own config.json does not say that its head is tied.
+    """
+
+    tied_head: bool = False
+    rope_theta: float = 10000.0
+    qkv_bias: bool = False
+    rotary_pauses: int | None = None  # every so many layers one does not rotate
+
+
+KINDS = {
+    "llama": Kind(),
+    "qwen2": Kind(qkv_bias=True),
+    "smollm3": Kind(tied_head=True, rope_theta=2_000_000.0, rotary_pauses=4),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 scaling of rotary frequencies (Llama 3.1 model card; `rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes and switches of a decoder.
+
+    `rotary[l]` is whether layer l rotates queries and keys (SmolLM3 leaves every fourth out).
+    """
+
+    kind: str
+    layers: int
+    embedding: int
+    query_heads: int
+    kv_heads: int
+    head_channels: int
+    feed_forward: int
+    vocabulary: int
+    max_length: int
+    rope_theta: float
+    norm_epsilon: float
+    tied_head: bool
+    qkv_bias: bool
+    rotary: tuple[bool, ...]
+    rope_scaling: RopeScaling | None = None
+    initializer_range: float = 0.02
+
+    @property
+    def untied_head(self) -> bool:
+        return not self.tied_head
+
+    def size(self, letters: str) -> int:
+        """Length of a dimension named by letters: D, F, V, C, HC, KC."""
+        return {
+            "D": self.embedding,
+            "F": self.feed_forward,
+            "V": self.vocabulary,
+            "C": self.head_channels,
+            "HC": self.query_heads * self.head_channels,
+            "KC": self.kv_heads * self.head_channels,
+        }[letters]
+
+
+def read_architecture(folder: Path) -> Architecture:
+    """The architecture of a folder in Hugging Face layout.
+
+    Raises:
+      InputError: no config.json, or one that is not JSON or not of a known decoder.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a model folder has config.json, a tokenizer and *.safetensors")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{path}: must hold one JSON object")
+    return architecture_of(config, str(path))
+
+
+def architecture_of(config: dict[str, Any], place: str) -> Architecture:
+    """The architecture that the fields of a config.json describe.
+
+    Raises:
+      InputError: an unknown model_type, a missing field, a size that cannot be, or a feature that we do not have.
+    """
+    kind = KINDS.get(str(config.get("model_type")))
+    if kind is None:
+        raise InputError(f"{place}: model_type {config.get('model_type')!r} is not known; known are {', '.join(KINDS)}")
+    _refuse_unsupported(config, place)
+    try:
+        layers, embedding, heads = (
+            _size(config[field], field, place) for field in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+        )
+        rope = config.get("rope_parameters") or {}
+        architecture = Architecture(
+            kind=config["model_type"],
+            layers=layers,
+            embedding=embedding,
+            query_heads=heads,
+            kv_heads=_size(config.get("num_key_value_heads") or heads, "num_key_value_heads", place),
+            head_channels=_size(config.get("head_dim") or embedding // heads, "head_dim", place),
+            feed_forward=_size(config["intermediate_size"], "intermediate_size", place),
+            vocabulary=_size(config["vocab_size"], "vocab_size", place),
+            max_length=_size(config["max_position_embeddings"], "max_position_embeddings", place),
+            rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or kind.rope_theta),
+            norm_epsilon=float(config["rms_norm_eps"]),
+            tied_head=bool(config.get("tie_word_embeddings", kind.tied_head)),
+            qkv_bias=kind.qkv_bias,
+            rotary=_rotary_layers(config, kind, layers, place),
+            rope_scaling=_rope_scaling(config.get("rope_scaling") or rope, place),
+            initializer_range=float(config.get("initializer_range", 0.02)),
+        )
+    except KeyError as error:
+        raise InputError(f"{place}: the field {error.args[0]} is missing") from None
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{place}: a field has the wrong type ({error})") from None
+    if heads % architecture.kv_heads:
+        raise InputError(f"{place}: num_attention_heads {heads} is not a multiple of num_key_value_heads {architecture.kv_heads}")
+    if architecture.head_channels % 2:
+        raise InputError(f"{place}: head_dim {architecture.head_channels} is odd; rotary positions turn pairs of channels")
+    return architecture
+
+
+def _refuse_unsupported(config: dict[str, Any], place: str) -> None:
+    if config.get("hidden_act", "silu") != "silu":
+        raise InputError(f"{place}: hidden_act {config['hidden_act']!r} is not supported; the decoders here use silu")
+    for field in ("attention_bias", "mlp_bias"):
+        if config.get(field):
+            raise InputError(f"{place}: {field} is set, which no supported decoder has")
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+        raise InputError(f"{place}: sliding-window attention is set, which is not supported")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if (config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise InputError(f"{place}: partial_rotary_factor is set, which is not supported; every channel rotates here")
+    if config.get("quantization_config"):
+        raise InputError(f"{place}: the weights are quantised (quantization_config); give the unquantised model")
+
+
+def _size(value: Any, field: str, place: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{place}: {field} is {value!r}, not a positive whole number")
+    return value
+
+
+def _rotary_layers(config: dict[str, Any], kind: Kind, layers: int, place: str) -> tuple[bool, ...]:
+    if kind.rotary_pauses is None:
+        return (True,) * layers
+    listed = config.get("no_rope_layers")  # 1 where a layer does rotate, despite the name
+    if listed is None:
+        interval = _size(config.get("no_rope_layer_interval") or kind.rotary_pauses, "no_rope_layer_interval", place)
+        listed = [(layer + 1) % interval != 0 for layer in range(layers)]
+    if len(listed) < layers:
+        raise InputError(f"{place}: no_rope_layers lists {len(listed)} of {layers} layers")
+    return tuple(bool(flag) for flag in listed[:layers])
+
+
+def _rope_scaling(rope: dict[str, Any], place: str) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind != "llama3":
+        raise InputError(f"{place}: rope scaling {kind!r} is not supported; default and llama3 are")
+    return RopeScaling(
+        float(rope["factor"]),
+        float(rope["low_freq_factor"]),
+        float(rope["high_freq_factor"]),
+        int(rope["original_max_position_embeddings"]),
+    )

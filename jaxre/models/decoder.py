@@ -1,0 +1,230 @@
+"""The decoder's forward pass: free functions over plain pytrees, one definition for training, scoring and decoding.
+
+RMSNorm, grouped-query attention, rotary positions, SwiGLU (Llama, Qwen2). Layers but the last are
+scanned, so compile time does not grow with depth. The weights are those of `weights.py`.
+
+Letters: B rows, T tokens in a row, S supervised positions in a row, D embedding, H query heads,
+K key/value heads, C head channels, F feed-forward, V vocabulary, R rank, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxre_kernels.attention import attention
+from jaxre_kernels.lora import keep_mask, lora_linear
+
+from jaxre.models.architecture import Architecture
+
+Tree = dict[str, Any]
+# (q, k, v, cache of the layer) -> (context, new cache of the layer)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+GROUPS = ("qkv", "o", "gate_up", "down")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA factors beside the base: `{"layers": {name: {"a": [L-1, I, R], "b": [L-1, R, O]}}, "last": {...}}`, f32.
+
+    `keys` [B, T] uint32 are the dropout keys of the tokens; None switches dropout off.
+    """
+
+    factors: Tree
+    scale: float
+    rate: float = 0.0
+    keys: jax.Array | None = None
+
+
+def forward(
+    params: Tree,
+    tokens: jax.Array,
+    positions: jax.Array,
+    visible_until: jax.Array,
+    architecture: Architecture,
+    adapter: Adapter | None = None,
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> jax.Array:
+    """Packed rows to hidden states, before the final norm.
+
+    Args:
+      params: base weights in the compute dtype.
+      tokens, positions, visible_until: [B, T] int32, the packed rows.
+      adapter: LoRA factors, if any.
+      constrain: applied to the [B, T, D] activations, to keep them sharded over rows.
+
+    Returns:
+      [B, T, D] of the weights' dtype.
+    """
+
+    def attend(q, k, v, cache):
+        return attention(q, k, v, visible_until), cache
+
+    x, _ = run_layers(params, tokens, positions, architecture, attend, None, adapter, constrain)
+    return x
+
+
+def run_layers(
+    params: Tree,
+    tokens: jax.Array,
+    positions: jax.Array,
+    architecture: Architecture,
+    attend: Attend,
+    caches: Any = None,
+    adapter: Adapter | None = None,
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> tuple[jax.Array, Any]:
+    """Embeds `tokens` [B, T] and runs every layer; `caches` is `{"layers": stacked, "last": one}` or None.
+
+    Returns:
+      [B, T, D] hidden states before the final norm, and the new caches in the same form.
+    """
+    with jax.named_scope("embed"):
+        x = constrain(params["embed"][tokens])  # B T D
+    angles = rotary_angles(positions, architecture)
+    factors = adapter.factors if adapter else {"layers": {}, "last": {}}
+    caches = caches or {"layers": None, "last": None}
+
+    def step(x, layer):
+        weights, low_rank, cache, index, rotates = layer
+        x, cache = run_layer(weights, low_rank, x, angles, rotates, index, architecture, attend, cache, adapter)
+        return constrain(x), cache
+
+    stacked = None
+    if architecture.layers > 1:
+        index = jnp.arange(architecture.layers - 1)
+        rotates = jnp.asarray(np.array(architecture.rotary[:-1]))
+        x, stacked = jax.lax.scan(step, x, (params["layers"], factors["layers"], caches["layers"], index, rotates))
+    x, last = step(x, (params["last"], factors["last"], caches["last"], architecture.layers - 1, architecture.rotary[-1]))
+    return x, {"layers": stacked, "last": last}
+
+
+def run_layer(
+    weights: Tree,
+    low_rank: Tree,
+    x: jax.Array,
+    angles: jax.Array,
+    rotates: jax.Array | bool,
+    index: jax.Array | int,
+    architecture: Architecture,
+    attend: Attend,
+    cache: Any,
+    adapter: Adapter | None,
+) -> tuple[jax.Array, Any]:
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). x is [B, T, D]."""
+    B, T, _ = x.shape
+    C = architecture.head_channels
+
+    def project(inputs: jax.Array, names: tuple[str, ...], group: str) -> list[jax.Array]:
+        return input_group(inputs, names, GROUPS.index(group), weights, low_rank, index, adapter)
+
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, weights["attention_norm"], architecture.norm_epsilon)
+        q, k, v = project(normed, ("q", "k", "v"), "qkv")
+        q = q.reshape(B, T, architecture.query_heads, C)  # B T H C
+        k = k.reshape(B, T, architecture.kv_heads, C)  # B T K C
+        v = v.reshape(B, T, architecture.kv_heads, C)
+        context, cache = attend(rotate(q, angles, rotates), rotate(k, angles, rotates), v, cache)
+        (out,) = project(context.reshape(B, T, architecture.query_heads * C), ("o",), "o")
+        x = x + out
+    with jax.named_scope("mlp"):
+        normed = rms_norm(x, weights["mlp_norm"], architecture.norm_epsilon)
+        gate, up = project(normed, ("gate", "up"), "gate_up")  # B T F
+        (out,) = project(jax.nn.silu(gate) * up, ("down",), "down")
+        return x + out, cache
+
+
+def input_group(
+    x: jax.Array, names: tuple[str, ...], group: int, weights: Tree, low_rank: Tree, index: jax.Array | int, adapter: Adapter | None
+) -> list[jax.Array]:
+    """The projections `names` of one input [B, T, I], each with its LoRA term and bias if it has one.
+
+    Projections of a group see the same dropout mask (PEFT draws one per projection).
+    """
+    dropped = None
+    if adapter and adapter.keys is not None and adapter.rate and any(name in low_rank for name in names):
+        keep = keep_mask(adapter.keys, index, group, x.shape[-1], adapter.rate)
+        dropped = jnp.where(keep, x * jnp.asarray(1 / (1 - adapter.rate), x.dtype), 0)
+    outputs = []
+    for name in names:
+        if name in low_rank:
+            y = lora_linear(x, weights[name], low_rank[name]["a"], low_rank[name]["b"], adapter.scale, dropped)
+        else:
+            y = x @ weights[name]
+        bias = weights.get(f"{name}_bias")
+        outputs.append(y if bias is None else y + bias)
+    return outputs
+
+
+def logits_at(params: Tree, x: jax.Array, positions: jax.Array, architecture: Architecture) -> jax.Array:
+    """Final norm and vocabulary head at chosen positions only.
+
+    Args:
+      x: [B, T, D] of `forward`; positions: [B, S] int32.
+
+    Returns:
+      [B, S, V] f32.
+    """
+    with jax.named_scope("head"):
+        chosen = jnp.take_along_axis(x, positions[..., None], axis=1)  # B S D
+        return head(params, chosen, architecture)
+
+
+def head(params: Tree, x: jax.Array, architecture: Architecture) -> jax.Array:
+    """Final norm and vocabulary head: [..., D] -> [..., V] f32."""
+    normed = rms_norm(x, params["norm"], architecture.norm_epsilon)
+    table = params["embed"] if architecture.tied_head else params["head"]
+    return jnp.einsum("...d,vd->...v", normed, table, preferred_element_type=jnp.promote_types(normed.dtype, jnp.float32))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, statistics in f32 (at least)."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return normed.astype(x.dtype) * weight
+
+
+def rotary_angles(positions: jax.Array, architecture: Architecture) -> jax.Array:
+    """[B, T] positions -> [B, T, C/2] f32 angles in radians."""
+    return positions[..., None].astype(jnp.float32) * rotary_frequencies(architecture)
+
+
+def rotary_frequencies(architecture: Architecture) -> np.ndarray:
+    """[C/2] f32, radians per position, with the f32 roundings of transformers.
+
+    At position 100,000 one unit in the last place of a frequency turns a channel pair by 0.006
+    radians, so the values the models were trained with are the right ones, not the exact ones:
+    the power is rounded to f32, then its reciprocal (rounding once differs in a third of the channels).
+    """
+    C = architecture.head_channels
+    exponents = np.arange(0, C, 2).astype(np.float32) / np.float32(C)
+    power = np.float64(architecture.rope_theta) ** exponents.astype(np.float64)
+    frequencies = np.float32(1) / power.astype(np.float32)
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return frequencies
+    # Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, between them interpolated.
+    factor, low, high, length = map(
+        np.float32, (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length)
+    )
+    wavelength = np.float32(2 * math.pi) / frequencies
+    smooth = (length / wavelength - low) / (high - low)
+    between = (1 - smooth) * frequencies / factor + smooth * frequencies
+    return np.where(wavelength > length / low, frequencies / factor, np.where(wavelength < length / high, frequencies, between))
+
+
+def rotate(x: jax.Array, angles: jax.Array, rotates: jax.Array | bool = True) -> jax.Array:
+    """Rotary positions in Hugging Face's layout: channel c pairs with c + C/2. x is [B, T, heads, C]."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    cosine, sine = (f(angles).astype(wide)[:, :, None, :] for f in (jnp.cos, jnp.sin))  # B T 1 C/2
+    first, second = jnp.split(x.astype(wide), 2, axis=-1)
+    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    if rotates is True:
+        return turned.astype(x.dtype)
+    return jnp.where(rotates, turned.astype(x.dtype), x)

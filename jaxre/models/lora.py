@@ -1,0 +1,65 @@
+"""LoRA adapters: which projections, their factors, their scale, and merging into the base."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxre.config import Lora
+from jaxre.models.architecture import Architecture
+from jaxre.models.weights import Weight, places
+
+
+def scale_of(lora: Lora) -> float:
+    """alpha / rank (Hu et al. 2021), or alpha / sqrt(rank) (rsLoRA, Kalajdzievski 2023)."""
+    return lora.alpha / math.sqrt(lora.rank) if lora.rslora else lora.alpha / lora.rank
+
+
+def targets(architecture: Architecture, lora: Lora) -> list[tuple[Weight, tuple[str, ...], tuple[int, ...], tuple[str | None, ...]]]:
+    """The places of the base that the adapter targets, as `weights.places` gives them."""
+    return [place for place in places(architecture) if place[0].lora and place[0].name in lora.targets]
+
+
+def init_adapter(architecture: Architecture, lora: Lora, key: jax.Array) -> dict:
+    """Fresh factors in f32: A uniform in +-1/sqrt(inputs) as in PEFT (Kaiming, a = sqrt 5), B zero.
+
+    Returns:
+      `{"layers": {name: {"a": [L-1, I, R], "b": [L-1, R, O]}}, "last": {name: {"a": [I, R], "b": [R, O]}}}`.
+    """
+    factors: dict = {"layers": {}, "last": {}}
+    for number, (weight, path, shape, _) in enumerate(targets(architecture, lora)):
+        *stack, inputs, outputs = shape
+        bound = 1 / math.sqrt(inputs)
+        a = jax.random.uniform(jax.random.fold_in(key, number), (*stack, inputs, lora.rank), jnp.float32, -bound, bound)
+        factors[path[0]][weight.name] = {"a": a, "b": jnp.zeros((*stack, lora.rank, outputs), jnp.float32)}
+    return factors
+
+
+def adapter_axes(architecture: Architecture, lora: Lora) -> dict:
+    """Mesh axes of each factor, in the adapter's form; the rank is never sharded."""
+    axes: dict = {"layers": {}, "last": {}}
+    for weight, path, _, place in targets(architecture, lora):
+        *stack, inputs, outputs = place
+        axes[path[0]][weight.name] = {"a": (*stack, inputs, None), "b": (*stack, None, outputs)}
+    return axes
+
+
+def merge(params: dict, factors: dict, scale: float) -> dict:
+    """The base (numpy) with W + scale A B in place of each targeted W: formed in f32, cast once to W's dtype.
+
+    One layer is formed at a time, so the host holds the merged stack and one matrix in f32.
+    """
+    merged = dict(params)
+    for part in ("layers", "last"):
+        merged[part] = dict(params[part])
+        for name, factor in factors[part].items():
+            w, a, b = (np.asarray(value) for value in (params[part][name], factor["a"], factor["b"]))
+            whole = np.empty_like(w)
+            for layer in np.ndindex(w.shape[:-2]):  # () alone for the last layer
+                product = a[layer].astype(np.float32) @ b[layer].astype(np.float32)
+                whole[layer] = w[layer].astype(np.float32) + np.float32(scale) * product
+            merged[part][name] = whole
+    return merged

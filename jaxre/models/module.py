@@ -1,0 +1,49 @@
+"""The decoder as a Flax NNX module: defines and initialises the weights, and wraps the one forward pass.
+
+The loop does not see the module: `plain_weights` splits it once into a plain pytree.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxre.models import decoder
+from jaxre.models.architecture import Architecture
+from jaxre.models.weights import places, tree_of
+
+_INITIAL = {"zeros": lambda key, shape, dtype, _: jnp.zeros(shape, dtype), "ones": lambda key, shape, dtype, _: jnp.ones(shape, dtype)}
+
+
+class Decoder(nnx.Module):
+    """A decoder with random weights: `Decoder(architecture, rngs=nnx.Rngs(0))`."""
+
+    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+        self.architecture = architecture
+
+        def value(weight, shape):
+            if weight.initial == "normal":
+                return architecture.initializer_range * jax.random.normal(rngs.params(), shape, dtype)
+            return _INITIAL[weight.initial](None, shape, dtype, None)
+
+        self.weights = nnx.data(tree_of((path, nnx.Param(value(weight, shape))) for weight, path, shape, _ in places(architecture)))
+
+    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, visible_until: jax.Array | None = None) -> jax.Array:
+        """[B, T] int32 tokens -> [B, T, V] f32 logits; one example a row unless told otherwise."""
+        B, T = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
+        visible_until = jnp.full((B, T), T) if visible_until is None else visible_until
+        params = plain_weights(self)
+        x = decoder.forward(params, tokens, positions, visible_until, self.architecture)
+        return decoder.head(params, x, self.architecture)
+
+
+def plain_weights(module: Decoder) -> dict:
+    """The weights as nested dicts of arrays, in the form of `weights.py`."""
+    return jax.tree.map(lambda param: param[...], module.weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+
+def init_weights(architecture: Architecture, seed: int, dtype: jnp.dtype = jnp.float32) -> dict:
+    """Random base weights as a plain pytree."""
+    return plain_weights(Decoder(architecture, rngs=nnx.Rngs(seed), dtype=dtype))

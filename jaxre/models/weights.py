@@ -1,0 +1,115 @@
+"""The weight table: one declaration per weight that import, export, initialisation, sharding and LoRA read.
+
+Letters: L layers, D embedding, H query heads, K key/value heads, C head channels, F feed-forward,
+V vocabulary. `HC` is H x C, one dimension.
+
+Our pytree: `{"embed", "norm", ["head"], "layers": {name: [L-1, ...]}, "last": {name: [...]}}`.
+All layers but the last are stacked and scanned. The last is an entry of its own, never a slice of
+the stack: slicing the stack inside a step copies the whole base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jaxre.models.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One row of the table.
+
+    `dims` names each dimension of our array by letters; `axes` the mesh axis each is sharded
+    over. `hf` is the Hugging Face name, with `{layer}` where it belongs to a layer. Hugging
+    Face stores a linear map as [out, in]; ours is [in, out] where `transpose` is set.
+    `lora` is the input group of a projection that LoRA may target: projections of one group
+    read the same input. `switch` names the field of Architecture that turns the weight on.
+    """
+
+    name: str
+    dims: tuple[str, ...]
+    hf: str
+    axes: tuple[str | None, ...]
+    transpose: bool = False
+    initial: str = "normal"
+    lora: str | None = None
+    switch: str | None = None
+
+    def shape(self, architecture: Architecture) -> tuple[int, ...]:
+        return tuple(architecture.size(letters) for letters in self.dims)
+
+    @property
+    def in_layer(self) -> bool:
+        return "{layer}" in self.hf
+
+
+def _projection(name: str, dims: str, module: str, axes: tuple[str | None, ...], group: str) -> Weight:
+    return Weight(name, tuple(dims.split()), f"model.layers.{{layer}}.{module}.weight", axes, transpose=True, lora=group)
+
+
+def _bias(name: str, dim: str, module: str) -> Weight:
+    return Weight(name, (dim,), f"model.layers.{{layer}}.{module}.bias", ("tensor",), initial="zeros", switch="qkv_bias")
+
+
+def _norm(name: str, module: str) -> Weight:
+    return Weight(name, ("D",), f"model.layers.{{layer}}.{module}.weight", (None,), initial="ones")
+
+
+# Llama's and Qwen2's layout; they differ by the bias of q, k and v.
+DECODER = (
+    Weight("embed", ("V", "D"), "model.embed_tokens.weight", ("tensor", "fsdp")),
+    Weight("norm", ("D",), "model.norm.weight", (None,), initial="ones"),
+    Weight("head", ("V", "D"), "lm_head.weight", ("tensor", "fsdp"), switch="untied_head"),
+    _norm("attention_norm", "input_layernorm"),
+    _projection("q", "D HC", "self_attn.q_proj", ("fsdp", "tensor"), "qkv"),
+    _projection("k", "D KC", "self_attn.k_proj", ("fsdp", "tensor"), "qkv"),
+    _projection("v", "D KC", "self_attn.v_proj", ("fsdp", "tensor"), "qkv"),
+    _bias("q_bias", "HC", "self_attn.q_proj"),
+    _bias("k_bias", "KC", "self_attn.k_proj"),
+    _bias("v_bias", "KC", "self_attn.v_proj"),
+    _projection("o", "HC D", "self_attn.o_proj", ("tensor", "fsdp"), "o"),
+    _norm("mlp_norm", "post_attention_layernorm"),
+    _projection("gate", "D F", "mlp.gate_proj", ("fsdp", "tensor"), "gate_up"),
+    _projection("up", "D F", "mlp.up_proj", ("fsdp", "tensor"), "gate_up"),
+    _projection("down", "F D", "mlp.down_proj", ("tensor", "fsdp"), "down"),
+)
+
+
+def table(architecture: Architecture) -> tuple[Weight, ...]:
+    """The rows that this architecture has."""
+    return tuple(weight for weight in DECODER if weight.switch is None or getattr(architecture, weight.switch))
+
+
+def places(architecture: Architecture) -> Iterator[tuple[Weight, tuple[str, ...], tuple[int, ...], tuple[str | None, ...]]]:
+    """Every array of our pytree: (row, path, shape, axes); a stacked one has L-1 in front."""
+    for weight in table(architecture):
+        shape = weight.shape(architecture)
+        if not weight.in_layer:
+            yield weight, (weight.name,), shape, weight.axes
+            continue
+        yield weight, ("layers", weight.name), (architecture.layers - 1, *shape), (None, *weight.axes)
+        yield weight, ("last", weight.name), shape, weight.axes
+
+
+def tree_of(pairs: Iterator[tuple[tuple[str, ...], Any]]) -> dict:
+    """Nested dicts from (path, value) pairs."""
+    tree: dict = {}
+    for path, value in pairs:
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = value
+    return tree
+
+
+def parameter_count(architecture: Architecture) -> int:
+    """Number of base parameters, a tied head counted once."""
+    total = 0
+    for _, _, shape, _ in places(architecture):
+        size = 1
+        for length in shape:
+            size *= length
+        total += size
+    return total

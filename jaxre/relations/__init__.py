@@ -1,0 +1,1 @@
+"""The task: examples, labels, one reader per benchmark, prompts."""

@@ -1,0 +1,218 @@
+"""Records with named columns to examples: the logic that files and hub datasets share.
+
+Our fields are those of `FIELDS`. A field is read from the column that the mapping names, else
+from the column of its own name, else from the one that published copies use (`USUAL`). A field
+mapped to "" has no column, whatever columns there are.
+
+Where the entities are is taken from, in this order: marks in the text
+(`<e1>head</e1> ... <e2>tail</e2>`, which are removed), a span column (two-element list, or
+`head_start` and `head_end`; half-open characters of `text`), the one occurrence of the entity
+in the text. An entity that occurs several times gets no span; prompts then mark the first
+occurrence (`marks.locate`). Whatever is stated twice must agree.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from jaxre.errors import InputError
+from jaxre.relations.files import nearest
+from jaxre.relations.marks import Span, has_marks, has_tag, occurrences, strip_marks
+from jaxre.relations.schema import Example
+
+FIELDS = (
+    *("id", "text", "head", "tail", "head_type", "tail_type", "relation", "domain"),
+    *("head_span", "tail_span", "head_start", "head_end", "tail_start", "tail_end"),
+)
+# The columns of the study's hub copies (protocol.md), and the text column of the original SemEval there.
+USUAL = {"head": "entity1", "tail": "entity2", "head_type": "entity1Type", "tail_type": "entity2Type", "text": "sentence"}
+
+Columns = Mapping[str, str]  # our field -> column
+
+
+def resolve(mapping: Columns, names: Collection[str], place: str, labelled: bool = True) -> dict[str, str]:
+    """Which column holds which field.
+
+    Args:
+      mapping: our field -> column, from the config (`Source.columns`).
+      names: the columns there are.
+      place: file or dataset, for errors.
+      labelled: whether `relation` must be there.
+    Raises:
+      InputError: the mapping names an unknown field or column; there is no column for the text,
+        or (with `labelled`) the relation.
+    """
+    for field, name in mapping.items():
+        if field not in FIELDS:
+            raise InputError(f"{place}: columns.{field}: no such field; the nearest is {nearest(field, FIELDS)}")
+        if name and name not in names:
+            raise InputError(f"{place}: columns.{field}={name}: no such column; {_there_are(name, names)}")
+    column = {}
+    for field in FIELDS:
+        candidates = [mapping[field]] if field in mapping else [field, USUAL.get(field, field)]
+        present = [name for name in candidates if name in names]
+        if present:
+            column[field] = present[0]
+    for field in ("text", "relation") if labelled else ("text",):
+        if field not in column:
+            raise _no_column(place, field, names)
+    return column
+
+
+def _there_are(wanted: str, names: Collection[str]) -> str:
+    return f"the nearest of {', '.join(names)} is {nearest(wanted, names)}" if names else "there are no columns"
+
+
+def _no_column(place: str, field: str, names: Collection[str]) -> InputError:
+    marks = " (or mark the entities in the text: <e1>head</e1>, <e2>tail</e2>)" if field in ("head", "tail") else ""
+    return InputError(f'{place}: no column for "{field}"; {_there_are(field, names)}; map it with columns.{field}=NAME{marks}')
+
+
+def read_records(
+    records: Iterable[tuple[str, Mapping[str, Any]]],
+    column: Columns,
+    dataset: str,
+    split: str,
+    labelled: bool = True,
+    must_occur: bool = True,
+) -> list[Example]:
+    """One example per record, in order.
+
+    Args:
+      records: (place for errors, values by column name).
+      column: what `resolve` returned.
+      dataset, split: of the examples; an id is `dataset/split/own`, own being the id column or
+        the number of the record from 1. An empty split is left out.
+      labelled: whether every record must have a relation; if not, a missing one is "".
+      must_occur: whether an entity that does not occur in its text is an error. Some published
+        sets name entities in other words than the text; such an example then has no span.
+    Raises:
+      InputError: as the module says; the first record that cannot be used.
+    """
+    examples: list[Example] = []
+    place_of: dict[str, str] = {}
+    for number, (place, record) in enumerate(records, start=1):
+        values = _Record(place, record, column)
+        own = values.text("id") if "id" in column else str(number)
+        if own is None:
+            raise InputError(f'{place}: no "id"; add it, or number the records with columns.id=""')
+        if own in place_of:
+            raise InputError(f'{place}: id {own!r} is that of {place_of[own]}; correct it, or number the records with columns.id=""')
+        place_of[own] = place
+        prefix = f"{dataset}/{split}/" if split else f"{dataset}/"
+        examples.append(_example(values, prefix + own, dataset, split, labelled, must_occur))
+    return examples
+
+
+def _example(values: _Record, identity: str, dataset: str, split: str, labelled: bool, must_occur: bool) -> Example:
+    text = values.needed("text", strip=False)
+    marked: dict[str, Span | None] = {"head": None, "tail": None}
+    if has_marks(text) or (has_tag(text) and not values.places("head") and not values.places("tail")):
+        try:
+            text, marked["head"], marked["tail"] = strip_marks(text)
+        except ValueError as error:
+            raise InputError(f"{values.place}: {error}") from None
+    head, head_span = _entity(values, "head", text, marked["head"], must_occur)
+    tail, tail_span = _entity(values, "tail", text, marked["tail"], must_occur)
+    return Example(
+        id=identity,
+        dataset=dataset,
+        split=split,
+        text=text,
+        head=head,
+        tail=tail,
+        relation=values.needed("relation") if labelled else values.text("relation") or "",
+        head_type=values.type("head_type"),
+        tail_type=values.type("tail_type"),
+        head_span=head_span,
+        tail_span=tail_span,
+        domain=values.text("domain") or "general",
+    )
+
+
+def _entity(values: _Record, side: str, text: str, marked: Span | None, must_occur: bool) -> tuple[str, Span | None]:
+    """Name and span of the head or tail."""
+    name, stated = values.text(side), values.span(side)
+    span = marked or stated
+    if span:
+        if stated and stated != span:
+            raise InputError(f"{values.place}: {side}_span {list(stated)} differs from the marked {side} {list(span)}; remove one of them")
+        start, end = span
+        if not 0 <= start < end <= len(text):
+            raise InputError(
+                f"{values.place}: {side}_span [{start}, {end}] is not in the text ({len(text)} characters); give its half-open range"
+            )
+        spelled = text[start:end]
+        if name is not None and name != spelled:
+            hint = "the end is the first character after it" if text[start : end + 1] == name else f"correct the span or the {side}"
+            raise InputError(f"{values.place}: {side}_span [{start}, {end}] spells {_short(spelled)}, the {side} is {_short(name)}; {hint}")
+        return spelled, span
+    if not values.places(side):
+        raise _no_column(values.place, side, list(values.record))
+    if name is None:
+        raise InputError(f'{values.place}: no "{values.column.get(side, side)}"; add it or remove the record')
+    found = occurrences(text, name)
+    if not found and must_occur:
+        raise InputError(f"{values.place}: the {side} {_short(name)} does not occur in the text; correct its spelling or remove the record")
+    return name, found[0] if len(found) == 1 and text[slice(*found[0])] == name else None
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+class _Record:
+    """The values of one record by our field names; a missing column, null, NaN or blank is None."""
+
+    def __init__(self, place: str, record: Mapping[str, Any], column: Columns):
+        self.place, self.record, self.column = place, record, column
+
+    def places(self, side: str) -> bool:
+        """Whether there is a column that says what or where the head or tail is."""
+        return any(field in self.column for field in (side, f"{side}_span", f"{side}_start"))
+
+    def text(self, field: str, strip: bool = True) -> str | None:
+        """A value as text: 1 is "1", true is "true", and "NA", "no" or "null" are what they say."""
+        value = self.record.get(self.column[field]) if field in self.column else None
+        if value is None or value != value:  # NaN, what other tools write into Parquet for nothing
+            return None
+        if isinstance(value, bool):
+            value = str(value).lower()
+        if not isinstance(value, str | int | float):
+            raise InputError(f'{self.place}: "{self.column[field]}" is {_short(str(value))}, not text; give {field} one value per record')
+        value = str(value)
+        return (value.strip() if strip else value) if value.strip() else None
+
+    def needed(self, field: str, strip: bool = True) -> str:
+        value = self.text(field, strip)
+        if value is None:
+            mend = "; write the label, such as none" if field == "relation" else "; add it or remove the record"
+            raise InputError(f'{self.place}: no "{self.column[field]}"{mend}')
+        return value
+
+    def type(self, field: str) -> str | None:
+        value = self.text(field)
+        return None if value == "None" else value  # the study's hub copies write a missing type so
+
+    def span(self, side: str) -> Span | None:
+        """The stated span, from a list (in CSV: as text, `[3, 8]`) or from two columns."""
+        listed = self.record.get(self.column[f"{side}_span"]) if f"{side}_span" in self.column else None
+        if listed is None or listed == "":
+            bounds = [self.text(f"{side}_start"), self.text(f"{side}_end")]
+            if bounds == [None, None]:
+                return None
+        else:
+            bounds = listed
+        try:
+            start, end = json.loads(bounds) if isinstance(bounds, str) else bounds
+            return _whole(start), _whole(end)
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(f"{self.place}: {side}_span is {_short(str(bounds))}; give two whole numbers [start, end)") from None
+
+
+def _whole(value: Any) -> int:
+    if float(value) != int(float(value)):
+        raise ValueError
+    return int(float(value))

@@ -1,0 +1,222 @@
+"""CoNLL04 (Roth and Yih 2004), from either of its two public copies.
+
+`conll04` reads the unified JSON, `conll04_multihead` the original multi-head files. Both hold
+the same 1,441 sentences, entities and relations, but:
+- They share the test split and divide the other 1,153 sentences differently: train/validation
+  is 922/231 in the JSON, 910/243 in the multi-head files. Train on one and validate on the other
+  and you validate on training sentences: never mix them.
+- The JSON glues the final full stop to the last word, so that an entity there reads "Galveston.";
+  the multi-head files keep it apart. Nothing else differs (measured).
+- 20 distinct test sentences of the JSON also stand in its train split (18 to the letter, 2 with
+  other white space), 14 in validation (`sources.overlap` reports them).
+
+A text is the tokens joined by single spaces. Every related pair is one example. The files state
+no negatives (each sentence has a relation), so they are built: an ordered pair of two different
+entities of a sentence without a relation in that direction is a candidate for the label `none`.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxre.errors import InputError
+from jaxre.relations.draws import draw
+from jaxre.relations.files import read_lines, read_text, split_file
+from jaxre.relations.marks import Span
+from jaxre.relations.schema import Example
+
+UNIFIED = "conll04"
+MULTIHEAD = "conll04_multihead"
+NEGATIVE = "none"
+
+UNIFIED_FILES = {"train": "train.CoNLL04.json", "validation": "valid.CoNLL04.json", "test": "test.CoNLL04.json"}
+MULTIHEAD_FILES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Tokens with entities and relations; every range is a half-open range of tokens.
+
+    `id` is the position in the JSON array, or the number of the `#doc` line.
+    """
+
+    id: str
+    place: str
+    tokens: list[str]
+    entities: dict[Span, str]  # range -> type, in the order of the file
+    relations: dict[tuple[Span, Span], str]  # (head, tail) -> label
+
+
+def read_conll04(folder: Path, split: str | None, negatives: float = 1.0, seed: int = 42) -> list[Example]:
+    """The unified JSON copy; see `_examples` for arguments and order.
+
+    Raises:
+      InputError: unknown split, missing file, broken JSON, a sentence that does not fit its own
+        tokens or entities (names the sentence).
+    """
+    path = split_file(folder, UNIFIED, split, UNIFIED_FILES)
+    return _examples(_unified_sentences(path), UNIFIED, split, negatives, seed)
+
+
+def read_conll04_multihead(folder: Path, split: str | None, negatives: float = 1.0, seed: int = 42) -> list[Example]:
+    """The original multi-head copy; see `_examples` for arguments and order.
+
+    Raises:
+      InputError: unknown split, missing file, a line that does not parse (names file:line).
+    """
+    path = split_file(folder, MULTIHEAD, split, MULTIHEAD_FILES)
+    return _examples(_multihead_sentences(path), MULTIHEAD, split, negatives, seed)
+
+
+def _examples(sentences: Iterator[Sentence], dataset: str, split: str, negatives: float, seed: int) -> list[Example]:
+    """Positives and drawn negatives in the order of the sentences, positives of a sentence first.
+
+    Args:
+      sentences: of one split.
+      dataset, split: for the ids, such as `conll04/test/17/5-7/10-11` (sentence, head and tail tokens).
+      negatives: how many to draw per positive of the split; more than there are means all.
+      seed: of that draw, which hangs on the ids only. The draw for 1 contains the draw for 0.5.
+    """
+    positives, candidates, order = [], [], {}
+    for sentence in sentences:
+        offsets = [0, *itertools.accumulate(len(token) + 1 for token in sentence.tokens)]
+        text = " ".join(sentence.tokens)
+        related = list(sentence.relations.items())
+        unrelated = [(pair, NEGATIVE) for pair in itertools.permutations(sentence.entities, 2) if pair not in sentence.relations]
+        for (head, tail), label in related + unrelated:
+            head_span, tail_span = ((offsets[first], offsets[last] - 1) for first, last in (head, tail))
+            example = Example(
+                id=f"{dataset}/{split}/{sentence.id}/{head[0]}-{head[1]}/{tail[0]}-{tail[1]}",
+                dataset=dataset,
+                split=split,
+                text=text,
+                head=text[slice(*head_span)],
+                tail=text[slice(*tail_span)],
+                relation=label,
+                head_type=sentence.entities[head],
+                tail_type=sentence.entities[tail],
+                head_span=head_span,
+                tail_span=tail_span,
+            )
+            if example.id in order:
+                raise InputError(f"{sentence.place}: sentence {sentence.id} occurs twice; remove one of them")
+            order[example.id] = len(order)
+            (positives if (head, tail) in sentence.relations else candidates).append(example)
+    drawn = draw(candidates, round(min(negatives * len(positives), len(candidates))), f"negatives:{seed}")
+    return sorted(positives + drawn, key=lambda example: order[example.id])
+
+
+def _sentence(
+    number: str, place: str, tokens: list[str], entities: list[tuple[Span, str]], relations: list[tuple[Span, Span, str]]
+) -> Sentence:
+    """A checked sentence: every range within the tokens, every relation between two entities, no pair twice."""
+    types = dict(entities)
+    for first, last in types:
+        if not 0 <= first < last <= len(tokens):
+            raise InputError(f"{place}: entity [{first}, {last}) is outside the {len(tokens)} tokens; correct the range")
+    labels: dict[tuple[Span, Span], str] = {}
+    for head, tail, label in relations:
+        for side, span in (("head", head), ("tail", tail)):
+            if span not in types:
+                raise InputError(f"{place}: the {side} {list(span)} of {label} is not an entity of the sentence; add or correct it")
+        if (head, tail) in labels:
+            raise InputError(f"{place}: {list(head)} and {list(tail)} have two relations ({labels[head, tail]}, {label}); keep one")
+        labels[head, tail] = label
+    return Sentence(number, place, tokens, types, labels)
+
+
+def _unified_sentences(path: Path) -> Iterator[Sentence]:
+    """`{"tokens": [...], "entities": [[first, last, type]], "relations": [[first, last, first, last, label]]}`, in one array."""
+    try:
+        array = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    if not isinstance(array, list):
+        raise InputError(f"{path}: not an array of sentences")
+    for number, record in enumerate(array):
+        place = f"{path}: sentence {number}"
+        try:
+            if not isinstance(record["tokens"], list):
+                raise TypeError
+            tokens = [_string(token) for token in record["tokens"]]
+            entities = [((int(first), int(last)), _string(kind)) for first, last, kind in record["entities"]]
+            relations = [((int(a), int(b)), (int(c), int(d)), _string(label)) for a, b, c, d, label in record["relations"]]
+        except (KeyError, TypeError, ValueError):
+            raise InputError(
+                f"{place}: not a sentence; it has tokens, entities [first, last, type] and relations [first, last, first, last, label]"
+            ) from None
+        yield _sentence(str(number), place, tokens, entities, relations)
+
+
+def _string(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError
+    return value
+
+
+def _multihead_sentences(path: Path) -> Iterator[Sentence]:
+    """`#doc N`, then a token per line: index, token, BIO tag, list of relations, list of tails.
+
+    A relation stands on the last token of its head and points at the last token of its tail;
+    `['N']` pointing at the token itself means none. An `I-` tag that continues nothing begins an
+    entity (two tokens of train; the rule of the CoNLL scorer, and what the JSON copy has).
+    """
+    lines = read_lines(path)
+    starts = [at for at, line in enumerate(lines) if line.startswith("#doc")]
+    if not starts or starts[0] != 0:
+        raise InputError(f"{path}:1: no #doc line; is this the multi-head format?")
+    for start, end in itertools.pairwise([*starts, len(lines)]):
+        number = lines[start].removeprefix("#doc").strip()
+        tokens, tags, arrows = [], [], []
+        for at in range(start + 1, end):
+            if not lines[at].strip():
+                continue
+            token, tag, labels, tails = _token(f"{path}:{at + 1}", lines[at], len(tokens))
+            arrows += [(len(tokens), tail, label) for label, tail in zip(labels, tails, strict=True) if label != "N"]
+            tokens.append(token)
+            tags.append(tag)
+        entities = _entities(tags)
+        at_last = {span[1] - 1: span for span, _ in entities}
+        place = f"{path}:{start + 1}"
+        for token in itertools.chain.from_iterable(arrow[:2] for arrow in arrows):
+            if token not in at_last:
+                raise InputError(f"{place}: a relation of document {number} names token {token}, which ends no entity; correct it")
+        yield _sentence(number, place, tokens, entities, [(at_last[head], at_last[tail], label) for head, tail, label in arrows])
+
+
+def _token(place: str, line: str, index: int) -> tuple[str, str, list[str], list[int]]:
+    """Token, tag, relations and tail indices of one line."""
+    cells = line.split("\t")
+    if len(cells) != 5:
+        raise InputError(f"{place}: {len(cells)} columns; a token has 5, separated by tabs: index, token, tag, relations, tails")
+    if cells[0] != str(index):
+        raise InputError(f"{place}: index {cells[0]!r} where {index} was due; a line is missing or repeated")
+    if cells[2] != "O" and not (cells[2][:2] in ("B-", "I-") and cells[2][2:]):
+        raise InputError(f"{place}: tag {cells[2]!r}; write O, B-TYPE or I-TYPE")
+    try:
+        labels, tails = ast.literal_eval(cells[3]), ast.literal_eval(cells[4])
+        fits = len(labels) == len(tails) and all(isinstance(x, str) for x in labels) and all(type(x) is int for x in tails)
+    except (ValueError, SyntaxError, TypeError):
+        fits = False
+    if not fits or not cells[1]:
+        raise InputError(f"{place}: relations {cells[3]} and tails {cells[4]} must be lists of one length, such as ['Kill'] and [15]")
+    return cells[1], cells[2], labels, tails
+
+
+def _entities(tags: list[str]) -> list[tuple[Span, str]]:
+    """Token ranges and types of a sequence of BIO tags."""
+    entities: list[tuple[Span, str]] = []
+    for at, tag in enumerate(tags):
+        if tag == "O":
+            continue
+        kind = tag[2:]
+        if tag[0] == "I" and entities and entities[-1][0][1] == at and entities[-1][1] == kind:
+            entities[-1] = ((entities[-1][0][0], at + 1), kind)
+        else:
+            entities.append(((at, at + 1), kind))
+    return entities

@@ -1,0 +1,32 @@
+"""Random choices that hang on names alone: the same on every machine, in any order, in any process.
+
+Each is a SHA-256 of a seed and an id. A generator would make a choice depend on how many were
+made before it, hence on the order of a file; a hash does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+from jaxre.relations.schema import Example
+
+
+def digest(key: str) -> int:
+    """256 uniform bits for a name."""
+    return int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest(), "big")
+
+
+def fraction(key: str) -> float:
+    """A uniform number in [0, 1) for a name: its first 53 bits, so that rounding never gives 1."""
+    return (digest(key) >> 203) / 2**53
+
+
+def draw(examples: Iterable[Example], count: int, seed: int | str) -> list[Example]:
+    """`count` examples (all, if there are fewer), chosen by seed and id, in the order given.
+
+    A larger count only adds: the draw of 100 contains the draw of 50.
+    """
+    examples = list(examples)
+    ranks = sorted(range(len(examples)), key=lambda i: digest(f"{seed}:{examples[i].id}"))
+    return [examples[i] for i in sorted(ranks[:count])]

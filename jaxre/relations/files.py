@@ -1,0 +1,74 @@
+"""Text files of a benchmark: finding the one of a split, and reading it with errors that name the line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from jaxre.errors import InputError
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """The most similar of the `known` names (there must be one)."""
+    return max(sorted(known), key=lambda other: difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio())
+
+
+def read_text(path: Path) -> str:
+    """A whole UTF-8 file, without a byte order mark, line ends as they are.
+
+    Raises:
+      InputError: no such file, an unreadable or empty one, bytes that are not UTF-8 (names the line).
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty")
+    return text
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of `read_text` without their LF or CRLF; a final line end adds no line.
+
+    Only LF ends a line: `str.splitlines` would also break at U+2028 or U+0085 inside a sentence.
+    """
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
+    return lines if lines[-1] else lines[:-1]
+
+
+def check_split(dataset: str, split: str | None, splits: Collection[str]) -> str:
+    """`split`, or InputError with the splits there are."""
+    if split not in splits:
+        problem = "no split given" if split is None else f"no split {split!r}"
+        raise InputError(f"{dataset}: {problem}; choose one of {', '.join(splits)}")
+    return split
+
+
+def split_file(folder: Path, dataset: str, split: str | None, files: Mapping[str, str]) -> Path:
+    """The file of a split, wherever it lies below `folder` (releases unpack to different depths).
+
+    Args:
+      folder: where the benchmark was unpacked.
+      dataset: its name, for errors.
+      split: one of the keys of `files`.
+      files: split -> file name.
+    Raises:
+      InputError: unknown split; no folder; no such file below it, or more than one.
+    """
+    name = files[check_split(dataset, split, files)]
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder (benchmark {dataset}); set JAXRE_DATA to the folder that holds {folder.name}/")
+    found = sorted(folder.rglob(name))
+    if len(found) != 1:
+        problem = f"no {name} below it" if not found else f"{len(found)} files {name} below it"
+        raise InputError(f"{folder}: {problem} (benchmark {dataset}, split {split}); it must hold exactly one")
+    return found[0]

@@ -1,0 +1,118 @@
+"""Entity marks in a text: `<e1>head</e1> ... <e2>tail</e2>`, in and out, and finding an entity that has no span.
+
+A span is a half-open character range `(start, end)` of the text without marks.
+"""
+
+from __future__ import annotations
+
+import re
+
+Span = tuple[int, int]
+
+_TAG = re.compile(r"</?e[12]>")
+_TAGS = ("<e1>", "</e1>", "<e2>", "</e2>")
+
+
+def has_marks(text: str) -> bool:
+    """Whether all four tags occur."""
+    return all(tag in text for tag in _TAGS)
+
+
+def has_tag(text: str) -> bool:
+    """Whether any of the four tags occurs."""
+    return _TAG.search(text) is not None
+
+
+def strip_marks(text: str) -> tuple[str, Span, Span]:
+    """The text without its tags, the span of e1 and the span of e2.
+
+    Spans are trimmed of white space just inside a tag; the text itself keeps it. The two may
+    nest or cross.
+
+    Raises:
+      ValueError: a tag that is missing, occurs twice or closes before it opens; an entity
+        without text. The message names the tag; the caller adds the place.
+    """
+    at: dict[str, int] = {}
+    removed = 0
+    for tag in _TAG.finditer(text):
+        if tag.group() in at:
+            raise ValueError(f"{tag.group()} occurs twice; mark one head and one tail")
+        at[tag.group()] = tag.start() - removed
+        removed += len(tag.group())
+    missing = [tag for tag in _TAGS if tag not in at]
+    if missing:
+        raise ValueError(f"no {' and no '.join(missing)}; mark the head as <e1>head</e1> and the tail as <e2>tail</e2>")
+    plain = _TAG.sub("", text)
+    return plain, _trimmed(plain, "e1", at), _trimmed(plain, "e2", at)
+
+
+def _trimmed(plain: str, name: str, at: dict[str, int]) -> Span:
+    start, end = at[f"<{name}>"], at[f"</{name}>"]
+    if end < start:
+        raise ValueError(f"</{name}> stands before <{name}>; swap them")
+    inside = plain[start:end]
+    if not inside.strip():
+        raise ValueError(f"nothing between <{name}> and </{name}>; put the tags around the entity")
+    return start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())
+
+
+def insert_marks(text: str, head_span: Span | None, tail_span: Span | None) -> str:
+    """The text with the head in `<e1>` and the tail in `<e2>`; without a span, no marks.
+
+    `strip_marks` gives the spans back. Nested entities nest their tags (`<e1>New <e2>York</e2></e1>`;
+    of two equal spans e1 is outside); crossing entities cross them
+    (`<e1>a <e2>b</e1> c</e2>`), so that each tag stands exactly where its entity begins or ends.
+    """
+    tags = []
+    for name, span in (("e1", head_span), ("e2", tail_span)):
+        if span is None:
+            continue
+        start, end = span
+        # At one place what ends comes before what begins. Of two that begin, the longer is
+        # outside, hence first; of two that end, the one that began later is inside, hence first.
+        tags.append((start, 1, -end, name, f"<{name}>"))
+        tags.append((end, 0, -start, "e2" if name == "e1" else "e1", f"</{name}>"))
+    pieces, done = [], 0
+    for place, *_, tag in sorted(tags):
+        pieces += [text[done:place], tag]
+        done = place
+    return "".join([*pieces, text[done:]])
+
+
+def occurrences(text: str, entity: str) -> list[Span]:
+    """Where an entity stands in the text, from left to right.
+
+    As a word of its own if there is one ("US" is not found inside "USA" when "US" also stands
+    alone), else anywhere, else with other white space: published copies write
+    "Willowdell , Darke County" beside a text that has "Willowdell, Darke County".
+    """
+    if not entity:
+        return []
+    if entity in text:
+        found = [match.span() for match in re.finditer(re.escape(entity), text)]
+        alone = [(start, end) for start, end in found if not _inside_word(text, start) and not _inside_word(text, end)]
+        return alone or found
+    parts = [re.escape(part) for part in entity.split()]
+    return [match.span() for match in re.finditer(r"\s*".join(parts), text)] if len(parts) > 1 else []
+
+
+def _inside_word(text: str, place: int) -> bool:
+    return 0 < place < len(text) and text[place - 1].isalnum() and text[place].isalnum()
+
+
+def locate(
+    text: str, head: str, tail: str, head_span: Span | None = None, tail_span: Span | None = None
+) -> tuple[Span | None, Span | None]:
+    """The spans to mark: those given, else the first occurrences, else None.
+
+    Where an entity occurs several times, the first place that leaves the other entity free is
+    taken, so that a head and a tail with the same words are marked at two places.
+    """
+    heads = [head_span] if head_span else occurrences(text, head)
+    tails = [tail_span] if tail_span else occurrences(text, tail)
+    for first in heads:
+        for second in tails:
+            if first[1] <= second[0] or second[1] <= first[0]:
+                return first, second
+    return (heads[0] if heads else None), (tails[0] if tails else None)

@@ -1,0 +1,176 @@
+"""An example to chat turns: system turn, demonstrations, and the user turn that asks.
+
+    [{"role": "system", ...}, {"role": "user", ...}, {"role": "assistant", "content": "born_in"}, {"role": "user", ...}]
+
+The answer of the example itself is not among them: it is what the model is trained to add.
+"""
+
+from __future__ import annotations
+
+import string
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from jaxre.config import Prompt
+from jaxre.errors import InputError
+from jaxre.relations.draws import digest
+from jaxre.relations.marks import insert_marks, locate, strip_marks
+from jaxre.relations.schema import Example
+
+FIELDS = ("text", "marked", "head", "tail", "head_type", "tail_type")
+
+# What a template's {head_type} or {tail_type} says of an entity whose type is not known.
+UNKNOWN_TYPE = "entity"
+
+
+def turns(example: Example, prompt: Prompt, labels: Sequence[str], demonstrations: Sequence[Example] = ()) -> list[dict[str, str]]:
+    """The chat up to and including the user turn of `example`.
+
+    Args:
+      example: asked about; its relation is not used.
+      prompt: templates.
+      labels: the schema, for `prompt.enumerate`.
+      demonstrations: each becomes a user and an assistant turn, in this order.
+    Raises:
+      InputError: a template that cannot be filled.
+    """
+    chat = []
+    system = system_turn(prompt, labels)
+    if system is not None:
+        chat.append({"role": "system", "content": system})
+    for demonstration in demonstrations:
+        chat.append({"role": "user", "content": user_turn(demonstration, prompt)})
+        chat.append({"role": "assistant", "content": demonstration.relation})
+    return [*chat, {"role": "user", "content": user_turn(example, prompt)}]
+
+
+def system_turn(prompt: Prompt, labels: Sequence[str]) -> str | None:
+    """The system turn, with the sorted labels when `prompt.enumerate`; None if there is nothing to say."""
+    if not prompt.enumerate:
+        return prompt.system
+    listed = f"The answer is exactly one label from this allowed set: {', '.join(sorted(labels))}"
+    return listed if prompt.system is None else f"{prompt.system} {listed}"
+
+
+def user_turn(example: Example, prompt: Prompt) -> str:
+    """`prompt.user` filled with the example.
+
+    Raises:
+      InputError: a field that is not one of `FIELDS`, or a brace without its partner.
+    """
+    check_template(prompt.user)
+    return prompt.user.format(
+        text=example.text,
+        marked=marked_text(example),
+        head=example.head,
+        tail=example.tail,
+        head_type=example.head_type or UNKNOWN_TYPE,
+        tail_type=example.tail_type or UNKNOWN_TYPE,
+    )
+
+
+def check_template(template: str) -> None:
+    """Raises InputError, naming `prompt.user`, unless `str.format` can fill it with plain `FIELDS`."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise InputError(f"prompt.user: {error}; write {{{{ and }}}} for a literal brace") from None
+    for _, field, form, conversion in parts:
+        if field is None:
+            continue
+        if field not in FIELDS or form or conversion:
+            given = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            raise InputError(f"prompt.user: unknown field {{{given}}}; the fields are {', '.join(FIELDS)} ({{{{ is a literal brace)")
+
+
+def marked_text(example: Example) -> str:
+    """The text with `<e1>head</e1>` and `<e2>tail</e2>`.
+
+    An entity without a span is marked at its first occurrence (`marks.locate`), one that does
+    not occur is not marked. Nested and crossing entities: see `marks.insert_marks`.
+    """
+    return insert_marks(example.text, *locate(example.text, example.head, example.tail, example.head_span, example.tail_span))
+
+
+def parse_marked(text: str) -> Example:
+    """The example in a `--text "... <e1>head</e1> ... <e2>tail</e2> ..."` of the command line (relation "").
+
+    Raises:
+      InputError: a tag that is missing, occurs twice or closes before it opens.
+    """
+    try:
+        plain, head_span, tail_span = strip_marks(text)
+    except ValueError as error:
+        raise InputError(f"--text: {error}") from None
+    return Example(
+        id="text",
+        dataset="text",
+        split="",
+        text=plain,
+        head=plain[slice(*head_span)],
+        tail=plain[slice(*tail_span)],
+        relation="",
+        head_span=head_span,
+        tail_span=tail_span,
+    )
+
+
+def by_label(train: Iterable[Example]) -> dict[str, list[Example]]:
+    """Training examples per label, each list in an order that hangs on the ids only.
+
+    Sorted by hash, not by id: neighbouring ids are often pairs of one sentence.
+    """
+    pools = defaultdict(list)
+    for example in sorted(train, key=lambda example: digest(example.id)):
+        pools[example.relation].append(example)
+    return dict(pools)
+
+
+def choose_demonstrations(
+    train: Iterable[Example] | Mapping[str, Sequence[Example]], prompt: Prompt, seed: int, example: Example | None = None
+) -> list[Example]:
+    """The `prompt.shots` demonstrations for an example.
+
+    They go round the labels (each once before any twice), which labels and which of their
+    examples being drawn by hash: from the seed for `fixed`, from the seed and the example's id
+    for `per_example`. None shares its text with the example or with another. With `fixed`, all
+    examples have the same demonstrations but for those whose text is among them: they get the
+    next in line, or the prompt would hold their answer.
+
+    Args:
+      train: training examples in any order, or `by_label(train)`, which saves the grouping when
+        this is called for many examples.
+      prompt: how many, and which way.
+      seed: of the run.
+      example: the one asked about; may be None for `fixed`.
+    Raises:
+      InputError: fewer training examples with other texts than shots.
+      ValueError: `per_example` without an example.
+    """
+    if prompt.shots == 0:
+        return []
+    if prompt.demonstrations == "per_example" and example is None:
+        raise ValueError("per_example demonstrations need the example")
+    pools = train if isinstance(train, Mapping) else by_label(train)
+    key = f"{seed}:{example.id}" if prompt.demonstrations == "per_example" else str(seed)
+    order = sorted(pools, key=lambda label: digest(f"{key}:label:{label}"))
+    queues = [_from_drawn_place(pools[label], f"{key}:start:{label}") for label in order]
+    texts = set() if example is None else {example.text}
+    chosen: list[Example] = []
+    while queues and len(chosen) < prompt.shots:
+        for queue in list(queues):
+            candidate = next((one for one in queue if one.text not in texts), None)
+            if candidate is None:
+                queues.remove(queue)
+            elif len(chosen) < prompt.shots:
+                texts.add(candidate.text)
+                chosen.append(candidate)
+    if len(chosen) < prompt.shots:
+        raise InputError(f"prompt.shots={prompt.shots}: only {len(chosen)} training examples have a text of their own; lower it")
+    return chosen
+
+
+def _from_drawn_place(pool: Sequence[Example], key: str) -> Iterator[Example]:
+    """All of a pool, once around, from a place drawn by the key."""
+    start = digest(key) % len(pool)
+    return (pool[(start + step) % len(pool)] for step in range(len(pool)))

@@ -1,0 +1,113 @@
+"""Any JSON Lines, CSV or Parquet file as examples, with a column mapping (see `columns`).
+
+    dataset: data/dev.csv
+    columns: {head: entity1, tail: entity2, relation: label}
+
+Values stay as they are written: "no", "NA", "null" and 1 are labels, nothing becomes a missing
+value or a boolean. A file is one split. CSV has a header and commas; quotes as in RFC 4180.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxre.errors import InputError
+from jaxre.relations.columns import Columns, read_records, resolve
+from jaxre.relations.files import read_lines, read_text
+from jaxre.relations.schema import Example
+
+SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+Record = tuple[str, dict[str, Any]]  # place for errors, values by column
+
+
+def read_table(
+    path: Path, columns: Columns | None = None, dataset: str | None = None, split: str = "", labelled: bool = True
+) -> list[Example]:
+    """The records of a file, in order.
+
+    Args:
+      path: a .jsonl, .csv or .parquet file.
+      columns: our field -> column, where the names differ.
+      dataset: name for the examples; the file's name without suffix if not given.
+      split: split for the examples.
+      labelled: False lets a file without relations through (relation ""), for prediction.
+    Raises:
+      InputError: missing, empty or broken file, or a record that cannot be used (`columns`);
+        names the line (Parquet: the row) and the mend.
+    """
+    kind = path.suffix.lower()
+    if kind == ".jsonl":
+        records = list(_json_lines(path))
+    elif kind == ".csv":
+        records = list(_csv(path))
+    elif kind == ".parquet":
+        records = _parquet(path)
+    else:
+        raise InputError(f"{path}: unknown kind of file; convert it to one of {', '.join(SUFFIXES)}")
+    if not records:
+        raise InputError(f"{path}: the file has no records")
+    names = dict.fromkeys(name for _, record in records for name in record)
+    column = resolve(columns or {}, names, str(path), labelled)
+    return read_records(records, column, dataset or path.stem, split, labelled)
+
+
+def _json_lines(path: Path) -> Iterator[Record]:
+    for number, line in enumerate(read_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            # Numbers stay text: a label 1.0 or 1e3 keeps its spelling.
+            record = json.loads(line, parse_float=str, parse_int=str, parse_constant=str)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}:{number}: not valid JSON (character {error.pos + 1}: {error.msg}); write one object per line"
+            ) from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}:{number}: not a JSON object; write one object per line")
+        yield f"{path}:{number}", record
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    # newline="" as the csv module asks, so that CRLF ends a record and a quoted line end is kept.
+    rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    header: list[str] | None = None
+    line = 1
+    limit = csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
+    try:
+        for cells in rows:
+            place, line = f"{path}:{line}", rows.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                if len(set(header)) != len(header):
+                    raise InputError(f"{place}: the header names a column twice; rename one of them")
+                continue
+            if len(cells) != len(header):
+                raise InputError(
+                    f"{place}: {len(cells)} cells under {len(header)} columns; quote a text that has a comma, quote or line end"
+                )
+            yield place, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise InputError(f"{path}:{line}: not valid CSV: {error}; double a quote inside a quoted text") from None
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _parquet(path: Path) -> list[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+    return [(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]

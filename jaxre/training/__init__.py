@@ -1,0 +1,1 @@
+"""Training: the objective, the update step, sharding, the loop."""

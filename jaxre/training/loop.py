@@ -1,0 +1,269 @@
+"""The whole run, from a config to a run folder: `train(load_config("configs/quickstart.yaml"))`.
+
+One function, told in chapters. The update itself is in `step.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxre_kernels.attention import choose as choose_attention
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from jaxre.checkpoints.huggingface import resolve_model, save_base
+from jaxre.checkpoints.peft import save_adapter
+from jaxre.checkpoints.run_store import RunStore
+from jaxre.checkpoints.source import compute_dtype
+from jaxre.config import Config, load_config, save_config
+from jaxre.data.dataset import Dataset, load_dataset, make_plan
+from jaxre.data.loader import updates
+from jaxre.data.packing import Plan
+from jaxre.data.rows import Rows, empty_rows
+from jaxre.errors import InputError
+from jaxre.models.weights import parameter_count
+from jaxre.training import sharding
+from jaxre.training.initial import Initial, initial_state
+from jaxre.training.log import RunLog
+from jaxre.training.step import Metrics, State, make_optimiser, make_schedule, make_update
+from jaxre.training.validate import Validation
+
+
+def train(config: Config, console: Console | None = None) -> Path:
+    """Runs or resumes a run and returns its folder.
+
+    A folder that holds checkpoints of the same config is continued where it stopped; the loss
+    curve goes on as if it had not.
+
+    Raises:
+      InputError: anything in the config, data, weights or run folder that cannot be used.
+    """
+    console = console or Console()
+    first_process = jax.process_index() == 0
+    say = console.print if first_process else lambda *_: None
+
+    # ---- data -------------------------------------------------------------------------------
+    folder = resolve_model(config.model.path)
+    mesh = sharding.make_mesh(config.mesh)
+    dataset = load_dataset(config, folder)
+    plan = make_plan(config, dataset.train.tokens, sharding.row_shards(mesh))
+    steps = min(len(plan.updates), config.train.max_steps or len(plan.updates))
+    epoch_steps = plan.epoch_ends[0]
+
+    # ---- model and state --------------------------------------------------------------------
+    dtype = compute_dtype(config.model.dtype)
+    optimiser = make_optimiser(config, steps)
+    initial = initial_state(config, folder, dtype, optimiser, mesh)
+    state, base, architecture = initial.state, initial.base, initial.architecture
+    validation = Validation(config, dataset, architecture, dtype, mesh) if dataset.validation else None
+
+    # ---- run folder: only once everything above has been accepted ---------------------------
+    run = open_run_folder(config, first_process)
+    store = RunStore(run / "checkpoints", config.train.keep, config.train.best)
+
+    # ---- compile: every shape before step 1, so that nothing compiles later -------------------
+    compiled = compile_updates(config, plan, initial, optimiser, dtype, mesh)
+    say(describe(config, dataset, plan, initial, compiled, mesh, steps))
+
+    # ---- resume -----------------------------------------------------------------------------
+    start = store.latest or 0
+    if start:
+        state = store.restore(start, state)
+        say(f"resumed {run} at step {start} of {steps}")
+    log = RunLog(run, start, first_process)
+
+    # ---- updates ----------------------------------------------------------------------------
+    evaluate_every = config.train.evaluate_every or epoch_steps
+    checkpoint_every = config.train.checkpoint_every or evaluate_every
+    row_sharding = sharding.row_sharding(mesh)
+    schedule = make_schedule(config, steps)
+    clock = Clock(dataset, plan, start)
+    pending: list[Metrics] = []
+    with progress_bar(console, first_process) as bar:
+        task = bar.add_task("train", total=steps, completed=start, told="")
+        for step, rows in enumerate(prepared(dataset, plan, start, steps), start + 1):
+            shape = plan.updates[step - 1].shape
+            state, metrics = compiled[shape](state, base, sharding.put_rows(rows, row_sharding))
+            pending.append(metrics)
+
+            if step % config.train.log_every == 0 or step == steps or step % evaluate_every == 0 or step % checkpoint_every == 0:
+                losses = jax.device_get(pending)  # the only wait for the device
+                speed = clock.read(step)
+                for number, one in enumerate(losses, step - len(losses) + 1):
+                    rate = float(schedule(number - 1))
+                    log.write("train", number, {"loss": float(one.loss), "gradient_norm": float(one.gradient_norm), "learning_rate": rate})
+                log.write("speed", step, speed)
+                log.flush()
+                pending = []
+                told = f"loss {losses[-1].loss:.4f}  {speed['examples_per_second']:.1f} examples/s  {speed['tokens_per_second']:.0f} tokens/s"
+                bar.update(task, completed=step, told=told)
+                if not np.isfinite(losses[-1].loss):
+                    raise InputError(f"{run}: the loss is {losses[-1].loss} at step {step}; lower train.learning_rate and start again")
+
+            validated = None
+            if validation and (step % evaluate_every == 0 or step == steps):
+                with clock.paused():
+                    validated = validation.run(state.trainable, base)
+                log.write("validation", step, validated)
+                say(f"step {step}: " + "  ".join(f"validation {name} {value:.4f}" for name, value in validated.items()))
+            if step % checkpoint_every == 0 or step == steps or validated:
+                with clock.paused():
+                    store.save(step, state, validated)
+    store.wait()
+
+    # ---- the best checkpoint, for others to load ----------------------------------------------
+    best = store.best_step
+    if best != steps or start == steps:
+        state = store.restore(best, state)
+    log.write("end", steps, {"best_step": best, "train_seconds": clock.seconds, "compilations": len(compiled)})
+    log.close()
+    store.close()
+    save_result(run, config, initial, state, folder)
+    say(f"best checkpoint: step {best}; written to {run}")
+    return run
+
+
+def prepared(dataset: Dataset, plan: Plan, start: int, steps: int) -> Iterator[Rows]:
+    """The rows of the updates after `start`, up to `steps`."""
+    return (rows for rows, _ in zip(updates(dataset.train.tokens, plan, start), range(start, steps), strict=False))
+
+
+def open_run_folder(config: Config, first_process: bool) -> Path:
+    """The run folder with its `config.yaml`. Raises InputError if it holds another run's."""
+    run = config.run_folder
+    saved = run / "config.yaml"
+    if saved.is_file():
+        if load_config(saved) != config:
+            raise InputError(f"{run}: holds a run with another config; remove it, or give this one another name (name=...)")
+    elif run.exists() and any(run.iterdir()):
+        raise InputError(f"{run}: exists and is not a run folder; remove it or name another (output=..., name=...)")
+    if first_process:
+        run.mkdir(parents=True, exist_ok=True)
+        save_config(config, saved)
+    return run
+
+
+def compile_updates(config: Config, plan: Plan, initial: Initial, optimiser: Any, dtype: Any, mesh: jax.sharding.Mesh) -> dict:
+    """The compiled update of each row shape of the plan."""
+    update = make_update(config, initial.architecture, optimiser, dtype, sharding.constrain_rows(mesh))
+    outputs = (jax.tree.map(lambda leaf: leaf.sharding, initial.state), Metrics(*(sharding.replicated(mesh),) * 2))
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=outputs)
+    row_sharding = sharding.row_sharding(mesh)
+    compiled = {}
+    for shape in plan.shapes:
+        one = empty_rows(shape)
+        micro = len(plan.updates[0].micro)
+        rows = Rows(*(jax.ShapeDtypeStruct((micro, *array.shape), array.dtype, sharding=row_sharding) for array in one))
+        compiled[shape] = jitted.lower(initial.state, initial.base, rows).compile()
+    return compiled
+
+
+def save_result(run: Path, config: Config, initial: Initial, state: State, folder: Path) -> None:
+    """Writes `adapter/` (PEFT) or `model/` (Hugging Face) from the state, replacing those of an earlier end."""
+    trained = fetch(state.trainable)
+    if jax.process_index():
+        return
+    if config.train.method == "lora":
+        save_adapter(run / "adapter", initial.architecture, config.lora, trained, config.model.path, folder, replace=True)
+    else:
+        save_base(run / "model", initial.architecture, trained, folder, config=config.model.architecture, replace=True)
+
+
+def fetch(tree: Any) -> Any:
+    """The whole arrays on the host, on every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, compiled: dict, mesh: jax.sharding.Mesh, steps: int) -> Table:
+    """What was chosen for this run, before its first step."""
+    tokens = dataset.train.tokens
+    pad, supervised = plan.fill(tokens.lengths, tokens.supervised)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(initial.state.trainable))
+    total = parameter_count(initial.architecture)
+    attention, why = choose_attention()
+    table = Table(title=f"run {config.name}", show_header=False)
+    for name, value in (
+        ("parameters", f"{trained:,} trained, {total if config.train.method == 'lora' else 0:,} frozen ({initial.dtype})"),
+        ("examples", f"{len(tokens):,} ({len(dataset.train.dropped)} too long, {'from' if dataset.train.from_cache else 'written to'} the token cache)"),
+        ("updates", f"{steps:,} ({config.train.epochs} epochs of {plan.epoch_ends[0]:,})"),
+        ("rows", ", ".join(f"{len(plan.updates[0].micro)} x {s.rows} x {s.length}, {s.supervised} supervised" for s in plan.shapes)),
+        ("pad share", f"{pad:.1%}"),
+        ("supervised share", f"{supervised:.1%} of real tokens"),
+        ("devices", f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}, tensor {mesh.shape['tensor']})"),
+        ("attention", f"{attention} ({why})"),
+        ("compilations", f"{len(compiled)}, one a row shape"),
+        ("compiled memory", memory_of(compiled)),
+    ):
+        table.add_row(name, value)
+    return table
+
+
+def memory_of(compiled: dict) -> str:
+    """Bytes per device of the largest compiled step, in words."""
+    largest = max((one.memory_analysis() for one in compiled.values()), key=lambda memory: memory.temp_size_in_bytes)
+    kept, temporary = largest.argument_size_in_bytes, largest.temp_size_in_bytes
+    return f"{(kept + temporary) / 2**20:,.0f} MiB a device ({kept / 2**20:,.0f} weights, state and rows; {temporary / 2**20:,.0f} temporary)"
+
+
+def progress_bar(console: Console, shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn(), console=console, disable=not shown
+    )
+
+
+@dataclass
+class Clock:
+    """Training time without its pauses, and what was done in it."""
+
+    dataset: Dataset
+    plan: Plan
+    start: int
+    pauses: float = 0.0
+
+    def __post_init__(self) -> None:
+        lengths = self.dataset.train.tokens.lengths
+        chosen = [np.fromiter((i for rows in update.micro for row in rows for i in row), np.int64) for update in self.plan.updates]
+        self.examples = np.cumsum([0, *(len(one) for one in chosen)])
+        self.tokens = np.cumsum([0, *(int(lengths[one].sum()) for one in chosen)])
+        self.began = time.perf_counter()
+        self.last = (self.start, 0.0)
+
+    @property
+    def seconds(self) -> float:
+        """Since the first step of this process, pauses left out."""
+        return time.perf_counter() - self.began - self.pauses
+
+    def read(self, step: int) -> dict[str, float]:
+        """Examples and real tokens per second since the last reading."""
+        before, then = self.last
+        self.last = (step, self.seconds)
+        passed = max(self.last[1] - then, 1e-9)
+        return {
+            "examples_per_second": float(self.examples[step] - self.examples[before]) / passed,
+            "tokens_per_second": float(self.tokens[step] - self.tokens[before]) / passed,
+            "seconds": self.last[1],
+        }
+
+    def paused(self) -> _Pause:
+        return _Pause(self)
+
+
+@dataclass
+class _Pause:
+    clock: Clock
+
+    def __enter__(self) -> None:
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.pauses += time.perf_counter() - self.began

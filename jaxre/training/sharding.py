@@ -1,0 +1,101 @@
+"""The device mesh (data, fsdp, tensor) and where every array lies on it.
+
+Rows are split over data x fsdp. Weights are split as the weight table says; a dimension that an
+axis does not divide is kept whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxre.config import Lora, Mesh
+from jaxre.data.rows import Rows
+from jaxre.errors import InputError
+from jaxre.models.architecture import Architecture
+from jaxre.models.lora import adapter_axes
+from jaxre.models.weights import places, tree_of
+
+Tree = Any
+ROWS = ("data", "fsdp")
+
+
+def make_mesh(mesh: Mesh, devices: list | None = None) -> jax.sharding.Mesh:
+    """The mesh over all devices. Raises InputError if the axes do not use them up."""
+    devices = jax.devices() if devices is None else devices
+    rest, left = divmod(len(devices), mesh.fsdp * mesh.tensor)
+    data = mesh.data or max(1, rest)
+    if left and mesh.data is None or data * mesh.fsdp * mesh.tensor != len(devices):
+        raise InputError(
+            f"mesh {data} x {mesh.fsdp} x {mesh.tensor} (data x fsdp x tensor) does not fit {len(devices)} devices; "
+            "correct mesh.data, mesh.fsdp, mesh.tensor"
+        )
+    return jax.make_mesh((data, mesh.fsdp, mesh.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def row_shards(mesh: jax.sharding.Mesh) -> int:
+    """How many devices share the rows of a batch."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _named(mesh: jax.sharding.Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
+    fitted = [axis if axis and length % mesh.shape[axis] == 0 else None for length, axis in zip(shape, axes, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*fitted))
+
+
+def base_shardings(architecture: Architecture, mesh: jax.sharding.Mesh) -> Tree:
+    """Shardings of the base weights, in their form."""
+    return tree_of((path, _named(mesh, shape, axes)) for _, path, shape, axes in places(architecture))
+
+
+def adapter_shardings(architecture: Architecture, lora: Lora, factors: Tree, mesh: jax.sharding.Mesh) -> Tree:
+    """Shardings of LoRA factors (arrays or shapes), in their form."""
+    axes = adapter_axes(architecture, lora)
+    return jax.tree.map(lambda leaf, names: _named(mesh, leaf.shape, names), factors, axes)
+
+
+def optimiser_shardings(optimiser: optax.GradientTransformation, shapes: Tree, shardings: Tree, mesh: jax.sharding.Mesh) -> Tree:
+    """Moments lie as their parameters do, counters everywhere."""
+    return optax.tree_map_params(
+        optimiser,
+        lambda _, sharding: sharding,
+        shapes,
+        shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def row_sharding(mesh: jax.sharding.Mesh, leading: int = 1) -> NamedSharding:
+    """Of arrays [A, B, ...] (leading=1) or [B, ...] (leading=0), split over rows."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, ROWS))
+
+
+def constrain_rows(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Keeps [B, T, D] activations split over rows, so that the weights move and not the activations."""
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS, None, None))
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def put(tree: Tree, shardings: Tree) -> Tree:
+    """Host arrays onto the mesh. Every process holds the whole array and gives the parts its devices own."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        return jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index])
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def put_rows(rows: Rows, sharding: NamedSharding) -> Rows:
+    """An update's host arrays onto the mesh."""
+    return put(rows, Rows(*(sharding,) * len(rows)))

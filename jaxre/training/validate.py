@@ -1,0 +1,75 @@
+"""Validation during training: loss per supervised token, and F1 of the scored labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxre.config import Config
+from jaxre.data.dataset import Dataset
+from jaxre.data.packing import plan_by_tokens
+from jaxre.data.rows import Rows, fill_update
+from jaxre.evaluation.metrics import score
+from jaxre.inference.model import Model
+from jaxre.inference.scoring import label_answers, plan_scoring, run_scoring
+from jaxre.models.architecture import Architecture
+from jaxre.models.lora import scale_of
+from jaxre.training import sharding
+from jaxre.training.step import loss_sum, model_of
+
+Tree = Any
+
+
+class Validation:
+    """The validation split, tokenised and packed once; `run` measures the current weights on it.
+
+    Both steps are compiled once, at the first `run`, and take the weights as arguments.
+    """
+
+    def __init__(self, config: Config, dataset: Dataset, architecture: Architecture, dtype: np.dtype, mesh: jax.sharding.Mesh):
+        self.config, self.architecture, self.dtype = config, architecture, dtype
+        self.sharding = sharding.row_sharding(mesh, leading=0)
+        self.split = dataset.validation
+        shards = sharding.row_shards(mesh)
+        tokens = self.split.tokens
+        rows = max(1, config.predict.batch_tokens // config.train.row_length // shards) * shards
+        plan = plan_by_tokens(
+            tokens.lengths, tokens.supervised, seed=0, epochs=1, row_length=config.train.row_length, rows=rows, accumulation=1
+        )
+        self.batches = [Rows(*(array[0] for array in fill_update(tokens, tokens.owners, update))) for update in plan.updates]
+        self.scoring = None
+        if dataset.template is not None:
+            prompts, answers = label_answers(dataset.template, self.split.questions, dataset.schema.labels)
+            self.labels = dataset.schema.labels
+            self.scoring = plan_scoring(
+                prompts,
+                answers,
+                architecture,
+                batch_tokens=config.predict.batch_tokens,
+                shards=shards,
+                names=[example.id for example in self.split.examples],
+            )
+        constrain = sharding.constrain_rows(mesh)
+
+        def batch_loss(trainable: Tree, base: Tree, rows: Rows) -> jax.Array:
+            params, adapter = model_of(trainable, base, config, None, dtype)
+            return loss_sum(params, adapter, rows, architecture, constrain)
+
+        self.batch_loss = jax.jit(batch_loss, out_shardings=sharding.replicated(mesh))
+
+    def run(self, trainable: Tree, base: Tree) -> dict[str, float]:
+        """`loss` per supervised token and, for relations, `f1` (positive-class micro) and `accuracy`."""
+        sums = [self.batch_loss(trainable, base, sharding.put_rows(rows, self.sharding)) for rows in self.batches]
+        count = sum(float(rows.weights.sum()) for rows in self.batches)
+        measured = {"loss": float(sum(map(float, sums)) / count)}
+        if self.scoring is None:
+            return measured
+        params, adapter = model_of(trainable, base, self.config, None, self.dtype)
+        factors = adapter.factors if adapter else None
+        model = Model(params, self.architecture, factors, scale_of(self.config.lora))
+        scores = run_scoring(model, self.scoring, sharding=self.sharding)
+        predicted = [self.labels[best] for best in scores.argmax(axis=1)]
+        found = score([example.relation for example in self.split.examples], predicted)
+        return measured | {"f1": found.f1, "accuracy": found.accuracy}

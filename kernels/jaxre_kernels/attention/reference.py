@@ -1,0 +1,54 @@
+"""Attention over packed rows in plain XLA: the CPU path and the oracle of every kernel.
+
+A row is a forest of prefix trees laid out depth first. Each node's subtree is one stretch of
+the row, so one number per token says who sees it: token i sees token j exactly when
+`j <= i < visible_until[j]`. A pad token j has `visible_until[j] = j + 1` and sees itself.
+
+Letters: B rows, T tokens in a row, H query heads, K key/value heads, G = H/K, C head channels.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def visible_mask(visible_until: jax.Array) -> jax.Array:
+    """[B, T] int32 -> [B, T, T] bool; entry [b, i, j] is whether token i sees token j."""
+    index = jnp.arange(visible_until.shape[-1])
+    before = index[None, :] <= index[:, None]  # T T
+    return before & (index[:, None] < visible_until[:, None, :])
+
+
+def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax attention with grouped heads under an explicit mask, softmax in f32 (at least).
+
+    Args:
+      q: [B, T, H, C] float.
+      k, v: [B, U, K, C] of q's dtype; query head h uses key head h // (H / K).
+      mask: [B, T, U] bool, true where a query sees a key. Every query must see a key.
+
+    Returns:
+      [B, T, H, C] of q's dtype.
+    """
+    B, T, H, C = q.shape
+    K = k.shape[2]
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    grouped = q.reshape(B, T, K, H // K, C)
+    scores = jnp.einsum("btkgc,bukc->bkgtu", grouped, k, preferred_element_type=wide) * C**-0.5
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    context = jnp.einsum("bkgtu,bukc->btkgc", weights, v, preferred_element_type=wide)
+    return context.reshape(B, T, H, C).astype(q.dtype)
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible_until: jax.Array) -> jax.Array:
+    """Attention in which each token sees its own ancestors and nothing else.
+
+    Args:
+      q: [B, T, H, C] float; k, v: [B, T, K, C]; visible_until: [B, T] int32.
+
+    Returns:
+      [B, T, H, C] of q's dtype.
+    """
+    return masked_attention(q, k, v, visible_mask(visible_until))

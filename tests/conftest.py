@@ -1,0 +1,36 @@
+"""What all tests share: the real data and models beside the repository.
+
+Without them a test that needs them is skipped and says why; where the variable CI is set it
+fails, so that no pipeline is green because nothing was tested.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _shared(name: str, variable: str) -> Path:
+    folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)
+    if not folder.is_dir():
+        reason = f"{folder} is not there; set {variable} to the folder of the real {name}"
+        if os.environ.get("CI"):
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the real benchmarks: JAXRE_DATA, else ../shared/data beside the repository."""
+    return _shared("data", "JAXRE_DATA")
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """Folder of real tokenizers and weights: JAXRE_MODELS, else ../shared/models beside the repository."""
+    return _shared("models", "JAXRE_MODELS")
