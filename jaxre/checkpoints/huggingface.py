@@ -182,6 +182,15 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
+def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape in its layout, of every tensor that a folder of this architecture must have."""
+    return {
+        name: weight.shape(architecture)[:: -1 if weight.transpose else 1]
+        for weight, path, _, _ in places(architecture)
+        for name in _hf_names_at(architecture, weight, path)
+    }
+
+
 def hf_tensors(architecture: Architecture, params: dict, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, tensor in its layout) of each base weight; a tied head is not written."""
     for weight, path, _, _ in places(architecture):
@@ -278,18 +287,16 @@ def _stored(file, name: str, path: Path) -> tuple[tuple[int, ...], str]:
 
 def _check_tensors(folder: Path, architecture: Architecture, stored: dict[str, tuple[tuple[int, ...], str]]) -> None:
     """Raises InputError listing every tensor that is missing, misshapen, of no floating-point type, or not known."""
-    problems, known = [], set()
-    for weight, path, _, _ in places(architecture):
-        expected = weight.shape(architecture)[:: -1 if weight.transpose else 1]
-        for name in _hf_names_at(architecture, weight, path):
-            known.add(name)
-            shape, kind = stored.get(name, (None, None))
-            if shape is None:
-                problems.append(f"{name} is missing")
-            elif shape != expected:
-                problems.append(f"{name} has shape {list(shape)}, expected {list(expected)}")
-            elif kind not in STORED_DTYPES:
-                problems.append(f"{name} is stored as {kind}, which is not one of {', '.join(STORED_DTYPES)}")
+    problems, shapes = [], hf_shapes(architecture)
+    for name, expected in shapes.items():
+        shape, kind = stored.get(name, (None, None))
+        if shape is None:
+            problems.append(f"{name} is missing")
+        elif shape != expected:
+            problems.append(f"{name} has shape {list(shape)}, expected {list(expected)}")
+        elif kind not in STORED_DTYPES:
+            problems.append(f"{name} is stored as {kind}, which is not one of {', '.join(STORED_DTYPES)}")
+    known = set(shapes)
     if architecture.tied_head:
         known.add("lm_head.weight")  # compared with the embeddings by the caller
     problems += [f"{name} is not known" for name in sorted(stored) if name not in known and not HARMLESS.fullmatch(name)]

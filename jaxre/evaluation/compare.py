@@ -109,19 +109,22 @@ def compare(predictions: Sequence[Prediction], cache: Cache, label_map: LabelMap
 
     Raises:
       InputError: nothing joins (shows an id and a hash of each side); several models and none named;
-        a gold label that the map does not list; gold labels that the two sides spell differently.
+        a prediction without gold label, or one that the map does not list; gold labels that the two
+        sides spell differently.
     """
     answers, notes = _select(cache, predictions, model)
     found, not_joined = _join(predictions, answers, cache)
     if not found:
         raise InputError(_nothing_joined(predictions, answers, cache))
     rows, theirs = [row for row, _ in found], [answer for _, answer in found]
+    if unlabelled := [row.example_id for row in rows if not row.relation]:
+        raise InputError(f"{len(unlabelled):,} predictions have no gold label (first {unlabelled[0]!r}); fill the column relation")
 
     gold = [_one_negative(label_map.gold(row.relation, row.example_id) if label_map else row.relation) for row in rows]
     ours = [_one_negative(label_map.predicted(row.generated_relation) if label_map else row.generated_relation) for row in rows]
-    cached = [_one_negative(label_map.predicted(answer.label) if label_map else answer.label) for answer in theirs]
+    cached = [_one_negative(label_map.cached(answer.label) if label_map else answer.label) for answer in theirs]
     notes += _check_gold(rows, gold, theirs, label_map, cache)
-    if label_map and (strays := sum(not label_map.lists(row.generated_relation) for row in rows)):
+    if label_map and (strays := sum(not (is_negative(label) or label_map.is_common(label)) for label in ours)):
         notes.append(f"{strays:,} of our predictions are not in {label_map.place}; they count as wrong")
 
     ours_right, cached_right = _right(ours, gold), _right(cached, gold)
@@ -206,7 +209,7 @@ def _check_gold(rows, gold, theirs, label_map, cache) -> list[str]:
     differ = [
         (row, mine, answer)
         for row, mine, answer in zip(rows, gold, theirs, strict=True)
-        if answer.gold and not _same(_one_negative(label_map.predicted(answer.gold) if label_map else answer.gold), mine)
+        if answer.gold and not _same(_one_negative(label_map.cached(answer.gold) if label_map else answer.gold), mine)
     ]
     positive = sum(normalise_label(label) not in NEGATIVES for label in gold)
     if not differ:

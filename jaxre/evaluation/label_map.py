@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from jaxre.config import parse_yaml
@@ -29,13 +30,21 @@ class LabelMap:
         except KeyError:
             raise InputError(f"{self.place}: no entry for the label {label!r} (example {example_id}); add `{label}: COMMON`") from None
 
-    def lists(self, label: str) -> bool:
-        """Whether the map has an entry for `label`, or maps some label to it."""
-        return normalise_label(label) in self.common or label in self.common.values()
-
     def predicted(self, label: str) -> str:
-        """The common label of a prediction. What the map does not list stays: it is no gold label, so it counts as wrong."""
+        """The common label of one of our predictions; what the map does not list stays as it is."""
         return self.common.get(normalise_label(label), label)
+
+    def cached(self, label: str) -> str:
+        """The common label of a cached one: itself if it is common, else what the map lists for it, else itself."""
+        return label if self.is_common(label) else self.predicted(label)
+
+    def is_common(self, label: str) -> bool:
+        """Whether some label is mapped to this one."""
+        return normalise_label(label) in self._common_names
+
+    @cached_property
+    def _common_names(self) -> frozenset[str]:
+        return frozenset(normalise_label(common) for common in self.common.values())
 
 
 def read_label_map(path: str | Path) -> LabelMap:

@@ -3,7 +3,7 @@
 A resample only asks how often each *kind* of example was drawn: gold positive or not, each
 system's prediction positive or not and right or not. There are at most 12 kinds, so drawing N examples with
 replacement is one multinomial draw over kinds. That is the bootstrap's distribution exactly,
-in memory [resamples, 12] for any N (10,000 resamples of 2,717 examples: 10 ms).
+in memory [resamples, 12] for any N (10,000 resamples of 2,717 examples: 30 ms).
 """
 
 from __future__ import annotations

@@ -123,12 +123,27 @@ def train(config: Config, console: Console | None = None) -> Path:
     best = store.best_step
     if best != steps or start == steps:
         state = store.restore(best, state)
-    log.write("end", steps, {"best_step": best, "train_seconds": clock.seconds, "compilations": len(compiled)})
+    log.write("end", steps, summary_of(dataset, plan, clock, best, len(compiled), steps))
     log.close()
     store.close()
     save_result(run, config, initial, state, folder)
     say(f"best checkpoint: step {best}; written to {run}")
     return run
+
+
+def summary_of(dataset: Dataset, plan: Plan, clock: Clock, best: int, compilations: int, steps: int) -> dict[str, Any]:
+    """The figures of the whole run; time and speed are of this process (a resumed one did the rest only)."""
+    tokens = dataset.train.tokens
+    pad, supervised = plan.fill(tokens.lengths, tokens.supervised)
+    return {
+        "best_step": best,
+        "train_seconds": clock.seconds,
+        "tokens_per_second": float(clock.tokens[steps] - clock.tokens[clock.start]) / max(clock.seconds, 1e-9),
+        "rows": [[shape.rows, shape.length, shape.supervised] for shape in plan.shapes],
+        "pad_share": pad,
+        "supervised_share": supervised,
+        "compilations": compilations,
+    }
 
 
 def prepared(dataset: Dataset, plan: Plan, start: int, steps: int) -> Iterator[Rows]:

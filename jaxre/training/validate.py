@@ -13,7 +13,8 @@ from jaxre.data.packing import plan_by_tokens
 from jaxre.data.rows import Rows, fill_update
 from jaxre.evaluation.metrics import score
 from jaxre.inference.model import Model
-from jaxre.inference.scoring import label_answers, plan_scoring, run_scoring
+from jaxre.inference.answers import label_answers
+from jaxre.inference.scoring import plan_scoring, run_scoring
 from jaxre.models.architecture import Architecture
 from jaxre.models.lora import scale_of
 from jaxre.training import sharding
@@ -48,7 +49,7 @@ class Validation:
                 answers,
                 architecture,
                 batch_tokens=config.predict.batch_tokens,
-                shards=shards,
+                sharding=self.sharding,
                 names=[example.id for example in self.split.examples],
             )
         constrain = sharding.constrain_rows(mesh)
@@ -69,7 +70,7 @@ class Validation:
         params, adapter = model_of(trainable, base, self.config, None, self.dtype)
         factors = adapter.factors if adapter else None
         model = Model(params, self.architecture, factors, scale_of(self.config.lora))
-        scores = run_scoring(model, self.scoring, sharding=self.sharding)
+        scores = run_scoring(model, self.scoring)
         predicted = [self.labels[best] for best in scores.argmax(axis=1)]
         found = score([example.relation for example in self.split.examples], predicted)
         return measured | {"f1": found.f1, "accuracy": found.accuracy}

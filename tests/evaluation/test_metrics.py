@@ -44,6 +44,7 @@ def test_scores_equal_scikit_learn(rows):
         assert ours[label] == pytest.approx(tuple(expected))
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found")
 @given(pairs)
 def test_confusion_equals_scikit_learn(rows):
     gold, predicted = ([normalise_label(x) for x in side] for side in zip(*rows, strict=True))
@@ -65,7 +66,7 @@ def test_negatives_are_scored_as_the_protocol_says():
 
 def test_confused_pairs_come_most_frequent_first_in_the_spelling_of_the_gold():
     result = score(["A_1", "A_1", "B", "B"], ["b", "b", "a_1", "B"])
-    assert result.confused == (("A_1", "B", 2), ("B", "A_1", 1)) or result.confused == (("A_1", "b", 2), ("b", "A_1", 1))
+    assert result.confused == (("A_1", "B", 2), ("B", "A_1", 1))
 
 
 def test_malformed_and_schema_valid_rates():

@@ -19,14 +19,18 @@ def systems(count, right_first, right_second, seed=0):
     return gold.tolist(), sides[0].tolist(), sides[1].tolist()
 
 
+def f1(gold, predicted, chosen):
+    gold, predicted = np.array(gold)[chosen], np.array(predicted)[chosen]
+    hits = ((gold == predicted) & (gold != "none")).sum()
+    return 2 * hits / ((gold != "none").sum() + (predicted != "none").sum())
+
+
 def test_bootstrap_has_the_distribution_of_resampled_examples():
     gold, first, second = systems(300, 0.7, 0.6)
-    draw = np.random.default_rng(1)
-    differences = []
+    draw, differences = np.random.default_rng(1), []
     for _ in range(3000):
         chosen = draw.integers(0, 300, 300)
-        f1 = [score([gold[i] for i in chosen], [side[i] for i in chosen]).f1 for side in (first, second)]
-        differences.append(f1[0] - f1[1])
+        differences.append(f1(gold, first, chosen) - f1(gold, second, chosen))
     result = paired_bootstrap(gold, first, second)
     # The standard error of a 2.5% quantile from 3,000 draws is about 0.05 standard deviations; 4 of them.
     tolerance = 0.2 * np.std(differences)

@@ -14,8 +14,8 @@ from jaxre.checkpoints.huggingface import hf_tensors, load_base
 from jaxre.config import Lora
 from jaxre.inference.model import Model
 from jaxre.models import lora as lora_module
-from jaxre.models.architecture import architecture_of
-from jaxre.models.module import init_weights
+from jaxre.models.architecture import Architecture, architecture_of
+from jaxre.models.weights import places, tree_of
 
 LORA = Lora(rank=4, alpha=8.0, dropout=0.0)
 
@@ -34,23 +34,23 @@ def random_model(vocabulary: int, *, adapter: bool, kind: str = "qwen2", seed: i
         "rope_theta": 10000.0,
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
-        "initializer_range": 0.3,
     }
     architecture = architecture_of(config, "test")
-    params = init_weights(architecture, seed)
-    for layer in ("layers", "last"):
-        for number, name in enumerate(sorted(name for name in params[layer] if name.endswith("_bias"))):
-            bias = params[layer][name]
-            params[layer][name] = jax.random.normal(jax.random.key(number), bias.shape)
+    random = np.random.default_rng(seed)
+    means = {"ones": 1.0, "zeros": 0.0, "normal": 0.0}
+    params = tree_of(
+        (path, (means[weight.initial] + 0.3 * random.standard_normal(shape)).astype(np.float32))
+        for weight, path, shape, _ in places(architecture)
+    )
     return Model(params, architecture, *(random_factors(architecture, seed) if adapter else ()))
 
 
-def random_factors(architecture, seed: int) -> tuple[dict, float]:
+def random_factors(architecture: Architecture, seed: int) -> tuple[dict, float]:
     """An adapter whose B is not zero, and its scale."""
-    factors = lora_module.init_adapter(architecture, LORA, jax.random.key(seed + 1))
-    leaves, form = jax.tree.flatten(factors)
-    keys = jax.random.split(jax.random.key(seed + 2), len(leaves))
-    return form.unflatten([0.2 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]), lora_module.scale_of(LORA)
+    random = np.random.default_rng(seed + 1)
+    shapes = jax.eval_shape(lambda: lora_module.init_adapter(architecture, LORA, jax.random.key(0)))
+    factors = jax.tree.map(lambda leaf: (0.2 * random.standard_normal(leaf.shape)).astype(np.float32), shapes)
+    return factors, lora_module.scale_of(LORA)
 
 
 def stories_model(shared_models: Path, *, adapter: bool) -> Model:
@@ -110,4 +110,6 @@ def largest_difference(found: np.ndarray, truth: np.ndarray) -> float:
 @pytest.fixture(scope="session")
 def models() -> Callable[..., Any]:
     """The functions above by name: pytest's conftest cannot be imported by the tests."""
-    return type("Models", (), {f.__name__: staticmethod(f) for f in (random_model, stories_model, in_transformers, brute_force, largest_difference)})
+    return type(
+        "Models", (), {f.__name__: staticmethod(f) for f in (random_model, stories_model, in_transformers, brute_force, largest_difference)}
+    )

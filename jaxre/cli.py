@@ -1,0 +1,172 @@
+"""The commands: parse, call, print. `jaxre --help`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+from jaxre.errors import InputError
+
+# What a command needs is imported inside it: jax and the readers take seconds to load.
+
+app = typer.Typer(
+    help="Fine-tunes small language models for relation extraction.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+console = Console()
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top of the file", metavar="[KEY=VALUE ...]")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", metavar="FILE")]
+
+
+def main() -> None:
+    """Runs a command; input that cannot be used is one line on standard error and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def quickstart(output: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/quickstart")) -> None:
+    """The whole main job on what the project ships: train, predict, evaluate, compare, export.
+
+    Example: jaxre quickstart
+    """
+    from jaxre.quickstart import quickstart
+
+    quickstart(output, console)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, and what would be chosen here and why.
+
+    Example: jaxre doctor
+    """
+    from jaxre.profiling.doctor import diagnose
+
+    console.print(diagnose())
+
+
+@app.command()
+def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Shows the data of a run: counts, lengths, packing, and three examples with the supervised part marked.
+
+    Example: jaxre prepare configs/quickstart.yaml prompt.shots=2
+    """
+    from jaxre.checkpoints.huggingface import resolve_model
+    from jaxre.config import load_config
+    from jaxre.data.preview import preview
+
+    loaded = load_config(config, overrides)
+    console.print(preview(loaded, resolve_model(loaded.model.path)))
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Trains, or continues where it stopped, and writes the run folder OUTPUT/NAME.
+
+    Example: jaxre train configs/quickstart.yaml lora.rank=32 train.learning_rate=2e-4
+    """
+    from jaxre.config import load_config
+    from jaxre.training.loop import train
+
+    print(train(load_config(config, overrides), console))
+
+
+@app.command()
+def predict(
+    model: Annotated[str, typer.Argument(help="run folder, model folder or hub id", metavar="RUN_OR_MODEL_DIR")],
+    data: Annotated[str | None, typer.Option(help="dataset name or file; the run's test data if not given", metavar="NAME_OR_FILE")] = None,
+    split: Annotated[str | None, typer.Option(help="split of the dataset; test if not given")] = None,
+    mode: Annotated[Literal["score", "generate"], typer.Option(help="score: the most probable label; generate: greedy decoding")] = "score",
+    output: Annotated[Path | None, typer.Option(help="predictions file (.parquet and .csv are written)", metavar="FILE")] = None,
+    text: Annotated[str | None, typer.Option(help='one text, marked: "... <e1>head</e1> ... <e2>tail</e2> ..."')] = None,
+    config: Annotated[Path | None, typer.Option(help="config with prompt and labels, for a model that is no run")] = None,
+) -> None:
+    """Predicts relations, with exact label probabilities.
+
+    Example: jaxre predict runs/quickstart --text "<e1>Paris</e1> is the capital of <e2>France</e2>."
+    """
+    from jaxre.inference.commands import predict_data, predict_text
+
+    if text is not None:
+        if data or split or output:
+            raise InputError("--text prints one prediction; give it without --data, --split and --output")
+        console.print(predict_text(model, text, mode, config))
+        return
+    found = predict_data(model, data, split, mode, output, config, console)
+    console.print(found.summary)
+    print(found.path)
+
+
+@app.command()
+def evaluate(predictions: Annotated[Path, typer.Argument(help="predictions file or folder", metavar="PREDICTIONS")], json: JsonFile = None) -> None:
+    """Scores a predictions file: positive-class micro-F1, macro-F1, accuracy, per class.
+
+    Example: jaxre evaluate runs/quickstart/predictions/facts-test-score.parquet --json scores.json
+    """
+    from jaxre.evaluation.evaluate import evaluate_file, evaluation_table
+
+    found = evaluate_file(predictions)
+    console.print(evaluation_table(found))
+    write_json(json, found.to_json())
+
+
+@app.command()
+def compare(
+    predictions: Annotated[Path, typer.Argument(help="our predictions file", metavar="PREDICTIONS")],
+    cache: Annotated[Path, typer.Argument(help="cached predictions of another model", metavar="CACHE")],
+    labels: Annotated[Path | None, typer.Option(help="label map, ours -> common", metavar="MAP")] = None,
+    model: Annotated[str | None, typer.Option(help="which model of a cache that holds several")] = None,
+    json: JsonFile = None,
+) -> None:
+    """Compares predictions with cached ones on the same examples: F1, difference with interval, McNemar.
+
+    Example: jaxre compare runs/semeval-small/predictions/semeval2010_task8-test-score.parquet
+    ../shared/data/frontier_predictions/semeval2010_chatgpt/SemEval_All_ans.json --labels configs/labels/semeval-undirected.yaml
+    """
+    from jaxre.evaluation.compare import compare_files, comparison_table
+
+    found = compare_files(predictions, cache, labels, model)
+    console.print(comparison_table(found))
+    write_json(json, found.to_json())
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="run, adapter or model folder, or hub id", metavar="SOURCE")],
+    target: Annotated[Path, typer.Argument(help="folder to write", metavar="TARGET")],
+    to: Annotated[Literal["jaxre", "hf", "peft"], typer.Option(help="hf: Hugging Face; peft: adapter; jaxre: our store")],
+    merge: Annotated[bool, typer.Option("--merge", help="merge the adapter into the base")] = False,
+) -> None:
+    """Converts weights from and to Hugging Face and PEFT.
+
+    Example: jaxre convert runs/quickstart exported --to hf --merge
+    """
+    from jaxre.checkpoints.convert import convert
+
+    console.print(convert(source, target, to, merge))
+
+
+def write_json(path: Path | None, value: dict) -> None:
+    """Writes a result beside the table that was printed."""
+    if path is None:
+        return
+    from jaxre.evaluation.evaluate import write_json
+
+    write_json(path, value)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""`jaxre prepare`: what a run would train on, shown before it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from jaxre.config import Config
+from jaxre.data.dataset import Dataset, Split, load_dataset, make_plan
+from jaxre.data.tokens import TokenSet
+from jaxre.relations import sources
+from jaxre.relations.schema import is_negative, label_counts
+
+SHOWN = 3
+LISTED = 10
+BAR = 40
+
+
+def preview(config: Config, folder: Path) -> Group:
+    """Counts, leakage, length histogram, packing, and three examples decoded with the supervised part marked.
+
+    Args:
+      folder: of the model, for its tokenizer.
+
+    Raises:
+      InputError: as `load_dataset`.
+    """
+    dataset = load_dataset(config, folder)
+    parts = [_counts(config, dataset)]
+    if dataset.schema is not None:
+        parts += [_labels(dataset), _leakage(config, dataset)]
+    parts += [_histogram(dataset.train.tokens, config.train.row_length), _packing(config, dataset.train.tokens)]
+    parts += [_shown(dataset, number) for number in range(min(SHOWN, len(dataset.train.tokens)))]
+    return Group(*parts)
+
+
+def _counts(config: Config, dataset: Dataset) -> Table:
+    table = Table(title=f"data of {config.name}", title_justify="left")
+    for column in ("split", "examples", "tokens", "supervised", "longest", "too long", "token cache"):
+        table.add_column(column, justify="left" if column in ("split", "token cache") else "right")
+    for name, split in (("train", dataset.train), ("validation", dataset.validation)):
+        if split is None:
+            continue
+        tokens = split.tokens
+        row = (len(tokens), tokens.tokens.size, int(tokens.supervised.sum()), int(tokens.lengths.max()), len(split.dropped))
+        table.add_row(name, *(f"{value:,}" for value in row), "read" if split.from_cache else "written")
+    return table
+
+
+def _labels(dataset: Dataset) -> Table:
+    counts = label_counts(dataset.train.examples)
+    table = Table(title="labels of the training split", title_justify="left")
+    table.add_column("label")
+    table.add_column("examples", justify="right")
+    table.add_column("")
+    for label in dataset.schema.labels:
+        table.add_row(Text(label), f"{counts[label]:,}", "no relation" if is_negative(label) else "")
+    return table
+
+
+def _leakage(config: Config, dataset: Dataset) -> Text:
+    lines = []
+    splits: list[tuple[str, Split | None, list]] = [("validation", dataset.validation, dataset.validation.examples if dataset.validation else [])]
+    if config.data.test is not None:
+        splits.append(("test", None, sources.load(config.data.test)))
+    for name, _, examples in splits:
+        if examples:
+            found = sources.overlap(dataset.train.examples, examples)
+            lines.append(f"{name}: {len(found.same_text)} examples have a text of train, {len(found.same_pair)} also the same pair{_few(found.same_text)}")
+    for name, split in (("train", dataset.train), ("validation", dataset.validation)):
+        if split and split.dropped:
+            lines.append(f"{name}: {len(split.dropped)} examples are longer than a row and left out{_few(split.dropped)}")
+    unlocated = sources.unlocated(dataset.train.examples)
+    if unlocated:
+        lines.append(f"train: {len(unlocated)} examples have an entity that is not in the text and is not marked{_few(unlocated)}")
+    return Text("\n".join(lines))
+
+
+def _few(ids) -> str:
+    return f" ({', '.join(ids[:LISTED])}{', ...' if len(ids) > LISTED else ''})" if len(ids) else ""
+
+
+def _histogram(tokens: TokenSet, row_length: int) -> Table:
+    table = Table(title="tokens per example", title_justify="left", show_header=False)
+    counts, edges = np.histogram(tokens.lengths, bins=min(12, max(1, int(np.ptp(tokens.lengths)) + 1)))
+    for count, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
+        table.add_row(f"{int(np.ceil(low))}-{int(high)}", "█" * round(BAR * count / counts.max()), f"{count:,}")
+    table.add_row("row", "", str(row_length))
+    return table
+
+
+def _packing(config: Config, tokens: TokenSet) -> Text:
+    plan = make_plan(config, tokens, shards=1)
+    pad, supervised = plan.fill(tokens.lengths, tokens.supervised)
+    shapes = ", ".join(f"{shape.rows} x {shape.length} ({shape.supervised} supervised)" for shape in plan.shapes)
+    return Text(f"packing: rows of {shapes}; fill {1 - pad:.1%}; {plan.epoch_ends[0]:,} updates an epoch; {supervised:.1%} of the tokens supervised")
+
+
+def _shown(dataset: Dataset, number: int) -> Panel:
+    tokens = dataset.train.tokens
+    ids, prompt = tokens[number].tolist(), int(tokens.prompt_lengths[number])
+    text = Text(dataset.tokenizer.decode(ids[:prompt]), style="dim")
+    text.append("⟦" + dataset.tokenizer.decode(ids[prompt:]) + "⟧", style="bold green")
+    return Panel(text, title=f"{tokens.ids[number]}: {prompt} + {len(ids) - prompt} tokens, ⟦supervised⟧", title_align="left")

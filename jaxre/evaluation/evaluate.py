@@ -1,0 +1,73 @@
+"""`jaxre evaluate`: the scores of a predictions file, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from jaxre.errors import InputError
+from jaxre.evaluation.metrics import Scores, score
+from jaxre.evaluation.predictions import Prediction, read_predictions
+
+
+def evaluate_file(path: str | Path) -> Scores:
+    """Scores of a predictions file.
+
+    Raises:
+      InputError: a file that cannot be read, or without gold labels.
+    """
+    return evaluate_rows(read_predictions(path), str(path))
+
+
+def evaluate_rows(rows: Sequence[Prediction], place: str) -> Scores:
+    """Scores of prediction rows. The schema is that of the probabilities, where the rows have them.
+
+    Raises:
+      InputError: a row without a gold label.
+    """
+    unlabelled = [row.example_id for row in rows if not row.relation]
+    if unlabelled:
+        raise InputError(f"{place}: {len(unlabelled)} rows have no gold label (first {unlabelled[0]}); fill the column relation")
+    schema = sorted({label for row in rows for label in row.probabilities or ()}) or None
+    return score([row.relation for row in rows], [row.generated_relation for row in rows], schema)
+
+
+def evaluation_table(scores: Scores) -> Group:
+    """Headline figures, then one line per class, then the most confused pairs."""
+    head = Table(show_header=False, title=f"{scores.examples:,} examples", title_justify="left")
+    for name, value in (
+        ("F1 (positive-class micro)", scores.f1),
+        ("precision", scores.precision),
+        ("recall", scores.recall),
+        ("macro-F1 (positive labels)", scores.macro_f1),
+        ("accuracy (all labels)", scores.accuracy),
+        ("schema-valid", scores.schema_valid),
+        ("malformed", scores.malformed),
+    ):
+        head.add_row(name, "not known (no probabilities)" if value is None else f"{value:.4f}")
+    classes = Table(title="per class", title_justify="left")
+    for column in ("label", "precision", "recall", "F1", "gold", "predicted"):
+        classes.add_column(column, justify="left" if column == "label" else "right")
+    for one in scores.per_class:
+        classes.add_row(Text(one.label), f"{one.precision:.3f}", f"{one.recall:.3f}", f"{one.f1:.3f}", str(one.support), str(one.predicted))
+    confused = Table(title="most confused", title_justify="left")
+    for column in ("gold", "predicted", "count"):
+        confused.add_column(column)
+    for gold, predicted, count in scores.confused:
+        confused.add_row(Text(gold), Text(predicted), str(count))
+    return Group(head, classes, *([confused] if scores.confused else []))
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes JSON whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)

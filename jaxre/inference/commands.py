@@ -1,0 +1,131 @@
+"""`jaxre predict`: which prompt, labels and data a prediction takes, and where its rows go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from jaxre.checkpoints.source import Loaded, compute_dtype, kind_of, open_model
+from jaxre.checkpoints.huggingface import resolve_model
+from jaxre.config import Config, Source, load_config
+from jaxre.data.dataset import load_schema
+from jaxre.data.tokens import demonstrator
+from jaxre.errors import InputError
+from jaxre.evaluation.metrics import score
+from jaxre.evaluation.predictions import Prediction, write_predictions
+from jaxre.inference.predict import predict_examples
+from jaxre.relations import sources
+from jaxre.relations.prompts import parse_marked
+from jaxre.relations.schema import Example, Schema
+
+Mode = Literal["score", "generate"]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What `predict_data` did: its rows, the Parquet file they are in, and a line to print."""
+
+    rows: list[Prediction]
+    path: Path
+    summary: Text
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model with the config, schema and demonstrations it predicts with."""
+
+    loaded: Loaded
+    config: Config
+    schema: Schema
+    demonstrations: Callable[[Example], list[Example]]
+    folder: Path | None  # of the run, if it is one
+
+    def predict(self, examples: list[Example], mode: Mode, advance: Callable[[int], None] = lambda examples: None) -> list[Prediction]:
+        config = self.config
+        return predict_examples(
+            self.loaded,
+            examples,
+            self.schema.labels,
+            config.prompt,
+            config.predict,
+            mode=mode,
+            demonstrations=self.demonstrations,
+            tuned_dataset_name=config.data.train.dataset if self.loaded.factors is not None or self.folder else "none",
+            model_shot=str(config.prompt.shots),
+            advance=advance,
+        )
+
+
+def open_task(model: str, config_path: Path | None) -> Task:
+    """A run with its own config, or any other model with the given one.
+
+    Raises:
+      InputError: a model that is no run and no config for it; anything that does not open.
+    """
+    folder = resolve_model(model)
+    is_run = kind_of(folder) == "run"
+    if config_path is None and not is_run:
+        raise InputError(f"{model}: not a run folder, so its prompt and labels are not known; give --config CONFIG with prompt and data")
+    config = load_config(config_path or folder / "config.yaml")
+    schema, train = load_schema(config)
+    loaded = open_model(model, compute_dtype(config.model.dtype))
+    return Task(loaded, config, schema, demonstrator(train, config.prompt, config.seed), folder if is_run else None)
+
+
+def predict_text(model: str, text: str, mode: Mode, config_path: Path | None) -> Table:
+    """The labels of one marked text with their probabilities, the most probable first. Raises InputError."""
+    example = parse_marked(text)
+    (row,) = open_task(model, config_path).predict([example], mode)
+    table = Table(title=f"{example.head} -> {example.tail}", title_justify="left")
+    table.add_column("label")
+    table.add_column("probability", justify="right")
+    shares = row.probabilities or {row.generated_relation: float("nan")}
+    for label, share in sorted(shares.items(), key=lambda item: -item[1]):
+        table.add_row(Text(label), "not scored" if share != share else f"{share:.4f}", style="bold" if label == row.generated_relation else "")
+    return table
+
+
+def predict_data(
+    model: str, data: str | None, split: str | None, mode: Mode, output: Path | None, config_path: Path | None, console: Console
+) -> Predicted:
+    """Predicts a split and writes its rows, by default to `predictions/DATASET-SPLIT-MODE` in the run folder.
+
+    Raises:
+      InputError: unknown data, labels outside of the schema, prompts that do not fit.
+    """
+    task = open_task(model, config_path)
+    source = source_of(task.config, data, split)
+    examples = sources.load(source, labelled=False)
+    labelled = all(example.relation for example in examples)
+    if labelled:
+        task.schema.check(examples, source.dataset)
+    with Progress(console=console, transient=True) as bar:
+        waiting = bar.add_task(f"predicting {len(examples):,} examples", total=len(examples))
+        rows = task.predict(examples, mode, lambda done: bar.advance(waiting, done))
+    name = "-".join(part for part in (Path(source.dataset).stem.replace("/", "_").replace(":", "_"), source.split, mode) if part)
+    path, _ = write_predictions(output or (task.folder or Path()) / "predictions" / name, rows)
+    if not labelled:
+        return Predicted(rows, path, Text(f"{len(rows):,} examples, no gold labels"))
+    found = score([row.relation for row in rows], [row.generated_relation for row in rows], task.schema.labels)
+    return Predicted(rows, path, Text(f"{len(rows):,} examples: F1 {found.f1:.4f}, accuracy {found.accuracy:.4f}"))
+
+
+def source_of(config: Config, data: str | None, split: str | None) -> Source:
+    """What `--data` and `--split` name; the settings of the config's source of the same dataset are kept."""
+    known = [source for source in (config.data.test, config.data.validation, config.data.train) if source]
+    if data is None:
+        if config.data.test is None:
+            raise InputError(f"{config.name}: its config has no data.test; say what to predict with --data")
+        return config.data.test if split is None else config.data.test.model_copy(update={"split": split, "part": (0.0, 1.0)})
+    is_file = Path(data).suffix in (".jsonl", ".csv", ".parquet")
+    like = next((source for source in known if source.dataset == data), None)
+    if like is None:
+        return Source(dataset=data, split=None if is_file else split or "test")
+    return like.model_copy(update={"split": None if is_file else split or "test", "part": (0.0, 1.0), "limit": None})

@@ -1,0 +1,127 @@
+"""`jaxre quickstart`: the whole main job on what the project ships, with a report a newcomer can read.
+
+Fine-tunes the shipped base on the shipped corpus, predicts the test split, evaluates it beside
+three baselines, compares example by example with the strongest, and exports for transformers and PEFT.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from jaxre.checkpoints.convert import convert
+from jaxre.config import Config, load_config
+from jaxre.errors import InputError
+from jaxre.evaluation.baselines import majority, tfidf_marked, tfidf_sentence
+from jaxre.evaluation.compare import compare_files, comparison_table
+from jaxre.evaluation.evaluate import evaluate_rows, write_json
+from jaxre.evaluation.metrics import confusion_matrix
+from jaxre.evaluation.predictions import Prediction, read_predictions, write_predictions
+from jaxre.evaluation.report import System, draw_report, summary_table
+from jaxre.inference.commands import predict_data
+from jaxre.relations import sources
+from jaxre.relations.schema import Example
+from jaxre.training.log import read_log
+from jaxre.training.loop import train
+
+CONFIG = Path("configs/quickstart.yaml")
+BASELINES = {
+    "majority label": (majority, "always the most frequent label"),
+    "TF-IDF + logistic regression": (tfidf_sentence, "words of the sentence"),
+    "TF-IDF + logistic regression, marked": (tfidf_marked, "words with their place about head and tail"),
+}
+
+
+def quickstart(run: Path, console: Console, config_path: Path = CONFIG) -> dict:
+    """Runs it all and returns what `report/summary.json` holds.
+
+    Raises:
+      InputError: not started in a clone of the project, or `run` is a folder of something else.
+    """
+    config = load_config(config_path, [f"output={run.parent}", f"name={run.name}"])
+    clear(run, config, console)
+
+    console.rule("1 of 5: fine-tune")
+    train(config, console)
+    console.rule("2 of 5: predict the test split")
+    ours = predict_data(str(run), None, None, "score", None, None, console)
+    console.print(ours.summary)
+    untuned = predict_data(config.model.path, None, None, "score", run / "predictions" / "untuned-base", config_path, console)
+
+    console.rule("3 of 5: evaluate, beside the baselines")
+    examples, test = sources.load(config.data.train), sources.load(config.data.test)
+    systems = [System("fine-tuned (LoRA)", evaluate_rows(ours.rows, "test"), ours=True, note="this run")]
+    cached = {}
+    for name, (baseline, note) in BASELINES.items():
+        rows = baseline_rows(name, baseline(examples, test).labels, test)
+        cached[name], _ = write_predictions(run / "predictions" / f"baseline-{len(cached) + 1}", rows)
+        systems.append(System(name, evaluate_rows(rows, name), note=note))
+    systems.append(System("base, not fine-tuned", evaluate_rows(untuned.rows, "untuned"), note="the same scoring"))
+
+    console.rule("4 of 5: compare, example by example")
+    strongest = max(systems[1:4], key=lambda system: system.scores.f1).name
+    comparison = compare_files(ours.path, cached[strongest])
+    console.print(comparison_table(comparison))
+    write_json(run / "report" / "comparison.json", comparison.to_json())
+
+    console.rule("5 of 5: export")
+    console.print(str(convert(str(run), run / "merged", "hf", merge=True)))
+    console.print(f"the PEFT adapter is in {run / 'adapter'}")
+
+    summary = summarise(run, systems)
+    log = read_log(run)
+    curves = {
+        kind: [(record["step"], record["loss"]) for record in log if record["kind"] == kind and "loss" in record] for kind in ("train", "validation")
+    }
+    rows = read_predictions(ours.path)
+    confusion = confusion_matrix([row.relation for row in rows], [row.generated_relation for row in rows])
+    pictures = draw_report(run / "report", systems, curves["train"], curves["validation"], confusion, title=f"{run.name}: {len(test)} test examples")
+    write_json(run / "report" / "summary.json", summary)
+
+    console.rule("result")
+    console.print(summary_table(systems, title=f"F1 on {len(test)} test examples with entities and phrasings unseen in training"))
+    console.print(f"picture     {pictures[0]}\nrun folder  {run}\n")
+    console.print(
+        "next, your own data (JSONL, CSV or Parquet with text, head, tail, relation):\n"
+        f"  jaxre train {config_path} name=mine data.train.dataset=train.jsonl data.train.split=null "
+        "data.validation=null data.test=null",
+        soft_wrap=True,
+    )
+    return summary
+
+
+def clear(run: Path, config: Config, console: Console) -> None:
+    """Removes an earlier quickstart, so that every figure is of this run. Raises InputError for any other folder."""
+    if not run.exists():
+        return
+    saved = run / "config.yaml"
+    if not saved.is_file() or load_config(saved).name != config.name:
+        raise InputError(f"{run}: exists and is not an earlier quickstart; remove it or give another folder with --output")
+    console.print(f"{run}: an earlier quickstart is removed")
+    shutil.rmtree(run)
+
+
+def baseline_rows(name: str, labels: Sequence[str], test: Sequence[Example]) -> list[Prediction]:
+    """A baseline's labels as prediction rows."""
+    return [
+        Prediction(example.id, example.relation, label, example.dataset, "gen_constrained", name, "baseline", "n/a")
+        for example, label in zip(test, labels, strict=True)
+    ]
+
+
+def summarise(run: Path, systems: Sequence[System]) -> dict:
+    """What scripts read: scores, and the run's own figures from its log."""
+    records = {record["kind"]: record for record in read_log(run)}
+    end = records["end"]
+    return {
+        "f1": systems[0].scores.f1,
+        "baselines": {system.name: system.scores.f1 for system in systems[1:]},
+        "train_seconds": end["train_seconds"],
+        "real_tokens_per_second": end["tokens_per_second"],
+        "rows": end["rows"],
+        "pad_share": end["pad_share"],
+        "supervised_share": end["supervised_share"],
+    }

@@ -1,0 +1,119 @@
+"""Greedy decoding equals transformers' `generate(do_sample=False)`, token for token in f32."""
+
+import numpy as np
+import pytest
+
+from jaxre.errors import InputError
+from jaxre.inference.decoding import clean_answer, decode, decode_batch, generate, plan_buckets
+
+V = 97
+
+
+def greedy(truth, prompts, stop_ids, max_new_tokens):
+    """transformers, one prompt at a time: new tokens and the sum of their log-probabilities."""
+    torch = pytest.importorskip("torch")
+    results = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        settings = {
+            "do_sample": False,
+            "num_beams": 1,
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": sorted(stop_ids) or None,
+            "pad_token_id": 0,
+        }
+        found = truth.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, return_dict_in_generate=True, **settings)
+        new = found.sequences[0, len(prompt) :].tolist()
+        score = sum(torch.log_softmax(logits[0].double(), -1)[token].item() for token, logits in zip(new, found.logits, strict=True))
+        results.append((new, score))
+    return results
+
+
+def some_prompts(lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(0, V, length).tolist() for length in lengths]
+
+
+def check(models, model, prompts, stop_ids, max_new_tokens, **settings):
+    truth = greedy(models.in_transformers(model), prompts, stop_ids, max_new_tokens)
+    found = decode(model, prompts, stop_ids, max_new_tokens, **settings)
+    assert [one.tokens for one in found] == [tokens for tokens, _ in truth]
+    assert models.largest_difference(np.array([one.score for one in found]), np.array([score for _, score in truth])) < 1e-5
+    return found
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["base", "lora"])
+def test_pretrained_model_writes_what_transformers_writes(models, shared_models, adapter):
+    model = models.stories_model(shared_models, adapter=adapter)
+    once = [1, 403, 407, 261, 378]
+    check(models, model, [[1], once, once[:3], once * 20, [1, 300, 301]], {2}, 40)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["base", "lora"])
+def test_random_qwen2_writes_what_transformers_writes(models, adapter):
+    model = models.random_model(V, adapter=adapter)
+    check(models, model, some_prompts([1, 5, 64, 65, 130, 33]), set(), 40)
+
+
+def test_rows_stop_one_by_one_at_any_stop_token(models):
+    model = models.random_model(V, adapter=True)
+    prompts = some_prompts([4, 9, 30, 12, 7, 50], seed=1)
+    free = generate(model, prompts, set(), 24)
+    stops = {free[0][3], free[1][10], free[2][0]}
+    found = check(models, model, prompts, stops, 24)
+    assert len({len(one.tokens) for one in found}) > 2
+    assert found[2].tokens == [free[2][0]]
+
+
+def test_one_new_token_and_one_prompt(models):
+    model = models.random_model(V, adapter=False)
+    check(models, model, some_prompts([7]), set(), 1)
+
+
+def test_batches_and_buckets_change_nothing(models):
+    model = models.random_model(V, adapter=True)
+    prompts = some_prompts(np.random.default_rng(5).integers(1, 65, 9))
+    alone = [generate(model, [prompt], {3}, 12)[0] for prompt in prompts]
+    assert generate(model, prompts, {3}, 12) == alone
+    assert generate(model, prompts, {3}, 12, batch_tokens=300) == alone
+
+
+def test_few_compilations_whatever_the_lengths(models):
+    model = models.random_model(V, adapter=False, seed=3)
+    prompts = some_prompts(range(1, 400, 7))
+    buckets = plan_buckets([len(prompt) for prompt in prompts], 5, 4096)
+    assert len(buckets) <= 3
+    assert sorted(member for bucket in buckets for member in bucket.members) == list(range(len(prompts)))
+    before = decode_batch._cache_size()
+    counts = []
+    decode(model, prompts, {3}, 5, batch_tokens=4096, advance=counts.append)
+    assert sum(counts) == len(prompts) and len(counts) > len(buckets)
+    assert decode_batch._cache_size() - before == len(buckets)
+    decode(model, prompts[::-1], {4}, 5, batch_tokens=4096)
+    assert decode_batch._cache_size() - before == len(buckets)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"), [([], "no prompt"), ([[1], []], "example 1"), ([[1] * 2047], "lower predict.max_new_tokens")]
+)
+def test_unusable_prompts_are_named(models, prompts, message):
+    with pytest.raises(InputError, match=message):
+        generate(models.random_model(V, adapter=False), prompts, {3}, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("Cause-Effect(e1,e2)", "Cause-Effect(e1,e2)"),
+        ("Answer: Other", "Other"),
+        ("\n Answer:Other \nbecause", "Other"),
+        ("Answer:\nOther\nmore", "Other"),
+        ("Other\n\nText: next", "Other"),
+        ("The Answer: Other", "The Answer: Other"),
+        ("", ""),
+        ("Answer:", ""),
+        (" \n\t", ""),
+    ],
+)
+def test_only_a_leading_answer_and_later_lines_are_stripped(text, label):
+    assert clean_answer(text) == label

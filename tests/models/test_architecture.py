@@ -1,0 +1,91 @@
+"""A config.json is read as its model means it, or refused with the field's name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jaxre.errors import InputError
+from jaxre.models.architecture import architecture_of, read_architecture
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "vocab_size": 61,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+}
+
+
+def test_silent_fields_mean_what_the_model_type_means():
+    """SmolLM3-3B's published config.json does not say that its head is tied."""
+    llama, qwen2, smollm3 = (architecture_of({**LLAMA, "model_type": kind}, "test") for kind in ("llama", "qwen2", "smollm3"))
+    assert (llama.tied_head, qwen2.tied_head, smollm3.tied_head) == (False, False, True)
+    assert (llama.qkv_bias, qwen2.qkv_bias, smollm3.qkv_bias) == (False, True, False)
+    assert (llama.rope_theta, qwen2.rope_theta, smollm3.rope_theta) == (1e4, 1e4, 2e6)
+    assert smollm3.rotary == (True, True, True, False) and all(llama.rotary) and all(qwen2.rotary)
+
+
+def test_heads_are_derived_where_not_given():
+    architecture = architecture_of(LLAMA, "test")
+    assert (architecture.kv_heads, architecture.head_channels) == (4, 8)
+    given = architecture_of({**LLAMA, "num_key_value_heads": 2, "head_dim": 16}, "test")
+    assert (given.kv_heads, given.head_channels, given.size("HC"), given.size("KC")) == (2, 16, 64, 32)
+
+
+def test_rotary_layers_of_smollm3_mean_nothing_to_llama():
+    assert all(architecture_of({**LLAMA, "no_rope_layers": [0, 0, 0, 0]}, "test").rotary)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not known; known are llama, qwen2, smollm3"),
+        ({"model_type": None}, "model_type None is not known"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default"}}, "partial_rotary_factor"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantised"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_hidden_layers": "4"}, "num_hidden_layers is '4'"),
+        ({"vocab_size": 10.5}, "vocab_size is 10.5"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"rms_norm_eps": "tiny"}, "wrong type"),
+        ({"rms_norm_eps": None}, "wrong type"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 1]}, "no_rope_layers lists 2 of 4 layers"),
+    ],
+)
+def test_what_we_cannot_run_is_refused_by_name(change, message):
+    with pytest.raises(InputError, match=r"^test: ") as error:
+        architecture_of({**LLAMA, **change}, "test")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", sorted(set(LLAMA) - {"model_type"}))
+def test_a_missing_field_is_named(field):
+    with pytest.raises(InputError, match=f"the field {field} is missing"):
+        architecture_of({key: value for key, value in LLAMA.items() if key != field}, "test")
+
+
+@pytest.mark.parametrize(("text", "message"), [(None, "no such file"), ("{", "not valid JSON"), ("[]", "one JSON object")])
+def test_a_broken_config_file_is_refused(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_architecture(tmp_path)
+
+
+def test_a_config_file_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    assert read_architecture(tmp_path) == architecture_of(LLAMA, "test")
