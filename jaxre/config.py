@@ -122,6 +122,7 @@ class Train(Settings):
     beta1: float = Field(0.9, ge=0.0, lt=1.0)
     beta2: float = Field(0.999, ge=0.0, lt=1.0)
     epsilon: float = Field(1e-8, gt=0.0)
+    prompt_weight: float = Field(0.0, ge=0.0, le=1.0, description="weight of the prompt's tokens in the training loss; the answer's is 1")
     clip_norm: float = Field(1.0, gt=0.0)
     log_every: int = Field(10, ge=1)
     evaluate_every: int | None = Field(None, ge=1, description="steps between validations; once per epoch if not given")

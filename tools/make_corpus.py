@@ -222,7 +222,7 @@ def check(corpus: dict[str, list[dict]]) -> None:
     """Raises ValueError, naming all offenders, where a row breaks a promise of the README."""
     faults = []
     entities = {split: {row[side] for row in rows for side in ("head", "tail")} for split, rows in corpus.items()}
-    for split, rows in corpus.items():
+    for rows in corpus.values():
         uses = Counter(row["text"] for row in rows)
         faults += [f"{n} rows of: {text}" for text, n in uses.items() if n > 2]
         for text in uses:

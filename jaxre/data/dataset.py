@@ -121,10 +121,11 @@ def _load_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Spl
 def make_plan(config: Config, tokens: TokenSet, shards: int) -> Plan:
     """The run's packing plan for a mesh whose rows are shared by `shards` devices. Raises InputError."""
     train = config.train
+    supervised = tokens.lengths - 1 if train.prompt_weight else tokens.supervised
     if train.batch_examples is not None:
         return plan_by_examples(
             tokens.lengths,
-            tokens.supervised,
+            supervised,
             seed=config.seed,
             epochs=train.epochs,
             row_length=train.row_length,
@@ -137,7 +138,7 @@ def make_plan(config: Config, tokens: TokenSet, shards: int) -> Plan:
         raise InputError(f"train.batch_tokens gives {rows} rows, which {shards} devices (mesh data x fsdp) cannot share; make it a multiple")
     return plan_by_tokens(
         tokens.lengths,
-        tokens.supervised,
+        supervised,
         seed=config.seed,
         epochs=train.epochs,
         row_length=train.row_length,

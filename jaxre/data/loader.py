@@ -11,12 +11,12 @@ from jaxre.data.rows import Rows, fill_update
 from jaxre.data.tokens import TokenSet
 
 
-def updates(examples: TokenSet, plan: Plan, first: int = 0, ahead: int = 4) -> Iterator[Rows]:
+def updates(examples: TokenSet, plan: Plan, first: int = 0, prompt_weight: float = 0.0, ahead: int = 4) -> Iterator[Rows]:
     """Rows of the updates `first`, `first + 1`, ... of the plan.
 
     Args:
       ahead: updates prepared before they are asked for.
     """
     owners = examples.owners
-    steps = grain.MapDataset.range(first, len(plan.updates)).map(lambda step: fill_update(examples, owners, plan.updates[step]))
+    steps = grain.MapDataset.range(first, len(plan.updates)).map(lambda step: fill_update(examples, owners, plan.updates[step], prompt_weight))
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)))

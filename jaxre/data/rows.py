@@ -42,8 +42,13 @@ def empty_rows(shape: RowShape) -> Rows:
     return Rows(tokens, np.zeros_like(tokens), alone, np.zeros((B, T), np.uint32), supervised, supervised.copy(), np.zeros((B, S), np.float32))
 
 
-def fill_rows(examples: TokenSet, owners: np.ndarray, packed: Sequence[Sequence[int]], shape: RowShape) -> Rows:
-    """The rows of one micro-batch; `packed[b]` lists the examples of row b."""
+def fill_rows(
+    examples: TokenSet, owners: np.ndarray, packed: Sequence[Sequence[int]], shape: RowShape, prompt_weight: float = 0.0
+) -> Rows:
+    """The rows of one micro-batch; `packed[b]` lists the examples of row b.
+
+    With a `prompt_weight` the prompt's tokens, all but the first, are supervised too, at that weight.
+    """
     rows = empty_rows(shape)
     for b, members in enumerate(packed):
         start = count = 0
@@ -55,15 +60,16 @@ def fill_rows(examples: TokenSet, owners: np.ndarray, packed: Sequence[Sequence[
             rows.visible_until[b, start:end] = end
             rows.owner[b, start:end] = owners[example]
             prompt = int(examples.prompt_lengths[example])
-            new = len(tokens) - prompt
-            rows.supervised[b, count : count + new] = np.arange(start + prompt - 1, end - 1)
-            rows.targets[b, count : count + new] = tokens[prompt:]
-            rows.weights[b, count : count + new] = 1.0
-            start, count = end, count + new
+            first = 1 if prompt_weight else prompt
+            places = slice(count, count + len(tokens) - first)
+            rows.supervised[b, places] = np.arange(start + first - 1, end - 1)
+            rows.targets[b, places] = tokens[first:]
+            rows.weights[b, places] = np.where(np.arange(first, len(tokens)) < prompt, prompt_weight, 1.0)
+            start, count = end, places.stop
     return rows
 
 
-def fill_update(examples: TokenSet, owners: np.ndarray, update: Update) -> Rows:
+def fill_update(examples: TokenSet, owners: np.ndarray, update: Update, prompt_weight: float = 0.0) -> Rows:
     """The rows of an update, [A, B, ...]."""
-    micro = [fill_rows(examples, owners, packed, update.shape) for packed in update.micro]
+    micro = [fill_rows(examples, owners, packed, update.shape, prompt_weight) for packed in update.micro]
     return Rows(*(np.stack(arrays) for arrays in zip(*micro, strict=True)))

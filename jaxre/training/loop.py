@@ -89,7 +89,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     pending: list[Metrics] = []
     with progress_bar(console, first_process) as bar:
         task = bar.add_task("train", total=steps, completed=start, told="")
-        for step, rows in enumerate(prepared(dataset, plan, start, steps), start + 1):
+        for step, rows in enumerate(prepared(config, dataset, plan, start, steps), start + 1):
             shape = plan.updates[step - 1].shape
             state, metrics = compiled[shape](state, base, sharding.put_rows(rows, row_sharding))
             pending.append(metrics)
@@ -146,9 +146,9 @@ def summary_of(dataset: Dataset, plan: Plan, clock: Clock, best: int, compilatio
     }
 
 
-def prepared(dataset: Dataset, plan: Plan, start: int, steps: int) -> Iterator[Rows]:
+def prepared(config: Config, dataset: Dataset, plan: Plan, start: int, steps: int) -> Iterator[Rows]:
     """The rows of the updates after `start`, up to `steps`."""
-    return (rows for rows, _ in zip(updates(dataset.train.tokens, plan, start), range(start, steps), strict=False))
+    return (rows for rows, _ in zip(updates(dataset.train.tokens, plan, start, config.train.prompt_weight), range(start, steps), strict=False))
 
 
 def open_run_folder(config: Config, first_process: bool) -> Path:

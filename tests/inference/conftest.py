@@ -49,7 +49,7 @@ def random_factors(architecture: Architecture, seed: int) -> tuple[dict, float]:
     """An adapter whose B is not zero, and its scale."""
     random = np.random.default_rng(seed + 1)
     shapes = jax.eval_shape(lambda: lora_module.init_adapter(architecture, LORA, jax.random.key(0)))
-    factors = jax.tree.map(lambda leaf: (0.2 * random.standard_normal(leaf.shape)).astype(np.float32), shapes)
+    factors = jax.tree.map(lambda leaf: (0.1 * random.standard_normal(leaf.shape)).astype(np.float32), shapes)
     return factors, lora_module.scale_of(LORA)
 
 
@@ -64,6 +64,7 @@ def in_transformers(model: Model) -> Any:
     torch = pytest.importorskip("torch")
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+    torch.set_num_threads(1)  # tiny products: threads cost more than they bring
     a = model.architecture
     config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[a.kind]
     config = config_class(

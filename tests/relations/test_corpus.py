@@ -118,7 +118,6 @@ def test_phrasings_of_one_split_are_unseen_in_the_others(make_corpus):
         return re.sub(r"[^a-z{}_ ]", "", re.sub(r"[\[\]]", "", text.casefold())).strip()
 
     for section in make_corpus.read_sections(CORPUS / "source"):
-        found = Counter()
         texts = {split: {skeleton(t) for s, _, t in section.phrasings + section.negatives if s == split} for split in SPLITS}
         found = Counter(text for split in SPLITS for text in texts[split])
         assert max(found.values()) == 1, (section.file, found.most_common(1))
