@@ -111,7 +111,9 @@ def predict(
 
 
 @app.command()
-def evaluate(predictions: Annotated[Path, typer.Argument(help="predictions file or folder", metavar="PREDICTIONS")], json: JsonFile = None) -> None:
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(help="predictions file or folder", metavar="PREDICTIONS")], json: JsonFile = None
+) -> None:
     """Scores a predictions file: positive-class micro-F1, macro-F1, accuracy, per class.
 
     Example: jaxre evaluate runs/quickstart/predictions/facts-test-score.parquet --json scores.json

@@ -47,7 +47,9 @@ class Source(Settings):
     columns: dict[str, str] = Field(default_factory=dict, description="our field -> column of the file or hub dataset")
     part: tuple[Proportion, Proportion] = Field((0.0, 1.0), description="the share of the split used, by a fixed hash of the example id")
     limit: int | None = Field(None, ge=1, description="at most this many examples, after a shuffle with seed 42")
-    negatives: float = Field(1.0, ge=0.0, description="unrelated entity pairs drawn per related pair, where a benchmark states none (conll04)")
+    negatives: float = Field(
+        1.0, ge=0.0, description="unrelated entity pairs drawn per related pair, where a benchmark states none (conll04)"
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Source:
@@ -88,8 +90,12 @@ class Prompt(Settings):
 
 class Model(Settings):
     path: str = Field(description="a folder in Hugging Face layout, a run folder, a hub id, or the shipped `facts-base`")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="of base weights and products; auto: bfloat16 on an accelerator, float32 on CPU")
-    architecture: dict[str, Any] | None = Field(None, description="train from scratch: the fields of a config.json, with tokenizer from `path`")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of base weights and products; auto: bfloat16 on an accelerator, float32 on CPU"
+    )
+    architecture: dict[str, Any] | None = Field(
+        None, description="train from scratch: the fields of a config.json, with tokenizer from `path`"
+    )
 
 
 class Lora(Settings):
@@ -135,7 +141,9 @@ class Train(Settings):
         if (self.batch_examples is None) == (self.batch_tokens is None):
             raise ValueError("give exactly one of batch_examples and batch_tokens")
         if self.batch_tokens is not None and self.batch_tokens % (self.row_length * self.accumulation):
-            raise ValueError(f"batch_tokens={self.batch_tokens} is not a multiple of row_length x accumulation ({self.row_length} x {self.accumulation})")
+            raise ValueError(
+                f"batch_tokens={self.batch_tokens} is not a multiple of row_length x accumulation ({self.row_length} x {self.accumulation})"
+            )
         if self.batch_examples is not None and self.batch_examples % self.accumulation:
             raise ValueError(f"batch_examples={self.batch_examples} is not a multiple of accumulation={self.accumulation}")
         return self
@@ -224,7 +232,11 @@ class _StringLoader(yaml.SafeLoader):
     """Safe YAML in which only true/false are booleans, dates stay text and a key may occur once."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")]
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -274,7 +286,9 @@ def _interpolate(tree: dict, place: str) -> dict:
     """Resolves `${key}` within the file; a resolver (`${name:...}`) is refused."""
     found = re.search(r"\$\{\s*[^}]*:[^}]*\}?", str(tree))
     if found:
-        raise InputError(f"{place}: {found.group(0)} is a resolver, which is refused so that no environment value lands in a run; write the value itself")
+        raise InputError(
+            f"{place}: {found.group(0)} is a resolver, which is refused so that no environment value lands in a run; write the value itself"
+        )
     try:
         return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
     except OmegaConfBaseException as error:

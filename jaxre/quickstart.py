@@ -74,11 +74,14 @@ def quickstart(run: Path, console: Console, config_path: Path = CONFIG) -> dict:
     summary = summarise(run, systems)
     log = read_log(run)
     curves = {
-        kind: [(record["step"], record["loss"]) for record in log if record["kind"] == kind and "loss" in record] for kind in ("train", "validation")
+        kind: [(record["step"], record["loss"]) for record in log if record["kind"] == kind and "loss" in record]
+        for kind in ("train", "validation")
     }
     rows = read_predictions(ours.path)
     confusion = confusion_matrix([row.relation for row in rows], [row.generated_relation for row in rows])
-    pictures = draw_report(run / "report", systems, curves["train"], curves["validation"], confusion, title=f"{run.name}: {len(test)} test examples")
+    pictures = draw_report(
+        run / "report", systems, curves["train"], curves["validation"], confusion, title=f"{run.name}: {len(test)} test examples"
+    )
     write_json(run / "report" / "summary.json", summary)
 
     console.rule("result")

@@ -174,7 +174,7 @@ def _read_settings(folder: Path, architecture: Architecture) -> Lora:
 
 def _unsupported(settings: dict[str, Any]) -> list[str]:
     """Each setting that changes what the adapter computes in a way we do not have, as `field=value`."""
-    found = [field for field, value in settings.items() if field not in _READ | _CHECKED | _IDLE and value not in (None, False, "", [], {})]
+    found = [field for field, value in settings.items() if field not in _READ | _CHECKED | _IDLE and not _is_off(value)]
     if settings.get("bias", "none") != "none":
         found.append("bias")
     for pattern, common in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
@@ -183,6 +183,10 @@ def _unsupported(settings: dict[str, Any]) -> list[str]:
     if settings.get("init_lora_weights") not in _HARMLESS_INITIAL:
         found.append("init_lora_weights")
     return [f"{field}={json.dumps(settings[field])}" for field in found]
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or value in ("", [], {})  # not 0, which may be the number of a layer
 
 
 def _target_names(wanted: Any, architecture: Architecture, path: Path) -> tuple[str, ...]:

@@ -99,7 +99,9 @@ def ask(config: Config, examples: Sequence[Example], schema: Schema, train: Sequ
     return questions_of(examples, config.prompt, schema.labels, demonstrator(train, config.prompt, config.seed))
 
 
-def tokenise(config: Config, examples: list[Example], schema: Schema, template: ChatTemplate, train: Sequence[Example], place: str) -> Split:
+def tokenise(
+    config: Config, examples: list[Example], schema: Schema, template: ChatTemplate, train: Sequence[Example], place: str
+) -> Split:
     """Examples as tokens, from the cache where it has them."""
     questions = ask(config, examples, schema, train)
     row_length = config.train.row_length
@@ -135,7 +137,9 @@ def make_plan(config: Config, tokens: TokenSet, shards: int) -> Plan:
         )
     rows = train.batch_tokens // (train.row_length * train.accumulation)
     if rows % shards:
-        raise InputError(f"train.batch_tokens gives {rows} rows, which {shards} devices (mesh data x fsdp) cannot share; make it a multiple")
+        raise InputError(
+            f"train.batch_tokens gives {rows} rows, which {shards} devices (mesh data x fsdp) cannot share; make it a multiple"
+        )
     return plan_by_tokens(
         tokens.lengths,
         supervised,

@@ -65,13 +65,17 @@ def _labels(dataset: Dataset) -> Table:
 
 def _leakage(config: Config, dataset: Dataset) -> Text:
     lines = []
-    splits: list[tuple[str, Split | None, list]] = [("validation", dataset.validation, dataset.validation.examples if dataset.validation else [])]
+    splits: list[tuple[str, Split | None, list]] = [
+        ("validation", dataset.validation, dataset.validation.examples if dataset.validation else [])
+    ]
     if config.data.test is not None:
         splits.append(("test", None, sources.load(config.data.test)))
     for name, _, examples in splits:
         if examples:
             found = sources.overlap(dataset.train.examples, examples)
-            lines.append(f"{name}: {len(found.same_text)} examples have a text of train, {len(found.same_pair)} also the same pair{_few(found.same_text)}")
+            lines.append(
+                f"{name}: {len(found.same_text)} examples have a text of train, {len(found.same_pair)} also the same pair{_few(found.same_text)}"
+            )
     for name, split in (("train", dataset.train), ("validation", dataset.validation)):
         if split and split.dropped:
             lines.append(f"{name}: {len(split.dropped)} examples are longer than a row and left out{_few(split.dropped)}")
@@ -98,7 +102,9 @@ def _packing(config: Config, tokens: TokenSet) -> Text:
     plan = make_plan(config, tokens, shards=1)
     pad, supervised = plan.fill(tokens.lengths, tokens.supervised)
     shapes = ", ".join(f"{shape.rows} x {shape.length} ({shape.supervised} supervised)" for shape in plan.shapes)
-    return Text(f"packing: rows of {shapes}; fill {1 - pad:.1%}; {plan.epoch_ends[0]:,} updates an epoch; {supervised:.1%} of the tokens supervised")
+    return Text(
+        f"packing: rows of {shapes}; fill {1 - pad:.1%}; {plan.epoch_ends[0]:,} updates an epoch; {supervised:.1%} of the tokens supervised"
+    )
 
 
 def _shown(dataset: Dataset, number: int) -> Panel:

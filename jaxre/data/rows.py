@@ -39,12 +39,12 @@ def empty_rows(shape: RowShape) -> Rows:
     tokens = np.zeros((B, T), np.int32)
     alone = np.broadcast_to(np.arange(1, T + 1, dtype=np.int32), (B, T)).copy()
     supervised = np.zeros((B, S), np.int32)
-    return Rows(tokens, np.zeros_like(tokens), alone, np.zeros((B, T), np.uint32), supervised, supervised.copy(), np.zeros((B, S), np.float32))
+    return Rows(
+        tokens, np.zeros_like(tokens), alone, np.zeros((B, T), np.uint32), supervised, supervised.copy(), np.zeros((B, S), np.float32)
+    )
 
 
-def fill_rows(
-    examples: TokenSet, owners: np.ndarray, packed: Sequence[Sequence[int]], shape: RowShape, prompt_weight: float = 0.0
-) -> Rows:
+def fill_rows(examples: TokenSet, owners: np.ndarray, packed: Sequence[Sequence[int]], shape: RowShape, prompt_weight: float = 0.0) -> Rows:
     """The rows of one micro-batch; `packed[b]` lists the examples of row b.
 
     With a `prompt_weight` the prompt's tokens, all but the first, are supervised too, at that weight.

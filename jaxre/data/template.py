@@ -49,7 +49,9 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str, place: str):
         if not tokenizer.chat_template:
-            raise InputError(f"{place}: the tokenizer has no chat template; add chat_template.jinja, or use the instruct version of the model")
+            raise InputError(
+                f"{place}: the tokenizer has no chat template; add chat_template.jinja, or use the instruct version of the model"
+            )
         self.tokenizer = tokenizer
         self.place = place
         self.template = pin_date(tokenizer.chat_template, datetime.date.fromisoformat(date), place)
@@ -88,8 +90,14 @@ class ChatTemplate:
         if "<think>" in supervised:
             raise InputError(f"{self.place}: the chat template puts a <think> block into the target; switch reasoning off in the template")
         if not supervised.lstrip().startswith(answer.strip()) or not answer.strip():
-            wrong = "no supervised token" if answer.strip() not in supervised else f"{supervised[:40]!r} before the answer, which would be supervised"
-            raise InputError(f"{self.place}: the chat template yields {wrong}; it must put the assistant's text right after its generation prompt")
+            wrong = (
+                "no supervised token"
+                if answer.strip() not in supervised
+                else f"{supervised[:40]!r} before the answer, which would be supervised"
+            )
+            raise InputError(
+                f"{self.place}: the chat template yields {wrong}; it must put the assistant's text right after its generation prompt"
+            )
         return prompt, supervised
 
     def encode(self, conversations: Sequence[tuple[Sequence[Turn], str]]) -> list[Encoded]:
@@ -128,5 +136,7 @@ def pin_date(template: str, date: datetime.date, place: str) -> str:
     # Llama 3 asks whether the function exists before it calls it.
     left = re.sub(r"strftime_now\s+is\s+(not\s+)?defined", "", pinned)
     if "strftime_now" in left:
-        raise InputError(f"{place}: the chat template asks for the date in a way that cannot be pinned; write strftime_now with a literal format")
+        raise InputError(
+            f"{place}: the chat template asks for the date in a way that cannot be pinned; write strftime_now with a literal format"
+        )
     return pinned

@@ -115,7 +115,9 @@ def encode_examples(examples: Sequence[Example], questions: Sequence[Sequence[di
     return TokenSet.of(template.encode(pairs), [example.id for example in examples])
 
 
-def examples_digest(questions: Sequence[Sequence[dict[str, str]]], examples: Sequence[Example], template: ChatTemplate, row_length: int) -> str:
+def examples_digest(
+    questions: Sequence[Sequence[dict[str, str]]], examples: Sequence[Example], template: ChatTemplate, row_length: int
+) -> str:
     """Digest of everything the tokens depend on: data, prompts, demonstrations, tokenizer, template, date, length."""
     digest = hashlib.sha256(f"sft {FORMAT} {template.digest} {row_length}\n".encode())
     for example, question in zip(examples, questions, strict=True):

@@ -88,7 +88,9 @@ def predict_text(model: str, text: str, mode: Mode, config_path: Path | None) ->
     table.add_column("probability", justify="right")
     shares = row.probabilities or {row.generated_relation: float("nan")}
     for label, share in sorted(shares.items(), key=lambda item: -item[1]):
-        table.add_row(Text(label), "not scored" if share != share else f"{share:.4f}", style="bold" if label == row.generated_relation else "")
+        table.add_row(
+            Text(label), "not scored" if share != share else f"{share:.4f}", style="bold" if label == row.generated_relation else ""
+        )
     return table
 
 

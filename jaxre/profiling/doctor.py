@@ -12,7 +12,19 @@ from rich.table import Table
 from jaxre.checkpoints.source import compute_dtype
 from jaxre.config import data_root, shipped
 
-PACKAGES = ("jaxre", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "transformers", "tokenizers", "safetensors")
+PACKAGES = (
+    "jaxre",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "tensorstore",
+    "grain",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+)
 
 
 def diagnose() -> Table:
@@ -28,7 +40,9 @@ def diagnose() -> Table:
     devices = jax.devices()
     table.add_row("devices", f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})")
     dtype = compute_dtype("auto")
-    table.add_row("model.dtype=auto", f"{dtype.name}: " + ("an accelerator is there" if dtype.name == "bfloat16" else "no accelerator is there"))
+    table.add_row(
+        "model.dtype=auto", f"{dtype.name}: " + ("an accelerator is there" if dtype.name == "bfloat16" else "no accelerator is there")
+    )
     name, why = choose_attention()
     table.add_row("attention", f"{name}: {why}")
     table.add_row("fused LoRA", "xla: the only implementation there is")

@@ -32,7 +32,9 @@ class Initial:
     dtype: np.dtype
 
 
-def initial_state(config: Config, folder: Path, dtype: np.dtype, optimiser: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Initial:
+def initial_state(
+    config: Config, folder: Path, dtype: np.dtype, optimiser: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> Initial:
     """Weights are found in this order: `model.architecture` (random, from the run's seed), else the model's folder.
 
     Raises:

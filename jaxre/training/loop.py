@@ -47,6 +47,7 @@ def train(config: Config, console: Console | None = None) -> Path:
       InputError: anything in the config, data, weights or run folder that cannot be used.
     """
     console = console or Console()
+    sharding.join_processes()
     first_process = jax.process_index() == 0
     say = console.print if first_process else lambda *_: None
 
@@ -103,7 +104,9 @@ def train(config: Config, console: Console | None = None) -> Path:
                 log.write("speed", step, speed)
                 log.flush()
                 pending = []
-                told = f"loss {losses[-1].loss:.4f}  {speed['examples_per_second']:.1f} examples/s  {speed['tokens_per_second']:.0f} tokens/s"
+                told = (
+                    f"loss {losses[-1].loss:.4f}  {speed['examples_per_second']:.1f} examples/s  {speed['tokens_per_second']:.0f} tokens/s"
+                )
                 bar.update(task, completed=step, told=told)
                 if not np.isfinite(losses[-1].loss):
                     raise InputError(f"{run}: the loss is {losses[-1].loss} at step {step}; lower train.learning_rate and start again")
@@ -148,22 +151,44 @@ def summary_of(dataset: Dataset, plan: Plan, clock: Clock, best: int, compilatio
 
 def prepared(config: Config, dataset: Dataset, plan: Plan, start: int, steps: int) -> Iterator[Rows]:
     """The rows of the updates after `start`, up to `steps`."""
-    return (rows for rows, _ in zip(updates(dataset.train.tokens, plan, start, config.train.prompt_weight), range(start, steps), strict=False))
+    return (
+        rows for rows, _ in zip(updates(dataset.train.tokens, plan, start, config.train.prompt_weight), range(start, steps), strict=False)
+    )
 
 
 def open_run_folder(config: Config, first_process: bool) -> Path:
-    """The run folder with its `config.yaml`. Raises InputError if it holds another run's."""
+    """The run folder with its `config.yaml`.
+
+    A run may go on with another mesh, cache, log or checkpoint interval, which do not change what it computes.
+
+    Raises:
+      InputError: the folder holds another run's config (names the first setting that differs), or is no run folder.
+    """
     run = config.run_folder
     saved = run / "config.yaml"
     if saved.is_file():
-        if load_config(saved) != config:
-            raise InputError(f"{run}: holds a run with another config; remove it, or give this one another name (name=...)")
+        differing = first_difference(load_config(saved).model_dump(), config.model_dump())
+        if differing:
+            raise InputError(f"{run}: holds a run with another {differing}; remove it, or give this one another name (name=...)")
     elif run.exists() and any(run.iterdir()):
         raise InputError(f"{run}: exists and is not a run folder; remove it or name another (output=..., name=...)")
     if first_process:
         run.mkdir(parents=True, exist_ok=True)
         save_config(config, saved)
     return run
+
+
+FREE_ON_RESUME = {"mesh", "data.cache", "predict", "train.log_every", "train.keep", "train.checkpoint_every"}
+
+
+def first_difference(old: Any, new: Any, place: str = "") -> str | None:
+    """Dotted name of the first setting that differs and may not, or None."""
+    if place in FREE_ON_RESUME or old == new:
+        return None
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return f"{place} ({old!r}, now {new!r})"
+    parts = (first_difference(old.get(key), new.get(key), f"{place}.{key}" if place else key) for key in new)
+    return next((part for part in parts if part), None)
 
 
 def compile_updates(config: Config, plan: Plan, initial: Initial, optimiser: Any, dtype: Any, mesh: jax.sharding.Mesh) -> dict:
@@ -209,12 +234,18 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
     table = Table(title=f"run {config.name}", show_header=False)
     for name, value in (
         ("parameters", f"{trained:,} trained, {total if config.train.method == 'lora' else 0:,} frozen ({initial.dtype})"),
-        ("examples", f"{len(tokens):,} ({len(dataset.train.dropped)} too long, {'from' if dataset.train.from_cache else 'written to'} the token cache)"),
+        (
+            "examples",
+            f"{len(tokens):,} ({len(dataset.train.dropped)} too long, {'from' if dataset.train.from_cache else 'written to'} the token cache)",
+        ),
         ("updates", f"{steps:,} ({config.train.epochs} epochs of {plan.epoch_ends[0]:,})"),
         ("rows", ", ".join(f"{len(plan.updates[0].micro)} x {s.rows} x {s.length}, {s.supervised} supervised" for s in plan.shapes)),
         ("pad share", f"{pad:.1%}"),
         ("supervised share", f"{supervised:.1%} of real tokens"),
-        ("devices", f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}, tensor {mesh.shape['tensor']})"),
+        (
+            "devices",
+            f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}, tensor {mesh.shape['tensor']})",
+        ),
         ("attention", f"{attention} ({why})"),
         ("compilations", f"{len(compiled)}, one a row shape"),
         ("compiled memory", memory_of(compiled)),
@@ -227,12 +258,19 @@ def memory_of(compiled: dict) -> str:
     """Bytes per device of the largest compiled step, in words."""
     largest = max((one.memory_analysis() for one in compiled.values()), key=lambda memory: memory.temp_size_in_bytes)
     kept, temporary = largest.argument_size_in_bytes, largest.temp_size_in_bytes
-    return f"{(kept + temporary) / 2**20:,.0f} MiB a device ({kept / 2**20:,.0f} weights, state and rows; {temporary / 2**20:,.0f} temporary)"
+    return (
+        f"{(kept + temporary) / 2**20:,.0f} MiB a device ({kept / 2**20:,.0f} weights, state and rows; {temporary / 2**20:,.0f} temporary)"
+    )
 
 
 def progress_bar(console: Console, shown: bool) -> Progress:
     return Progress(
-        TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn(), console=console, disable=not shown
+        TextColumn("{task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("{task.fields[told]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not shown,
     )
 
 

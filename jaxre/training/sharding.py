@@ -6,6 +6,7 @@ axis does not divide is kept whole.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,29 @@ from jaxre.models.weights import places, tree_of
 
 Tree = Any
 ROWS = ("data", "fsdp")
+
+
+def join_processes() -> None:
+    """Joins the processes of a run on several hosts, where the environment says that there are several.
+
+    `JAX_COORDINATOR_ADDRESS=HOST:PORT` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or
+    `JAX_COORDINATOR_ADDRESS=auto` where JAX finds the others itself (Slurm, Cloud TPU, Open MPI, Kubernetes).
+
+    Raises:
+      InputError: an address without the two numbers.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if not address or jax.distributed.is_initialized():
+        return
+    if address == "auto":
+        del os.environ["JAX_COORDINATOR_ADDRESS"]
+        jax.distributed.initialize()
+        return
+    try:
+        count, number = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    except (KeyError, ValueError):
+        raise InputError("JAX_COORDINATOR_ADDRESS is set; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too, or the address to auto") from None
+    jax.distributed.initialize(address, count, number)
 
 
 def make_mesh(mesh: Mesh, devices: list | None = None) -> jax.sharding.Mesh:

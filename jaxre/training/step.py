@@ -6,6 +6,7 @@ devices and accumulation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -80,7 +81,7 @@ def make_optimiser(config: Config, steps: int) -> optax.GradientTransformation:
 def make_schedule(config: Config, steps: int) -> optax.Schedule:
     """Learning rate by update: linear warm-up over `warmup` of the steps, then linear or cosine to zero, or constant."""
     train = config.train
-    warm = round(train.warmup * steps)
+    warm = math.ceil(train.warmup * steps)
     rest = max(1, steps - warm)
     after = {
         "linear": optax.linear_schedule(train.learning_rate, 0.0, rest),

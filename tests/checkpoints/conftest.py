@@ -1,14 +1,10 @@
-"""Makes tests/models/tiny_decoders.py importable here, and small folders that most of these tests start from."""
+"""A small folder that most of these tests start from."""
 
 from __future__ import annotations
 
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 

@@ -22,7 +22,7 @@ from jaxre.models.lora import merge, scale_of
 torch = ground_truth("torch")
 peft = ground_truth("peft")
 
-# The design's promise for f32. Measured: 2e-6 at most.
+# The design's promise for f32. Measured: 2e-5 at most, with adapters that multiply the activations.
 PARITY = 1e-4
 
 # Rank, scaling and targets that a fault would confuse: rank unlike any size, alpha unlike the rank, one target, some, all.
@@ -69,6 +69,8 @@ def test_exported_adapter_loads_in_peft_without_a_warning_and_gives_our_logits(t
     untouched = their_logits(base, tokens)
     with caplog.at_level(logging.WARNING), warnings.catch_warnings():
         warnings.simplefilter("error")
+        # transformers warns of what peft calls, whatever the adapter.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     assert not [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     theirs = their_logits(model, tokens)
@@ -186,20 +188,19 @@ def test_merging_into_float32_equals_merge_and_unload(tmp_path, lora):
     assert any(relative(value, base[name]) > 0.05 for name, value in ours.items())
 
 
-def test_merging_into_bfloat16_is_within_one_rounding_of_merge_and_unload_and_nearer_to_exact(tmp_path, lora):
-    """PEFT rounds the product to bf16 and then the sum; we round once. Untouched weights keep their bits."""
+def test_merging_into_bfloat16_equals_merge_and_unload(tmp_path, lora):
+    """Both form the sum in f32 and round once: measured bit-equal.
+
+    A sum of f32 products in another order may fall on the other side of a rounding, so one unit in the last
+    of bf16's 8 bits is allowed in 1% of the elements. Rounding the product first would differ in a third of them.
+    """
     ours, theirs, base = merged_by_both(tmp_path / "base", tmp_path, lora, "bfloat16")
     changed = 0
     for name, value in ours.items():
         one, other, start = (np.asarray(array, np.float32) for array in (value, theirs[name].float().numpy(), base[name]))
-        if np.array_equal(one, start):
-            assert np.array_equal(other, start)
-            continue
-        changed += 1
-        # one unit in the last of bf16's 8 bits, of the sum or of the product that was added
-        unit = 2.0**-7 * np.maximum(np.abs(other), np.abs(other - start))
-        assert (np.abs(one - other) <= unit + 1e-30).all()
-        assert (one != other).mean() < 0.5
+        changed += not np.array_equal(one, start)
+        assert (np.abs(one - other) <= 2.0**-7 * np.abs(other)).all()
+        assert (one != other).mean() < 0.01
     assert changed == 3 * len(lora.targets)
 
 

@@ -77,6 +77,17 @@ def test_answers_end_with_the_end_of_turn(shared_models, name):
     assert all(answer[-1] == end and answer.count(end) == 1 for labels in answers for answer in labels)
 
 
+def test_smollm3s_template_without_thinking_gets_its_own_tokens(shared_models):
+    # Its own tokenizer is not here; SmolLM2's has the same turn tokens.
+    template = template_of(
+        shared_models / SMOLLM, (shared_models / "HuggingFaceTB/SmolLM3-3B/chat_template.jinja").read_text(encoding="utf-8")
+    )
+    prompts, answers = label_answers(template, QUESTIONS, LABELS)
+    assert (prompts, answers) == in_full(template, QUESTIONS, LABELS)
+    assert "</think>" in template.tokenizer.decode(prompts[0])[-20:]
+    assert all("think>" not in template.tokenizer.decode(answer) for answer in answers[0])
+
+
 def test_a_template_without_added_tokens_is_tokenised_in_full(shared_models):
     template = template_of(
         shared_models / "karpathy/stories260K/hf", PLAIN.replace("assistant:", "assistant:\n").replace("{{ m.role }}: ", "{{ m.role }}:\n")

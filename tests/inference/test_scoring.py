@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,9 +104,10 @@ def test_an_answer_sees_no_other_answer_and_no_other_example(models):
     prompts = some_prompts([20, 31])
     labels = [[1, 2, END], [1, 3, END], [4, 5, END]]
     before = score_labels(model, prompts, [labels] * 2)
-    other = score_labels(model, [prompts[0], prompts[1][::-1]], [[labels[0], [1, 9, END], [7, 5, END]]] * 2)
-    assert abs(before[0, 0] - other[0, 0]) < 1e-5
-    assert abs(before[1, 0] - other[1, 0]) > 1e-2
+    # The last label comes after the others in the row; only they and the other example change.
+    other = score_labels(model, [prompts[0], prompts[1][::-1]], [[[1, 7, END], [1, 3, 9, END], labels[2]]] * 2)
+    assert abs(before[0, 2] - other[0, 2]) < 1e-5
+    assert abs(before[1, 2] - other[1, 2]) > 1e-2
 
 
 def test_probabilities_sum_to_one_and_keep_the_order(models):
@@ -204,6 +206,7 @@ for shape in ((2, 2, 2),):  # every axis at once
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
+        cwd=Path(__file__).parents[2],
         env={"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
     )
     assert result.returncode == 0, result.stderr[-2000:]

@@ -42,10 +42,11 @@ def make(layers: int = 4, kind: str = "qwen2", seed: int = 0):
     """An architecture and random weights in which biases are not 0 and norms not 1."""
     architecture = architecture_of({**FIELDS, "num_hidden_layers": layers, "model_type": kind}, "test")
     draw = np.random.default_rng(seed)
-    params = jax.tree.map(
-        lambda leaf: np.asarray(leaf + 0.2 * draw.standard_normal(leaf.shape), np.float32), init_weights(architecture, seed)
-    )
-    return architecture, params
+
+    def value(weight, shape):
+        return (draw.standard_normal(shape) * 0.3 + (weight.initial == "ones")).astype(np.float32)
+
+    return architecture, tree_of((path, value(weight, shape)) for weight, path, shape, _ in places(architecture))
 
 
 @DEPTHS

@@ -1,0 +1,68 @@
+"""Run by test_mesh.py on 8 simulated devices: loss and gradients of one update on one device and on several meshes.
+
+python mesh_gradients.py MODEL_FOLDER WORK_FOLDER METHOD  -> one JSON line per mesh
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tiny import tiny_config
+
+from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.data.rows import fill_update
+from jaxre.training import sharding
+from jaxre.training.initial import initial_state
+from jaxre.training.step import dropout_keys, loss_sum, model_of
+
+MESHES = ({}, {"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
+
+
+def gradients(config, model: Path, devices: list) -> tuple[float, dict]:
+    """Loss and gradients of the first update, computed as `make_update` computes them."""
+    mesh = sharding.make_mesh(config.mesh, devices)
+    dtype = np.dtype(np.float32)
+    initial = initial_state(config, model, dtype, optax.sgd(1.0), mesh)
+    dataset = load_dataset(config, model)
+    plan = make_plan(config, dataset.train.tokens, shards=1)
+    tokens = dataset.train.tokens
+    rows = sharding.put_rows(fill_update(tokens, tokens.owners, plan.updates[0]), sharding.row_sharding(mesh))
+    trainable = jax.tree.map(perturbed, initial.state.trainable)
+
+    def loss(trainable):
+        micro = jax.tree.map(lambda array: array[0], rows)
+        keys = dropout_keys(config.seed, jnp.int32(3), micro)
+        params, adapter = model_of(trainable, initial.base, config, keys, dtype)
+        return loss_sum(params, adapter, micro, initial.architecture, sharding.constrain_rows(mesh)) / jnp.sum(micro.weights)
+
+    value, found = jax.jit(jax.value_and_grad(loss))(trainable)
+    return float(value), jax.device_get(found)
+
+
+def perturbed(leaf: jax.Array) -> jax.Array:
+    """The leaf with fixed noise, so that B of no LoRA pair is zero."""
+    noise = 0.05 * np.random.default_rng(leaf.size).standard_normal(leaf.shape)
+    return jax.device_put(np.asarray(leaf) + noise.astype(np.float32), leaf.sharding)
+
+
+def main(model: str, work: str, method: str) -> None:
+    reference = None
+    for axes in MESHES:
+        config = tiny_config(Path(work), Path(model), mesh=axes, train={"method": method})
+        found = gradients(config, Path(model), jax.devices() if axes else jax.devices()[:1])
+        reference = reference or found
+        worst = max(
+            float(np.abs(a - b).max() / np.abs(b).max())
+            for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(reference[1]), strict=True)
+        )
+        print(json.dumps({"mesh": axes, "loss": abs(found[0] - reference[0]) / reference[0], "gradient": worst}), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
