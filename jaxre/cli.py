@@ -64,12 +64,12 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
 
     Example: jaxre prepare configs/quickstart.yaml prompt.shots=2
     """
-    from jaxre.checkpoints.huggingface import resolve_model
+    from jaxre.checkpoints.source import tokenizer_folder
     from jaxre.config import load_config
     from jaxre.data.preview import preview
 
     loaded = load_config(config, overrides)
-    console.print(preview(loaded, resolve_model(loaded.model.path)))
+    console.print(preview(loaded, tokenizer_folder(loaded)))
 
 
 @app.command()

@@ -4,14 +4,16 @@
 
 The file is plain YAML: `no` stays the string "no" (a label), dates stay strings, and
 resolvers such as `${oc.env:HOME}` are refused, so that nothing of the environment lands in
-a saved config. `${name}` refers to another key of the same file.
+a saved config. `${name}` refers to another key of the same file; `\\${` is a literal `${`.
 """
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import os
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +21,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
 
 from jaxre.errors import InputError
 
@@ -27,15 +29,20 @@ LORA_TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def _label(value: Any) -> Any:
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    """A whole number is the label it was written as (the YAML rules below see to that); a fraction may not be: 1.50."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+# Strict: true is no number, "16" and 16.0 are no whole number, 1 is not true.
+Int = Annotated[int, Strict()]
+Float = Annotated[float, Strict()]
+Flag = Annotated[bool, Strict()]
 Label = Annotated[str, BeforeValidator(_label)]
-Proportion = Annotated[float, Field(ge=0.0, le=1.0)]
+Proportion = Annotated[Float, Field(ge=0.0, le=1.0)]
 
 
 class Source(Settings):
@@ -46,8 +53,8 @@ class Source(Settings):
     subset: str | None = Field(None, description="configuration name of a hub dataset")
     columns: dict[str, str] = Field(default_factory=dict, description="our field -> column of the file or hub dataset")
     part: tuple[Proportion, Proportion] = Field((0.0, 1.0), description="the share of the split used, by a fixed hash of the example id")
-    limit: int | None = Field(None, ge=1, description="at most this many examples, after a shuffle with seed 42")
-    negatives: float = Field(
+    limit: Int | None = Field(None, ge=1, description="at most this many examples, after a shuffle with seed 42")
+    negatives: Float = Field(
         1.0, ge=0.0, description="unrelated entity pairs drawn per related pair, where a benchmark states none (conll04)"
     )
 
@@ -63,8 +70,8 @@ class Text(Settings):
 
     paths: tuple[str, ...] = Field((), description="text files or folders of .txt files, also below the data folder (JAXRE_DATA)")
     sources: tuple[Source, ...] = Field((), description="datasets of which only the sentences are read")
-    holdout: float = Field(0.0, ge=0.0, lt=1.0, description="share of the pieces kept for validation")
-    repeat_sources: int = Field(1, ge=1, description="how often the sentences are repeated beside the files")
+    holdout: Float = Field(0.0, ge=0.0, lt=1.0, description="share of the pieces kept for validation")
+    repeat_sources: Int = Field(1, ge=1, description="how often the sentences are repeated beside the files")
 
 
 class Data(Settings):
@@ -74,7 +81,19 @@ class Data(Settings):
     text: Text | None = Field(None, description="train.objective=lm: what to read")
     labels: tuple[Label, ...] | None = Field(None, description="the schema; the labels of the training split if not given")
     too_long: Literal["drop", "error"] = Field("drop", description="an example longer than a row: drop (counted, listed) or stop")
-    cache: str = Field("~/.cache/jaxre/tokens", description="folder (or gs:// bucket) of the token cache")
+    cache: str = Field("~/.cache/jaxre/tokens", min_length=1, description="folder (or gs:// bucket) of the token cache")
+
+    @field_validator("labels")
+    @classmethod
+    def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if labels is None:
+            return None
+        if not labels or not all(label.strip() for label in labels):
+            raise ValueError("the schema needs labels, none of them empty")
+        twice = [label for label in labels if labels.count(label) > 1]
+        if twice:
+            raise ValueError(f"the label {twice[0]!r} is listed twice")
+        return labels
 
 
 class Prompt(Settings):
@@ -82,10 +101,20 @@ class Prompt(Settings):
 
     system: str | None = "You are an expert relation extraction system. Answer with only the relation label."
     user: str = "Text: {marked}\nHead: {head}\nTail: {tail}\nAnswer:"
-    enumerate: bool = Field(False, description="list all labels in the system turn")
-    shots: int = Field(0, ge=0, description="demonstrations before the example")
+    enumerate: Flag = Field(False, description="list all labels in the system turn")
+    shots: Int = Field(0, ge=0, description="demonstrations before the example")
     demonstrations: Literal["fixed", "per_example"] = Field("fixed", description="the same for all, or drawn for each example")
-    date: str = Field("2026-01-01", pattern=r"^\d{4}-\d{2}-\d{2}$", description="what a template that asks for today's date gets")
+    date: str = Field("2026-01-01", description="YYYY-MM-DD: what a template that asks for today's date gets")
+
+    @field_validator("date")
+    @classmethod
+    def _day(cls, date: str) -> str:
+        try:
+            if datetime.date.fromisoformat(date).isoformat() == date:
+                return date
+        except ValueError:
+            pass
+        raise ValueError("write a day as YYYY-MM-DD")
 
 
 class Model(Settings):
@@ -99,11 +128,11 @@ class Model(Settings):
 
 
 class Lora(Settings):
-    rank: int = Field(16, ge=1, le=1024)
-    alpha: float = Field(32.0, gt=0.0)
-    dropout: float = Field(0.05, ge=0.0, lt=1.0)
+    rank: Int = Field(16, ge=1, le=1024)
+    alpha: Float = Field(32.0, gt=0.0)
+    dropout: Float = Field(0.05, ge=0.0, lt=1.0)
     targets: tuple[Literal["q", "k", "v", "o", "gate", "up", "down"], ...] = LORA_TARGETS
-    rslora: bool = Field(False, description="scale alpha/sqrt(rank) in place of alpha/rank")
+    rslora: Flag = Field(False, description="scale alpha/sqrt(rank) in place of alpha/rank")
 
     @model_validator(mode="after")
     def _targets(self) -> Lora:
@@ -115,25 +144,25 @@ class Lora(Settings):
 class Train(Settings):
     method: Literal["lora", "full"] = "lora"
     objective: Literal["sft", "lm"] = "sft"
-    epochs: int = Field(2, ge=1)
-    max_steps: int | None = Field(None, ge=1, description="stop the schedule here, whatever the epochs")
-    batch_examples: int | None = Field(None, ge=1, description="examples per update")
-    batch_tokens: int | None = Field(None, ge=1, description="tokens per update (rows x row_length x accumulation)")
-    row_length: int = Field(512, ge=8, description="tokens of a row; a multiple of 128 on an accelerator")
-    accumulation: int = Field(1, ge=1, description="micro-batches per update")
-    learning_rate: float = Field(1e-4, gt=0.0)
+    epochs: Int = Field(2, ge=1)
+    max_steps: Int | None = Field(None, ge=1, description="stop the schedule here, whatever the epochs")
+    batch_examples: Int | None = Field(None, ge=1, description="examples per update")
+    batch_tokens: Int | None = Field(None, ge=1, description="tokens per update (rows x row_length x accumulation)")
+    row_length: Int = Field(512, ge=8, description="tokens of a row; a multiple of 128 on an accelerator")
+    accumulation: Int = Field(1, ge=1, description="micro-batches per update")
+    learning_rate: Float = Field(1e-4, gt=0.0)
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    warmup: float = Field(0.03, ge=0.0, lt=1.0, description="share of the steps")
-    weight_decay: float = Field(0.01, ge=0.0)
-    beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    beta2: float = Field(0.999, ge=0.0, lt=1.0)
-    epsilon: float = Field(1e-8, gt=0.0)
-    prompt_weight: float = Field(0.0, ge=0.0, le=1.0, description="weight of the prompt's tokens in the training loss; the answer's is 1")
-    clip_norm: float = Field(1.0, gt=0.0)
-    log_every: int = Field(10, ge=1)
-    evaluate_every: int | None = Field(None, ge=1, description="steps between validations; once per epoch if not given")
-    checkpoint_every: int | None = Field(None, ge=1, description="steps between checkpoints; with each validation if not given")
-    keep: int = Field(2, ge=1, description="checkpoints kept beside the best")
+    warmup: Float = Field(0.03, ge=0.0, lt=1.0, description="share of the steps")
+    weight_decay: Float = Field(0.01, ge=0.0)
+    beta1: Float = Field(0.9, ge=0.0, lt=1.0)
+    beta2: Float = Field(0.999, ge=0.0, lt=1.0)
+    epsilon: Float = Field(1e-8, gt=0.0)
+    prompt_weight: Float = Field(0.0, ge=0.0, le=1.0, description="weight of the prompt's tokens in the training loss; the answer's is 1")
+    clip_norm: Float = Field(1.0, gt=0.0)
+    log_every: Int = Field(10, ge=1)
+    evaluate_every: Int | None = Field(None, ge=1, description="steps between validations; once per epoch if not given")
+    checkpoint_every: Int | None = Field(None, ge=1, description="steps between checkpoints; with each validation if not given")
+    keep: Int = Field(2, ge=1, description="checkpoints kept beside the best")
     best: Literal["f1", "loss"] = Field("f1", description="the validation figure that chooses the best checkpoint")
 
     @model_validator(mode="after")
@@ -152,20 +181,20 @@ class Train(Settings):
 class Mesh(Settings):
     """Devices along each axis; `data` takes what the others leave if not given."""
 
-    data: int | None = Field(None, ge=1)
-    fsdp: int = Field(1, ge=1)
-    tensor: int = Field(1, ge=1)
+    data: Int | None = Field(None, ge=1)
+    fsdp: Int = Field(1, ge=1)
+    tensor: Int = Field(1, ge=1)
 
 
 class Predict(Settings):
-    batch_tokens: int = Field(8192, ge=128, description="tokens of a scoring batch")
-    max_new_tokens: int = Field(128, ge=1, description="of greedy decoding")
+    batch_tokens: Int = Field(8192, ge=128, description="tokens of a scoring batch")
+    max_new_tokens: Int = Field(128, ge=1, description="of greedy decoding")
 
 
 class Config(Settings):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder is output/name")
     output: str = "runs"
-    seed: int = Field(42, ge=0, lt=2**31)
+    seed: Int = Field(42, ge=0, lt=2**31)
     model: Model
     data: Data
     prompt: Prompt = Prompt()
@@ -207,7 +236,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such config file")
-    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise InputError(f"{path}: a config is a mapping of keys to values")
     for override in overrides or []:
@@ -224,75 +257,116 @@ def check_config(tree: dict, place: str) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved config as YAML that `load_config` reads back to an equal Config."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Writes the resolved config, whole or not at all, as YAML that `load_config` reads back to an equal Config."""
+    # OmegaConf reads `\${` as a literal `${`, and halves the backslashes before it.
+    tree = _map_strings(config.model_dump(mode="json"), lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
+    written = path.with_name(path.name + ".part")
+    written.write_text(yaml.dump(tree, Dumper=_StringDumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    written.replace(path)
 
 
 class _StringLoader(yaml.SafeLoader):
     """Safe YAML in which only true/false are booleans, dates stay text and a key may occur once."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: [
-            (tag, pattern)
-            for tag, pattern in resolvers
-            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
-        ]
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("bool", "timestamp", "int", "float")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain word", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} occurs twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
-_StringLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-# YAML 1.1 reads 1e-4 as a string; this is the YAML 1.2 rule.
-_StringLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf)$"), list("-+0123456789.")
-)
+class _StringDumper(yaml.SafeDumper):
+    """Safe YAML in which line breaks other than a line feed are escaped; PyYAML alone reads them back as another text."""
+
+    def represent_str(self, text: str) -> yaml.ScalarNode:
+        style = '"' if re.search("[\r\x85\u2028\u2029]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+# YAML 1.1 reads `no` as false, 1e-4 as text, 007 as 7 and 1:30 as 90. Here a whole number is one that
+# prints as it was written, and a fraction has a point or an exponent (YAML 1.2); all else is text.
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|True|false|False)$", "tTfF"),
+    ("int", r"^(?:0|-?[1-9][0-9]*)$", "-0123456789"),
+    ("float", r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+):
+    _StringLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+    # On top of YAML 1.1's, so that text which either would misread is quoted.
+    _StringDumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+_StringDumper.add_representer(str, _StringDumper.represent_str)
 
 
 def parse_yaml(text: str, place: str) -> Any:
     """Plain YAML to Python values, with the rules of this module. Raises InputError."""
-    loader = _StringLoader(text)
     try:
-        return loader.get_single_data()
+        loader = _StringLoader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise InputError(f"{place}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
-    finally:
-        loader.dispose()
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{place}{line}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise InputError(f"{place}: not a config: nested too deep") from None
 
 
 def _apply_override(tree: dict, override: str) -> None:
     key, separator, value = override.partition("=")
-    if not separator or not key:
+    *parents, last = parts = key.strip().split(".")
+    if not separator or not all(parts):
         raise InputError(f"{override!r} is not an override; write key=value, such as lora.rank=32")
     node = tree
-    *parents, last = key.split(".")
-    for parent in parents:
-        if not isinstance(node.get(parent), dict):
+    for depth, parent in enumerate(parents, 1):
+        if node.get(parent) is None:
             node[parent] = {}
         node = node[parent]
+        if not isinstance(node, dict):
+            whole = ".".join(parents[:depth])
+            raise InputError(f"override {key}: {whole} is not a mapping but {node!r}; give the whole of it, as {whole}=VALUE")
     node[last] = parse_yaml(value, f"override {key}") if value else None
 
 
 def _interpolate(tree: dict, place: str) -> dict:
-    """Resolves `${key}` within the file; a resolver (`${name:...}`) is refused."""
-    found = re.search(r"\$\{\s*[^}]*:[^}]*\}?", str(tree))
-    if found:
-        raise InputError(
-            f"{place}: {found.group(0)} is a resolver, which is refused so that no environment value lands in a run; write the value itself"
-        )
+    """Resolves `${key}` within the file; a resolver (`${name:...}`, also one put together from parts) is refused."""
+
+    def check(text: str) -> str:
+        for found in re.finditer(r"(?<!\\)(?:\\\\)*(\$\{[^}]*\}?)", text):
+            given = found.group(1)
+            if ":" in given or given.count("${") > 1:
+                raise InputError(
+                    f"{place}: {given} is a resolver, which is refused so that no environment value lands in a run; write the value itself"
+                )
+            if not re.fullmatch(r"\$\{[\w.-]+\}", given):
+                raise InputError(f"{place}: {given!r} is no key of this file; write \\${{ for a literal ${{")
+        return text
+
     try:
-        return OmegaConf.to_container(OmegaConf.create(tree), resolve=True)
+        return OmegaConf.to_container(OmegaConf.create(_map_strings(tree, check)), resolve=True)
     except OmegaConfBaseException as error:
-        raise InputError(f"{place}: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{place}: {str(error).splitlines()[0]}; write \\${{ for a literal ${{") from None
+    except RecursionError:
+        raise InputError(f"{place}: a value refers to itself") from None
+
+
+def _map_strings(tree: Any, change: Callable[[str], str]) -> Any:
+    """The tree with every string changed, keys too."""
+    if isinstance(tree, str):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {_map_strings(key, change): _map_strings(value, change) for key, value in tree.items()}
+    return [_map_strings(value, change) for value in tree] if isinstance(tree, list) else tree
 
 
 def _valid_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
@@ -305,15 +379,37 @@ def _valid_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return keys
 
 
+def _nearest_key(key: str) -> str:
+    """The valid key most like an unknown one: by name anywhere (`rank` is lora.rank), else by spelling."""
+    valid, (section, _, name) = _valid_keys(), key.rpartition(".")
+    namesakes = [one for one in valid if one.rpartition(".")[2] == name]
+    beside = [one for one in valid if one.rpartition(".")[0] == section]
+    for candidates, cutoff in ((namesakes, 0.0), (beside, 0.8), (valid, 0.0)):
+        nearest = difflib.get_close_matches(key, candidates, n=1, cutoff=cutoff)
+        if nearest:
+            return nearest[0]
+    return valid[0]
+
+
 def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
+    problems = error.errors(include_url=False)
+    # A misspelt key is told before the required one that it leaves missing.
+    problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
+    key = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, _valid_keys(), n=1, cutoff=0.0)
-        return f"{key}: unknown key; the nearest valid key is {nearest[0]}"
-    message = problem["msg"].removeprefix("Value error, ")
+        plain = ".".join(part for part in problem["loc"] if isinstance(part, str))
+        return f"{key}: unknown key; the nearest valid key is {_nearest_key(plain)}"
     if problem["type"] == "missing":
         return f"{key}: missing; add it"
-    given = "" if isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
+    message = {
+        "model_type": "should be a mapping of keys to values",
+        "dict_type": "should be a mapping of keys to values",
+        "tuple_type": "should be a list",
+        "string_type": "should be text; put it in quotes",
+        "int_type": "should be a whole number",
+        "float_type": "should be a number",
+        "bool_type": "should be true or false",
+    }.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+    # A check over several keys is given all of them: too long to print.
+    given = "" if problem["type"] == "value_error" and isinstance(problem["input"], dict) else f" (given: {problem['input']!r})"
     return f"{key + ': ' if key else ''}{message}{given}"

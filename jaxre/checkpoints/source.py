@@ -94,6 +94,11 @@ def kind_of(folder: Path) -> Kind:
     )
 
 
+def tokenizer_folder(config: Config) -> Path:
+    """The folder whose tokenizer a run uses: that of its base, or `model.path` itself for weights from scratch. Raises InputError."""
+    return base_folder_of(config.model.path) if config.model.architecture is None else resolve_model(config.model.path)
+
+
 def check_finished(folder: Path, config: Config) -> None:
     """Raises InputError for a run that has no result yet."""
     result = "model" if config.train.method == "full" else "adapter"

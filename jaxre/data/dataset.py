@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from jaxre.config import Config, Source
+from jaxre.config import Config
 from jaxre.data.cache import cached_tokens
 from jaxre.data.packing import Plan, plan_by_examples, plan_by_tokens
 from jaxre.data.template import ChatTemplate, Turn, load_tokenizer

@@ -73,9 +73,8 @@ def _leakage(config: Config, dataset: Dataset) -> Text:
     for name, _, examples in splits:
         if examples:
             found = sources.overlap(dataset.train.examples, examples)
-            lines.append(
-                f"{name}: {len(found.same_text)} examples have a text of train, {len(found.same_pair)} also the same pair{_few(found.same_text)}"
-            )
+            texts, pairs = len(found.same_text), len(found.same_pair)
+            lines.append(f"{name}: {texts} examples have a text of train, {pairs} also the same pair{_few(found.same_text)}")
     for name, split in (("train", dataset.train), ("validation", dataset.validation)):
         if split and split.dropped:
             lines.append(f"{name}: {len(split.dropped)} examples are longer than a row and left out{_few(split.dropped)}")

@@ -8,9 +8,12 @@ prefix of all tokens, today's date in the prompt.
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +23,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jaxre.errors import InputError
 
 Turn = dict[str, str]
+
+# Conversations rendered before their tokens are asked for, so that rendering (Python) and tokenising (Rust) overlap.
+CHUNK = 2048
+
+# Characters of a prompt's end that other prompts may share; one longer holds text of the example.
+TAIL = 64
 
 
 @dataclass(frozen=True)
@@ -36,8 +45,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{folder}: no tokenizer.json; a model folder carries its tokenizer")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: the tokenizer does not load ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception)
+        raise InputError(f"{folder}: the tokenizer does not load ({_line(error)})") from None
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's message, or its name."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class ChatTemplate:
@@ -48,19 +62,30 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str, place: str):
-        if not tokenizer.chat_template:
+        try:
+            template = tokenizer.get_chat_template()
+        except ValueError:
+            template = None
+        if not template:
             raise InputError(
                 f"{place}: the tokenizer has no chat template; add chat_template.jinja, or use the instruct version of the model"
             )
         self.tokenizer = tokenizer
         self.place = place
-        self.template = pin_date(tokenizer.chat_template, datetime.date.fromisoformat(date), place)
+        self.template = pin_date(template, datetime.date.fromisoformat(date), place)
         self.date = date
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+        # Longest first: of two that begin at one place the tokenizer takes the longer.
+        self._added_texts = sorted({str(token) for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
+        self._continued: dict[tuple[str, str], tuple[list[int], list[int]] | None] = {}
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
         """Digest of the tokenizer, its template and the pinned date."""
-        parts = (self.tokenizer.backend_tokenizer.to_str(), self.template, str(self.tokenizer.special_tokens_map), self.date)
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        # What a call sets and unsets; `tokenize` does without.
+        backend.pop("truncation", None), backend.pop("padding", None)
+        parts = (json.dumps(backend), self.template, str(self.tokenizer.special_tokens_map), self.date)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def render(self, turns: Sequence[Turn], generation: bool) -> str:
@@ -74,44 +99,97 @@ class ChatTemplate:
                 enable_thinking=False,
                 date_string=datetime.date.fromisoformat(self.date).strftime("%d %b %Y"),
             )
-        except jinja2.TemplateError as error:
-            raise InputError(f"{self.place}: the chat template refuses these turns ({error})") from None
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise InputError(f"{self.place}: the chat template refuses these turns ({_line(error)})") from None
 
     def split(self, turns: Sequence[Turn], answer: str) -> tuple[str, str]:
         """(prompt text, supervised text) of turns answered by `answer`. Raises InputError for a faulty template."""
         prompt = self.render(turns, generation=True)
         full = self.render([*turns, {"role": "assistant", "content": answer}], generation=False)
         if not full.startswith(prompt):
+            same = next((i for i, (one, other) in enumerate(zip(prompt, full, strict=False)) if one != other), min(len(prompt), len(full)))
             raise InputError(
                 f"{self.place}: the chat template's generation prompt is not a prefix of the answered conversation "
-                f"(prompt ends {prompt[-30:]!r}, conversation has {full[len(prompt) - 30 : len(prompt) + 10]!r} there); the template needs mending"
+                f"(after {prompt[max(0, same - 20) : same]!r} the one has {prompt[same : same + 30]!r}, the other {full[same : same + 30]!r}); "
+                "the template needs mending"
             )
-        supervised = full[len(prompt) :]
+        supervised, stripped = full[len(prompt) :], answer.strip()
         if "<think>" in supervised:
             raise InputError(f"{self.place}: the chat template puts a <think> block into the target; switch reasoning off in the template")
-        if not supervised.lstrip().startswith(answer.strip()) or not answer.strip():
+        if not stripped or not supervised.lstrip().startswith(stripped):
             wrong = (
                 "no supervised token"
-                if answer.strip() not in supervised
+                if stripped not in supervised or not stripped
                 else f"{supervised[:40]!r} before the answer, which would be supervised"
             )
             raise InputError(
                 f"{self.place}: the chat template yields {wrong}; it must put the assistant's text right after its generation prompt"
             )
+        after = supervised.lstrip()[len(stripped) :].strip()
+        if after and after not in self._added_texts and prompt.rstrip().endswith(after):
+            raise InputError(
+                f"{self.place}: the chat template puts its generation prompt {after[-30:]!r} after the answer too, which would be "
+                "supervised; make it obey add_generation_prompt"
+            )
         return prompt, supervised
 
     def encode(self, conversations: Sequence[tuple[Sequence[Turn], str]]) -> list[Encoded]:
         """Tokens and prompt lengths of (turns, answer) pairs. Raises InputError for a faulty template."""
-        parts = [self.split(turns, answer) for turns, answer in conversations]
+        return list(self.stream(conversations))
+
+    def stream(self, conversations: Sequence[tuple[Sequence[Turn], str]]) -> Iterator[Encoded]:
+        """`encode`, one after the other: a chunk is tokenised by a second thread while the next is rendered."""
+        with ThreadPoolExecutor(1) as pool:
+            before = None
+            for start in range(0, len(conversations), CHUNK):
+                parts = [self.split(turns, answer) for turns, answer in conversations[start : start + CHUNK]]
+                ahead = pool.submit(self._encode, parts)
+                yield from before.result() if before else ()
+                before = ahead
+            yield from before.result() if before else ()
+
+    def _encode(self, parts: list[tuple[str, str]]) -> list[Encoded]:
+        """Tokens of (prompt, supervised) texts: those of the whole text, of which the prompt's are a prefix."""
         prompts = self.tokenize([prompt for prompt, _ in parts])
-        fulls = self.tokenize([prompt + supervised for prompt, supervised in parts])
-        for (prompt, _), prompt_ids, ids in zip(parts, prompts, fulls, strict=True):
+        answers = [self._answer(*part, ids) for part, ids in zip(parts, prompts, strict=True)]
+        whole = [number for number, answer in enumerate(answers) if answer is None]
+        for number, ids in zip(whole, self.tokenize(["".join(parts[number]) for number in whole]), strict=True):
+            prompt_ids = prompts[number]
             if ids[: len(prompt_ids)] != prompt_ids or len(ids) == len(prompt_ids):
                 raise InputError(
-                    f"{self.place}: the prompt's tokens are not a prefix of all tokens (the prompt ends {prompt[-30:]!r}); "
+                    f"{self.place}: the prompt's tokens are not a prefix of all tokens (the prompt ends {parts[number][0][-30:]!r}); "
                     "end the generation prompt with a special token or a newline"
                 )
-        return [Encoded(ids, len(prompt_ids)) for prompt_ids, ids in zip(prompts, fulls, strict=True)]
+            answers[number] = ids[len(prompt_ids) :]
+        return [Encoded(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _answer(self, prompt: str, supervised: str, prompt_ids: list[int]) -> list[int] | None:
+        """The supervised tokens without tokenising the prompt again, or None where that is not certain to be the same.
+
+        A tokenizer cuts the text at its added tokens first, so what follows the last one in the
+        prompt is tokenised alike with nothing before it: once for all prompts that end alike. It
+        halves the work (200,000 examples, 0 shots: 40 s of 80 on one core).
+        """
+        tail = self.tail(prompt)
+        found = self.continued(tail, supervised) if tail and len(tail) <= TAIL else None
+        return found[1] if found and prompt_ids[-len(found[0]) :] == found[0] else None
+
+    def tail(self, prompt: str) -> str | None:
+        """The prompt from its last added token on, that token included; None if it has none."""
+        ends = [(position + len(token), len(token)) for token in self._added_texts if (position := prompt.rfind(token)) >= 0]
+        if not ends:
+            return None
+        end, length = max(ends)
+        return prompt[end - length :]
+
+    def continued(self, tail: str, supervised: str) -> tuple[list[int], list[int]] | None:
+        """Tokens of a `tail` and of what follows it; None if the tail's tokens do not begin those of both."""
+        key = tail, supervised
+        if key not in self._continued:
+            start, full = self.tokenize([tail, tail + supervised])
+            exact = start[0] in self._added and full[: len(start)] == start and len(full) > len(start)
+            self._continued[key] = (start, full[len(start) :]) if exact else None
+        return self._continued[key]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that already carry their special tokens."""
@@ -130,7 +208,7 @@ def pin_date(template: str, date: datetime.date, place: str) -> str:
     """The template with `strftime_now("...")` replaced by the given date."""
 
     def literal(match: re.Match[str]) -> str:
-        return '"' + date.strftime(match.group(2)) + '"'
+        return json.dumps(date.strftime(match.group(2)), ensure_ascii=False)
 
     pinned = re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", literal, template)
     # Llama 3 asks whether the function exists before it calls it.

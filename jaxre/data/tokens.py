@@ -5,11 +5,12 @@ A `TokenSet` is three flat arrays and the ids, so that it can be cached and memo
 
 from __future__ import annotations
 
+import array
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +39,14 @@ class TokenSet:
     ids: tuple[str, ...]
 
     @classmethod
-    def of(cls, encoded: Sequence[Encoded], ids: Sequence[str]) -> TokenSet:
-        lengths = np.array([len(one.tokens) for one in encoded], np.int64)
-        tokens = np.fromiter((token for one in encoded for token in one.tokens), np.int32, int(lengths.sum()))
-        prompts = np.array([one.prompt_length for one in encoded], np.int32)
-        return cls(tokens, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), prompts, tuple(ids))
+    def of(cls, encoded: Iterable[Encoded], ids: Sequence[str]) -> TokenSet:
+        # Four bytes a token as they come: as Python integers 200,000 examples take a gigabyte.
+        tokens, starts, prompts = array.array("i"), array.array("q", [0]), array.array("i")
+        for one in encoded:
+            tokens.extend(one.tokens)
+            starts.append(len(tokens))
+            prompts.append(one.prompt_length)
+        return cls(np.array(tokens, np.int32), np.array(starts, np.int64), np.array(prompts, np.int32), tuple(ids))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -63,7 +67,7 @@ class TokenSet:
     @property
     def owners(self) -> np.ndarray:
         """[n] uint32 digest of each example's id: whose dropout mask its tokens follow."""
-        return np.array([zlib.crc32(name.encode()) for name in self.ids], np.uint32)
+        return np.array([_owner(name) for name in self.ids], np.uint32)
 
     def fitting(self, row_length: int, too_long: str, place: str) -> tuple[TokenSet, list[str]]:
         """The examples that fit a row, and the ids of those that do not.
@@ -84,14 +88,20 @@ class TokenSet:
 
     def subset(self, chosen: np.ndarray) -> TokenSet:
         """The examples where `chosen` [n] bool is true."""
-        indices = np.flatnonzero(chosen)
-        kept = [Encoded(self[i].tolist(), int(self.prompt_lengths[i])) for i in indices]
-        return TokenSet.of(kept, [self.ids[i] for i in indices])
+        lengths = self.lengths[chosen]
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+        tokens = self.tokens[np.repeat(chosen, self.lengths)]
+        return TokenSet(tokens, starts, self.prompt_lengths[chosen], tuple(self.ids[i] for i in np.flatnonzero(chosen)))
 
     def held_out(self, share: float) -> tuple[TokenSet, TokenSet]:
-        """(the rest, a share chosen by a fixed hash of the ids)."""
-        outside = self.owners < share * 2**32
+        """(the rest, a share chosen by a fixed hash of the ids); the repeats of a sentence (`id#1@0`) stay together."""
+        outside = np.array([_owner(name.rpartition("#")[0] or name) for name in self.ids], np.uint32) < share * 2**32
         return self.subset(~outside), self.subset(outside)
+
+
+def _owner(name: str) -> int:
+    """32-bit digest of an example id."""
+    return zlib.crc32(name.encode("utf-8", "surrogatepass"))
 
 
 def questions_of(
@@ -106,22 +116,27 @@ def demonstrator(train: Sequence[Example], prompt: Prompt, seed: int) -> Callabl
     if not prompt.shots:
         return lambda example: []
     grouped = by_label(train)
-    return lambda example: choose_demonstrations(grouped, prompt, seed, example)
+    if prompt.demonstrations == "per_example":
+        return lambda example: choose_demonstrations(grouped, prompt, seed, example)
+    # Drawn once; an example whose text is among them gets the next in line.
+    fixed = choose_demonstrations(grouped, prompt, seed)
+    texts = {demonstration.text for demonstration in fixed}
+    return lambda example: choose_demonstrations(grouped, prompt, seed, example) if example.text in texts else fixed
 
 
 def encode_examples(examples: Sequence[Example], questions: Sequence[Sequence[dict[str, str]]], template: ChatTemplate) -> TokenSet:
     """Questions answered by their gold labels, as tokens."""
     pairs = [(question, example.relation) for question, example in zip(questions, examples, strict=True)]
-    return TokenSet.of(template.encode(pairs), [example.id for example in examples])
+    return TokenSet.of(template.stream(pairs), [example.id for example in examples])
 
 
 def examples_digest(
     questions: Sequence[Sequence[dict[str, str]]], examples: Sequence[Example], template: ChatTemplate, row_length: int
 ) -> str:
-    """Digest of everything the tokens depend on: data, prompts, demonstrations, tokenizer, template, date, length."""
+    """Digest of everything the tokens depend on: ids, prompts with demonstrations, answers, tokenizer, template, date, length."""
     digest = hashlib.sha256(f"sft {FORMAT} {template.digest} {row_length}\n".encode())
     for example, question in zip(examples, questions, strict=True):
-        digest.update(json.dumps([asdict(example), question]).encode())
+        digest.update(json.dumps([example.id, example.relation, question]).encode())
     return digest.hexdigest()
 
 
@@ -133,14 +148,17 @@ def read_texts(text: Text) -> list[tuple[str, str]]:
         path = path if path.exists() else data_root() / given
         files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
-            raise InputError(f"{path}: no such text file or folder of .txt files")
-        documents += [(str(file.name), file.read_text(encoding="utf-8-sig")) for file in files]
+            raise InputError(f"{path}: no such text file or folder of .txt files; correct data.text.paths")
+        try:
+            documents += [(file.name, file.read_text(encoding="utf-8-sig")) for file in files]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     for source in text.sources:
         examples = sources.load(source)
         for repeat in range(text.repeat_sources):
             documents += [(f"{example.id}#{repeat}", marked_text(example) if repeat % 2 else example.text) for example in examples]
     if not documents:
-        raise InputError("data.text: neither paths nor sources are given")
+        raise InputError("data.text: neither paths nor sources are given; give at least one")
     return documents
 
 
@@ -153,10 +171,18 @@ def texts_digest(documents: Sequence[tuple[str, str]], tokenizer, row_length: in
 
 
 def encode_texts(documents: Sequence[tuple[str, str]], tokenizer, row_length: int) -> TokenSet:
-    """Documents as tokens, ended by the end-of-text token and cut into pieces of a row; every token but the first is supervised."""
-    encoded, ids = [], []
+    """Documents as tokens, ended by the end-of-text token and cut into pieces of a row; every token but a piece's first is supervised.
+
+    A last piece of one token, the end-of-text alone, has nothing to be predicted from and is left out.
+
+    Raises:
+      InputError: the tokenizer has no end-of-text token.
+    """
     end = tokenizer.eos_token_id
+    if end is None:
+        raise InputError("the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
     all_ids = tokenizer([document for _, document in documents], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    encoded, ids = [], []
     for (name, _), tokens in zip(documents, all_ids, strict=True):
         tokens = [*tokens, end]
         for start in range(0, len(tokens), row_length):

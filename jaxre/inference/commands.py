@@ -12,8 +12,8 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from jaxre.checkpoints.source import Loaded, compute_dtype, kind_of, open_model
 from jaxre.checkpoints.huggingface import resolve_model
+from jaxre.checkpoints.source import Loaded, compute_dtype, kind_of, open_model
 from jaxre.config import Config, Source, load_config
 from jaxre.data.dataset import load_schema
 from jaxre.data.tokens import demonstrator

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxre.checkpoints.huggingface import load_base
+from jaxre.checkpoints.source import Loaded, open_model
 from jaxre.config import Config
+from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture, architecture_of
 from jaxre.models.lora import init_adapter
 from jaxre.models.module import init_weights
@@ -32,26 +32,32 @@ class Initial:
     dtype: np.dtype
 
 
-def initial_state(
-    config: Config, folder: Path, dtype: np.dtype, optimiser: optax.GradientTransformation, mesh: jax.sharding.Mesh
-) -> Initial:
-    """Weights are found in this order: `model.architecture` (random, from the run's seed), else the model's folder.
+def initial_state(config: Config, dtype: np.dtype, optimiser: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Initial:
+    """Weights are found in this order: `model.architecture` (random, from the run's seed), else what `model.path` names.
+
+    A path with an adapter (a LoRA run, a PEFT folder) is continued: its factors are where training starts.
 
     Raises:
-      InputError: weights that do not fit their config.json.
+      InputError: weights that do not fit their config.json, an adapter that is not of the config's `lora` settings.
     """
     full = config.train.method == "full"
+    factors = None
     if config.model.architecture is not None:
         architecture = architecture_of(config.model.architecture, "model.architecture")
         params = jax.tree.map(np.asarray, init_weights(architecture, config.seed))
         params = params if full else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     else:
-        architecture, params = load_base(folder, np.dtype(np.float32) if full else dtype)
+        loaded = open_model(config.model.path, np.dtype(np.float32) if full else dtype)
+        architecture, params, factors = loaded.architecture, loaded.base, loaded.factors
+        if factors is not None:
+            check_continues(config, loaded)
     if full:
         trainable, base = params, {}
         shardings = sharding.base_shardings(architecture, mesh)
     else:
-        trainable = jax.tree.map(np.asarray, init_adapter(architecture, config.lora, jax.random.key(config.seed)))
+        if factors is None:
+            factors = init_adapter(architecture, config.lora, jax.random.key(config.seed))
+        trainable = jax.tree.map(np.asarray, factors)
         base = sharding.put(params, sharding.base_shardings(architecture, mesh))
         shardings = sharding.adapter_shardings(architecture, config.lora, trainable, mesh)
     trainable = sharding.put(trainable, shardings)
@@ -59,3 +65,17 @@ def initial_state(
     moments = jax.jit(optimiser.init, out_shardings=sharding.optimiser_shardings(optimiser, shapes, shardings, mesh))(trainable)
     step = sharding.put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
     return Initial(architecture, base, State(step, trainable, moments), dtype)
+
+
+def check_continues(config: Config, loaded: Loaded) -> None:
+    """Raises InputError unless a LoRA run can go on from the adapter that `model.path` has."""
+    path = config.model.path
+    if config.train.method == "full":
+        raise InputError(
+            f"{path}: has an adapter, which full fine-tuning would leave out; merge it first: jaxre convert {path} TARGET --to hf --merge"
+        )
+    ours, theirs = config.lora, loaded.lora
+    for name in ("rank", "alpha", "rslora", "targets"):
+        mine, given = getattr(ours, name), getattr(theirs, name)
+        if (set(mine) != set(given)) if name == "targets" else mine != given:
+            raise InputError(f"lora.{name}: {mine} here, but the adapter of {path} has {given}; set it to that, or merge the adapter first")

@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jaxre.checkpoints.huggingface import resolve_model, save_base
+from jaxre.checkpoints.huggingface import save_base
 from jaxre.checkpoints.peft import save_adapter
 from jaxre.checkpoints.run_store import RunStore
-from jaxre.checkpoints.source import compute_dtype
+from jaxre.checkpoints.source import compute_dtype, tokenizer_folder
 from jaxre.config import Config, load_config, save_config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan
 from jaxre.data.loader import updates
@@ -52,7 +52,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     say = console.print if first_process else lambda *_: None
 
     # ---- data -------------------------------------------------------------------------------
-    folder = resolve_model(config.model.path)
+    folder = tokenizer_folder(config)
     mesh = sharding.make_mesh(config.mesh)
     dataset = load_dataset(config, folder)
     plan = make_plan(config, dataset.train.tokens, sharding.row_shards(mesh))
@@ -62,7 +62,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     # ---- model and state --------------------------------------------------------------------
     dtype = compute_dtype(config.model.dtype)
     optimiser = make_optimiser(config, steps)
-    initial = initial_state(config, folder, dtype, optimiser, mesh)
+    initial = initial_state(config, dtype, optimiser, mesh)
     state, base, architecture = initial.state, initial.base, initial.architecture
     validation = Validation(config, dataset, architecture, dtype, mesh) if dataset.validation else None
 
@@ -212,7 +212,8 @@ def save_result(run: Path, config: Config, initial: Initial, state: State, folde
     if jax.process_index():
         return
     if config.train.method == "lora":
-        save_adapter(run / "adapter", initial.architecture, config.lora, trained, config.model.path, folder, replace=True)
+        base_name = str(folder) if Path(config.model.path).is_dir() else config.model.path
+        save_adapter(run / "adapter", initial.architecture, config.lora, trained, base_name, folder, replace=True)
     else:
         save_base(run / "model", initial.architecture, trained, folder, config=config.model.architecture, replace=True)
 
@@ -231,12 +232,14 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
     trained = sum(leaf.size for leaf in jax.tree.leaves(initial.state.trainable))
     total = parameter_count(initial.architecture)
     attention, why = choose_attention()
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    where = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({axes})"
     table = Table(title=f"run {config.name}", show_header=False)
     for name, value in (
         ("parameters", f"{trained:,} trained, {total if config.train.method == 'lora' else 0:,} frozen ({initial.dtype})"),
         (
             "examples",
-            f"{len(tokens):,} ({len(dataset.train.dropped)} too long, {'from' if dataset.train.from_cache else 'written to'} the token cache)",
+            f"{len(tokens):,} ({len(dataset.train.dropped)} too long; token cache {'read' if dataset.train.from_cache else 'written'})",
         ),
         ("updates", f"{steps:,} ({config.train.epochs} epochs of {plan.epoch_ends[0]:,})"),
         ("rows", ", ".join(f"{len(plan.updates[0].micro)} x {s.rows} x {s.length}, {s.supervised} supervised" for s in plan.shapes)),
@@ -244,7 +247,7 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
         ("supervised share", f"{supervised:.1%} of real tokens"),
         (
             "devices",
-            f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind} (data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']}, tensor {mesh.shape['tensor']})",
+            where,
         ),
         ("attention", f"{attention} ({why})"),
         ("compilations", f"{len(compiled)}, one a row shape"),

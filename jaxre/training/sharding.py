@@ -45,7 +45,9 @@ def join_processes() -> None:
     try:
         count, number = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     except (KeyError, ValueError):
-        raise InputError("JAX_COORDINATOR_ADDRESS is set; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too, or the address to auto") from None
+        raise InputError(
+            "JAX_COORDINATOR_ADDRESS is set; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too, or the address to auto"
+        ) from None
     jax.distributed.initialize(address, count, number)
 
 
@@ -54,7 +56,7 @@ def make_mesh(mesh: Mesh, devices: list | None = None) -> jax.sharding.Mesh:
     devices = jax.devices() if devices is None else devices
     rest, left = divmod(len(devices), mesh.fsdp * mesh.tensor)
     data = mesh.data or max(1, rest)
-    if left and mesh.data is None or data * mesh.fsdp * mesh.tensor != len(devices):
+    if (left and mesh.data is None) or data * mesh.fsdp * mesh.tensor != len(devices):
         raise InputError(
             f"mesh {data} x {mesh.fsdp} x {mesh.tensor} (data x fsdp x tensor) does not fit {len(devices)} devices; "
             "correct mesh.data, mesh.fsdp, mesh.tensor"

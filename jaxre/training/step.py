@@ -126,7 +126,7 @@ def make_update(
         with jax.named_scope("optimiser"):
             changes, optimiser_state = optimiser.update(gradients, state.optimiser, state.trainable)
             trainable = optax.apply_updates(state.trainable, changes)
-        metrics = Metrics(loss, optax.global_norm(gradients))
+        metrics = Metrics(loss, optax.tree.norm(gradients))
         return State(state.step + 1, trainable, optimiser_state), metrics
 
     return update

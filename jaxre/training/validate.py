@@ -12,8 +12,8 @@ from jaxre.data.dataset import Dataset
 from jaxre.data.packing import plan_by_tokens
 from jaxre.data.rows import Rows, fill_update
 from jaxre.evaluation.metrics import score
-from jaxre.inference.model import Model
 from jaxre.inference.answers import label_answers
+from jaxre.inference.model import Model
 from jaxre.inference.scoring import plan_scoring, run_scoring
 from jaxre.models.architecture import Architecture
 from jaxre.models.lora import scale_of

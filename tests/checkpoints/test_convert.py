@@ -199,7 +199,6 @@ def test_jaxre_folder_whose_config_does_not_fit_is_refused_with_every_array(ours
         assert problem in str(error.value)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax closes its loop under a failed read
 @pytest.mark.parametrize("damage", ["no weights", "empty weights", "cut data"])
 def test_damaged_jaxre_folder_is_refused(ours, damage):
     import shutil

@@ -28,7 +28,7 @@ def gradients(config, model: Path, devices: list) -> tuple[float, dict]:
     """Loss and gradients of the first update, computed as `make_update` computes them."""
     mesh = sharding.make_mesh(config.mesh, devices)
     dtype = np.dtype(np.float32)
-    initial = initial_state(config, model, dtype, optax.sgd(1.0), mesh)
+    initial = initial_state(config, dtype, optax.sgd(1.0), mesh)
     dataset = load_dataset(config, model)
     plan = make_plan(config, dataset.train.tokens, shards=1)
     tokens = dataset.train.tokens

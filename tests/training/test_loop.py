@@ -95,9 +95,11 @@ def test_another_config_on_the_same_folder_is_refused(finished: Path) -> None:
 @pytest.mark.parametrize("batch", ["tokens", "examples"])
 def test_a_killed_run_continues_the_exact_loss_curve(tiny_model: Path, tmp_path: Path, batch: str) -> None:
     """Killed three times, once with a checkpoint left half-written; every loss equals that of the run that was not."""
-    changes = {"train": {"checkpoint_every": 2}} if batch == "tokens" else {
-        "train": {"checkpoint_every": 2, "batch_tokens": None, "batch_examples": 12, "accumulation": 2}
-    }
+    changes = (
+        {"train": {"checkpoint_every": 2}}
+        if batch == "tokens"
+        else {"train": {"checkpoint_every": 2, "batch_tokens": None, "batch_examples": 12, "accumulation": 2}}
+    )
     whole = tiny_config(tmp_path, tiny_model, "whole", **changes)
     expected = losses(train(whole))
     broken = tiny_config(tmp_path, tiny_model, "broken", **changes)
@@ -121,7 +123,9 @@ def logged(run: Path) -> list[int]:
     path = run / "log.jsonl"
     if not path.is_file():
         return []
-    return [int(line.split('"step": ')[1].split(",")[0]) for line in path.read_text().splitlines() if '"train"' in line and line.endswith("}")]
+    return [
+        int(line.split('"step": ')[1].split(",")[0]) for line in path.read_text().splitlines() if '"train"' in line and line.endswith("}")
+    ]
 
 
 def test_one_example_is_enough(tiny_model: Path, tmp_path: Path) -> None:

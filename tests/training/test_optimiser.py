@@ -60,7 +60,10 @@ def test_adamw_with_clipping_follows_torch(tmp_path: Path) -> None:
     ours = {name: jnp.asarray(value) for name, value in start.items()}
     state = optimiser.init(ours)
     for step in range(20):
-        gradients = {name: ((0.1 if step % 5 == 0 else 3.0) * random.standard_normal(value.shape)).astype(np.float32) for name, value in start.items()}
+        gradients = {
+            name: ((0.1 if step % 5 == 0 else 3.0) * random.standard_normal(value.shape)).astype(np.float32)
+            for name, value in start.items()
+        }
         for name, parameter in theirs.items():
             parameter.grad = torch.from_numpy(gradients[name].copy())
         torch.nn.utils.clip_grad_norm_(theirs.values(), 1.0)

@@ -1,0 +1,180 @@
+"""The commands: what a user types, and what bad input gets: one line, exit code 2, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny import tiny_config, write_tiny_model
+
+from jaxre import cli
+from jaxre.config import save_config
+from jaxre.evaluation.predictions import Prediction, write_predictions
+
+RECORD = {"id": "1", "text": "Ada wrote Notes.", "head": "Ada", "tail": "Notes", "relation": "author_of"}
+OTHER = {"id": "2", "text": "Bob met Carl.", "head": "Bob", "tail": "Carl", "relation": "none"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """`jaxre ARGUMENTS` in this process: exit code, standard output, standard error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["jaxre", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def write_config(tmp_path: Path, model: Path, records: list[dict] | None = None, **changes: dict) -> Path:
+    """A config on a file of records (the two above if not given)."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records or [RECORD, OTHER]), encoding="utf-8")
+    config = tiny_config(tmp_path, model, data={"train": {"dataset": str(data)}, "validation": None, "labels": None}, **changes)
+    path = tmp_path / "config.yaml"
+    save_config(config, path)
+    return path
+
+
+def refused(result: tuple[int, str, str], *parts: str) -> None:
+    code, _, err = result
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1, err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("model.path=${oc.env:HOME}", ["oc.env", "refused"]),
+        ("lora.rnak=8", ["lora.rnak", "lora.rank"]),
+        ("train.learning_rate=fast", ["train.learning_rate", "fast"]),
+        ("lora.rank=0", ["lora.rank", "0"]),
+        ("data.train.dataset=nowhere.jsonl", ["nowhere.jsonl"]),
+        ("data.train.dataset=semeval", ["semeval2010_task8"]),
+        ("data.labels=[none]", ["author_of", "data.labels"]),
+        ("data.train.part=[0.0, 0.00001]", ["none of its 2 examples"]),
+        ("model.path=nowhere/at/all", ["nowhere/at/all"]),
+        ("mesh.fsdp=3", ["mesh"]),
+        ("train.row_length=8", ["train.row_length"]),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_leaves_no_run(run: Callable, tmp_path: Path, model: Path, override: str, parts: list[str]) -> None:
+    changes = [override, "train.batch_tokens=64"] if "row_length" in override else [override]
+    refused(run("train", write_config(tmp_path, model), *changes), *parts)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("records", "parts"),
+    [
+        ([RECORD, {"id": "2", "text": "Bob.", "head": "Bob", "relation": "none"}], [":2", "tail"]),
+        ([RECORD | {"head_span": [4, 7]}, OTHER], [":1", "head"]),
+        ([RECORD | {"head_span": [40, 43]}, OTHER], [":1", "head"]),
+        ([RECORD, OTHER | {"id": "1"}], [":2", "id"]),
+        ([RECORD, OTHER | {"tail": "Dora"}], [":2", "Dora"]),
+    ],
+    ids=["no tail", "span of another word", "span outside", "duplicate id", "tail not in text"],
+)
+def test_a_bad_record_is_named_by_file_and_line(run: Callable, tmp_path: Path, model: Path, records: list[dict], parts: list[str]) -> None:
+    refused(run("train", write_config(tmp_path, model, records)), *parts)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_config_is_named(run: Callable, tmp_path: Path) -> None:
+    refused(run("train", tmp_path / "nowhere.yaml"), "nowhere.yaml")
+
+
+def test_an_empty_split_is_refused(run: Callable, tmp_path: Path, model: Path) -> None:
+    path = write_config(tmp_path, model)
+    (tmp_path / "train.jsonl").write_text("")
+    refused(run("train", path), "train.jsonl")
+
+
+def test_a_tokenizer_without_chat_template_is_refused(run: Callable, tmp_path: Path, model: Path) -> None:
+    plain = shutil.copytree(model, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    refused(run("train", write_config(tmp_path, plain)), "chat template")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weights_that_lack_a_tensor_or_have_a_wrong_shape_are_all_listed(run: Callable, tmp_path: Path, model: Path) -> None:
+    broken = shutil.copytree(model, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.norm.weight"] = np.zeros(7, np.float32)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    refused(run("train", write_config(tmp_path, broken)), "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "[7]")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_predictions_with_other_ids_than_the_cache_are_refused(run: Callable, tmp_path: Path) -> None:
+    ours, _ = write_predictions(tmp_path / "ours", [Prediction("a/1", "x", "x", "a")])
+    cache, _ = write_predictions(tmp_path / "cache", [Prediction("b/1", "x", "x", "a", tuned_dataset_name="frontier")])
+    refused(run("compare", ours, cache, "--json", tmp_path / "out.json"), "a/1", "b/1")
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_predict_refuses_a_text_without_marks(run: Callable, tmp_path: Path, model: Path) -> None:
+    refused(run("predict", model, "--config", write_config(tmp_path, model), "--text", "Ada wrote Notes."), "<e1>")
+
+
+def test_predict_needs_a_config_for_a_model_that_is_no_run(run: Callable, model: Path) -> None:
+    refused(run("predict", model, "--data", "facts"), "--config")
+
+
+@pytest.mark.parametrize("command", ["train", "predict", "evaluate", "compare", "convert", "prepare", "doctor", "quickstart"])
+def test_help_shows_an_example(run: Callable, command: str) -> None:
+    code, out, _ = run(command, "--help")
+    assert code == 0 and f"Example: jaxre {command}" in " ".join(out.split())
+
+
+def test_the_main_job_by_commands(run: Callable, tmp_path: Path, model: Path) -> None:
+    """prepare, train, predict (data and text, both modes), evaluate, compare and convert, each on what the one before left."""
+    config = tiny_config(tmp_path, model, "job", data={"test": {"dataset": "facts", "split": "test", "limit": 12}}, train={"epochs": 1})
+    path, folder = tmp_path / "job.yaml", config.run_folder
+    save_config(config, path)
+    code, out, _ = run("prepare", path)
+    assert code == 0 and "⟦" in out and "96" in out
+    code, out, _ = run("train", path)
+    assert code == 0 and out.strip().endswith(str(folder))
+    code, out, _ = run("predict", folder)
+    assert code == 0 and (folder / "predictions" / "facts-test-score.csv").is_file()
+    ours = folder / "predictions" / "facts-test-score.parquet"
+    code, out, _ = run("predict", folder, "--mode", "generate", "--output", tmp_path / "greedy.csv")
+    assert code == 0 and (tmp_path / "greedy.parquet").is_file()
+    code, out, _ = run("predict", folder, "--text", "<e1>Paris</e1> is the capital of <e2>France</e2>.")
+    assert code == 0 and "capital_of" in out
+    code, out, _ = run("evaluate", ours, "--json", tmp_path / "scores.json")
+    assert code == 0 and json.loads((tmp_path / "scores.json").read_text())["schema_valid"] == 1.0
+    code, out, _ = run("compare", ours, tmp_path / "greedy.parquet", "--json", tmp_path / "comparison.json")
+    assert code == 0 and json.loads((tmp_path / "comparison.json").read_text())["joined"] == 12
+    for to, extra in (("hf", ["--merge"]), ("peft", [])):
+        code, out, _ = run("convert", folder, tmp_path / to, "--to", to, *extra)
+        assert code == 0 and (tmp_path / to / "tokenizer.json").is_file()
+    refused(run("convert", folder, tmp_path / "hf", "--to", "hf", "--merge"), "hf", "exists")
+
+
+def test_doctor_says_what_would_be_chosen(run: Callable) -> None:
+    code, out, _ = run("doctor")
+    assert code == 0 and "attention" in out and "model.dtype=auto" in out
