@@ -151,6 +151,7 @@ def convert(
     target: Annotated[Path, typer.Argument(help="folder to write", metavar="TARGET")],
     to: Annotated[Literal["jaxre", "hf", "peft"], typer.Option(help="hf: Hugging Face; peft: adapter; jaxre: our store")],
     merge: Annotated[bool, typer.Option("--merge", help="merge the adapter into the base")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given")] = None,
 ) -> None:
     """Converts weights from and to Hugging Face and PEFT.
 
@@ -158,7 +159,7 @@ def convert(
     """
     from jaxre.checkpoints.convert import convert
 
-    console.print(convert(source, target, to, merge))
+    console.print(str(convert(source, target, to, merge, dtype)))
 
 
 def write_json(path: Path | None, value: dict) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from jaxre.checkpoints.huggingface import check_free, resolve_model, save_base
@@ -21,6 +22,7 @@ from jaxre.errors import InputError
 from jaxre.models.lora import merge as merge_factors
 from jaxre.models.lora import scale_of
 
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 NAMES = {"hf": "a Hugging Face folder", "jaxre": "a jaxre folder", "peft": "a PEFT adapter", "run": "a run"}
 
 
@@ -43,18 +45,21 @@ class Conversion:
         return f"{NAMES[self.kind]} {self.source} -> {NAMES[self.to]} {self.target} ({size}{merged})"
 
 
-def convert(source: str | Path, target: Path, to: Literal["jaxre", "hf", "peft"], merge: bool = False) -> Conversion:
-    """Writes `source`, in the form `to`, as the folder `target`, whole or not at all. The stored dtype is kept.
+def convert(
+    source: str | Path, target: Path, to: Literal["jaxre", "hf", "peft"], merge: bool = False, dtype: str | None = None
+) -> Conversion:
+    """Writes `source`, in the form `to`, as the folder `target`, whole or not at all.
 
     Args:
       source: anything `open_model` opens.
       merge: adds the adapter into the base: formed in f32, cast once to the base's dtype.
+      dtype: "float32", "bfloat16" or "float16" of the written base weights; the stored one is kept if not given.
 
     Raises:
       InputError: a source that does not open, a combination that says nothing, a target that exists.
     """
     target = Path(target)
-    _check(source, to, merge)
+    _check(source, to, merge, dtype)
     check_free(target)
     loaded = open_model(source, dtype=None)
     if to == "peft":
@@ -62,6 +67,8 @@ def convert(source: str | Path, target: Path, to: Literal["jaxre", "hf", "peft"]
         written = loaded.factors
     else:
         written = merge_factors(loaded.base, loaded.factors, scale_of(loaded.lora)) if merge else loaded.base
+        if dtype is not None:
+            written = jax.tree.map(lambda leaf: np.asarray(leaf).astype(DTYPES[dtype]), written)
         save = save_base if to == "hf" else save_native
         save(target, loaded.architecture, written, loaded.folder)
     arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(written)]
@@ -70,10 +77,14 @@ def convert(source: str | Path, target: Path, to: Literal["jaxre", "hf", "peft"]
     return Conversion(str(source), target, loaded.kind, to, merge, sum(array.size for array in arrays), size, dtypes)
 
 
-def _check(source: str | Path, to: str, merge: bool) -> None:
+def _check(source: str | Path, to: str, merge: bool, dtype: str | None) -> None:
     """Refuses what cannot be, before any weight is read."""
     if to not in ("jaxre", "hf", "peft"):
         raise InputError(f"{to}: not a form of a model; --to takes jaxre, hf or peft")
+    if dtype is not None and to == "peft":
+        raise InputError(f"--dtype {dtype}: an adapter is stored in float32; leave it out")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: not one of {', '.join(DTYPES)}")
     folder = resolve_model(str(source))
     kind = kind_of(folder)
     has_adapter = kind == "peft" or (kind == "run" and load_config(folder / "config.yaml").train.method == "lora")

@@ -1,12 +1,15 @@
 """The token cache: TensorStore arrays in a folder or a gs:// bucket, one entry per digest.
 
 An entry is complete once its `manifest.json` exists, which is written last; a killed writer
-leaves an entry that the next run writes again.
+leaves an entry that the next run writes again. The manifest holds a checksum of each array,
+because a lost chunk of an array reads as zeros. Writers of one digest write the same bytes, so
+several processes may write an entry at once.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,45 +17,96 @@ import numpy as np
 import tensorstore as ts
 
 from jaxre.data.tokens import TokenSet
+from jaxre.errors import InputError
 
-_ARRAYS = ("tokens", "starts", "prompt_lengths", "ids")
+CHUNK = 1 << 22  # elements
+_TYPES = {"tokens": np.int32, "starts": np.int64, "prompt_lengths": np.int32, "ids": np.uint8}
 
 
 def cached_tokens(cache: str, digest: str, make: Callable[[], TokenSet]) -> tuple[TokenSet, bool]:
     """The entry of `digest`, made and stored if it is not there.
 
+    Args:
+      cache: a folder, or a TensorStore URL such as gs://bucket/folder.
+
     Returns:
       The tokens, and whether they came from the cache.
+
+    Raises:
+      InputError: the cache cannot be opened or written.
     """
-    base = location(cache, digest)
-    store = ts.KvStore.open(base).result()
-    manifest = store.read("manifest.json").result()
-    if manifest.state == "value" and json.loads(manifest.value)["digest"] == digest:
-        arrays = {name: _read(base, name) for name in _ARRAYS}
-        ids = bytes(arrays.pop("ids")).decode().split("\n") if arrays["ids"].size else []
-        return TokenSet(**arrays, ids=tuple(ids)), True
+    try:
+        found = _read_entry(cache, digest)
+    except (ValueError, OSError) as error:
+        raise _unusable(cache, error) from None
+    if found is not None:
+        return found, True
     made = make()
-    ids = np.frombuffer("\n".join(made.ids).encode(), np.uint8)
-    for name, value in zip(_ARRAYS, (made.tokens, made.starts, made.prompt_lengths, ids), strict=True):
-        _write(base, name, value)
-    store.write("manifest.json", json.dumps({"digest": digest, "examples": len(made), "tokens": int(made.tokens.size)}).encode()).result()
+    try:
+        _write_entry(cache, digest, made)
+    except (ValueError, OSError) as error:
+        raise _unusable(cache, error) from None
     return made, False
 
 
-def location(cache: str, digest: str) -> str:
-    """TensorStore URL of an entry."""
+def location(cache: str, digest: str, name: str = "") -> str | dict[str, str]:
+    """TensorStore's key-value store of an entry, or of one of its arrays."""
+    tail = f"{digest}/{name}/" if name else f"{digest}/"
     if "://" in cache:
-        return f"{cache.rstrip('/')}/{digest}/"
-    return f"file://{Path(cache).expanduser().absolute()}/{digest}/"
+        return f"{cache.rstrip('/')}/{tail}"
+    # Not a file:// URL, in which %, ? and # of a folder's name would mean something else.
+    return {"driver": "file", "path": f"{Path(cache).expanduser().absolute()}/{tail}"}
 
 
-def _read(base: str, name: str) -> np.ndarray:
-    return np.asarray(ts.open({"driver": "zarr3", "kvstore": f"{base}{name}/"}).result().read().result())
+def _unusable(cache: str, error: Exception) -> InputError:
+    told = str(error).splitlines()[0].split(" [")[0]
+    return InputError(f"data.cache={cache}: cannot be used ({told}); point data.cache to a folder that can be written")
 
 
-def _write(base: str, name: str, value: np.ndarray) -> None:
-    spec = {"driver": "zarr3", "kvstore": f"{base}{name}/"}
-    array = ts.open(
-        spec, create=True, delete_existing=True, dtype=value.dtype, shape=value.shape, chunk_layout=ts.ChunkLayout(chunk_shape=[1 << 22])
-    ).result()
+def _read_entry(cache: str, digest: str) -> TokenSet | None:
+    """The entry, or None if it is missing, incomplete or damaged."""
+    read = ts.KvStore.open(location(cache, digest)).result().read("manifest.json").result()
+    if read.state != "value":
+        return None
+    try:
+        manifest = json.loads(read.value)
+        if manifest["digest"] != digest:
+            return None
+        arrays = {name: _read(cache, digest, name) for name in _TYPES}
+        if manifest["checksums"] != {name: zlib.crc32(array) for name, array in arrays.items()}:
+            return None
+        ids = json.loads(bytes(arrays.pop("ids")))
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+    return TokenSet(**arrays, ids=tuple(ids))
+
+
+def _write_entry(cache: str, digest: str, made: TokenSet) -> None:
+    ids = np.frombuffer(json.dumps(made.ids).encode(), np.uint8)
+    arrays = {"tokens": made.tokens, "starts": made.starts, "prompt_lengths": made.prompt_lengths, "ids": ids}
+    arrays = {name: np.ascontiguousarray(arrays[name], kind) for name, kind in _TYPES.items()}
+    for name, array in arrays.items():
+        _write(cache, digest, name, array)
+    manifest = {
+        "digest": digest,
+        "examples": len(made),
+        "tokens": int(made.tokens.size),
+        "checksums": {name: zlib.crc32(array) for name, array in arrays.items()},
+    }
+    ts.KvStore.open(location(cache, digest)).result().write("manifest.json", json.dumps(manifest).encode()).result()
+
+
+def _read(cache: str, digest: str, name: str) -> np.ndarray:
+    array = ts.open({"driver": "zarr3", "kvstore": location(cache, digest, name)}).result().read().result()
+    return np.ascontiguousarray(array, _TYPES[name])
+
+
+def _write(cache: str, digest: str, name: str, value: np.ndarray) -> None:
+    spec = {"driver": "zarr3", "kvstore": location(cache, digest, name)}
+    layout = ts.ChunkLayout(chunk_shape=[CHUNK])
+    # Written over, not deleted first: another process may be writing the same.
+    try:
+        array = ts.open(spec, create=True, open=True, dtype=value.dtype, shape=value.shape, chunk_layout=layout).result()
+    except ValueError:  # what a damaged entry left
+        array = ts.open(spec, create=True, delete_existing=True, dtype=value.dtype, shape=value.shape, chunk_layout=layout).result()
     array.write(value).result()

@@ -18,6 +18,7 @@ from jaxre.relations.schema import is_negative, label_counts
 
 SHOWN = 3
 LISTED = 10
+BINS = 12
 BAR = 40
 
 
@@ -90,9 +91,12 @@ def _few(ids) -> str:
 
 def _histogram(tokens: TokenSet, row_length: int) -> Table:
     table = Table(title="tokens per example", title_justify="left", show_header=False)
-    counts, edges = np.histogram(tokens.lengths, bins=min(12, max(1, int(np.ptp(tokens.lengths)) + 1)))
-    for count, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
-        table.add_row(f"{int(np.ceil(low))}-{int(high)}", "█" * round(BAR * count / counts.max()), f"{count:,}")
+    shortest, longest = int(tokens.lengths.min()), int(tokens.lengths.max())
+    width = -(-(longest - shortest + 1) // BINS)
+    counts = np.bincount((tokens.lengths - shortest) // width)
+    for number, count in enumerate(counts.tolist()):
+        low = shortest + number * width
+        table.add_row(f"{low}-{min(low + width - 1, longest)}", "█" * round(BAR * count / counts.max()), f"{count:,}")
     table.add_row("row", "", str(row_length))
     return table
 
@@ -111,4 +115,4 @@ def _shown(dataset: Dataset, number: int) -> Panel:
     ids, prompt = tokens[number].tolist(), int(tokens.prompt_lengths[number])
     text = Text(dataset.tokenizer.decode(ids[:prompt]), style="dim")
     text.append("⟦" + dataset.tokenizer.decode(ids[prompt:]) + "⟧", style="bold green")
-    return Panel(text, title=f"{tokens.ids[number]}: {prompt} + {len(ids) - prompt} tokens, ⟦supervised⟧", title_align="left")
+    return Panel(text, title=Text(f"{tokens.ids[number]}: {prompt} + {len(ids) - prompt} tokens, ⟦supervised⟧"), title_align="left")

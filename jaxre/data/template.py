@@ -49,6 +49,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{folder}: the tokenizer does not load ({_line(error)})") from None
 
 
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of a tokenizer, but for its truncation and padding, which a call switches on and off."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    kept = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+
+
 def _line(error: BaseException) -> str:
     """The first line of an error's message, or its name."""
     return next(iter(str(error).splitlines()), type(error).__name__)
@@ -82,10 +89,7 @@ class ChatTemplate:
     @functools.cached_property
     def digest(self) -> str:
         """Digest of the tokenizer, its template and the pinned date."""
-        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        # What a call sets and unsets; `tokenize` does without.
-        backend.pop("truncation", None), backend.pop("padding", None)
-        parts = (json.dumps(backend), self.template, str(self.tokenizer.special_tokens_map), self.date)
+        parts = (tokenizer_digest(self.tokenizer), self.template, str(self.tokenizer.special_tokens_map), self.date)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def render(self, turns: Sequence[Turn], generation: bool) -> str:
@@ -107,10 +111,10 @@ class ChatTemplate:
         prompt = self.render(turns, generation=True)
         full = self.render([*turns, {"role": "assistant", "content": answer}], generation=False)
         if not full.startswith(prompt):
-            same = next((i for i, (one, other) in enumerate(zip(prompt, full, strict=False)) if one != other), min(len(prompt), len(full)))
+            same = next((i for i, (one, other) in enumerate(zip(prompt, full, strict=False)) if one != other), len(full))
+            ends = f"after {prompt[max(0, same - 20) : same]!r} come {prompt[same : same + 30]!r} and {full[same : same + 30]!r}"
             raise InputError(
-                f"{self.place}: the chat template's generation prompt is not a prefix of the answered conversation "
-                f"(after {prompt[max(0, same - 20) : same]!r} the one has {prompt[same : same + 30]!r}, the other {full[same : same + 30]!r}); "
+                f"{self.place}: the chat template's generation prompt is not a prefix of the answered conversation ({ends}); "
                 "the template needs mending"
             )
         supervised, stripped = full[len(prompt) :], answer.strip()

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxre.config import Prompt, Text, data_root
-from jaxre.data.template import ChatTemplate, Encoded
+from jaxre.data.template import ChatTemplate, Encoded, tokenizer_digest
 from jaxre.errors import InputError
 from jaxre.relations import sources
 from jaxre.relations.prompts import by_label, choose_demonstrations, marked_text, turns
@@ -164,7 +164,7 @@ def read_texts(text: Text) -> list[tuple[str, str]]:
 
 def texts_digest(documents: Sequence[tuple[str, str]], tokenizer, row_length: int) -> str:
     """Digest of documents, tokenizer and row length."""
-    digest = hashlib.sha256(f"lm {FORMAT} {row_length} {tokenizer.backend_tokenizer.to_str()}\n".encode())
+    digest = hashlib.sha256(f"lm {FORMAT} {row_length} {tokenizer_digest(tokenizer)} {tokenizer.eos_token_id}\n".encode())
     for name, document in documents:
         digest.update(json.dumps([name, document]).encode())
     return digest.hexdigest()
