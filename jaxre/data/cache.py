@@ -59,7 +59,8 @@ def location(cache: str, digest: str, name: str = "") -> str | dict[str, str]:
 
 
 def _unusable(cache: str, error: Exception) -> InputError:
-    told = str(error).splitlines()[0].split(" [")[0]
+    # TensorStore's message repeats every path on the way to the reason, which comes last.
+    told = str(error).splitlines()[0].split(" [")[0].rpartition(": ")[2]
     return InputError(f"data.cache={cache}: cannot be used ({told}); point data.cache to a folder that can be written")
 
 
@@ -103,7 +104,8 @@ def _read(cache: str, digest: str, name: str) -> np.ndarray:
 
 def _write(cache: str, digest: str, name: str, value: np.ndarray) -> None:
     spec = {"driver": "zarr3", "kvstore": location(cache, digest, name)}
-    layout = ts.ChunkLayout(chunk_shape=[CHUNK])
+    # A chunk is stored at its full size, however little of it is used.
+    layout = ts.ChunkLayout(chunk_shape=[max(1, min(CHUNK, value.size))])
     # Written over, not deleted first: another process may be writing the same.
     try:
         array = ts.open(spec, create=True, open=True, dtype=value.dtype, shape=value.shape, chunk_layout=layout).result()

@@ -115,18 +115,23 @@ def plan_by_examples(
         for batch in _chunks(order.tolist(), examples):
             groups.append(_chunks(batch, max(1, examples // accumulation), pad_to=accumulation))
         ends.append(len(groups))
-    total = max(int(lengths[micro].sum()) for group in groups for micro in group)
-    rows = _round_up(-(-total // row_length), shards)
+    length_of, supervised_of = lengths.tolist(), supervised.tolist()
+    rows = _round_up(-(-max(_load(micro, length_of) for group in groups for micro in group) // row_length), shards)
     while True:
-        balanced = [[balance(micro, lengths, rows) for micro in group] for group in groups]
-        need = np.array([max(int(lengths[row].sum()) for micro in group for row in micro) for group in balanced])
-        if need.max() <= row_length:
+        tried, balanced = rows, []
+        for group in groups:
+            packed = [balance(micro, length_of, rows) for micro in group]
+            while _fullest(packed, length_of) > row_length:
+                rows += shards
+                packed = [balance(micro, length_of, rows) for micro in group]
+            balanced.append(packed)
+        if rows == tried:
             break
-        rows += shards
+    need = np.array([_fullest(packed, length_of) for packed in balanced])
     need = np.minimum(-(-need // multiple) * multiple, row_length)
     chosen = choose_lengths(need)
     fitted = np.array([min(length for length in chosen if length >= wanted) for wanted in need])
-    targets = np.array([max(int(supervised[row].sum()) for micro in group for row in micro) for group in balanced])
+    targets = np.array([_fullest(packed, supervised_of) for packed in balanced])
     shapes = {length: RowShape(rows, length, _round_up(int(targets[fitted == length].max()), 8)) for length in set(fitted.tolist())}
     updates = tuple(
         Update(shapes[length], tuple(tuple(tuple(row) for row in micro) for micro in group))
@@ -224,15 +229,24 @@ def _pair_fit(lengths: np.ndarray, order: list[int], row_length: int) -> Iterato
         yield row
 
 
-def balance(examples: Sequence[int], lengths: np.ndarray, rows: int) -> list[list[int]]:
+def balance(examples: Sequence[int], lengths: Sequence[int], rows: int) -> list[list[int]]:
     """Examples spread over `rows` rows, the longest first, each to the emptiest row."""
     packed: list[list[int]] = [[] for _ in range(rows)]
     loads = [(0, row) for row in range(rows)]
-    for length, example in sorted(((int(lengths[i]), i) for i in examples), key=lambda one: -one[0]):
+    for example in sorted(examples, key=lambda i: -lengths[i]):
         load, row = loads[0]
         packed[row].append(example)
-        heapq.heapreplace(loads, (load + length, row))
+        heapq.heapreplace(loads, (load + lengths[example], row))
     return packed
+
+
+def _load(examples: Sequence[int], lengths: Sequence[int]) -> int:
+    return sum(lengths[example] for example in examples)
+
+
+def _fullest(packed: Sequence[Sequence[Sequence[int]]], lengths: Sequence[int]) -> int:
+    """The tokens of the fullest row of an update."""
+    return max(_load(row, lengths) for micro in packed for row in micro)
 
 
 def choose_lengths(need: np.ndarray) -> list[int]:

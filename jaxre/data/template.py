@@ -172,7 +172,7 @@ class ChatTemplate:
 
         A tokenizer cuts the text at its added tokens first, so what follows the last one in the
         prompt is tokenised alike with nothing before it: once for all prompts that end alike. It
-        halves the work (200,000 examples, 0 shots: 40 s of 80 on one core).
+        nearly halves the work: 20,000 SemEval prompts take 4.0 s of CPU in place of 7.1.
         """
         tail = self.tail(prompt)
         found = self.continued(tail, supervised) if tail and len(tail) <= TAIL else None

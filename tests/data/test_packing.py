@@ -215,7 +215,7 @@ def test_no_example_or_one_too_long_is_refused(plan) -> None:
 
 @given(lengths=st.lists(st.integers(1, 50), min_size=1, max_size=30), rows=st.integers(1, 8))
 def test_balanced_rows_differ_by_at_most_one_example(lengths: list[int], rows: int) -> None:
-    packed = balance(range(len(lengths)), np.array(lengths), rows)
+    packed = balance(range(len(lengths)), lengths, rows)
     assert sorted(one for row in packed for one in row) == list(range(len(lengths))) and len(packed) == rows
     loads = [sum(lengths[one] for one in row) for row in packed]
     assert max(loads) - min(loads) <= max(lengths)
