@@ -50,7 +50,7 @@ def label_answers(
     known: dict[tuple[str, tuple[str, ...]], tuple[list[int], AnswerTokens] | None] = {}
     answers = []
     for question, prompt, ids, same in zip(questions, prompts, tokens, alike, strict=True):
-        tail = _tail(prompt, added)
+        tail = template.tail(prompt)
         found = None
         if tail is not None and same:
             roles = tuple(turn["role"] for turn in question)
@@ -65,23 +65,14 @@ def label_answers(
     return tokens, answers
 
 
-def _tail(prompt: str, added: Sequence[str]) -> str | None:
-    """The prompt from its last added token on, that token included; None if it has none."""
-    ends = [(position + len(token), len(token)) for token in added if (position := prompt.rfind(token)) >= 0]
-    if not ends:
-        return None
-    end, length = max(ends)
-    return prompt[end - length :]
-
-
 def _after_tail(
     template: ChatTemplate, tail: str, supervised: Sequence[str], labels: Sequence[str]
 ) -> tuple[list[int], AnswerTokens] | None:
     """Tokens of a tail, and of each answer after it; None if the tail's tokens do not begin all of them."""
-    start, *fulls = template.tokenize([tail, *(tail + text for text in supervised)])
-    if start[0] not in template.tokenizer.added_tokens_decoder or any(ids[: len(start)] != start for ids in fulls):
+    found = [template.continued(tail, text) for text in supervised]
+    if any(one is None for one in found):
         return None
-    return start, _distinct(template, [ids[len(start) :] for ids in fulls], labels)
+    return found[0][0], _distinct(template, [answer for _, answer in found], labels)
 
 
 def _distinct(template: ChatTemplate, answers: Sequence[Sequence[int]], labels: Sequence[str]) -> AnswerTokens:
