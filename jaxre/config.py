@@ -184,6 +184,7 @@ class Mesh(Settings):
     data: Int | None = Field(None, ge=1)
     fsdp: Int = Field(1, ge=1)
     tensor: Int = Field(1, ge=1)
+    cpu_devices: Int | None = Field(None, ge=1, description="devices that a machine without accelerator is split into")
 
 
 class Predict(Settings):

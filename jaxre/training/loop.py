@@ -47,6 +47,7 @@ def train(config: Config, console: Console | None = None) -> Path:
       InputError: anything in the config, data, weights or run folder that cannot be used.
     """
     console = console or Console()
+    sharding.split_cpu(config.mesh.cpu_devices)
     sharding.join_processes()
     first_process = jax.process_index() == 0
     say = console.print if first_process else lambda *_: None
