@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import tiny_config, write_tiny_model
+from tiny import ARCHITECTURE, tiny_config, write_tiny_model
 
 from jaxre import cli
 from jaxre.config import save_config
@@ -105,6 +105,37 @@ def test_a_missing_config_is_named(run: Callable, tmp_path: Path) -> None:
     refused(run("train", tmp_path / "nowhere.yaml"), "nowhere.yaml")
 
 
+@pytest.mark.parametrize(
+    ("fields", "method", "parts"),
+    [
+        ({"vocab_size": 300}, "full", ["token", "vocab_size", "300"]),
+        ({"max_position_embeddings": 8}, "full", ["tokens", "reads 8", "train.row_length"]),
+        ({}, "lora", ["train.method", "random weights"]),
+    ],
+    ids=["vocabulary", "context", "LoRA on random weights"],
+)
+def test_an_architecture_that_does_not_fit_the_data_is_refused(
+    run: Callable, tmp_path: Path, model: Path, fields: dict, method: str, parts: list[str]
+) -> None:
+    architecture = f"model.architecture={json.dumps(ARCHITECTURE | fields)}"
+    refused(run("train", write_config(tmp_path, model), architecture, f"train.method={method}"), *parts)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused(run: Callable, tmp_path: Path, model: Path) -> None:
+    path = write_config(tmp_path, model)
+    (tmp_path / "file").write_text("in the way")
+    refused(run("train", path, f"output={tmp_path / 'file'}"), "file", "output=")
+    ours, _ = write_predictions(tmp_path / "ours", [Prediction("a/1", "x", "x", "a")])
+    refused(run("evaluate", ours, "--json", tmp_path), str(tmp_path), "cannot be written")
+    assert not list(tmp_path.parent.glob(".*.partial"))
+
+
+def test_predict_refuses_a_split_of_a_file(run: Callable, tmp_path: Path, model: Path) -> None:
+    path = write_config(tmp_path, model)
+    refused(run("predict", model, "--config", path, "--data", tmp_path / "train.jsonl", "--split", "test"), "no splits", "--split")
+
+
 def test_an_empty_split_is_refused(run: Callable, tmp_path: Path, model: Path) -> None:
     path = write_config(tmp_path, model)
     (tmp_path / "train.jsonl").write_text("")
@@ -163,8 +194,8 @@ def test_the_main_job_by_commands(run: Callable, tmp_path: Path, model: Path) ->
     ours = folder / "predictions" / "facts-test-score.parquet"
     code, out, _ = run("predict", folder, "--mode", "generate", "--output", tmp_path / "greedy.csv")
     assert code == 0 and (tmp_path / "greedy.parquet").is_file()
-    code, out, _ = run("predict", folder, "--text", "<e1>Paris</e1> is the capital of <e2>France</e2>.")
-    assert code == 0 and "capital_of" in out
+    code, out, _ = run("predict", folder, "--text", "<e1>Paris [/b]</e1> is the capital of <e2>France</e2>.")
+    assert code == 0 and "capital_of" in out and "Paris [/b] -> France" in out
     code, out, _ = run("evaluate", ours, "--json", tmp_path / "scores.json")
     assert code == 0 and json.loads((tmp_path / "scores.json").read_text())["schema_valid"] == 1.0
     code, out, _ = run("compare", ours, tmp_path / "greedy.parquet", "--json", tmp_path / "comparison.json")

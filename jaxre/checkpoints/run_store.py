@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
@@ -53,13 +54,17 @@ class RunStore:
         return self.latest if best is None else best
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
-        """Starts writing; returns once the state is copied off the devices, so that it may be donated."""
-        self.manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics)
+        """Starts writing; returns once the state is copied off the devices, so that it may be donated.
+
+        On CPU nothing is copied: the writer holds the buffers, and XLA does not reuse a held buffer that is donated.
+        """
+        self.manager.save(step, args=ocp.args.StandardSave(_stored(state)), metrics=metrics)
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of `step`, in the shapes, dtypes and shardings of `like`, whatever mesh it was saved from."""
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), like)
-        return self.manager.restore(step, args=ocp.args.StandardRestore(shapes))
+        """The state of `step`, in the shapes, dtypes and shardings of `like` (arrays or shapes), whatever mesh it was saved from."""
+        leaves, form = jax.tree.flatten(shapes_of(like))
+        restored = iter(jax.tree.leaves(self.manager.restore(step, args=ocp.args.StandardRestore(_stored(form.unflatten(leaves))))))
+        return form.unflatten(next(restored) if leaf.size else _empty(leaf) for leaf in leaves)
 
     def wait(self) -> None:
         """Returns when everything is on disk."""
@@ -67,3 +72,17 @@ class RunStore:
 
     def close(self) -> None:
         self.manager.close()
+
+
+def shapes_of(state: Any) -> Any:
+    """Shapes, dtypes and shardings of a state, without its arrays."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+
+
+def _stored(state: Any) -> Any:
+    """TensorStore holds no empty array: the stack of a model of one layer is left out."""
+    return jax.tree.map(lambda leaf: leaf if leaf.size else None, state)
+
+
+def _empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.shape, leaf.dtype)[index])

@@ -24,6 +24,7 @@ from jaxre.inference.predict import predict_examples
 from jaxre.relations import sources
 from jaxre.relations.prompts import parse_marked
 from jaxre.relations.schema import Example, Schema
+from jaxre.relations.tables import SUFFIXES
 
 Mode = Literal["score", "generate"]
 
@@ -83,7 +84,7 @@ def predict_text(model: str, text: str, mode: Mode, config_path: Path | None) ->
     """The labels of one marked text with their probabilities, the most probable first. Raises InputError."""
     example = parse_marked(text)
     (row,) = open_task(model, config_path).predict([example], mode)
-    table = Table(title=f"{example.head} -> {example.tail}", title_justify="left")
+    table = Table(title=Text(f"{example.head} -> {example.tail}"), title_justify="left")  # not markup: a head may be "[/b]"
     table.add_column("label")
     table.add_column("probability", justify="right")
     shares = row.probabilities or {row.generated_relation: float("nan")}
@@ -126,7 +127,9 @@ def source_of(config: Config, data: str | None, split: str | None) -> Source:
         if config.data.test is None:
             raise InputError(f"{config.name}: its config has no data.test; say what to predict with --data")
         return config.data.test if split is None else config.data.test.model_copy(update={"split": split, "part": (0.0, 1.0)})
-    is_file = Path(data).suffix in (".jsonl", ".csv", ".parquet")
+    is_file = Path(data).suffix.lower() in SUFFIXES
+    if is_file and split is not None:
+        raise InputError(f"{data}: a file has no splits; leave --split {split} out")
     like = next((source for source in known if source.dataset == data), None)
     if like is None:
         return Source(dataset=data, split=None if is_file else split or "test")

@@ -12,6 +12,7 @@ import optax
 
 from jaxre.checkpoints.source import Loaded, open_model
 from jaxre.config import Config
+from jaxre.data.dataset import Dataset
 from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture, architecture_of
 from jaxre.models.lora import init_adapter
@@ -38,14 +39,16 @@ def initial_state(config: Config, dtype: np.dtype, optimiser: optax.GradientTran
     A path with an adapter (a LoRA run, a PEFT folder) is continued: its factors are where training starts.
 
     Raises:
-      InputError: weights that do not fit their config.json, an adapter that is not of the config's `lora` settings.
+      InputError: weights that do not fit their config.json, an adapter that is not of the config's `lora` settings,
+        LoRA on random weights.
     """
     full = config.train.method == "full"
     factors = None
     if config.model.architecture is not None:
+        if not full:
+            raise InputError("train.method=lora: the random weights of model.architecture are not kept beside an adapter; set it to full")
         architecture = architecture_of(config.model.architecture, "model.architecture")
         params = jax.tree.map(np.asarray, init_weights(architecture, config.seed))
-        params = params if full else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     else:
         loaded = open_model(config.model.path, np.dtype(np.float32) if full else dtype)
         architecture, params, factors = loaded.architecture, loaded.base, loaded.factors
@@ -79,3 +82,26 @@ def check_continues(config: Config, loaded: Loaded) -> None:
         mine, given = getattr(ours, name), getattr(theirs, name)
         if (set(mine) != set(given)) if name == "targets" else mine != given:
             raise InputError(f"lora.{name}: {mine} here, but the adapter of {path} has {given}; set it to that, or merge the adapter first")
+
+
+def check_tokens(dataset: Dataset, architecture: Architecture) -> None:
+    """Raises InputError for a token that the model has no embedding for (a gather would take another one's), or too long an example."""
+    for name, split in (("training", dataset.train), ("validation", dataset.validation)):
+        if split is None:
+            continue
+        check_vocabulary(int(split.tokens.tokens.max()), architecture)
+        longest = int(split.tokens.lengths.max())
+        if longest > architecture.max_length:
+            raise InputError(
+                f"an example of the {name} data takes {longest} tokens, the model reads {architecture.max_length}; "
+                "lower train.row_length to that, and longer ones are dropped and listed"
+            )
+
+
+def check_vocabulary(highest: int, architecture: Architecture) -> None:
+    """Raises InputError if the highest token id is outside of the model's vocabulary."""
+    if highest >= architecture.vocabulary:
+        raise InputError(
+            f"the tokenizer gives token {highest}, but vocab_size of the model is {architecture.vocabulary}; "
+            "correct model.architecture, or take the model with its own tokenizer"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,36 @@ class RunLog:
     Args:
       folder: of the run.
       step: the run goes on after this step; records of later steps, left by a run that was killed, are removed.
+
+    TensorBoard's events are written again from the records that stay, so that no step is there twice.
     """
 
     def __init__(self, folder: Path, step: int, active: bool = True):
-        self.active = active
+        self.active, self.ended = active, False
         if not active:
             return
         path = folder / "log.jsonl"
+        kept = []
         if path.is_file():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _belongs(line, step)]
-            path.write_text("".join(kept), encoding="utf-8")
+            written = path.with_name("log.jsonl.part")
+            written.write_text("".join(kept), encoding="utf-8")
+            written.replace(path)
+        self.ended = any(json.loads(line)["kind"] == "end" for line in kept)
         self.file = path.open("a", encoding="utf-8")
+        shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self.events = Writer(DirectoryOutput(str(folder / "tensorboard")))
+        for line in kept:
+            self._draw(**json.loads(line))
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """One record, such as `{"kind": "train", "step": 10, "loss": 1.2}`; numbers also go to TensorBoard as kind/name."""
         if not self.active:
             return
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._draw(kind, step, **values)
+
+    def _draw(self, kind: str, step: int, **values: Any) -> None:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self.events.add_scalar(f"{kind}/{name}", float(value), step)

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from jaxre.checkpoints.huggingface import save_base
 from jaxre.checkpoints.peft import save_adapter
-from jaxre.checkpoints.run_store import RunStore
+from jaxre.checkpoints.run_store import RunStore, shapes_of
 from jaxre.checkpoints.source import compute_dtype, tokenizer_folder
 from jaxre.config import Config, load_config, save_config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan
@@ -29,9 +29,10 @@ from jaxre.data.loader import updates
 from jaxre.data.packing import Plan
 from jaxre.data.rows import Rows, empty_rows
 from jaxre.errors import InputError
+from jaxre.models.architecture import Architecture
 from jaxre.models.weights import parameter_count
 from jaxre.training import sharding
-from jaxre.training.initial import Initial, initial_state
+from jaxre.training.initial import Initial, check_tokens, initial_state
 from jaxre.training.log import RunLog
 from jaxre.training.step import Metrics, State, make_optimiser, make_schedule, make_update
 from jaxre.training.validate import Validation
@@ -65,6 +66,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     optimiser = make_optimiser(config, steps)
     initial = initial_state(config, dtype, optimiser, mesh)
     state, base, architecture = initial.state, initial.base, initial.architecture
+    check_tokens(dataset, architecture)
     validation = Validation(config, dataset, architecture, dtype, mesh) if dataset.validation else None
 
     # ---- run folder: only once everything above has been accepted ---------------------------
@@ -77,8 +79,11 @@ def train(config: Config, console: Console | None = None) -> Path:
 
     # ---- resume -----------------------------------------------------------------------------
     start = store.latest or 0
+    like = shapes_of(state)
+    del initial  # with it the fresh state would stay in memory beside the restored one
     if start:
-        state = store.restore(start, state)
+        del state
+        state = store.restore(start, like)
         say(f"resumed {run} at step {start} of {steps}")
     log = RunLog(run, start, first_process)
 
@@ -109,28 +114,31 @@ def train(config: Config, console: Console | None = None) -> Path:
                     f"loss {losses[-1].loss:.4f}  {speed['examples_per_second']:.1f} examples/s  {speed['tokens_per_second']:.0f} tokens/s"
                 )
                 bar.update(task, completed=step, told=told)
-                if not np.isfinite(losses[-1].loss):
-                    raise InputError(f"{run}: the loss is {losses[-1].loss} at step {step}; lower train.learning_rate and start again")
+                check_finite(losses, step, run)  # before a checkpoint of this state is written
 
             validated = None
             if validation and (step % evaluate_every == 0 or step == steps):
                 with clock.paused():
                     validated = validation.run(state.trainable, base)
                 log.write("validation", step, validated)
+                log.flush()  # before the checkpoint: a run that goes on from it does not validate again
                 say(f"step {step}: " + "  ".join(f"validation {name} {value:.4f}" for name, value in validated.items()))
             if step % checkpoint_every == 0 or step == steps or validated:
                 with clock.paused():
                     store.save(step, state, validated)
-    store.wait()
+    with clock.paused():
+        store.wait()
 
     # ---- the best checkpoint, for others to load ----------------------------------------------
     best = store.best_step
-    if best != steps or start == steps:
-        state = store.restore(best, state)
-    log.write("end", steps, summary_of(dataset, plan, clock, best, len(compiled), steps))
+    if not log.ended:  # a finished run that is started again has its record
+        log.write("end", steps, summary_of(dataset, plan, clock, best, len(compiled), steps))
+    if best != steps:
+        del state
+        state = store.restore(best, like)
     log.close()
     store.close()
-    save_result(run, config, initial, state, folder)
+    save_result(run, config, architecture, state, folder)
     say(f"best checkpoint: step {best}; written to {run}")
     return run
 
@@ -150,6 +158,16 @@ def summary_of(dataset: Dataset, plan: Plan, clock: Clock, best: int, compilatio
     }
 
 
+def check_finite(losses: list[Metrics], step: int, run: Path) -> None:
+    """Raises InputError for a loss or gradient, of the updates up to `step`, that is not finite."""
+    for number, one in enumerate(losses, step - len(losses) + 1):
+        for name, value in zip(("loss", "gradient norm"), one, strict=True):
+            if not np.isfinite(value):
+                raise InputError(
+                    f"{run}: the {name} is {value} at step {number}; lower train.learning_rate and give the new run another name (name=...)"
+                )
+
+
 def prepared(config: Config, dataset: Dataset, plan: Plan, start: int, steps: int) -> Iterator[Rows]:
     """The rows of the updates after `start`, up to `steps`."""
     return (
@@ -160,26 +178,42 @@ def prepared(config: Config, dataset: Dataset, plan: Plan, start: int, steps: in
 def open_run_folder(config: Config, first_process: bool) -> Path:
     """The run folder with its `config.yaml`.
 
-    A run may go on with another mesh, cache, log or checkpoint interval, which do not change what it computes.
+    A run may go on with what does not change what it computes (FREE_ON_RESUME): another place, mesh, cache,
+    test data, log or checkpoint interval.
 
     Raises:
       InputError: the folder holds another run's config (names the first setting that differs), or is no run folder.
     """
-    run = config.run_folder
+    run, refused = config.run_folder, None
+    if first_process:  # the others would meet what this one has just written
+        try:
+            claim_folder(config, run)
+        except InputError as error:
+            refused = error
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(refused is not None)):
+        raise refused or InputError(f"{run}: refused by the first process")
+    if refused:
+        raise refused
+    return run
+
+
+def claim_folder(config: Config, run: Path) -> None:
+    """Checks the folder and writes its `config.yaml`. Raises InputError."""
     saved = run / "config.yaml"
     if saved.is_file():
         differing = first_difference(load_config(saved).model_dump(), config.model_dump())
         if differing:
             raise InputError(f"{run}: holds a run with another {differing}; remove it, or give this one another name (name=...)")
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and not (run.is_dir() and not any(run.iterdir())):
         raise InputError(f"{run}: exists and is not a run folder; remove it or name another (output=..., name=...)")
-    if first_process:
+    try:
         run.mkdir(parents=True, exist_ok=True)
         save_config(config, saved)
-    return run
+    except OSError as error:
+        raise InputError(f"{run}: cannot be made ({error.strerror}); name a folder that can be written (output=...)") from None
 
 
-FREE_ON_RESUME = {"mesh", "data.cache", "predict", "train.log_every", "train.keep", "train.checkpoint_every"}
+FREE_ON_RESUME = {"output", "mesh", "data.cache", "data.test", "predict", "train.log_every", "train.keep", "train.checkpoint_every"}
 
 
 def first_difference(old: Any, new: Any, place: str = "") -> str | None:
@@ -207,16 +241,16 @@ def compile_updates(config: Config, plan: Plan, initial: Initial, optimiser: Any
     return compiled
 
 
-def save_result(run: Path, config: Config, initial: Initial, state: State, folder: Path) -> None:
+def save_result(run: Path, config: Config, architecture: Architecture, state: State, folder: Path) -> None:
     """Writes `adapter/` (PEFT) or `model/` (Hugging Face) from the state, replacing those of an earlier end."""
     trained = fetch(state.trainable)
     if jax.process_index():
         return
     if config.train.method == "lora":
-        base_name = str(folder) if Path(config.model.path).is_dir() else config.model.path
-        save_adapter(run / "adapter", initial.architecture, config.lora, trained, base_name, folder, replace=True)
+        base_name = str(folder) if Path(config.model.path).expanduser().is_dir() else config.model.path
+        save_adapter(run / "adapter", architecture, config.lora, trained, base_name, folder, replace=True)
     else:
-        save_base(run / "model", initial.architecture, trained, folder, config=config.model.architecture, replace=True)
+        save_base(run / "model", architecture, trained, folder, config=config.model.architecture, replace=True)
 
 
 def fetch(tree: Any) -> Any:
@@ -246,11 +280,9 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
         ("rows", ", ".join(f"{len(plan.updates[0].micro)} x {s.rows} x {s.length}, {s.supervised} supervised" for s in plan.shapes)),
         ("pad share", f"{pad:.1%}"),
         ("supervised share", f"{supervised:.1%} of real tokens"),
-        (
-            "devices",
-            where,
-        ),
+        ("devices", where),
         ("attention", f"{attention} ({why})"),
+        *([("LoRA", "xla (the only implementation there is)")] if config.train.method == "lora" else []),
         ("compilations", f"{len(compiled)}, one a row shape"),
         ("compiled memory", memory_of(compiled)),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jaxre.inference.scoring import plan_scoring, run_scoring
 from jaxre.models.architecture import Architecture
 from jaxre.models.lora import scale_of
 from jaxre.training import sharding
+from jaxre.training.initial import check_vocabulary
 from jaxre.training.step import loss_sum, model_of
 
 Tree = Any
@@ -35,14 +37,17 @@ class Validation:
         self.split = dataset.validation
         shards = sharding.row_shards(mesh)
         tokens = self.split.tokens
-        rows = max(1, config.predict.batch_tokens // config.train.row_length // shards) * shards
-        plan = plan_by_tokens(
-            tokens.lengths, tokens.supervised, seed=0, epochs=1, row_length=config.train.row_length, rows=rows, accumulation=1
-        )
+        row_length = config.train.row_length
+        pack = functools.partial(plan_by_tokens, tokens.lengths, tokens.supervised, seed=0, epochs=1, row_length=row_length, accumulation=1)
+        # Batches of equal size: a split of few rows is not padded to a whole batch.
+        packed, most = len(pack(rows=1).updates), max(1, config.predict.batch_tokens // row_length)
+        rows = -(-packed // -(-packed // most))
+        plan = pack(rows=-(-rows // shards) * shards)
         self.batches = [Rows(*(array[0] for array in fill_update(tokens, tokens.owners, update))) for update in plan.updates]
         self.scoring = None
         if dataset.template is not None:
             prompts, answers = label_answers(dataset.template, self.split.questions, dataset.schema.labels)
+            check_vocabulary(max(token for labels in answers for ids in labels for token in ids), architecture)
             self.labels = dataset.schema.labels
             self.scoring = plan_scoring(
                 prompts,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import tiny_config
+from tiny import ARCHITECTURE, tiny_config, write_tiny_model
 
 from jaxre.checkpoints.peft import load_adapter
 from jaxre.checkpoints.run_store import RunStore
@@ -20,27 +23,46 @@ from jaxre.checkpoints.source import open_model
 from jaxre.config import load_config, save_config
 from jaxre.errors import InputError
 from jaxre.training.log import read_log
-from jaxre.training.loop import train
+from jaxre.training.loop import check_finite, first_difference, train
+from jaxre.training.step import Metrics
 
 
 def losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in read_log(run) if record["kind"] == "train"}
 
 
+def drawn(run: Path, tag: str) -> list[int]:
+    """The steps of a TensorBoard curve."""
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"tensors": 0})
+    events.Reload()
+    return [event.step for event in events.Tensors(tag)]
+
+
 @pytest.fixture(scope="module")
-def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def said() -> Console:
+    """What the finished run prints."""
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, said: Console) -> Path:
     """A whole run, never interrupted."""
-    return train(tiny_config(tmp_path_factory.mktemp("finished"), tiny_model, train={"checkpoint_every": 3, "keep": 99}))
+    return train(tiny_config(tmp_path_factory.mktemp("finished"), tiny_model, train={"checkpoint_every": 3, "keep": 99}), said)
 
 
 def test_a_run_leaves_what_the_design_says(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} >= {"config.yaml", "log.jsonl", "tensorboard", "checkpoints", "adapter"}
     kinds = {record["kind"] for record in read_log(finished)}
     assert kinds == {"train", "speed", "validation", "end"}
-    events = EventAccumulator(str(finished / "tensorboard"), size_guidance={"tensors": 0})
-    events.Reload()
-    assert {"train/loss", "validation/f1", "speed/tokens_per_second"} <= set(events.Tags()["tensors"])
-    assert len(events.Tensors("train/loss")) == len(losses(finished))
+    assert drawn(finished, "train/loss") == list(losses(finished))
+    assert drawn(finished, "validation/f1") and drawn(finished, "speed/tokens_per_second")
+
+
+def test_what_was_chosen_is_printed_before_the_first_step(finished: Path, said: Console) -> None:
+    before, _, during = said.file.getvalue().partition("validation loss")
+    for line in ("trained", "frozen", "pad share", "supervised share", "attention", "LoRA", "compilations", "compiled memory", "MiB"):
+        assert line in before, line
+    assert "examples/s" in during and "tokens/s" in during
 
 
 def test_the_loss_falls(finished: Path) -> None:
@@ -82,7 +104,8 @@ def test_a_finished_run_started_again_changes_nothing(finished: Path) -> None:
     before = losses(finished)
     adapter = (finished / "adapter" / "adapter_model.safetensors").read_bytes()
     assert train(load_config(finished / "config.yaml")) == finished
-    assert losses(finished) == before
+    assert losses(finished) == before and drawn(finished, "train/loss") == list(before)
+    assert [record["kind"] for record in read_log(finished)].count("end") == 1
     assert (finished / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
 
@@ -92,31 +115,42 @@ def test_another_config_on_the_same_folder_is_refused(finished: Path) -> None:
         train(config)
 
 
-@pytest.mark.parametrize("batch", ["tokens", "examples"])
-def test_a_killed_run_continues_the_exact_loss_curve(tiny_model: Path, tmp_path: Path, batch: str) -> None:
-    """Killed three times, once with a checkpoint left half-written; every loss equals that of the run that was not."""
-    changes = (
-        {"train": {"checkpoint_every": 2}}
-        if batch == "tokens"
-        else {"train": {"checkpoint_every": 2, "batch_tokens": None, "batch_examples": 12, "accumulation": 2}}
-    )
-    whole = tiny_config(tmp_path, tiny_model, "whole", **changes)
-    expected = losses(train(whole))
-    broken = tiny_config(tmp_path, tiny_model, "broken", **changes)
+def test_a_killed_run_continues_the_exact_loss_curve(tiny_model: Path, tmp_path: Path, finished: Path) -> None:
+    """Killed, with a checkpoint and a log record left half-written; every loss equals that of the run that was not."""
+    expected = losses(finished)
+    broken = tiny_config(tmp_path, tiny_model, "broken", train={"checkpoint_every": 2})
     run, path = broken.run_folder, tmp_path / "broken.yaml"
     save_config(broken, path)
-    for kill in (3, 7):
+    for kill in (3, 5):
         process = subprocess.Popen([sys.executable, "-m", "jaxre.cli", "train", str(path)], stdout=subprocess.DEVNULL)
         while process.poll() is None and max(logged(run), default=0) < kill:
-            time.sleep(0.02)
+            time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        assert process.wait() == -signal.SIGKILL
         half = run / "checkpoints" / f"{kill + 1}.orbax-checkpoint-tmp-1"
-        half.mkdir()
+        half.mkdir(exist_ok=True)
         (half / "garbage").write_text("half-written")
         with (run / "log.jsonl").open("a") as log:
             log.write('{"kind": "train", "st')
     assert losses(train(broken)) == expected
+    assert drawn(run, "train/loss") == list(expected)
+    kinds = [(record["kind"], record["step"]) for record in read_log(run) if record["kind"] != "speed"]
+    assert sorted(kinds) == sorted((one["kind"], one["step"]) for one in read_log(finished) if one["kind"] != "speed")
+
+
+def test_a_run_by_examples_continues_the_exact_loss_curve(tiny_model: Path, tmp_path: Path) -> None:
+    changes = {"checkpoint_every": 2, "keep": 99, "batch_tokens": None, "batch_examples": 12, "accumulation": 2, "epochs": 1}
+    config = tiny_config(tmp_path, tiny_model, train=changes)
+    expected = losses(train(config))
+    forget_after(config.run_folder, 4)
+    assert losses(train(config)) == expected and len(expected) > 4
+
+
+def forget_after(run: Path, step: int) -> None:
+    """Removes the checkpoints after a step, as if the run had been killed there."""
+    for checkpoint in (run / "checkpoints").iterdir():
+        if checkpoint.name.isdigit() and int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
 
 
 def logged(run: Path) -> list[int]:
@@ -138,6 +172,46 @@ def test_full_fine_tuning_writes_a_model(tiny_model: Path, tmp_path: Path) -> No
     found = losses(run)
     assert found[len(found)] < found[1]
     assert open_model(run, None).factors is None and (run / "model" / "model.safetensors").is_file()
+
+
+def test_a_language_model_of_one_layer_is_trained_from_scratch_and_resumed(tiny_model: Path, tmp_path: Path) -> None:
+    """One layer has an empty stack, which TensorStore does not hold."""
+    config = tiny_config(
+        tmp_path,
+        tiny_model,
+        data={"text": {"sources": [{"dataset": "facts", "split": "train", "limit": 96}], "holdout": 0.2}},
+        train={"method": "full", "objective": "lm", "learning_rate": 1e-3, "evaluate_every": 2, "keep": 99},
+    )
+    architecture = ARCHITECTURE | {"num_hidden_layers": 1}
+    config = config.model_copy(update={"model": config.model.model_copy(update={"architecture": architecture})})
+    run = train(config)
+    expected, written = losses(run), (run / "model" / "model.safetensors").read_bytes()
+    validated = [record for record in read_log(run) if record["kind"] == "validation"]
+    assert expected[len(expected)] < expected[1] and all(set(record) == {"kind", "step", "loss"} for record in validated)
+    forget_after(run, 2)
+    assert losses(train(config)) == expected
+    assert (run / "model" / "model.safetensors").read_bytes() == written
+
+
+def test_an_adapter_of_one_projection_and_one_layer_is_trained(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", num_hidden_layers=1)
+    data = {"train": {"dataset": "facts", "split": "train", "limit": 24}, "validation": None}
+    run = train(tiny_config(tmp_path, model, data=data, lora={"targets": ["q"]}, train={"epochs": 1, "batch_tokens": 512}))
+    loaded = open_model(run, np.dtype(np.float32))
+    assert loaded.lora.targets == ("q",) and set(loaded.factors["last"]) == {"q"} and np.any(loaded.factors["last"]["q"]["b"])
+
+
+def test_a_run_may_go_on_with_what_does_not_change_it() -> None:
+    old = {"output": "runs", "mesh": {"data": None}, "data": {"test": None, "cache": "a", "train": 1}}
+    new = {"output": "/else", "mesh": {"data": 2}, "data": {"test": {"dataset": "facts"}, "cache": "b", "train": 1}}
+    assert first_difference(old, new) is None
+    assert first_difference(old, old | {"data": {"test": None, "cache": "a", "train": 2}}) == "data.train (1, now 2)"
+
+
+def test_a_gradient_that_is_not_finite_is_found_in_the_step_it_happened(tmp_path: Path) -> None:
+    """The loss of that step is finite, the state after it is not."""
+    with pytest.raises(InputError, match="gradient norm is inf at step 4"):
+        check_finite([Metrics(1.0, 1.0), Metrics(1.0, float("inf")), Metrics(1.0, 1.0)], 5, tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_model: Path, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from jaxre.config import save_config
+from jaxre.config import Config, save_config
 from jaxre.training.log import read_log
+from jaxre.training.loop import train
 
 HERE = Path(__file__).parent
 # Sums run in another order on another mesh; f32 rounding reaches 1e-6 here, the promise is 1e-5.
@@ -61,10 +62,13 @@ def test_gradients_on_every_mesh_equal_one_device(tiny_model: Path, tmp_path: Pa
 def test_two_processes_give_one_process_losses_and_resume_on_another_mesh(tiny_model: Path, tmp_path: Path) -> None:
     def write(name: str, **mesh: int) -> Path:
         path = tmp_path / f"{name}.yaml"
-        save_config(tiny_config(tmp_path, tiny_model, name, mesh=mesh, train={"epochs": 1, "checkpoint_every": 2, "keep": 99}), path)
+        save_config(config(name, **mesh), path)
         return path
 
-    train_in_processes(write("one"), devices=1)
+    def config(name: str, **mesh: int) -> Config:
+        return tiny_config(tmp_path, tiny_model, name, mesh=mesh, train={"epochs": 1, "checkpoint_every": 2, "keep": 99})
+
+    train(config("one"))
     train_in_processes(write("two", data=2, fsdp=2, tensor=2), devices=4, processes=2)
     expected, found = losses(tmp_path / "runs" / "one"), losses(tmp_path / "runs" / "two")
     assert list(found) == list(expected) and len(found) >= 3
