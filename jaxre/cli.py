@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -29,6 +30,8 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the re
 
 def main() -> None:
     """Runs a command; input that cannot be used is one line on standard error and exit code 2."""
+    # Orbax warns at each checkpoint that was not validated, which is as it should be.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         app()
     except InputError as error:
@@ -81,7 +84,11 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from jaxre.config import load_config
     from jaxre.training.loop import train
 
-    print(train(load_config(config, overrides), console))
+    try:
+        print(train(load_config(config, overrides), console))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -159,7 +166,7 @@ def convert(
     """
     from jaxre.checkpoints.convert import convert
 
-    console.print(str(convert(source, target, to, merge, dtype)))
+    console.print(str(convert(source, target, to, merge, dtype)), markup=False)
 
 
 def write_json(path: Path | None, value: dict) -> None:

@@ -6,6 +6,7 @@ three baselines, compares example by example with the strongest, and exports for
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,8 +69,8 @@ def quickstart(run: Path, console: Console, config_path: Path = CONFIG) -> dict:
     write_json(run / "report" / "comparison.json", comparison.to_json())
 
     console.rule("5 of 5: export")
-    console.print(str(convert(str(run), run / "merged", "hf", merge=True)))
-    console.print(f"the PEFT adapter is in {run / 'adapter'}")
+    console.print(str(convert(str(run), run / "merged", "hf", merge=True)), markup=False)
+    console.print(f"the PEFT adapter is in {run / 'adapter'}", markup=False)
 
     summary = summarise(run, systems)
     log = read_log(run)
@@ -86,7 +87,7 @@ def quickstart(run: Path, console: Console, config_path: Path = CONFIG) -> dict:
 
     console.rule("result")
     console.print(summary_table(systems, title=f"F1 on {len(test)} test examples with entities and phrasings unseen in training"))
-    console.print(f"picture     {pictures[0]}\nrun folder  {run}\n")
+    console.print(f"picture     {pictures[0]}\nrun folder  {run}\n", markup=False)
     console.print(
         "next, your own data (JSONL, CSV or Parquet with text, head, tail, relation):\n"
         f"  jaxre train {config_path} name=mine data.train.dataset=train.jsonl data.train.split=null "
@@ -103,8 +104,9 @@ def clear(run: Path, config: Config, console: Console) -> None:
     saved = run / "config.yaml"
     if not saved.is_file() or load_config(saved).name != config.name:
         raise InputError(f"{run}: exists and is not an earlier quickstart; remove it or give another folder with --output")
-    console.print(f"{run}: an earlier quickstart is removed")
-    shutil.rmtree(run)
+    console.print(f"{run}: an earlier quickstart is removed", markup=False)
+    # Renamed first: a removal that is cut short leaves no folder that looks like another run's.
+    shutil.rmtree(run.rename(run.with_name(f".{run.name}.removed-{os.getpid()}")))
 
 
 def baseline_rows(name: str, labels: Sequence[str], test: Sequence[Example]) -> list[Prediction]:

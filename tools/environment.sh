@@ -5,7 +5,12 @@ make_environment() {
   if [ -f "$stamp" ] && cmp -s pyproject.toml "$stamp"; then
     return
   fi
-  [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
+  if ! "$python" -c "import sys; sys.exit(sys.version_info < (3, 11))"; then
+    echo "jaxre needs Python 3.11 or newer; set PYTHON to one (here: $("$python" --version 2>&1))" >&2
+    exit 1
+  fi
+  # pip comes last: an environment without it was cut short and is made again.
+  [ -x "$folder/bin/pip" ] || "$python" -m venv --clear "$folder"
   echo "installing jaxre${extra:+ with its $extra extra} into $folder (a few minutes the first time)" >&2
   "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
   cp pyproject.toml "$stamp"

@@ -24,6 +24,7 @@ from jaxre.inference.answers import label_answers
 from jaxre.inference.decoding import clean_answer, decode
 from jaxre.inference.model import Model
 from jaxre.inference.scoring import plan_scoring, probabilities, run_scoring
+from jaxre.models.architecture import check_vocabulary
 from jaxre.models.lora import scale_of
 from jaxre.relations.schema import Example
 
@@ -72,6 +73,7 @@ def predict_examples(
     model = model_of(loaded)
     if mode == "score":
         tokens, answers = label_answers(template, questions, labels)
+        check_vocabulary(max(max(ids) for one in (tokens, *answers) for ids in one), loaded.architecture)
         plan = plan_scoring(tokens, answers, loaded.architecture, batch_tokens=settings.batch_tokens, names=names)
         scores = run_scoring(model, plan, advance=advance)
         shares = probabilities(scores)
@@ -87,6 +89,7 @@ def predict_examples(
         ]
     else:
         tokens = template.tokenize(texts)
+        check_vocabulary(max(map(max, tokens)), loaded.architecture)
         stops = stop_ids(template, questions[0], loaded.folder)
         written = decode(model, tokens, stops, settings.max_new_tokens, batch_tokens=settings.batch_tokens, names=names, advance=advance)
         plain = template.tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)

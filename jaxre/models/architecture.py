@@ -187,3 +187,12 @@ def _rope_scaling(rope: dict[str, Any], place: str) -> RopeScaling | None:
         float(rope["high_freq_factor"]),
         int(rope["original_max_position_embeddings"]),
     )
+
+
+def check_vocabulary(highest: int, architecture: Architecture) -> None:
+    """Raises InputError if the highest token id is outside of the model's vocabulary."""
+    if highest >= architecture.vocabulary:
+        raise InputError(
+            f"the tokenizer gives token {highest}, but vocab_size of the model is {architecture.vocabulary}; "
+            "take the model with its own tokenizer (or correct model.architecture)"
+        )

@@ -14,7 +14,7 @@ from jaxre.checkpoints.source import Loaded, open_model
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset
 from jaxre.errors import InputError
-from jaxre.models.architecture import Architecture, architecture_of
+from jaxre.models.architecture import Architecture, architecture_of, check_vocabulary
 from jaxre.models.lora import init_adapter
 from jaxre.models.module import init_weights
 from jaxre.training import sharding
@@ -96,12 +96,3 @@ def check_tokens(dataset: Dataset, architecture: Architecture) -> None:
                 f"an example of the {name} data takes {longest} tokens, the model reads {architecture.max_length}; "
                 "lower train.row_length to that, and longer ones are dropped and listed"
             )
-
-
-def check_vocabulary(highest: int, architecture: Architecture) -> None:
-    """Raises InputError if the highest token id is outside of the model's vocabulary."""
-    if highest >= architecture.vocabulary:
-        raise InputError(
-            f"the tokenizer gives token {highest}, but vocab_size of the model is {architecture.vocabulary}; "
-            "correct model.architecture, or take the model with its own tokenizer"
-        )

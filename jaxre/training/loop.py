@@ -5,6 +5,7 @@ One function, told in chapters. The update itself is in `step.py`.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jaxre.checkpoints.huggingface import save_base
+from jaxre.checkpoints.huggingface import resolve_model, save_base
 from jaxre.checkpoints.peft import save_adapter
 from jaxre.checkpoints.run_store import RunStore, shapes_of
 from jaxre.checkpoints.source import compute_dtype, tokenizer_folder
@@ -51,7 +52,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     sharding.split_cpu(config.mesh.cpu_devices)
     sharding.join_processes()
     first_process = jax.process_index() == 0
-    say = console.print if first_process else lambda *_: None
+    say = functools.partial(console.print, markup=False) if first_process else lambda *_: None
 
     # ---- data -------------------------------------------------------------------------------
     folder = tokenizer_folder(config)
@@ -247,7 +248,8 @@ def save_result(run: Path, config: Config, architecture: Architecture, state: St
     if jax.process_index():
         return
     if config.train.method == "lora":
-        base_name = str(folder) if Path(config.model.path).expanduser().is_dir() else config.model.path
+        by_name = resolve_model(config.model.path) == folder and not Path(config.model.path).expanduser().is_dir()
+        base_name = config.model.path if by_name else str(folder)
         save_adapter(run / "adapter", architecture, config.lora, trained, base_name, folder, replace=True)
     else:
         save_base(run / "model", architecture, trained, folder, config=config.model.architecture, replace=True)

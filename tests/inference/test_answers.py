@@ -1,6 +1,5 @@
 """Labels as answer tokens equal the template's own tokens on every question and label."""
 
-
 import pytest
 
 from jaxre.data.template import ChatTemplate, load_tokenizer
