@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import refusal
 
 from jaxre.config import Config, Data, Lora, check_config, load_config, parse_yaml, save_config
-from jaxre.errors import InputError
 
 PLAIN = """
 name: plain
@@ -36,14 +36,6 @@ def with_value(key: str, value: object) -> dict:
         node = node.setdefault(parent, {})
     node[last] = value
     return tree
-
-
-def refusal(call) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1, message
-    return message
 
 
 @pytest.mark.parametrize(

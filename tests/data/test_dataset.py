@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from refusals import refusal
 from rich.console import Console
 from tiny import TEMPLATE, tiny_config
 from transformers import PreTrainedTokenizerBase
@@ -18,18 +19,9 @@ from jaxre.data.dataset import ask, load_dataset, load_schema, make_plan
 from jaxre.data.preview import preview
 from jaxre.data.template import ChatTemplate, Encoded, load_tokenizer
 from jaxre.data.tokens import TokenSet, demonstrator, encode_texts, read_texts, texts_digest
-from jaxre.errors import InputError
 from jaxre.relations.prompts import by_label, choose_demonstrations
 from jaxre.relations.schema import Schema
 from jaxre.relations.sources import load
-
-
-def refusal(call) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1, message
-    return message
 
 
 def written(folder: Path, relations: list[str], texts: list[str] | None = None, ids: list[str] | None = None) -> Path:

@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from refusals import refusal
 from transformers import PreTrainedTokenizerBase
 
 from jaxre.config import Prompt, Source
 from jaxre.data import template as template_module
 from jaxre.data.template import ChatTemplate, load_tokenizer, pin_date
-from jaxre.errors import InputError
 from jaxre.relations.prompts import turns
 from jaxre.relations.sources import load
 
@@ -85,14 +85,6 @@ def on(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTo
     changed = copy.copy(tokenizer)
     changed.chat_template = template
     return changed
-
-
-def refusal(call) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert len(message.splitlines()) == 1, message
-    return message
 
 
 @pytest.fixture(scope="module")
