@@ -74,7 +74,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     run = open_run_folder(config, first_process)
     store = RunStore(run / "checkpoints", config.train.keep, config.train.best)
 
-    # ---- compile: every shape before step 1, so that nothing compiles later -------------------
+    # ---- compile: every update's shape before step 1 (validation compiles its own at its first run)
     compiled = compile_updates(config, plan, initial, optimiser, dtype, mesh)
     say(describe(config, dataset, plan, initial, compiled, mesh, steps))
 
@@ -87,6 +87,12 @@ def train(config: Config, console: Console | None = None) -> Path:
         state = store.restore(start, like)
         say(f"resumed {run} at step {start} of {steps}")
     log = RunLog(run, start, first_process)
+    dropped = {
+        name: split.dropped for name, split in (("train", dataset.train), ("validation", dataset.validation)) if split and split.dropped
+    }
+    if dropped and not start:
+        log.write("too_long", 0, dropped)
+        say(f"longer than a row and left out, ids in log.jsonl: {', '.join(f'{len(ids)} of {name}' for name, ids in dropped.items())}")
 
     # ---- updates ----------------------------------------------------------------------------
     evaluate_every = config.train.evaluate_every or epoch_steps

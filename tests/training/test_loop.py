@@ -21,6 +21,7 @@ from jaxre.checkpoints.peft import load_adapter
 from jaxre.checkpoints.run_store import RunStore
 from jaxre.checkpoints.source import open_model
 from jaxre.config import load_config, save_config
+from jaxre.data.dataset import load_dataset
 from jaxre.errors import InputError
 from jaxre.training.log import read_log
 from jaxre.training.loop import check_finite, first_difference, train
@@ -219,3 +220,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model: Path, tmp_path: Pat
     with pytest.raises(InputError, match=r"train\.learning_rate"):
         train(config)
     assert not (config.run_folder / "model").exists()
+
+
+def test_examples_longer_than_a_row_are_listed_in_the_log(tiny_model: Path, tmp_path: Path) -> None:
+    """Dropped, counted and listed: every example is either trained on or named."""
+    config = tiny_config(tmp_path, tiny_model, data={"validation": None}, train={"epochs": 1, "row_length": 96, "batch_tokens": 1536})
+    (record,) = (record for record in read_log(train(config)) if record["kind"] == "too_long")
+    kept = load_dataset(config, tiny_model).train
+    assert 0 < len(record["train"]) < 96 and set(record["train"]) == set(kept.dropped)
+    assert len(record["train"]) + len(kept.tokens) == 96
