@@ -156,7 +156,7 @@ def read_texts(text: Text) -> list[tuple[str, str]]:
     for source in text.sources:
         examples = sources.load(source)
         for repeat in range(text.repeat_sources):
-            documents += [(f"{example.id}#{repeat}", marked_text(example) if repeat % 2 else example.text) for example in examples]
+            documents += [(f"{example.id}#{repeat}", marked_text(example) if repeat else example.text) for example in examples]
     if not documents:
         raise InputError("data.text: neither paths nor sources are given; give at least one")
     return documents

@@ -24,7 +24,7 @@ from jaxre.checkpoints.huggingface import resolve_model, save_base
 from jaxre.checkpoints.peft import save_adapter
 from jaxre.checkpoints.run_store import RunStore, shapes_of
 from jaxre.checkpoints.source import compute_dtype, tokenizer_folder
-from jaxre.config import Config, load_config, save_config
+from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan
 from jaxre.data.loader import updates
 from jaxre.data.packing import Plan
@@ -35,6 +35,7 @@ from jaxre.models.weights import parameter_count
 from jaxre.training import sharding
 from jaxre.training.initial import Initial, check_tokens, initial_state
 from jaxre.training.log import RunLog
+from jaxre.training.run_folder import run_folder
 from jaxre.training.step import Metrics, State, make_optimiser, make_schedule, make_update
 from jaxre.training.validate import Validation
 
@@ -71,82 +72,79 @@ def train(config: Config, console: Console | None = None) -> Path:
     validation = Validation(config, dataset, architecture, dtype, mesh) if dataset.validation else None
 
     # ---- run folder: only once everything above has been accepted ---------------------------
-    run = open_run_folder(config, first_process)
-    store = RunStore(run / "checkpoints", config.train.keep, config.train.best)
+    with run_folder(config, first_process) as run:
+        store = RunStore(run / "checkpoints", config.train.keep, config.train.best)
 
-    # ---- compile: every update's shape before step 1 (validation compiles its own at its first run)
-    compiled = compile_updates(config, plan, initial, optimiser, dtype, mesh)
-    say(describe(config, dataset, plan, initial, compiled, mesh, steps))
+        # ---- compile: every update's shape before step 1 (validation compiles its own at its first run)
+        compiled = compile_updates(config, plan, initial, optimiser, dtype, mesh)
+        say(describe(config, dataset, plan, initial, compiled, mesh, steps))
 
-    # ---- resume -----------------------------------------------------------------------------
-    start = store.latest or 0
-    like = shapes_of(state)
-    del initial  # with it the fresh state would stay in memory beside the restored one
-    if start:
-        del state
-        state = store.restore(start, like)
-        say(f"resumed {run} at step {start} of {steps}")
-    log = RunLog(run, start, first_process)
-    dropped = {
-        name: split.dropped for name, split in (("train", dataset.train), ("validation", dataset.validation)) if split and split.dropped
-    }
-    if dropped and not start:
-        log.write("too_long", 0, dropped)
-        say(f"longer than a row and left out, ids in log.jsonl: {', '.join(f'{len(ids)} of {name}' for name, ids in dropped.items())}")
+        # ---- resume -----------------------------------------------------------------------------
+        start = store.latest or 0
+        like = shapes_of(state)
+        del initial  # with it the fresh state would stay in memory beside the restored one
+        if start:
+            del state
+            state = store.restore(start, like)
+            say(f"resumed {run} at step {start} of {steps}")
+        log = RunLog(run, start, first_process)
+        dropped = {
+            name: split.dropped for name, split in (("train", dataset.train), ("validation", dataset.validation)) if split and split.dropped
+        }
+        if dropped and not start:
+            log.write("too_long", 0, dropped)
+            say(f"longer than a row and left out, ids in log.jsonl: {', '.join(f'{len(ids)} of {name}' for name, ids in dropped.items())}")
 
-    # ---- updates ----------------------------------------------------------------------------
-    evaluate_every = config.train.evaluate_every or epoch_steps
-    checkpoint_every = config.train.checkpoint_every or evaluate_every
-    row_sharding = sharding.row_sharding(mesh)
-    schedule = make_schedule(config, steps)
-    clock = Clock(dataset, plan, start)
-    pending: list[Metrics] = []
-    with progress_bar(console, first_process) as bar:
-        task = bar.add_task("train", total=steps, completed=start, told="")
-        for step, rows in enumerate(prepared(config, dataset, plan, start, steps), start + 1):
-            shape = plan.updates[step - 1].shape
-            state, metrics = compiled[shape](state, base, sharding.put_rows(rows, row_sharding))
-            pending.append(metrics)
+        # ---- updates ----------------------------------------------------------------------------
+        evaluate_every = config.train.evaluate_every or epoch_steps
+        checkpoint_every = config.train.checkpoint_every or evaluate_every
+        row_sharding = sharding.row_sharding(mesh)
+        schedule = make_schedule(config, steps)
+        clock = Clock(dataset, plan, start)
+        pending: list[Metrics] = []
+        with progress_bar(console, first_process) as bar:
+            task = bar.add_task("train", total=steps, completed=start, told="")
+            for step, rows in enumerate(prepared(config, dataset, plan, start, steps), start + 1):
+                shape = plan.updates[step - 1].shape
+                state, metrics = compiled[shape](state, base, sharding.put_rows(rows, row_sharding))
+                pending.append(metrics)
 
-            if step % config.train.log_every == 0 or step == steps or step % evaluate_every == 0 or step % checkpoint_every == 0:
-                losses = jax.device_get(pending)  # the only wait for the device
-                speed = clock.read(step)
-                for number, one in enumerate(losses, step - len(losses) + 1):
-                    rate = float(schedule(number - 1))
-                    log.write("train", number, {"loss": float(one.loss), "gradient_norm": float(one.gradient_norm), "learning_rate": rate})
-                log.write("speed", step, speed)
-                log.flush()
-                pending = []
-                told = (
-                    f"loss {losses[-1].loss:.4f}  {speed['examples_per_second']:.1f} examples/s  {speed['tokens_per_second']:.0f} tokens/s"
-                )
-                bar.update(task, completed=step, told=told)
-                check_finite(losses, step, run)  # before a checkpoint of this state is written
+                if step % config.train.log_every == 0 or step == steps or step % evaluate_every == 0 or step % checkpoint_every == 0:
+                    losses = jax.device_get(pending)  # the only wait for the device
+                    speed = clock.read(step)
+                    for number, one in enumerate(losses, step - len(losses) + 1):
+                        log.write("train", number, {**one.numbers(), "learning_rate": float(schedule(number - 1))})
+                    log.write("speed", step, speed)
+                    log.flush()
+                    pending = []
+                    rates = f"{speed['examples_per_second']:.1f} examples/s  {speed['tokens_per_second']:.0f} tokens/s"
+                    bar.update(task, completed=step, told=f"loss {losses[-1].loss:.4f}  {rates}")
+                    check_finite(losses, step, run)  # before a checkpoint of this state is written
 
-            validated = None
-            if validation and (step % evaluate_every == 0 or step == steps):
-                with clock.paused():
-                    validated = validation.run(state.trainable, base)
-                log.write("validation", step, validated)
-                log.flush()  # before the checkpoint: a run that goes on from it does not validate again
-                say(f"step {step}: " + "  ".join(f"validation {name} {value:.4f}" for name, value in validated.items()))
-            if step % checkpoint_every == 0 or step == steps or validated:
-                with clock.paused():
-                    store.save(step, state, validated)
-    with clock.paused():
-        store.wait()
+                validated = None
+                if validation and (step % evaluate_every == 0 or step == steps):
+                    with clock.paused():
+                        validated = validation.run(state.trainable, base)
+                    log.write("validation", step, validated)
+                    log.flush()  # before the checkpoint: a run that goes on from it does not validate again
+                    say(f"step {step}: " + "  ".join(f"validation {name} {value:.4f}" for name, value in validated.items()))
+                if step % checkpoint_every == 0 or step == steps or validated:
+                    with clock.paused():
+                        store.save(step, state, validated)
+        with clock.paused():
+            store.wait()
 
-    # ---- the best checkpoint, for others to load ----------------------------------------------
-    best = store.best_step
-    if not log.ended:  # a finished run that is started again has its record
-        log.write("end", steps, summary_of(dataset, plan, clock, best, len(compiled), steps))
-    if best != steps:
-        del state
-        state = store.restore(best, like)
-    log.close()
-    store.close()
-    save_result(run, config, architecture, state, folder)
-    say(f"best checkpoint: step {best}; written to {run}")
+        # ---- the best checkpoint, for others to load ----------------------------------------------
+        best = store.best_step
+        if not log.ended:  # a finished run that is started again has its record
+            log.write("end", steps, summary_of(dataset, plan, clock, best, len(compiled), steps))
+        if best != steps:
+            del state
+            state = store.restore(best, like)
+        log.close()
+        store.close()
+        save_result(run, config, architecture, state, folder)
+        say(f"best checkpoint: step {best}; written to {run}")
     return run
 
 
@@ -180,57 +178,6 @@ def prepared(config: Config, dataset: Dataset, plan: Plan, start: int, steps: in
     return (
         rows for rows, _ in zip(updates(dataset.train.tokens, plan, start, config.train.prompt_weight), range(start, steps), strict=False)
     )
-
-
-def open_run_folder(config: Config, first_process: bool) -> Path:
-    """The run folder with its `config.yaml`.
-
-    A run may go on with what does not change what it computes (FREE_ON_RESUME): another place, mesh, cache,
-    test data, log or checkpoint interval.
-
-    Raises:
-      InputError: the folder holds another run's config (names the first setting that differs), or is no run folder.
-    """
-    run, refused = config.run_folder, None
-    if first_process:  # the others would meet what this one has just written
-        try:
-            claim_folder(config, run)
-        except InputError as error:
-            refused = error
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(refused is not None)):
-        raise refused or InputError(f"{run}: refused by the first process")
-    if refused:
-        raise refused
-    return run
-
-
-def claim_folder(config: Config, run: Path) -> None:
-    """Checks the folder and writes its `config.yaml`. Raises InputError."""
-    saved = run / "config.yaml"
-    if saved.is_file():
-        differing = first_difference(load_config(saved).model_dump(), config.model_dump())
-        if differing:
-            raise InputError(f"{run}: holds a run with another {differing}; remove it, or give this one another name (name=...)")
-    elif run.exists() and not (run.is_dir() and not any(run.iterdir())):
-        raise InputError(f"{run}: exists and is not a run folder; remove it or name another (output=..., name=...)")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        save_config(config, saved)
-    except OSError as error:
-        raise InputError(f"{run}: cannot be made ({error.strerror}); name a folder that can be written (output=...)") from None
-
-
-FREE_ON_RESUME = {"output", "mesh", "data.cache", "data.test", "predict", "train.log_every", "train.keep", "train.checkpoint_every"}
-
-
-def first_difference(old: Any, new: Any, place: str = "") -> str | None:
-    """Dotted name of the first setting that differs and may not, or None."""
-    if place in FREE_ON_RESUME or old == new:
-        return None
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return f"{place} ({old!r}, now {new!r})"
-    parts = (first_difference(old.get(key), new.get(key), f"{place}.{key}" if place else key) for key in new)
-    return next((part for part in parts if part), None)
 
 
 def compile_updates(config: Config, plan: Plan, initial: Initial, optimiser: Any, dtype: Any, mesh: jax.sharding.Mesh) -> dict:
@@ -277,6 +224,7 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
     attention, why = choose_attention()
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     where = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({axes})"
+    kept, temporary = (size / 2**20 for size in memory_of(compiled))
     table = Table(title=f"run {config.name}", show_header=False)
     for name, value in (
         ("parameters", f"{trained:,} trained, {total if config.train.method == 'lora' else 0:,} frozen ({initial.dtype})"),
@@ -292,19 +240,19 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
         ("attention", f"{attention} ({why})"),
         *([("LoRA", "xla (the only implementation there is)")] if config.train.method == "lora" else []),
         ("compilations", f"{len(compiled)}, one a row shape"),
-        ("compiled memory", memory_of(compiled)),
+        (
+            "compiled memory",
+            f"{kept + temporary:,.0f} MiB a device ({kept:,.0f} weights, state and rows; {temporary:,.0f} temporary)",
+        ),
     ):
         table.add_row(name, value)
     return table
 
 
-def memory_of(compiled: dict) -> str:
-    """Bytes per device of the largest compiled step, in words."""
-    largest = max((one.memory_analysis() for one in compiled.values()), key=lambda memory: memory.temp_size_in_bytes)
-    kept, temporary = largest.argument_size_in_bytes, largest.temp_size_in_bytes
-    return (
-        f"{(kept + temporary) / 2**20:,.0f} MiB a device ({kept / 2**20:,.0f} weights, state and rows; {temporary / 2**20:,.0f} temporary)"
-    )
+def memory_of(compiled: dict) -> tuple[int, int]:
+    """Bytes a device of the step that needs most: (weights, state and rows; temporary)."""
+    analyses = [one.memory_analysis() for one in compiled.values()]
+    return max(((one.argument_size_in_bytes, one.temp_size_in_bytes) for one in analyses), key=sum)
 
 
 def progress_bar(console: Console, shown: bool) -> Progress:

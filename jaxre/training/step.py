@@ -37,6 +37,9 @@ class Metrics(NamedTuple):
     loss: jax.Array
     gradient_norm: jax.Array
 
+    def numbers(self) -> dict[str, float]:
+        return {"loss": float(self.loss), "gradient_norm": float(self.gradient_norm)}
+
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
     """Weighted sum of -log softmax(logits)[target]: [..., V] f32, [...] int32, [...] f32 -> [] f32."""

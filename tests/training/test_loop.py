@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from refusals import refusal
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import ARCHITECTURE, tiny_config, write_tiny_model
@@ -21,11 +23,15 @@ from jaxre.checkpoints.peft import load_adapter
 from jaxre.checkpoints.run_store import RunStore
 from jaxre.checkpoints.source import open_model
 from jaxre.config import load_config, save_config
-from jaxre.data.dataset import load_dataset
+from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.errors import InputError
+from jaxre.training.initial import initial_state
 from jaxre.training.log import read_log
-from jaxre.training.loop import check_finite, first_difference, train
-from jaxre.training.step import Metrics
+from jaxre.training.loop import check_finite, compile_updates, memory_of, prepared, train
+from jaxre.training.run_folder import first_difference
+from jaxre.training.sharding import make_mesh
+from jaxre.training.step import Metrics, make_optimiser
+from jaxre.training.validate import Validation
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -137,6 +143,57 @@ def test_a_killed_run_continues_the_exact_loss_curve(tiny_model: Path, tmp_path:
     assert drawn(run, "train/loss") == list(expected)
     kinds = [(record["kind"], record["step"]) for record in read_log(run) if record["kind"] != "speed"]
     assert sorted(kinds) == sorted((one["kind"], one["step"]) for one in read_log(finished) if one["kind"] != "speed")
+
+
+def test_a_run_is_one_process_and_goes_on_after_ctrl_c(tiny_model: Path, tmp_path: Path, finished: Path) -> None:
+    config = tiny_config(tmp_path, tiny_model, "stopped", train={"checkpoint_every": 3, "keep": 99})
+    path = tmp_path / "stopped.yaml"
+    save_config(config, path)
+    command = [sys.executable, "-m", "jaxre.cli", "train", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not logged(config.run_folder):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGSTOP)  # it must not end before the second one has tried
+    said = refusal(lambda: train(config))
+    process.send_signal(signal.SIGCONT)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert "another process trains in it" in said
+    assert process.returncode == 130 and "goes on from the last checkpoint" in errors and "Traceback" not in errors
+    assert losses(train(config)) == losses(finished)
+
+
+def test_nothing_is_compiled_after_the_first_validation(
+    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled, run = [], Validation.run
+
+    def counted(self: Validation, *given: object) -> dict[str, float]:
+        found = run(self, *given)
+        compiled.append(sum("Finished XLA compilation" in record.getMessage() for record in caplog.records))
+        return found
+
+    monkeypatch.setattr(Validation, "run", counted)
+    with jax.log_compiles():
+        train(tiny_config(tmp_path, tiny_model, train={"epochs": 3}))
+    assert len(compiled) == 3 and compiled[0] > 0 and compiled[-1] == compiled[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_memory_that_is_printed_is_that_of_weights_state_and_rows(tiny_model: Path, tmp_path: Path, method: str) -> None:
+    config = tiny_config(tmp_path, tiny_model, train={"method": method})
+    dataset, mesh = load_dataset(config, tiny_model), make_mesh(config.mesh)
+    plan, optimiser = make_plan(config, dataset.train.tokens, shards=1), make_optimiser(config, 4)
+    initial = initial_state(config, jnp.float32, optimiser, mesh)
+    kept, temporary = memory_of(compile_updates(config, plan, initial, optimiser, jnp.float32, mesh))
+    rows = next(prepared(config, dataset, plan, 0, 1))
+    if method == "full":
+        rows = rows._replace(owner=np.zeros(0))  # dropout's only; XLA leaves out what is not used
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((initial.state, initial.base if method == "lora" else None, rows)))
+    assert kept == held
+    # The logits of the supervised positions are the least that must be held beside it.
+    shape = plan.shapes[0]
+    assert temporary >= shape.rows * shape.supervised * ARCHITECTURE["vocab_size"] * 4
 
 
 def test_a_run_by_examples_continues_the_exact_loss_curve(tiny_model: Path, tmp_path: Path) -> None:
