@@ -143,7 +143,7 @@ class Lora(Settings):
 
 class Train(Settings):
     method: Literal["lora", "full"] = "lora"
-    objective: Literal["sft", "lm"] = "sft"
+    objective: Literal["sft", "lm", "classify"] = Field("sft", description="sft: answers; lm: raw text; classify: an encoder's labels")
     epochs: Int = Field(2, ge=1)
     max_steps: Int | None = Field(None, ge=1, description="stop the schedule here, whatever the epochs")
     batch_examples: Int | None = Field(None, ge=1, description="examples per update")
@@ -212,8 +212,12 @@ class Config(Settings):
     def _objective(self) -> Config:
         if self.train.objective == "lm" and self.data.text is None:
             raise ValueError("train.objective=lm needs data.text")
-        if self.train.objective == "sft" and self.data.train is None:
-            raise ValueError("train.objective=sft needs data.train")
+        if self.train.objective != "lm" and self.data.train is None:
+            raise ValueError(f"train.objective={self.train.objective} needs data.train")
+        if self.train.objective == "classify" and self.train.method != "full":
+            raise ValueError("train.objective=classify trains all weights of an encoder; set train.method=full")
+        if self.train.objective == "classify" and (self.train.prompt_weight or self.prompt != Prompt()):
+            raise ValueError("train.objective=classify has no prompt, an encoder reads the marked text; leave prompt and prompt_weight out")
         return self
 
 

@@ -19,10 +19,12 @@ import ml_dtypes  # registers bfloat16 with numpy, which safetensors needs
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from transformers import PreTrainedTokenizerBase
 
+from jaxre.checkpoints.encoder_folder import classifier_fields, stored_names, with_head_of
 from jaxre.errors import InputError
-from jaxre.models.architecture import Architecture, read_architecture
-from jaxre.models.weights import Weight, places, tree_of
+from jaxre.models.architecture import EncoderArchitecture, read_architecture
+from jaxre.models.weights import AnyArchitecture, Weight, places, tree_of
 
 # Safetensors' words for the types a weight may have.
 STORED_DTYPES = {
@@ -41,6 +43,7 @@ SIDE_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "chat_template.jinja",
     "added_tokens.json",
@@ -103,8 +106,8 @@ def weight_files(folder: Path) -> dict[str, Path]:
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
-def load_base(folder: Path, dtype: np.dtype | None = None) -> tuple[Architecture, dict]:
-    """A decoder's architecture and weights (numpy, our layout) from a folder.
+def load_base(folder: Path, dtype: np.dtype | None = None) -> tuple[AnyArchitecture, dict]:
+    """The architecture and weights (numpy, our layout) of a folder. An encoder's head may be missing.
 
     Each tensor is read straight into its place of the stack, so the host holds the model and one tensor.
 
@@ -117,13 +120,17 @@ def load_base(folder: Path, dtype: np.dtype | None = None) -> tuple[Architecture
     folder = Path(folder)
     architecture = read_architecture(folder)
     files = weight_files(folder)
+    own = {name: name for name in files}  # the table's names -> the folder's own
+    if isinstance(architecture, EncoderArchitecture):
+        own = stored_names(architecture, files)
+        architecture = with_head_of(architecture, own)
     with contextlib.ExitStack() as stack:
         opened = {path: stack.enter_context(open_safetensors(path)) for path in sorted(set(files.values()))}
-        stored = {name: _stored(opened[path], name, path) for name, path in files.items()}
+        stored = {ours: _stored(opened[files[name]], name, files[name]) for ours, name in own.items()}
         _check_tensors(folder, architecture, stored)
 
         def read(name: str) -> np.ndarray:
-            return read_tensor(opened[files[name]], name, files[name])
+            return read_tensor(opened[files[own[name]]], own[name], files[own[name]])
 
         arrays = {}
         for weight, path, shape, _ in places(architecture):
@@ -144,12 +151,13 @@ def load_base(folder: Path, dtype: np.dtype | None = None) -> tuple[Architecture
 
 def save_base(
     target: Path,
-    architecture: Architecture,
+    architecture: AnyArchitecture,
     params: dict,
     like: Path,
     dtype: np.dtype | None = None,
     *,
     config: dict[str, Any] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     replace: bool = False,
 ) -> None:
     """Writes a folder that transformers loads: weights, config, and the side files of `like`.
@@ -161,6 +169,7 @@ def save_base(
       like: the folder whose config.json, tokenizer and generation config are carried along.
       dtype: of the stored weights; as they are if not given.
       config: the fields of config.json, where they are not those of `like` (a model trained from scratch).
+      tokenizer: where it is not that of `like` (an encoder's, with its entity markers).
       replace: whether a folder that is there already is replaced.
 
     Raises:
@@ -171,8 +180,13 @@ def save_base(
         stored = _save_shards(folder, architecture, params, dtype)
         fields.pop("torch_dtype", None)
         fields["dtype"] = stored.name
+        if isinstance(architecture, EncoderArchitecture):
+            fields |= classifier_fields(architecture)
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        copy_side_files(like, folder)
+        if tokenizer is None:
+            copy_side_files(like, folder)
+        else:
+            tokenizer.save_pretrained(folder)
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -182,7 +196,7 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+def hf_shapes(architecture: AnyArchitecture) -> dict[str, tuple[int, ...]]:
     """Hugging Face name -> shape in its layout, of every tensor that a folder of this architecture must have."""
     return {
         name: weight.shape(architecture)[:: -1 if weight.transpose else 1]
@@ -191,7 +205,7 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     }
 
 
-def hf_tensors(architecture: Architecture, params: dict, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
+def hf_tensors(architecture: AnyArchitecture, params: dict, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, tensor in its layout) of each base weight; a tied head is not written."""
     for weight, path, _, _ in places(architecture):
         value = params
@@ -285,7 +299,7 @@ def _stored(file, name: str, path: Path) -> tuple[tuple[int, ...], str]:
     return tuple(header.get_shape()), header.get_dtype()
 
 
-def _check_tensors(folder: Path, architecture: Architecture, stored: dict[str, tuple[tuple[int, ...], str]]) -> None:
+def _check_tensors(folder: Path, architecture: AnyArchitecture, stored: dict[str, tuple[tuple[int, ...], str]]) -> None:
     """Raises InputError listing every tensor that is missing, misshapen, of no floating-point type, or not known."""
     problems, shapes = [], hf_shapes(architecture)
     for name, expected in shapes.items():
@@ -304,7 +318,7 @@ def _check_tensors(folder: Path, architecture: Architecture, stored: dict[str, t
         raise InputError(f"{folder}: {'; '.join(problems)}; the weights do not fit config.json")
 
 
-def _stored_dtype(folder: Path, architecture: Architecture, weight: Weight, stored: dict[str, tuple[tuple[int, ...], str]]) -> np.dtype:
+def _stored_dtype(folder: Path, architecture: AnyArchitecture, weight: Weight, stored: dict[str, tuple[tuple[int, ...], str]]) -> np.dtype:
     layers = range(architecture.layers) if weight.in_layer else (0,)
     kinds = {stored[weight.hf.format(layer=layer)][1] for layer in layers}
     if len(kinds) > 1:
@@ -314,14 +328,14 @@ def _stored_dtype(folder: Path, architecture: Architecture, weight: Weight, stor
     return STORED_DTYPES[kinds.pop()]
 
 
-def _hf_names_at(architecture: Architecture, weight: Weight, path: tuple[str, ...]) -> list[str]:
+def _hf_names_at(architecture: AnyArchitecture, weight: Weight, path: tuple[str, ...]) -> list[str]:
     """The Hugging Face names of one array of our pytree: L-1 for a stack, else one."""
     if path[0] == "layers":
         return [weight.hf.format(layer=layer) for layer in range(architecture.layers - 1)]
     return [weight.hf.format(layer=architecture.layers - 1)]
 
 
-def _save_shards(folder: Path, architecture: Architecture, params: dict, dtype: np.dtype | None) -> np.dtype:
+def _save_shards(folder: Path, architecture: AnyArchitecture, params: dict, dtype: np.dtype | None) -> np.dtype:
     """Writes the weights, holding one shard at a time, and returns the dtype of the embeddings."""
     weight_map: dict[str, int] = {}
     shard: dict[str, np.ndarray] = {}

@@ -15,10 +15,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxre.checkpoints.encoder_folder import with_head_of
 from jaxre.checkpoints.huggingface import atomic_folder, copy_side_files, read_json
 from jaxre.errors import InputError
-from jaxre.models.architecture import Architecture, read_architecture
-from jaxre.models.weights import places, tree_of
+from jaxre.models.architecture import EncoderArchitecture, read_architecture
+from jaxre.models.weights import AnyArchitecture, places, tree_of
 
 MARKER, WEIGHTS, VERSION = "jaxre.json", "weights", 1
 
@@ -28,7 +29,7 @@ def is_native(folder: Path) -> bool:
     return (folder / MARKER).is_file()
 
 
-def save_native(target: Path, architecture: Architecture, params: dict, like: Path) -> None:
+def save_native(target: Path, architecture: AnyArchitecture, params: dict, like: Path) -> None:
     """Writes the folder, whole or not at all; `like` gives config.json, tokenizer and generation config."""
     with atomic_folder(target) as folder:
         with _checkpointer() as checkpointer:
@@ -40,7 +41,7 @@ def save_native(target: Path, architecture: Architecture, params: dict, like: Pa
         (folder / MARKER).write_text(json.dumps({"format": "jaxre weights", "version": VERSION}) + "\n", encoding="utf-8")
 
 
-def load_native(folder: Path, dtype: np.dtype | None = None) -> tuple[Architecture, dict]:
+def load_native(folder: Path, dtype: np.dtype | None = None) -> tuple[AnyArchitecture, dict]:
     """Architecture and weights (numpy) of our folder.
 
     Args:
@@ -59,6 +60,8 @@ def load_native(folder: Path, dtype: np.dtype | None = None) -> tuple[Architectu
     try:
         with _checkpointer() as checkpointer:
             found = _flat(checkpointer.metadata(path).item_metadata.tree)
+            if isinstance(architecture, EncoderArchitecture):
+                architecture = with_head_of(architecture, found)
             _check_shapes(folder, architecture, {name: tuple(leaf.shape) for name, leaf in found.items()})
             # The form of what is stored, in plain numpy: no device sees the weights here.
             arguments = tree_of((tuple(name.split(".")), ocp.RestoreArgs(restore_type=np.ndarray, dtype=dtype)) for name in found)
@@ -81,7 +84,7 @@ def _flat(tree: dict) -> dict:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _check_shapes(folder: Path, architecture: Architecture, found: dict[str, tuple[int, ...]]) -> None:
+def _check_shapes(folder: Path, architecture: AnyArchitecture, found: dict[str, tuple[int, ...]]) -> None:
     expected = {".".join(path): shape for _, path, shape, _ in places(architecture) if 0 not in shape}
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not known" for name in found if name not in expected]

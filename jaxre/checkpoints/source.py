@@ -17,12 +17,13 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxre.checkpoints.huggingface import load_base, resolve_model
+from jaxre.checkpoints.huggingface import load_base, read_json, resolve_model
 from jaxre.checkpoints.native import is_native, load_native
 from jaxre.checkpoints.peft import CONFIG_FILE, base_name_of, load_adapter
 from jaxre.config import Config, Lora, load_config
 from jaxre.errors import InputError
-from jaxre.models.architecture import Architecture
+from jaxre.models.architecture import ENCODERS, KINDS
+from jaxre.models.weights import AnyArchitecture
 
 Kind = Literal["jaxre", "peft", "hf", "run"]
 
@@ -38,7 +39,7 @@ class Loaded:
 
     folder: Path
     name: str
-    architecture: Architecture
+    architecture: AnyArchitecture
     base: dict[str, Any]
     lora: Lora | None = None
     factors: dict[str, Any] | None = None
@@ -95,8 +96,19 @@ def kind_of(folder: Path) -> Kind:
 
 
 def tokenizer_folder(config: Config) -> Path:
-    """The folder whose tokenizer a run uses: that of its base, or `model.path` itself for weights from scratch. Raises InputError."""
-    return base_folder_of(config.model.path) if config.model.architecture is None else resolve_model(config.model.path)
+    """The folder whose tokenizer a run uses: that of its base, or `model.path` itself for weights from scratch.
+
+    Raises:
+      InputError: no such model, or a decoder where the objective needs an encoder, or the other way round.
+    """
+    scratch = config.model.architecture
+    folder = base_folder_of(config.model.path) if scratch is None else resolve_model(config.model.path)
+    kind = (scratch or read_json(folder / "config.json")).get("model_type")
+    if kind in ENCODERS and config.train.objective != "classify":
+        raise InputError(f"{config.model.path}: is an encoder ({kind}); set train.objective=classify and train.method=full")
+    if kind in KINDS and config.train.objective == "classify":
+        raise InputError(f"{config.model.path}: is a decoder ({kind}); train.objective=classify takes an encoder ({', '.join(ENCODERS)})")
+    return folder
 
 
 def check_finished(folder: Path, config: Config) -> None:

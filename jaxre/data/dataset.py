@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxre.config import Config
 from jaxre.data.cache import cached_tokens
+from jaxre.data.markers import add_markers, encode_marked, marked_digest, marked_text, markers_in
 from jaxre.data.packing import Plan, plan_by_examples, plan_by_tokens
 from jaxre.data.template import ChatTemplate, Turn, load_tokenizer
 from jaxre.data.tokens import (
@@ -43,13 +46,18 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run trains and validates on. `template` is None for the language-model objective."""
+    """What a run trains and validates on.
+
+    `template` is None for the language-model objective and for classification. `new_tokens` are the ids of the entity
+    markers that classification gave the tokenizer.
+    """
 
     train: Split
     validation: Split | None
     schema: Schema | None
     template: ChatTemplate | None
     tokenizer: PreTrainedTokenizerBase
+    new_tokens: tuple[int, ...] = ()
 
 
 def load_dataset(config: Config, folder: Path) -> Dataset:
@@ -65,6 +73,8 @@ def load_dataset(config: Config, folder: Path) -> Dataset:
     if config.train.objective == "lm":
         train, validation = _load_texts(config, tokenizer)
         return Dataset(train, validation, None, None, tokenizer)
+    if config.train.objective == "classify":
+        return _load_marked(config, tokenizer)
     template = ChatTemplate(tokenizer, config.prompt.date, str(folder))
     examples = sources.load(config.data.train)
     schema = schema_of(config, examples)
@@ -109,6 +119,27 @@ def tokenise(
     tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_examples(examples, questions, template))
     fitting, dropped = tokens.fitting(row_length, config.data.too_long, place)
     return Split(examples, questions, fitting, dropped, cached)
+
+
+def _load_marked(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    train = sources.load(config.data.train)
+    schema = schema_of(config, train)
+    new_tokens = add_markers(tokenizer, train)
+    known, number = markers_in(tokenizer), {label: number for number, label in enumerate(schema.labels)}
+    held_out = sources.load(config.data.validation) if config.data.validation else None
+    if held_out is not None:
+        schema.check(held_out, "data.validation")
+
+    def split(examples: list[Example], place: str) -> Split:
+        texts = [marked_text(example, known) for example in examples]
+        digest = marked_digest(examples, texts, tokenizer)
+        tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_marked(examples, texts, tokenizer))
+        labels = np.array([number[example.relation] for example in examples], np.int32)
+        fitting, dropped = dataclasses.replace(tokens, labels=labels).fitting(config.train.row_length, config.data.too_long, place)
+        return Split(examples, [], fitting, dropped, cached)
+
+    validation = None if held_out is None else split(held_out, "data.validation")
+    return Dataset(split(train, "data.train"), validation, schema, None, tokenizer, tuple(new_tokens))
 
 
 def _load_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:

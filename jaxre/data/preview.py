@@ -113,6 +113,10 @@ def _packing(config: Config, tokens: TokenSet) -> Text:
 def _shown(dataset: Dataset, number: int) -> Panel:
     tokens = dataset.train.tokens
     ids, prompt = tokens[number].tolist(), int(tokens.prompt_lengths[number])
+    if tokens.labels is not None:
+        text = Text(dataset.tokenizer.decode(ids), style="dim")
+        text.append(f" ⟦{dataset.schema.labels[tokens.labels[number]]}⟧", style="bold green")
+        return Panel(text, title=Text(f"{tokens.ids[number]}: {len(ids)} tokens, ⟦label⟧"), title_align="left")
     text = Text(dataset.tokenizer.decode(ids[:prompt]), style="dim")
     text.append("⟦" + dataset.tokenizer.decode(ids[prompt:]) + "⟧", style="bold green")
     return Panel(text, title=Text(f"{tokens.ids[number]}: {prompt} + {len(ids) - prompt} tokens, ⟦supervised⟧"), title_align="left")

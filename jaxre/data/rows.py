@@ -47,7 +47,8 @@ def empty_rows(shape: RowShape) -> Rows:
 def fill_rows(examples: TokenSet, owners: np.ndarray, packed: Sequence[Sequence[int]], shape: RowShape, prompt_weight: float = 0.0) -> Rows:
     """The rows of one micro-batch; `packed[b]` lists the examples of row b.
 
-    With a `prompt_weight` the prompt's tokens, all but the first, are supervised too, at that weight.
+    With a `prompt_weight` the prompt's tokens, all but the first, are supervised too, at that weight. Where the examples
+    have labels, the first token of each is scored against its label.
     """
     rows = empty_rows(shape)
     for b, members in enumerate(packed):
@@ -59,6 +60,10 @@ def fill_rows(examples: TokenSet, owners: np.ndarray, packed: Sequence[Sequence[
             rows.positions[b, start:end] = np.arange(len(tokens))
             rows.visible_until[b, start:end] = end
             rows.owner[b, start:end] = owners[example]
+            if examples.labels is not None:
+                rows.supervised[b, count], rows.targets[b, count], rows.weights[b, count] = start, examples.labels[example], 1.0
+                start, count = end, count + 1
+                continue
             prompt = int(examples.prompt_lengths[example])
             first = 1 if prompt_weight else prompt
             places = slice(count, count + len(tokens) - first)

@@ -30,13 +30,15 @@ class TokenSet:
     """Tokens of n examples.
 
     tokens: [total] int32; starts: [n + 1] int64; prompt_lengths: [n] int32, at least 1, tokens of
-    example i from there on are supervised; ids: n example ids.
+    example i from there on are supervised; ids: n example ids; labels: [n] int32 for classification, the
+    number of each example's label, which is asked for at its first token (then no token is supervised).
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     prompt_lengths: np.ndarray
     ids: tuple[str, ...]
+    labels: np.ndarray | None = None
 
     @classmethod
     def of(cls, encoded: Iterable[Encoded], ids: Sequence[str]) -> TokenSet:
@@ -61,7 +63,9 @@ class TokenSet:
 
     @property
     def supervised(self) -> np.ndarray:
-        """[n] supervised tokens of each example."""
+        """[n] supervised positions of each example."""
+        if self.labels is not None:
+            return np.ones(len(self), np.int64)
         return self.lengths - self.prompt_lengths
 
     @property
@@ -91,7 +95,8 @@ class TokenSet:
         lengths = self.lengths[chosen]
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
         tokens = self.tokens[np.repeat(chosen, self.lengths)]
-        return TokenSet(tokens, starts, self.prompt_lengths[chosen], tuple(self.ids[i] for i in np.flatnonzero(chosen)))
+        ids = tuple(self.ids[i] for i in np.flatnonzero(chosen))
+        return TokenSet(tokens, starts, self.prompt_lengths[chosen], ids, None if self.labels is None else self.labels[chosen])
 
     def held_out(self, share: float) -> tuple[TokenSet, TokenSet]:
         """(the rest, a share chosen by a fixed hash of the ids); the repeats of a sentence (`id#1@0`) stay together."""

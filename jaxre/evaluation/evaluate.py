@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxre.errors import InputError
-from jaxre.evaluation.metrics import Scores, score
+from jaxre.evaluation.metrics import Scores, score, semeval_official_f1
 from jaxre.evaluation.predictions import Prediction, read_predictions
+from jaxre.relations import semeval
+from jaxre.relations.schema import is_negative
 
 
 def evaluate_file(path: str | Path) -> Scores:
@@ -27,7 +30,7 @@ def evaluate_file(path: str | Path) -> Scores:
 
 
 def evaluate_rows(rows: Sequence[Prediction], place: str) -> Scores:
-    """Scores of prediction rows. The schema is that of the probabilities, where the rows have them.
+    """Scores of prediction rows, with the official one for SemEval's. The schema is that of the probabilities, where the rows have them.
 
     Raises:
       InputError: a row without a gold label.
@@ -36,12 +39,20 @@ def evaluate_rows(rows: Sequence[Prediction], place: str) -> Scores:
     if unlabelled:
         raise InputError(f"{place}: {len(unlabelled)} rows have no gold label (first {unlabelled[0]}); fill the column relation")
     schema = sorted({label for row in rows for label in row.probabilities or ()}) or None
-    return score([row.relation for row in rows], [row.generated_relation for row in rows], schema)
+    gold, predicted = [row.relation for row in rows], [row.generated_relation for row in rows]
+    official = None
+    if all(row.eval_dataset_name == semeval.NAME for row in rows) and any(not is_negative(label) for label in gold):
+        official = semeval_official_f1(gold, predicted)
+    return dataclasses.replace(score(gold, predicted, schema), semeval_official_f1=official)
 
 
 def evaluation_table(scores: Scores) -> Group:
     """Headline figures, then one line per class, then the most confused pairs."""
     head = Table(show_header=False, title=f"{scores.examples:,} examples", title_justify="left")
+    if scores.collapsed:
+        head.add_row("COLLAPSED", "one label is predicted for every example", style="bold red")
+    if scores.semeval_official_f1 is not None:
+        head.add_row("official SemEval macro-F1", f"{scores.semeval_official_f1:.4f}")
     for name, value in (
         ("F1 (positive-class micro)", scores.f1),
         ("precision", scores.precision),

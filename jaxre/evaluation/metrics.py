@@ -50,6 +50,8 @@ class Scores:
     malformed: float
     per_class: tuple[ClassScore, ...]  # gold labels and those of the schema, as first spelled
     confused: tuple[tuple[str, str, int], ...]  # (gold, predicted, count), most frequent first
+    collapsed: bool  # one label is predicted for every example, though the gold labels differ
+    semeval_official_f1: float | None = None  # of SemEval-2010 Task 8 only
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -128,6 +130,7 @@ def score(gold: Sequence[str], predicted: Sequence[str], schema: Iterable[str] |
         malformed=_share([len(name) > MALFORMED_CHARACTERS for name in labels.names], labels.predicted),
         per_class=tuple(sorted(per_class, key=lambda row: row.label)),
         confused=_confused(labels, 10),
+        collapsed=int((given > 0).sum()) == 1 < int((support > 0).sum()),
     )
 
 

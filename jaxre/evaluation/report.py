@@ -47,7 +47,8 @@ def summary_table(systems: Sequence[System], title: str = "Test split") -> Table
     for system in systems:
         s = system.scores
         ahead = best is not None and not system.ours and s.f1 >= best
-        note = "; ".join(part for part in (system.note, "ours does not beat it" if ahead else "") if part)
+        flags = ("ours does not beat it" if ahead else "", "collapsed: one label for all" if s.collapsed else "")
+        note = "; ".join(part for part in (system.note, *flags) if part)
         cells = (f"{value:.3f}" for value in (s.f1, s.precision, s.recall, s.macro_f1, s.accuracy))
         table.add_row(Text(system.name), *cells, Text(note), style="bold" if system.ours else "")
     return table

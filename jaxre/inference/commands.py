@@ -16,11 +16,14 @@ from jaxre.checkpoints.huggingface import resolve_model
 from jaxre.checkpoints.source import Loaded, compute_dtype, kind_of, open_model
 from jaxre.config import Config, Source, load_config
 from jaxre.data.dataset import load_schema
+from jaxre.data.markers import markers_in, unknown_types
+from jaxre.data.template import load_tokenizer
 from jaxre.data.tokens import demonstrator
 from jaxre.errors import InputError
 from jaxre.evaluation.metrics import score
 from jaxre.evaluation.predictions import Prediction, write_predictions
 from jaxre.inference.predict import predict_examples
+from jaxre.models.architecture import EncoderArchitecture
 from jaxre.relations import sources
 from jaxre.relations.prompts import parse_marked
 from jaxre.relations.schema import Example, Schema
@@ -109,6 +112,10 @@ def predict_data(
     labelled = all(example.relation for example in examples)
     if labelled:
         task.schema.check(examples, source.dataset)
+    if isinstance(task.loaded.architecture, EncoderArchitecture):
+        unknown = unknown_types(examples, markers_in(load_tokenizer(task.loaded.folder)))
+        if unknown:
+            console.print(f"{len(unknown):,} examples have an entity type that training did not have; they get the untyped marker")
     with Progress(console=console, transient=True) as bar:
         waiting = bar.add_task(f"predicting {len(examples):,} examples", total=len(examples))
         rows = task.predict(examples, mode, lambda done: bar.advance(waiting, done))
@@ -117,7 +124,8 @@ def predict_data(
     if not labelled:
         return Predicted(rows, path, Text(f"{len(rows):,} examples, no gold labels"))
     found = score([row.relation for row in rows], [row.generated_relation for row in rows], task.schema.labels)
-    return Predicted(rows, path, Text(f"{len(rows):,} examples: F1 {found.f1:.4f}, accuracy {found.accuracy:.4f}"))
+    collapsed = "; COLLAPSED: one label is predicted for every example" if found.collapsed else ""
+    return Predicted(rows, path, Text(f"{len(rows):,} examples: F1 {found.f1:.4f}, accuracy {found.accuracy:.4f}{collapsed}"))
 
 
 def source_of(config: Config, data: str | None, split: str | None) -> Source:

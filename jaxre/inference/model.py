@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jaxre.models.architecture import Architecture
 from jaxre.models.decoder import Adapter, Tree
+
+Rows = TypeVar("Rows", bound=tuple)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,13 @@ class Model:
 def on_device(model: Model) -> tuple[Tree, Tree | None]:
     """(params, factors) as device arrays; what is on devices stays where it is."""
     return jax.tree.map(jnp.asarray, (model.params, model.factors))
+
+
+def on_mesh(rows: Rows, sharding: NamedSharding | None) -> Rows:
+    """A named tuple of host arrays [B, ...], spread over a mesh if there is one; every process holds all and gives its own."""
+    if sharding is None:
+        return rows
+    return type(rows)(*(jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index]) for array in rows))
 
 
 def adapter_of(factors: Tree | None, scale: float) -> Adapter | None:

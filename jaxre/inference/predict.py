@@ -7,24 +7,29 @@ write_predictions("runs/quickstart/predictions/test", rows)
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxre.checkpoints.source import Loaded
 from jaxre.config import Predict, Prompt
+from jaxre.data.markers import encode_marked, marked_text, markers_in
 from jaxre.data.template import ChatTemplate, Turn, load_tokenizer
 from jaxre.data.tokens import questions_of
 from jaxre.errors import InputError
 from jaxre.evaluation.predictions import Prediction, hash_prompt
 from jaxre.inference.answers import label_answers
+from jaxre.inference.classification import plan_classification, run_classification
 from jaxre.inference.decoding import clean_answer, decode
 from jaxre.inference.model import Model
 from jaxre.inference.scoring import plan_scoring, probabilities, run_scoring
-from jaxre.models.architecture import check_vocabulary
+from jaxre.models.architecture import EncoderArchitecture, check_vocabulary
 from jaxre.models.lora import scale_of
 from jaxre.relations.schema import Example
 
@@ -66,6 +71,8 @@ def predict_examples(
     """
     if not examples:
         raise InputError("there is no example to predict; is the split empty?")
+    if isinstance(loaded.architecture, EncoderArchitecture):
+        return _predict_labels(loaded, examples, labels, settings, mode, tuned_dataset_name, advance)
     template = ChatTemplate(load_tokenizer(loaded.folder), prompt.date, str(loaded.folder))
     questions = questions_of(examples, prompt, labels, demonstrations)
     texts = [template.render(question, generation=True) for question in questions]
@@ -113,6 +120,52 @@ def predict_examples(
             **row,
         )
         for example, text, ids, row in zip(examples, texts, tokens, found, strict=True)
+    ]
+
+
+def _predict_labels(
+    loaded: Loaded,
+    examples: Sequence[Example],
+    labels: Sequence[str],
+    settings: Predict,
+    mode: str,
+    tuned_dataset_name: str,
+    advance: Callable[[int], None],
+) -> list[Prediction]:
+    """`predict_examples` of an encoder: probabilities are the softmax of its head."""
+    architecture = loaded.architecture
+    if mode != "score":
+        raise InputError(f"{loaded.name}: an encoder has no {mode} mode; leave --mode out")
+    if set(labels) != set(architecture.labels):
+        known = ", ".join(architecture.labels) or "none: it has no head yet, train it with train.objective=classify"
+        raise InputError(f"{loaded.name}: the labels of its head ({known}) are not those of the schema ({', '.join(labels)})")
+    tokenizer = load_tokenizer(loaded.folder)
+    known = markers_in(tokenizer)
+    texts = [marked_text(example, known) for example in examples]
+    tokens = encode_marked(examples, texts, tokenizer)
+    check_vocabulary(int(tokens.tokens.max()), architecture)
+    asked = dataclasses.replace(tokens, labels=np.zeros(len(tokens), np.int32))  # whatever the gold labels
+    plan = plan_classification(asked, architecture, batch_tokens=settings.batch_tokens)
+    scores = run_classification(jax.tree.map(jnp.asarray, loaded.base), architecture, plan, advance)
+    scores = scores[:, [architecture.labels.index(label) for label in labels]]
+    shares = probabilities(scores)
+    return [
+        Prediction(
+            example_id=example.id,
+            relation=example.relation,
+            eval_dataset_name=example.dataset,
+            model_id=loaded.name,
+            tuned_dataset_name=tuned_dataset_name,
+            prompt=text,
+            prompt_hash=hash_prompt(text),
+            generated_relation=labels[best],
+            score=float(score[best]),
+            probabilities=dict(zip(labels, share.tolist(), strict=True)),
+            input_tokens=int(length),
+        )
+        for example, text, score, share, best, length in zip(
+            examples, texts, scores, shares, scores.argmax(axis=1).tolist(), tokens.lengths, strict=True
+        )
     ]
 
 

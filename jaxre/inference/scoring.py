@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxre.inference.answers import label_answers
-from jaxre.inference.model import Model, adapter_of, on_device
+from jaxre.inference.model import Model, adapter_of, on_device, on_mesh
 from jaxre.inference.tree_rows import ScoringPlan, TreeRows, fill_trees, plan_scoring
 from jaxre.inference.trees import Answers
 from jaxre.models.architecture import Architecture
@@ -88,7 +88,7 @@ def run_scoring(model: Model, plan: ScoringPlan, *, advance: Callable[[int], Non
 
     waiting = None
     for batch in plan.batches:
-        rows = _on_mesh(fill_trees(plan, batch), plan.sharding)
+        rows = on_mesh(fill_trees(plan, batch), plan.sharding)
         result = target_log_probabilities(params, factors, rows, architecture=model.architecture, scale=model.scale, sharding=plan.sharding)
         if waiting:  # the device works on this batch while the last one is read
             collect(*waiting)
@@ -133,10 +133,3 @@ def target_log_probabilities(
         result = jax.lax.map(log_probabilities, (split(rows.supervised), split(rows.targets)))  # parts B part W
         result = jnp.moveaxis(result, 0, 1).reshape(B, parts * part, W)[:, :S]
     return result if sharding is None else jax.lax.with_sharding_constraint(result, NamedSharding(sharding.mesh, PartitionSpec()))
-
-
-def _on_mesh(rows: TreeRows, sharding: NamedSharding | None) -> TreeRows:
-    """Rows spread over the mesh; every process holds all of them and gives its own."""
-    if sharding is None:
-        return rows
-    return TreeRows(*(jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index]) for array in rows))

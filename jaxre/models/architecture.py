@@ -1,11 +1,11 @@
-"""What a decoder's `config.json` says, in our letters."""
+"""What the `config.json` of a decoder or an encoder says, in our letters."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxre.errors import InputError
 
@@ -80,11 +80,56 @@ class Architecture:
         }[letters]
 
 
-def read_architecture(folder: Path) -> Architecture:
+ENCODERS = ("bert", "roberta")
+
+
+@dataclass(frozen=True)
+class EncoderArchitecture:
+    """Sizes and switches of an encoder with its classification head.
+
+    `labels` are the head's, in the order of its logits; () where there is no head. `dense` is whether the tanh layer before it
+    is there (BERT's pooler, the first layer of RoBERTa's head). The token at position p of its example takes row
+    p + `position_offset` of the position table. `dropout` is that of hidden states while training, `head_dropout` the head's.
+    """
+
+    tied_head: ClassVar[bool] = False  # there is no vocabulary head
+    kind: str
+    layers: int
+    embedding: int
+    heads: int
+    feed_forward: int
+    vocabulary: int
+    position_rows: int
+    position_offset: int
+    token_types: int
+    norm_epsilon: float
+    labels: tuple[str, ...]
+    dense: bool = True
+    dropout: float = 0.1
+    head_dropout: float = 0.1
+    initializer_range: float = 0.02
+
+    @property
+    def max_length(self) -> int:
+        return self.position_rows - self.position_offset
+
+    def size(self, letters: str) -> int:
+        """Length of a dimension named by letters: D, F, V, P rows of the position table, Y token types, N labels."""
+        return {
+            "D": self.embedding,
+            "F": self.feed_forward,
+            "V": self.vocabulary,
+            "P": self.position_rows,
+            "Y": self.token_types,
+            "N": len(self.labels),
+        }[letters]
+
+
+def read_architecture(folder: Path) -> Architecture | EncoderArchitecture:
     """The architecture of a folder in Hugging Face layout.
 
     Raises:
-      InputError: no config.json, or one that is not JSON or not of a known decoder.
+      InputError: no config.json, or one that is not JSON or not of a known decoder or encoder.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -98,15 +143,17 @@ def read_architecture(folder: Path) -> Architecture:
     return architecture_of(config, str(path))
 
 
-def architecture_of(config: dict[str, Any], place: str) -> Architecture:
+def architecture_of(config: dict[str, Any], place: str) -> Architecture | EncoderArchitecture:
     """The architecture that the fields of a config.json describe.
 
     Raises:
       InputError: an unknown model_type, a missing field, a size that cannot be, or a feature that we do not have.
     """
+    if config.get("model_type") in ENCODERS:
+        return _encoder_of(config, place)
     kind = KINDS.get(str(config.get("model_type")))
     if kind is None:
-        raise InputError(f"{place}: model_type {config.get('model_type')!r} is not known; known are {', '.join(KINDS)}")
+        raise InputError(f"{place}: model_type {config.get('model_type')!r} is not known; known are {', '.join((*KINDS, *ENCODERS))}")
     _refuse_unsupported(config, place)
     try:
         layers, embedding, heads = (
@@ -189,7 +236,58 @@ def _rope_scaling(rope: dict[str, Any], place: str) -> RopeScaling | None:
     )
 
 
-def check_vocabulary(highest: int, architecture: Architecture) -> None:
+def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
+    """BERT's or RoBERTa's config.json. RoBERTa counts positions from the row after its pad token's."""
+    for field, supported in (
+        ("hidden_act", "gelu"),
+        ("position_embedding_type", "absolute"),
+        ("problem_type", "single_label_classification"),
+        ("is_decoder", False),
+    ):
+        if config.get(field) not in (None, supported):
+            raise InputError(f"{place}: {field} {config[field]!r} is not supported; encoders here have {supported!r}")
+    kind = config["model_type"]
+    try:
+        sizes = {
+            name: _size(config[field], field, place)
+            for name, field in (
+                ("layers", "num_hidden_layers"),
+                ("embedding", "hidden_size"),
+                ("heads", "num_attention_heads"),
+                ("feed_forward", "intermediate_size"),
+                ("vocabulary", "vocab_size"),
+                ("position_rows", "max_position_embeddings"),
+                ("token_types", "type_vocab_size"),
+            )
+        }
+        dropout = float(config.get("hidden_dropout_prob", 0.1))
+        head_dropout = config.get("classifier_dropout")
+        # transformers' default: two labels.
+        labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        architecture = EncoderArchitecture(
+            kind=kind,
+            **sizes,
+            position_offset=int(config.get("pad_token_id", 1)) + 1 if kind == "roberta" else 0,
+            norm_epsilon=float(config.get("layer_norm_eps", 1e-12)),
+            labels=tuple(str(labels[number]) for number in sorted(labels, key=int)),
+            dropout=dropout,
+            head_dropout=dropout if head_dropout is None else float(head_dropout),
+            initializer_range=float(config.get("initializer_range", 0.02)),
+        )
+    except KeyError as error:
+        raise InputError(f"{place}: the field {error.args[0]} is missing") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{place}: a field has the wrong type ({error})") from None
+    if architecture.embedding % architecture.heads:
+        raise InputError(f"{place}: hidden_size {architecture.embedding} is not a multiple of num_attention_heads {architecture.heads}")
+    if architecture.max_length < 1:
+        raise InputError(f"{place}: max_position_embeddings {architecture.position_rows} leaves no position after the pad token's")
+    if len(set(architecture.labels)) < len(architecture.labels):
+        raise InputError(f"{place}: id2label names a label twice; give each its own name")
+    return architecture
+
+
+def check_vocabulary(highest: int, architecture: Architecture | EncoderArchitecture) -> None:
     """Raises InputError if the highest token id is outside of the model's vocabulary."""
     if highest >= architecture.vocabulary:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The decoder as a Flax NNX module: defines and initialises the weights, and wraps the one forward pass.
+"""Decoder and encoder as Flax NNX modules: they define and initialise the weights, and wrap the one forward pass.
 
 The loop does not see the module: `plain_weights` splits it once into a plain pytree.
 """
@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxre.models import decoder
-from jaxre.models.architecture import Architecture
-from jaxre.models.weights import places, tree_of
+from jaxre.models import decoder, encoder
+from jaxre.models.architecture import Architecture, EncoderArchitecture
+from jaxre.models.weights import AnyArchitecture, places, tree_of
 
 _INITIAL = {"zeros": lambda key, shape, dtype, _: jnp.zeros(shape, dtype), "ones": lambda key, shape, dtype, _: jnp.ones(shape, dtype)}
 
 
-class Decoder(nnx.Module):
-    """A decoder with random weights: `Decoder(architecture, rngs=nnx.Rngs(0))`."""
+class _Weights(nnx.Module):
+    """The weights of the table, random."""
 
-    def __init__(self, architecture: Architecture, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(self, architecture: AnyArchitecture, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
         self.architecture = architecture
 
         def value(weight, shape):
@@ -28,6 +28,12 @@ class Decoder(nnx.Module):
             return _INITIAL[weight.initial](None, shape, dtype, None)
 
         self.weights = nnx.data(tree_of((path, nnx.Param(value(weight, shape))) for weight, path, shape, _ in places(architecture)))
+
+
+class Decoder(_Weights):
+    """A decoder with random weights: `Decoder(architecture, rngs=nnx.Rngs(0))`."""
+
+    architecture: Architecture
 
     def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, visible_until: jax.Array | None = None) -> jax.Array:
         """[B, T] int32 tokens -> [B, T, V] f32 logits; one example a row unless told otherwise."""
@@ -39,11 +45,25 @@ class Decoder(nnx.Module):
         return decoder.head(params, x, self.architecture)
 
 
-def plain_weights(module: Decoder) -> dict:
+class Encoder(_Weights):
+    """An encoder with random weights: `Encoder(architecture, rngs=nnx.Rngs(0))`."""
+
+    architecture: EncoderArchitecture
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """[B, T] int32 tokens, one example a row -> [B, N] f32 logits of the labels."""
+        B, T = tokens.shape
+        positions, visible_until = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.full((B, T), T)
+        first = jnp.zeros((B, 1), jnp.int32)
+        return encoder.classify(plain_weights(self), tokens, positions, visible_until, first, self.architecture)[:, 0]
+
+
+def plain_weights(module: Decoder | Encoder) -> dict:
     """The weights as nested dicts of arrays, in the form of `weights.py`."""
     return jax.tree.map(lambda param: param[...], module.weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 
 
-def init_weights(architecture: Architecture, seed: int, dtype: jnp.dtype = jnp.float32) -> dict:
+def init_weights(architecture: AnyArchitecture, seed: int, dtype: jnp.dtype = jnp.float32) -> dict:
     """Random base weights as a plain pytree."""
-    return plain_weights(Decoder(architecture, rngs=nnx.Rngs(seed), dtype=dtype))
+    kind = Encoder if isinstance(architecture, EncoderArchitecture) else Decoder
+    return plain_weights(kind(architecture, rngs=nnx.Rngs(seed), dtype=dtype))

@@ -1,7 +1,7 @@
-"""The weight table: one declaration per weight that import, export, initialisation, sharding and LoRA read.
+"""The weight tables: one declaration per weight that import, export, initialisation, sharding and LoRA read.
 
 Letters: L layers, D embedding, H query heads, K key/value heads, C head channels, F feed-forward,
-V vocabulary. `HC` is H x C, one dimension.
+V vocabulary, P rows of the position table, Y token types, N labels. `HC` is H x C, one dimension.
 
 Our pytree: `{"embed", "norm", ["head"], "layers": {name: [L-1, ...]}, "last": {name: [...]}}`.
 All layers but the last are stacked and scanned. The last is an entry of its own, never a slice of
@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jaxre.models.architecture import Architecture
+from jaxre.models.architecture import ENCODERS, Architecture, EncoderArchitecture
+
+AnyArchitecture = Architecture | EncoderArchitecture
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Weight:
     lora: str | None = None
     switch: str | None = None
 
-    def shape(self, architecture: Architecture) -> tuple[int, ...]:
+    def shape(self, architecture: AnyArchitecture) -> tuple[int, ...]:
         return tuple(architecture.size(letters) for letters in self.dims)
 
     @property
@@ -77,12 +79,50 @@ DECODER = (
 )
 
 
-def table(architecture: Architecture) -> tuple[Weight, ...]:
+def _encoder(prefix: str, dense: str, classifier: str) -> tuple[Weight, ...]:
+    """BERT's and RoBERTa's layout: every map has a bias, every norm a weight and a bias; the head is named by the caller."""
+
+    def linear(name: str, dims: str, module: str, axes: tuple[str | None, ...], switch: str | None = None) -> Iterator[Weight]:
+        weight, bias = tuple(dims.split()), axes[1]
+        yield Weight(name, weight, f"{module}.weight", axes, transpose=True, switch=switch)
+        yield Weight(f"{name}_bias", weight[1:], f"{module}.bias", (bias,), initial="zeros", switch=switch)
+
+    def norm(name: str, module: str) -> Iterator[Weight]:
+        yield Weight(name, ("D",), f"{module}.LayerNorm.weight", (None,), initial="ones")
+        yield Weight(f"{name}_bias", ("D",), f"{module}.LayerNorm.bias", (None,), initial="zeros")
+
+    embeddings, layer = f"{prefix}.embeddings", f"{prefix}.encoder.layer.{{layer}}"
+    return (
+        Weight("embed", ("V", "D"), f"{embeddings}.word_embeddings.weight", ("tensor", "fsdp")),
+        Weight("positions", ("P", "D"), f"{embeddings}.position_embeddings.weight", (None, "fsdp")),
+        Weight("types", ("Y", "D"), f"{embeddings}.token_type_embeddings.weight", (None, "fsdp")),
+        *norm("embed_norm", embeddings),
+        *linear("q", "D D", f"{layer}.attention.self.query", ("fsdp", "tensor")),
+        *linear("k", "D D", f"{layer}.attention.self.key", ("fsdp", "tensor")),
+        *linear("v", "D D", f"{layer}.attention.self.value", ("fsdp", "tensor")),
+        *linear("o", "D D", f"{layer}.attention.output.dense", ("tensor", "fsdp")),
+        *norm("attention_norm", f"{layer}.attention.output"),
+        *linear("up", "D F", f"{layer}.intermediate.dense", ("fsdp", "tensor")),
+        *linear("down", "F D", f"{layer}.output.dense", ("tensor", "fsdp")),
+        *norm("mlp_norm", f"{layer}.output"),
+        *linear("dense", "D D", dense, ("fsdp", "tensor"), "dense"),
+        *linear("classifier", "D N", classifier, ("fsdp", None), "labels"),
+    )
+
+
+ENCODER = {
+    "bert": _encoder("bert", "bert.pooler.dense", "classifier"),
+    "roberta": _encoder("roberta", "classifier.dense", "classifier.out_proj"),
+}
+
+
+def table(architecture: AnyArchitecture) -> tuple[Weight, ...]:
     """The rows that this architecture has."""
-    return tuple(weight for weight in DECODER if weight.switch is None or getattr(architecture, weight.switch))
+    rows = ENCODER[architecture.kind] if architecture.kind in ENCODERS else DECODER
+    return tuple(weight for weight in rows if weight.switch is None or getattr(architecture, weight.switch))
 
 
-def places(architecture: Architecture) -> Iterator[tuple[Weight, tuple[str, ...], tuple[int, ...], tuple[str | None, ...]]]:
+def places(architecture: AnyArchitecture) -> Iterator[tuple[Weight, tuple[str, ...], tuple[int, ...], tuple[str | None, ...]]]:
     """Every array of our pytree: (row, path, shape, axes); a stacked one has L-1 in front."""
     for weight in table(architecture):
         shape = weight.shape(architecture)
@@ -104,7 +144,7 @@ def tree_of(pairs: Iterator[tuple[tuple[str, ...], Any]]) -> dict:
     return tree
 
 
-def parameter_count(architecture: Architecture) -> int:
+def parameter_count(architecture: AnyArchitecture) -> int:
     """Number of base parameters, a tied head counted once."""
     total = 0
     for _, _, shape, _ in places(architecture):

@@ -57,22 +57,22 @@ def _trimmed(plain: str, name: str, at: dict[str, int]) -> Span:
     return start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())
 
 
-def insert_marks(text: str, head_span: Span | None, tail_span: Span | None) -> str:
-    """The text with the head in `<e1>` and the tail in `<e2>`; without a span, no marks.
+def insert_marks(text: str, head_span: Span | None, tail_span: Span | None, marks: tuple[str, str, str, str] = _TAGS) -> str:
+    """The text with the head in `<e1>` and the tail in `<e2>`, or in other `marks`; without a span, no marks.
 
-    `strip_marks` gives the spans back. Nested entities nest their tags (`<e1>New <e2>York</e2></e1>`;
+    `strip_marks` gives the spans of the tags back. Nested entities nest their tags (`<e1>New <e2>York</e2></e1>`;
     of two equal spans e1 is outside); crossing entities cross them
     (`<e1>a <e2>b</e1> c</e2>`), so that each tag stands exactly where its entity begins or ends.
     """
     tags = []
-    for name, span in (("e1", head_span), ("e2", tail_span)):
+    for name, span, before, after in (("e1", head_span, *marks[:2]), ("e2", tail_span, *marks[2:])):
         if span is None:
             continue
         start, end = span
         # At one place what ends comes before what begins. Of two that begin, the longer is
         # outside, hence first; of two that end, the one that began later is inside, hence first.
-        tags.append((start, 1, -end, name, f"<{name}>"))
-        tags.append((end, 0, -start, "e2" if name == "e1" else "e1", f"</{name}>"))
+        tags.append((start, 1, -end, name, before))
+        tags.append((end, 0, -start, "e2" if name == "e1" else "e1", after))
     pieces, done = [], 0
     for place, *_, tag in sorted(tags):
         pieces += [text[done:place], tag]

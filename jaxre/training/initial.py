@@ -14,9 +14,11 @@ from jaxre.checkpoints.source import Loaded, open_model
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset
 from jaxre.errors import InputError
-from jaxre.models.architecture import Architecture, architecture_of, check_vocabulary
+from jaxre.models.architecture import EncoderArchitecture, architecture_of, check_vocabulary
+from jaxre.models.encoder import for_task
 from jaxre.models.lora import init_adapter
 from jaxre.models.module import init_weights
+from jaxre.models.weights import AnyArchitecture
 from jaxre.training import sharding
 from jaxre.training.step import State
 
@@ -25,25 +27,32 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Initial:
-    """`base` is the frozen base of a LoRA run in the compute dtype, or empty where all of it is trained."""
+    """`base` is the frozen base of a LoRA run in the compute dtype, or empty where all of it is trained.
 
-    architecture: Architecture
+    `fresh` names the weights of an encoder's head that were drawn at random.
+    """
+
+    architecture: AnyArchitecture
     base: Tree
     state: State
     dtype: np.dtype
+    fresh: tuple[str, ...] = ()
 
 
-def initial_state(config: Config, dtype: np.dtype, optimiser: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> Initial:
+def initial_state(
+    config: Config, dtype: np.dtype, optimiser: optax.GradientTransformation, mesh: jax.sharding.Mesh, dataset: Dataset | None = None
+) -> Initial:
     """Weights are found in this order: `model.architecture` (random, from the run's seed), else what `model.path` names.
 
     A path with an adapter (a LoRA run, a PEFT folder) is continued: its factors are where training starts.
+    An encoder gets the labels and the entity markers of the `dataset`.
 
     Raises:
       InputError: weights that do not fit their config.json, an adapter that is not of the config's `lora` settings,
-        LoRA on random weights.
+        LoRA on random weights, a tokenizer with tokens that an encoder has no embeddings for.
     """
     full = config.train.method == "full"
-    factors = None
+    factors, fresh = None, ()
     if config.model.architecture is not None:
         if not full:
             raise InputError("train.method=lora: the random weights of model.architecture are not kept beside an adapter; set it to full")
@@ -54,6 +63,11 @@ def initial_state(config: Config, dtype: np.dtype, optimiser: optax.GradientTran
         architecture, params, factors = loaded.architecture, loaded.base, loaded.factors
         if factors is not None:
             check_continues(config, loaded)
+    if isinstance(architecture, EncoderArchitecture):
+        tokens = set(dataset.tokenizer.get_vocab().values())
+        check_vocabulary(max(tokens - set(dataset.new_tokens)), architecture)
+        fitted = for_task(architecture, params, max(tokens) + 1, dataset.new_tokens, dataset.schema.labels, config.seed)
+        architecture, params, fresh = fitted
     if full:
         trainable, base = params, {}
         shardings = sharding.base_shardings(architecture, mesh)
@@ -67,7 +81,7 @@ def initial_state(config: Config, dtype: np.dtype, optimiser: optax.GradientTran
     shapes = jax.eval_shape(optimiser.init, trainable)
     moments = jax.jit(optimiser.init, out_shardings=sharding.optimiser_shardings(optimiser, shapes, shardings, mesh))(trainable)
     step = sharding.put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
-    return Initial(architecture, base, State(step, trainable, moments), dtype)
+    return Initial(architecture, base, State(step, trainable, moments), dtype, fresh)
 
 
 def check_continues(config: Config, loaded: Loaded) -> None:
@@ -84,7 +98,7 @@ def check_continues(config: Config, loaded: Loaded) -> None:
             raise InputError(f"lora.{name}: {mine} here, but the adapter of {path} has {given}; set it to that, or merge the adapter first")
 
 
-def check_tokens(dataset: Dataset, architecture: Architecture) -> None:
+def check_tokens(dataset: Dataset, architecture: AnyArchitecture) -> None:
     """Raises InputError for a token that the model has no embedding for (a gather would take another one's), or too long an example."""
     for name, split in (("training", dataset.train), ("validation", dataset.validation)):
         if split is None:

@@ -30,14 +30,13 @@ from jaxre.data.loader import updates
 from jaxre.data.packing import Plan
 from jaxre.data.rows import Rows, empty_rows
 from jaxre.errors import InputError
-from jaxre.models.architecture import Architecture
-from jaxre.models.weights import parameter_count
+from jaxre.models.weights import AnyArchitecture, parameter_count
 from jaxre.training import sharding
 from jaxre.training.initial import Initial, check_tokens, initial_state
 from jaxre.training.log import RunLog
 from jaxre.training.run_folder import run_folder
 from jaxre.training.step import Metrics, State, make_optimiser, make_schedule, make_update
-from jaxre.training.validate import Validation
+from jaxre.training.validate import LabelValidation, Validation, told
 
 
 def train(config: Config, console: Console | None = None) -> Path:
@@ -66,10 +65,11 @@ def train(config: Config, console: Console | None = None) -> Path:
     # ---- model and state --------------------------------------------------------------------
     dtype = compute_dtype(config.model.dtype)
     optimiser = make_optimiser(config, steps)
-    initial = initial_state(config, dtype, optimiser, mesh)
+    initial = initial_state(config, dtype, optimiser, mesh, dataset)
     state, base, architecture = initial.state, initial.base, initial.architecture
     check_tokens(dataset, architecture)
-    validation = Validation(config, dataset, architecture, dtype, mesh) if dataset.validation else None
+    validate = LabelValidation if config.train.objective == "classify" else Validation
+    validation = validate(config, dataset, architecture, dtype, mesh) if dataset.validation else None
 
     # ---- run folder: only once everything above has been accepted ---------------------------
     with run_folder(config, first_process) as run:
@@ -127,7 +127,7 @@ def train(config: Config, console: Console | None = None) -> Path:
                         validated = validation.run(state.trainable, base)
                     log.write("validation", step, validated)
                     log.flush()  # before the checkpoint: a run that goes on from it does not validate again
-                    say(f"step {step}: " + "  ".join(f"validation {name} {value:.4f}" for name, value in validated.items()))
+                    say(f"step {step}: {told(validated)}")
                 if step % checkpoint_every == 0 or step == steps or validated:
                     with clock.paused():
                         store.save(step, state, validated)
@@ -143,7 +143,7 @@ def train(config: Config, console: Console | None = None) -> Path:
             state = store.restore(best, like)
         log.close()
         store.close()
-        save_result(run, config, architecture, state, folder)
+        save_result(run, config, architecture, state, folder, dataset)
         say(f"best checkpoint: step {best}; written to {run}")
     return run
 
@@ -195,7 +195,7 @@ def compile_updates(config: Config, plan: Plan, initial: Initial, optimiser: Any
     return compiled
 
 
-def save_result(run: Path, config: Config, architecture: Architecture, state: State, folder: Path) -> None:
+def save_result(run: Path, config: Config, architecture: AnyArchitecture, state: State, folder: Path, dataset: Dataset) -> None:
     """Writes `adapter/` (PEFT) or `model/` (Hugging Face) from the state, replacing those of an earlier end."""
     trained = fetch(state.trainable)
     if jax.process_index():
@@ -205,7 +205,8 @@ def save_result(run: Path, config: Config, architecture: Architecture, state: St
         base_name = config.model.path if by_name else str(folder)
         save_adapter(run / "adapter", architecture, config.lora, trained, base_name, folder, replace=True)
     else:
-        save_base(run / "model", architecture, trained, folder, config=config.model.architecture, replace=True)
+        tokenizer = dataset.tokenizer if config.train.objective == "classify" else None
+        save_base(run / "model", architecture, trained, folder, config=config.model.architecture, tokenizer=tokenizer, replace=True)
 
 
 def fetch(tree: Any) -> Any:
@@ -236,6 +237,7 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
         ("rows", ", ".join(f"{len(plan.updates[0].micro)} x {s.rows} x {s.length}, {s.supervised} supervised" for s in plan.shapes)),
         ("pad share", f"{pad:.1%}"),
         ("supervised share", f"{supervised:.1%} of real tokens"),
+        *([("head", head_of(dataset, initial))] if config.train.objective == "classify" else []),
         ("devices", where),
         ("attention", f"{attention} ({why})"),
         *([("LoRA", "xla (the only implementation there is)")] if config.train.method == "lora" else []),
@@ -247,6 +249,13 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
     ):
         table.add_row(name, value)
     return table
+
+
+def head_of(dataset: Dataset, initial: Initial) -> str:
+    """What an encoder got for this run, and its dropout."""
+    fresh = f"drawn at random: {', '.join(initial.fresh)}" if initial.fresh else "that of the model"
+    markers = f"{len(dataset.new_tokens)} new marker tokens"
+    return f"{len(dataset.schema.labels)} labels ({fresh}); {markers}; dropout {initial.architecture.dropout:g} (config.json)"
 
 
 def memory_of(compiled: dict) -> tuple[int, int]:

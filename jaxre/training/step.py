@@ -17,8 +17,8 @@ from jaxre_kernels.lora import token_keys
 
 from jaxre.config import Config
 from jaxre.data.rows import Rows
-from jaxre.models import decoder, lora
-from jaxre.models.architecture import Architecture
+from jaxre.models import decoder, encoder, lora
+from jaxre.models.architecture import Architecture, EncoderArchitecture
 
 Tree = Any
 
@@ -60,6 +60,18 @@ def loss_sum(
     return cross_entropy(logits, rows.targets, rows.weights)
 
 
+def classification_loss_sum(
+    params: Tree,
+    keys: jax.Array | None,
+    rows: Rows,
+    architecture: EncoderArchitecture,
+    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+) -> jax.Array:
+    """`loss_sum` of an encoder: each example is supervised once, at its first token; `keys` [B, T] switch dropout on."""
+    logits = encoder.classify(params, rows.tokens, rows.positions, rows.visible_until, rows.supervised, architecture, keys, constrain)
+    return cross_entropy(logits, rows.targets, rows.weights)  # B S N
+
+
 def model_of(trainable: Tree, base: Tree, config: Config, keys: jax.Array | None, dtype: jnp.dtype) -> tuple[Tree, decoder.Adapter | None]:
     """(params, adapter) of the forward pass: LoRA factors beside the base, or the f32 masters cast to `dtype`."""
     if config.train.method == "full":
@@ -96,7 +108,7 @@ def make_schedule(config: Config, steps: int) -> optax.Schedule:
 
 def make_update(
     config: Config,
-    architecture: Architecture,
+    architecture: Architecture | EncoderArchitecture,
     optimiser: optax.GradientTransformation,
     dtype: jnp.dtype,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
@@ -110,6 +122,10 @@ def make_update(
         count = jnp.maximum(jnp.sum(rows.weights), 1.0)
 
         def micro_loss(trainable: Tree, micro: Rows) -> jax.Array:
+            if isinstance(architecture, EncoderArchitecture):
+                params, _ = model_of(trainable, base, config, None, dtype)
+                keys = dropout_keys(config.seed, state.step, micro)
+                return classification_loss_sum(params, keys, micro, architecture, constrain) / count
             keys = None
             if config.train.method == "lora" and config.lora.dropout:
                 keys = dropout_keys(config.seed, state.step, micro)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ from jaxre.data.packing import plan_by_tokens
 from jaxre.data.rows import Rows, fill_update
 from jaxre.evaluation.metrics import score
 from jaxre.inference.answers import label_answers
+from jaxre.inference.classification import plan_classification, run_classification
 from jaxre.inference.model import Model
 from jaxre.inference.scoring import plan_scoring, run_scoring
-from jaxre.models.architecture import Architecture
+from jaxre.models.architecture import Architecture, EncoderArchitecture
 from jaxre.models.lora import scale_of
 from jaxre.training import sharding
 from jaxre.training.initial import check_vocabulary
@@ -66,7 +68,7 @@ class Validation:
         self.batch_loss = jax.jit(batch_loss, out_shardings=sharding.replicated(mesh))
 
     def run(self, trainable: Tree, base: Tree) -> dict[str, float]:
-        """`loss` per supervised token and, for relations, `f1` (positive-class micro) and `accuracy`."""
+        """`loss` per supervised token and, for relations, `f1` (positive-class micro), `accuracy` and `collapsed`."""
         sums = [self.batch_loss(trainable, base, sharding.put_rows(rows, self.sharding)) for rows in self.batches]
         count = sum(float(rows.weights.sum()) for rows in self.batches)
         measured = {"loss": float(sum(map(float, sums)) / count)}
@@ -76,6 +78,38 @@ class Validation:
         factors = adapter.factors if adapter else None
         model = Model(params, self.architecture, factors, scale_of(self.config.lora))
         scores = run_scoring(model, self.scoring)
-        predicted = [self.labels[best] for best in scores.argmax(axis=1)]
-        found = score([example.relation for example in self.split.examples], predicted)
-        return measured | {"f1": found.f1, "accuracy": found.accuracy}
+        return measured | _figures([example.relation for example in self.split.examples], scores, self.labels)
+
+
+class LabelValidation:
+    """The validation split for an encoder: its examples that fit a row (the others are listed in the log)."""
+
+    def __init__(self, config: Config, dataset: Dataset, architecture: EncoderArchitecture, dtype: np.dtype, mesh: jax.sharding.Mesh):
+        self.config, self.architecture, self.dtype = config, architecture, dtype
+        self.plan = plan_classification(
+            dataset.validation.tokens,
+            architecture,
+            batch_tokens=config.predict.batch_tokens,
+            shards=sharding.row_shards(mesh),
+            sharding=sharding.row_sharding(mesh, leading=0),
+        )
+
+    def run(self, trainable: Tree, base: Tree) -> dict[str, float]:
+        """`loss` per example, `f1` (positive-class micro), `accuracy`, `collapsed`."""
+        params, _ = model_of(trainable, base, self.config, None, self.dtype)
+        scores = run_classification(params, self.architecture, self.plan)  # n N
+        gold, labels = self.plan.tokens.labels, self.architecture.labels
+        loss = -float(np.take_along_axis(scores, gold[:, None], axis=1).mean())
+        return {"loss": loss} | _figures([labels[number] for number in gold], scores, labels)
+
+
+def _figures(gold: Sequence[str], scores: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
+    """Scores of the most probable labels; scores: [n, N]."""
+    found = score(gold, [labels[best] for best in scores.argmax(axis=1)])
+    return {"f1": found.f1, "accuracy": found.accuracy, "collapsed": found.collapsed}
+
+
+def told(validated: dict[str, float]) -> str:
+    """What a run prints of a validation."""
+    figures = "  ".join(f"validation {name} {value:.4f}" for name, value in validated.items() if name != "collapsed")
+    return figures + ("  COLLAPSED: one label is predicted for every example" if validated.get("collapsed") else "")

@@ -1,0 +1,56 @@
+"""What encoders have of their own in a Hugging Face folder: names with and without prefix, a head or none, its config.json.
+
+BERT's and RoBERTa's folders name one weight in several ways: `BertModel` alone writes `embeddings...`, a model with
+a head `bert.embeddings...`, and conversions of the first checkpoints call a norm's weight and bias gamma and beta.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from jaxre.models.architecture import EncoderArchitecture
+from jaxre.models.weights import ENCODER
+
+# Buffers that follow from config.json, and heads of pretraining, which transformers leaves out of a classifier too.
+UNUSED = {
+    "bert": re.compile(r"bert\.embeddings\.position_ids|cls\..*"),
+    "roberta": re.compile(r"roberta\.embeddings\.(position_ids|token_type_ids)|roberta\.pooler\..*|lm_head\..*"),
+}
+CLASSES = {"bert": "BertForSequenceClassification", "roberta": "RobertaForSequenceClassification"}
+
+
+def stored_names(architecture: EncoderArchitecture, stored: Iterable[str]) -> dict[str, str]:
+    """The weight table's name -> the name in the folder, for each of its tensors but those no classifier has."""
+    names, prefix = list(stored), f"{architecture.kind}."
+    bare = not any(name.startswith(prefix) for name in names)
+    found = {}
+    for name in names:
+        ours = prefix + name if bare and name.startswith(("embeddings.", "encoder.", "pooler.")) else name
+        ours = ours.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+        if not UNUSED[architecture.kind].fullmatch(ours):
+            found[ours] = name
+    return found
+
+
+def with_head_of(architecture: EncoderArchitecture, names: Iterable[str]) -> EncoderArchitecture:
+    """The architecture with as much of the head as is stored under `names` (of the weight table, or Hugging Face's)."""
+    names = set(names)
+    has = {row.name: row.name in names or row.hf in names for row in ENCODER[architecture.kind] if row.switch}
+    labels = architecture.labels if has["classifier"] else ()
+    return dataclasses.replace(architecture, labels=labels, dense=bool(labels) or has["dense"])
+
+
+def classifier_fields(architecture: EncoderArchitecture) -> dict[str, Any]:
+    """The fields of config.json that say what `for_task` changed: vocabulary and labels."""
+    fields: dict[str, Any] = {"vocab_size": architecture.vocabulary}
+    if architecture.labels:
+        fields |= {
+            "architectures": [CLASSES[architecture.kind]],
+            "problem_type": "single_label_classification",
+            "id2label": {str(number): label for number, label in enumerate(architecture.labels)},
+            "label2id": {label: number for number, label in enumerate(architecture.labels)},
+        }
+    return fields

@@ -1,0 +1,100 @@
+"""An encoder's input: the text with typed entity markers, each a token of its own.
+
+    The [E1:PERSON] Ada Lovelace [/E1:PERSON] wrote the [E2:WORK] Notes [/E2:WORK].
+
+Untyped (`[E1]`) where an example has no entity types, and where a type did not occur in training. (Study: protocol,
+encoder baseline; typed entity markers: Zhou & Chen 2021, arXiv:2102.01373, section 3.) The tokenizer says which markers
+there are: training adds what is missing, prediction uses what it finds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerBase
+
+from jaxre.data.template import Encoded, tokenizer_digest
+from jaxre.data.tokens import FORMAT, TokenSet
+from jaxre.errors import InputError
+from jaxre.relations.marks import insert_marks, locate
+from jaxre.relations.schema import Example
+
+_MARKER = re.compile(r"\[/?E[12](:.*)?\]", re.DOTALL)
+
+
+def markers(role: str, kind: str | None = None) -> tuple[str, str]:
+    """The markers before and after an entity; role is E1 (head) or E2 (tail)."""
+    name = f"{role}:{kind}" if kind else role
+    return f"[{name}]", f"[/{name}]"
+
+
+def add_markers(tokenizer: PreTrainedTokenizerBase, train: Iterable[Example]) -> list[int]:
+    """Gives the tokenizer the markers of the training examples and the untyped ones; returns the ids of those it did not have.
+
+    A marker takes the white space before it, so that RoBERTa's tokens of the words around it are the usual ones.
+    """
+    typed = {marker for example in train for pair in _markers_of(example) for marker in pair}
+    names = [*markers("E1"), *markers("E2"), *sorted(typed - {*markers("E1"), *markers("E2")})]
+    new = [name for name in names if name not in tokenizer.added_tokens_encoder]
+    tokenizer.add_tokens([AddedToken(name, lstrip=True, normalized=False, special=True) for name in new])
+    return tokenizer.convert_tokens_to_ids(new)
+
+
+def markers_in(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
+    """The markers that a tokenizer has."""
+    return frozenset(token for token in tokenizer.added_tokens_encoder if _MARKER.fullmatch(token))
+
+
+def unknown_types(examples: Iterable[Example], known: frozenset[str]) -> list[str]:
+    """Ids of the examples that have an entity type for which there is no marker."""
+    return [example.id for example in examples if any(pair[0] not in known for pair in _markers_of(example))]
+
+
+def marked_text(example: Example, known: frozenset[str]) -> str:
+    """What the encoder reads. An entity that is not in the text (`marks.locate`) is not marked.
+
+    Args:
+      known: `markers_in` the tokenizer.
+
+    Raises:
+      InputError: the text holds a marker.
+    """
+    found = next((marker for marker in known if marker in example.text), None)
+    if found:
+        raise InputError(f"example {example.id}: the text holds {found}, which marks an entity here; write it another way")
+    pairs = _markers_of(example)
+    before_after = [pair if pair[0] in known else markers(role) for role, pair in zip(("E1", "E2"), pairs, strict=True)]
+    tags = tuple(tag for before, after in before_after for tag in (f"{before} ", f" {after}"))
+    spans = locate(example.text, example.head, example.tail, example.head_span, example.tail_span)
+    return insert_marks(example.text, *spans, tags)
+
+
+def encode_marked(examples: Sequence[Example], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenSet:
+    """Marked texts as tokens, between the tokenizer's own first and last one; nothing is cut.
+
+    Raises:
+      InputError: a tokenizer without entity markers, or one that does not begin with its classification token.
+    """
+    if not set((*markers("E1"), *markers("E2"))) <= markers_in(tokenizer):
+        raise InputError("the tokenizer has no entity markers ([E1], [E2]); take an encoder that `jaxre train` wrote")
+    ids = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+    first = tokenizer.cls_token_id
+    if first is None or any(tokens[0] != first for tokens in ids):
+        raise InputError("the tokenizer does not begin a text with its classification token; set cls_token and its post-processor")
+    return TokenSet.of((Encoded(tokens, len(tokens)) for tokens in ids), [example.id for example in examples])
+
+
+def marked_digest(examples: Sequence[Example], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of everything the tokens depend on: ids, marked texts, tokenizer."""
+    digest = hashlib.sha256(f"classify {FORMAT} {tokenizer_digest(tokenizer)}\n".encode())
+    for example, text in zip(examples, texts, strict=True):
+        digest.update(json.dumps([example.id, text]).encode())
+    return digest.hexdigest()
+
+
+def _markers_of(example: Example) -> tuple[tuple[str, str], tuple[str, str]]:
+    return markers("E1", example.head_type), markers("E2", example.tail_type)
