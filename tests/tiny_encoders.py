@@ -136,17 +136,34 @@ def write_tiny_encoder(folder: Path, name: str = "bert, two token types", **chan
     return folder
 
 
+VERBS = {"founded": ("founded", "built"), "came_from": ("came from", "grew up in"), "none": ("saw", "knew")}
+
+
+def write_sentences(path: Path, count: int, seed: int) -> Path:
+    """Sentences whose verb says the relation, with entity types: learnt in thirty updates, in rows of 64."""
+    draw = np.random.default_rng(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            relation = sorted(VERBS)[number % 3]
+            head, tail = draw.permutation(["Ada", "Grace", "Alan", "Paris", "Oslo", "Rome", "Kim", "Lee"])[:2]
+            text = f"{head} {draw.choice(VERBS[relation])} {tail}."
+            record = {"id": f"{seed}-{number}", "text": text, "head": head, "tail": tail, "relation": relation}
+            file.write(json.dumps(record | {"head_type": "PER", "tail_type": "LOC"}) + "\n")
+    return path
+
+
 def encoder_config(folder: Path, model: Path, run: str = "run", **changes: dict) -> Config:
-    """A run of a few steps on the shipped corpus, with entity types; `changes` are merged into its sections."""
+    """A run of a few updates on `write_sentences`; `changes` are merged into its sections."""
+    folder.mkdir(parents=True, exist_ok=True)
+    counts = {"train": 96, "validation": 24, "test": 24}
+    files = {split: str(write_sentences(folder / f"{split}.jsonl", count, seed)) for seed, (split, count) in enumerate(counts.items())}
     tree = {
         "name": run,
         "output": str(folder / "runs"),
         "model": {"path": str(model)},
         "data": {
-            "train": {"dataset": "facts", "split": "train", "limit": 96},
-            "validation": {"dataset": "facts", "split": "validation", "limit": 16},
-            "test": {"dataset": "facts", "split": "test", "limit": 24},
-            "labels": sorted({example.relation for example in load(Source(dataset="facts", split="train"))}),
+            **{split: {"dataset": file} for split, file in files.items()},
+            "labels": sorted(VERBS),
             "cache": str(folder / "cache"),
         },
         "train": {
@@ -154,8 +171,9 @@ def encoder_config(folder: Path, model: Path, run: str = "run", **changes: dict)
             "objective": "classify",
             "epochs": 2,
             "batch_examples": 16,
-            "row_length": 128,
-            "learning_rate": 3e-3,
+            "row_length": 64,
+            "learning_rate": 1e-2,
+            "warmup": 0.1,
             "log_every": 1,
         },
     }

@@ -24,11 +24,9 @@ CLASSES = {"bert": "BertForSequenceClassification", "roberta": "RobertaForSequen
 
 def stored_names(architecture: EncoderArchitecture, stored: Iterable[str]) -> dict[str, str]:
     """The weight table's name -> the name in the folder, for each of its tensors but those no classifier has."""
-    names, prefix = list(stored), f"{architecture.kind}."
-    bare = not any(name.startswith(prefix) for name in names)
     found = {}
-    for name in names:
-        ours = prefix + name if bare and name.startswith(("embeddings.", "encoder.", "pooler.")) else name
+    for name in stored:
+        ours = f"{architecture.kind}.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
         ours = ours.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
         if not UNUSED[architecture.kind].fullmatch(ours):
             found[ours] = name

@@ -145,6 +145,30 @@ def test_official_semeval_score_equals_the_perl_scorer(seed, printed):
     assert 100 * semeval_official_f1(gold, predicted) == pytest.approx(printed, abs=0.0051)
 
 
+def test_official_semeval_score_of_a_confusion_matrix_worked_out_by_hand():
+    """Cause-Effect: 9 hits, 14 proposed in either direction, 15 gold. Component-Whole: 3, 8, 5. Other is no relation."""
+    names = ("Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Component-Whole(e1,e2)", "Component-Whole(e2,e1)", "Other")
+    counts = [[6, 1, 2, 0, 1], [2, 3, 0, 0, 0], [1, 0, 2, 1, 0], [0, 0, 0, 1, 0], [1, 0, 0, 2, 5]]  # rows: gold
+    pairs = [(names[i], names[j]) for i, row in enumerate(counts) for j, count in enumerate(row) for _ in range(count)]
+    gold, predicted = zip(*pairs, strict=True)
+    cause_effect, component_whole = 2 * 9 / (14 + 15), 2 * 3 / (8 + 5)
+    assert semeval_official_f1(gold, predicted) == pytest.approx((cause_effect + component_whole) / 2)
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "collapsed"),
+    [
+        (["a", "b", "none"], ["a", "a", "a"], True),
+        (["a", "b", "none"], ["none", "None", ""], True),
+        (["a", "b", "none"], ["a", "a", "b"], False),
+        (["a", "a"], ["a", "a"], False),  # nothing else to predict
+        (["a"], ["b"], False),
+    ],
+)
+def test_one_label_for_all_is_flagged_where_the_gold_labels_differ(gold, predicted, collapsed):
+    assert score(gold, predicted).collapsed is collapsed
+
+
 def test_wrong_direction_is_wrong_and_counts_against_precision():
     gold = ["Cause-Effect(e1,e2)", "Cause-Effect(e1,e2)", "Other"]
     predicted = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Other"]

@@ -1,0 +1,260 @@
+"""Encoders through the same loop: packing is exact, runs resume, predictions are the softmax of the exported head."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from refusals import refusal
+from rich.console import Console
+from tiny import tiny_config, write_tiny_model
+from tiny_decoders import ground_truth, relative
+from tiny_encoders import encoder_config, fields_of, write_sentences, write_tiny_encoder
+
+from jaxre.checkpoints.source import open_model, tokenizer_folder
+from jaxre.config import load_config
+from jaxre.data.packing import RowShape, plan_by_tokens
+from jaxre.data.rows import Rows, fill_rows
+from jaxre.data.template import Encoded, load_tokenizer
+from jaxre.data.tokens import TokenSet
+from jaxre.inference.commands import predict_data, predict_text
+from jaxre.models.architecture import architecture_of
+from jaxre.models.module import init_weights
+from jaxre.training.log import read_log
+from jaxre.training.loop import train
+from jaxre.training.step import classification_loss_sum, dropout_keys
+from jaxre.training.validate import told
+
+ROW, EXAMPLES, STEP = 64, 24, 5
+# Relative, per tensor: f32 sums in another order; the promise of the design.
+TOLERANCE = 1e-5
+
+
+# ---- packing is exact -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokens() -> TokenSet:
+    draw = np.random.default_rng(0)
+    lengths = [59, *draw.integers(1, 40, EXAMPLES - 1).tolist()]
+    encoded = [Encoded(draw.integers(8, 97, length).tolist(), length) for length in lengths]
+    made = TokenSet.of(encoded, [f"example-{number}" for number in range(EXAMPLES)])
+    return TokenSet(made.tokens, made.starts, made.prompt_lengths, made.ids, draw.integers(0, 5, EXAMPLES).astype(np.int32))
+
+
+def alone(tokens: TokenSet) -> Rows:
+    """One example a row, padded, written without `fill_rows`; a pad sees the other pads."""
+    B, T = EXAMPLES, ROW
+    lengths = tokens.lengths[:, None]
+    places = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+    padded = np.zeros((B, T), np.int32)
+    for b in range(B):
+        padded[b, : lengths[b, 0]] = tokens[b]
+    first = np.zeros((B, 8), np.int32)
+    return Rows(
+        tokens=padded,
+        positions=np.where(places < lengths, places, 0),
+        visible_until=np.where(places < lengths, lengths, T + 1).astype(np.int32),
+        owner=np.broadcast_to(tokens.owners[:, None], (B, T)),
+        supervised=first,
+        targets=np.where(np.arange(8) == 0, tokens.labels[:, None], 0).astype(np.int32),
+        weights=np.broadcast_to((np.arange(8) == 0).astype(np.float32), (B, 8)),
+    )
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def gradients(params, rows: Rows, architecture, dropout: bool):
+    def loss(params):
+        keys = dropout_keys(7, jnp.int32(STEP), rows) if dropout else None
+        return classification_loss_sum(params, keys, rows, architecture) / jnp.sum(rows.weights)
+
+    return jax.value_and_grad(loss)(params)
+
+
+@pytest.mark.parametrize(("name", "dropout"), [("bert, two token types", True), ("roberta, positions from 2", False)])
+def test_packed_loss_and_gradients_equal_one_example_a_row(tokens: TokenSet, name: str, dropout: bool) -> None:
+    architecture = architecture_of(fields_of(name, hidden_dropout_prob=0.3), "test")
+    draw = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf + 0.1 * draw.standard_normal(leaf.shape), jnp.float32), init_weights(architecture, 0)
+    )
+    reference_loss, reference = gradients(params, alone(tokens), architecture, dropout)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(reference))
+    for seed in (0, 1):
+        plan = plan_by_tokens(tokens.lengths, tokens.supervised, seed=seed, epochs=1, row_length=ROW, rows=EXAMPLES, accumulation=1)
+        (packed,) = plan.updates[0].micro
+        assert max(map(len, packed)) > 2
+        rows = fill_rows(tokens, tokens.owners, packed, RowShape(EXAMPLES, ROW, 8))
+        loss, found = gradients(params, rows, architecture, dropout)
+        assert abs(float(loss / reference_loss) - 1) < TOLERANCE
+        # The bias of the keys shifts every score of a query alike: its gradient is 0 but for rounding.
+        pairs = zip(*(without_key_bias(one) for one in (found, reference)), strict=True)
+        assert max(relative(a, b) for a, b in pairs) < TOLERANCE
+    if dropout:
+        without, _ = gradients(params, alone(tokens), architecture, False)
+        assert abs(float(without / reference_loss) - 1) > 1e-3
+
+
+def without_key_bias(tree) -> list:
+    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if path[-1].key != "k_bias"]
+
+
+# ---- a run ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def said() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, said: Console) -> Path:
+    folder = tmp_path_factory.mktemp("encoder-run")
+    model = write_tiny_encoder(folder / "model")
+    return train(encoder_config(folder, model, train={"epochs": 5, "checkpoint_every": 3, "keep": 99}), said)
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_log(run) if record["kind"] == "train"]
+
+
+def test_an_encoder_learns(finished: Path, said: Console) -> None:
+    found = losses(finished)
+    assert np.mean(found[-3:]) < 0.6 * np.mean(found[:3])  # 1.1 to 0.5 measured
+    printed = said.file.getvalue()
+    assert "labels (drawn at random: classifier, classifier_bias)" in printed and "marker tokens; dropout 0.1" in printed
+    for record in read_log(finished):
+        if record["kind"] == "validation":
+            assert set(record) == {"kind", "step", "loss", "f1", "accuracy", "collapsed"}
+
+
+def test_a_resumed_run_continues_the_exact_loss_curve(finished: Path, tmp_path: Path) -> None:
+    """Dropout is on: its masks follow step and example, whatever process draws them."""
+    expected = losses(finished)
+    copy = shutil.copytree(finished, tmp_path / "runs" / "run")
+    for checkpoint in (copy / "checkpoints").iterdir():
+        if checkpoint.name.isdigit() and int(checkpoint.name) > 6:
+            shutil.rmtree(checkpoint)
+    config = load_config(finished / "config.yaml", [f"output={tmp_path / 'runs'}"])
+    assert losses(train(config)) == expected and len(expected) > 12
+    assert (copy / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
+
+
+def test_predictions_are_the_softmax_of_the_exported_head_in_transformers(finished: Path) -> None:
+    """The marked text of each row, through the exported tokenizer and model alone."""
+    torch = ground_truth("torch")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    rows = predict_data(str(finished), None, None, "score", None, None, Console(file=io.StringIO())).rows
+    model, told = AutoModelForSequenceClassification.from_pretrained(finished / "model", output_loading_info=True)
+    assert not any(told.values()), told
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    assert len(rows) == 24
+    with torch.no_grad():
+        for row in rows:
+            theirs = torch.softmax(model.eval()(**tokenizer(row.prompt, return_tensors="pt")).logits[0], -1).numpy()
+            ours = np.array([row.probabilities[model.config.id2label[number]] for number in range(len(theirs))])
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+            assert row.generated_relation == model.config.id2label[int(theirs.argmax())]
+            assert row.score == pytest.approx(np.log(theirs.max()), abs=1e-5)
+
+
+def test_one_marked_text_is_predicted(finished: Path) -> None:
+    table = predict_text(str(finished), "<e1>Paris</e1> is the capital of <e2>France</e2>.", "score", None)
+    shares = [float(cell) for cell in table.columns[1].cells]
+    assert len(shares) == len(open_model(finished, None).architecture.labels) and abs(sum(shares) - 1) < 0.01
+
+
+def test_types_that_training_did_not_have_are_counted(finished: Path, tmp_path: Path) -> None:
+    data = tmp_path / "other.jsonl"
+    data.write_text('{"text": "Ada saw Rome.", "head": "Ada", "tail": "Rome", "head_type": "PER", "tail_type": "PLANET"}\n')
+    console = Console(file=io.StringIO(), width=200)
+    predict_data(str(finished), str(data), None, "score", None, None, console)
+    assert "1 examples have an entity type that training did not have" in console.file.getvalue()
+
+
+def test_a_run_is_trained_further_with_its_own_head_and_markers(finished: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    config = encoder_config(tmp_path, finished, "further", train={"epochs": 1})
+    run = train(config, console)
+    assert "labels (that of the model); 0 new marker tokens" in console.file.getvalue()
+    assert losses(run)[0] < losses(finished)[0]
+    assert open_model(run, None).architecture == open_model(finished, None).architecture
+
+
+def test_a_run_by_tokens_with_accumulation_and_one_example(tmp_path: Path) -> None:
+    model = write_tiny_encoder(tmp_path / "model", "roberta, positions from 2", num_hidden_layers=1, max_position_embeddings=100)
+    data = {"train": {"dataset": str(write_sentences(tmp_path / "one.jsonl", 1, 0))}, "validation": None, "labels": None}
+    config = encoder_config(tmp_path, model, data=data, train={"batch_examples": None, "batch_tokens": 512, "accumulation": 2, "epochs": 1})
+    assert len(losses(train(config))) == 1
+
+
+# ---- collapse ---------------------------------------------------------------------------------
+
+
+def test_a_run_that_predicts_one_class_is_flagged_in_its_log(tmp_path: Path) -> None:
+    """Weights that make all texts alike, and a learning rate that changes nothing."""
+    model = write_tiny_encoder(tmp_path / "model", initializer_range=1e-6)
+    console = Console(file=io.StringIO(), width=200)
+    run = train(encoder_config(tmp_path, model, train={"epochs": 1, "learning_rate": 1e-12}), console)
+    (validated,) = (record for record in read_log(run) if record["kind"] == "validation")
+    assert validated["collapsed"] is True
+    assert "COLLAPSED" in console.file.getvalue()
+    found = predict_data(str(run), None, None, "score", None, None, console)
+    assert len({row.generated_relation for row in found.rows}) == 1 and "COLLAPSED" in str(found.summary)
+
+
+def test_validation_figures_are_told_without_the_flag_where_it_is_off() -> None:
+    assert told({"loss": 1.0, "f1": 0.5, "collapsed": False}) == "validation loss 1.0000  validation f1 0.5000"
+
+
+# ---- what is refused --------------------------------------------------------------------------
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path: Path) -> None:
+    """The markers are added to the model; tokens of its own tokenizer must have been there."""
+    model = write_tiny_encoder(tmp_path / "model")
+    tokenizer = load_tokenizer(model)
+    tokenizer.add_tokens([f"extra{number}" for number in range(600 - len(tokenizer) + 3)])
+    tokenizer.save_pretrained(model)
+    said = refusal(lambda: train(encoder_config(tmp_path, model)))
+    assert "token 602" in said and "vocab_size of the model is 600" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_example_longer_than_the_model_reads_is_refused(tmp_path: Path) -> None:
+    model = write_tiny_encoder(tmp_path / "model", max_position_embeddings=10)
+    assert "the model reads 10" in refusal(lambda: train(encoder_config(tmp_path, model)))
+
+
+def test_encoders_and_decoders_are_not_confused(tmp_path: Path, finished: Path) -> None:
+    encoder, decoder = write_tiny_encoder(tmp_path / "encoder"), write_tiny_model(tmp_path / "decoder")
+    assert "is an encoder (bert); set train.objective=classify" in refusal(lambda: tokenizer_folder(tiny_config(tmp_path, encoder)))
+    assert "is a decoder (qwen2)" in refusal(lambda: tokenizer_folder(encoder_config(tmp_path, decoder)))
+
+
+def test_prediction_without_a_head_or_with_other_labels_is_refused(finished: Path, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO())
+    model, config = write_tiny_encoder(tmp_path / "model"), finished / "config.yaml"
+    assert "no head yet" in refusal(lambda: predict_data(str(model), None, None, "score", tmp_path / "out", config, console))
+    assert "no generate mode" in refusal(lambda: predict_data(str(finished), None, None, "generate", None, None, console))
+    assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"train": {"method": "lora"}}, "train.method=full"),
+        ({"train": {"prompt_weight": 0.1}}, "has no prompt"),
+        ({"prompt": {"shots": 2}}, "has no prompt"),
+        ({"data": {"train": None}}, "needs data.train"),
+    ],
+)
+def test_settings_that_an_encoder_does_not_have_are_refused(tmp_path: Path, changes: dict, told: str) -> None:
+    assert told in refusal(lambda: encoder_config(tmp_path, tmp_path, **changes))
