@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -147,9 +148,18 @@ def _plan_weights(found: Located, to: str, merge: bool, dtype: str | None) -> _P
 
     def write(folder: Path) -> None:
         fill = write_base if to == "hf" else write_native
-        fill(folder, architecture, dtypes, ((name, _cast(name, exact(name), dtypes[name])) for name in dtypes), found.folder)
+        fill(folder, architecture, dtypes, _ahead((name, _cast(name, exact(name), dtypes[name])) for name in dtypes), found.folder)
 
     return _Plan({name: (shapes[name], dtypes[name]) for name in dtypes}, exact, write, lambda folder: open_weights(folder).read)
+
+
+def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same, each made in a thread while the one before is written."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, tensors, None)
+        while (tensor := coming.result()) is not None:
+            coming = thread.submit(next, tensors, None)
+            yield tensor
 
 
 def _pairs(found: Located, architecture: Architecture) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], float]:

@@ -17,9 +17,8 @@ from types import EllipsisType
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from jaxre.checkpoints.shards import STORED_DTYPES, Form, write_shards
+from jaxre.checkpoints.shards import MEND_PICKLED, PICKLED, STORED_DTYPES, Form, Stored, stored_tensors, write_shards
 from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture, read_architecture
 from jaxre.models.weights import Weight, places, tree_of
@@ -39,8 +38,6 @@ SIDE_FILES = (
     "tokenizer.model",
 )
 TEMPLATES = "additional_chat_templates"  # a folder: a tokenizer's templates beside its default one
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MEND_PICKLED = "convert them with transformers: model.save_pretrained(folder, safe_serialization=True)"
 
 
 @dataclass(frozen=True)
@@ -84,16 +81,17 @@ def resolve_model(path: str) -> Path:
         raise InputError(f"{path}: not a folder, and the hub did not give it ({reason}); download it and give the folder") from None
 
 
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Hugging Face name -> file, from `model.safetensors` or, where there is none, the sharded index (transformers' order).
+def folder_tensors(folder: Path) -> dict[str, Stored | None]:
+    """Hugging Face name -> tensor, from `model.safetensors` or, where there is none, the sharded index (transformers' order).
+
+    In the order in which they lie on disk; None for one that is not in the file that the index names.
 
     Raises:
       InputError: no safetensors (pickled weights are never read), a broken index, a missing or outside shard.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        with open_safetensors(single) as file:
-            return dict.fromkeys(file.keys(), single)
+        return dict(stored_tensors(single))
     if index.is_file():
         names = read_json(index).get("weight_map")
         if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
@@ -104,7 +102,9 @@ def weight_files(folder: Path) -> dict[str, Path]:
                 raise InputError(f"{index}: points at {shard}, outside the folder; an index may name files beside it only")
             if not (folder / shard).is_file():
                 raise InputError(f"{folder / shard}: no such file, though {index.name} names it; download it again")
-        return {name: folder / shard for name, shard in names.items()}
+        lying = [pair for shard in sorted(set(names.values())) for pair in stored_tensors(folder / shard).items()]
+        found = {name: one for name, one in lying if names.get(name) == one.path.name}
+        return found | dict.fromkeys(name for name in names if name not in found)
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
     if pickled:
         raise InputError(f"{folder}: only pickled weights ({pickled[0]}), which are never read; {MEND_PICKLED}")
@@ -119,22 +119,17 @@ def open_base(folder: Path) -> Tensors:
     """
     folder = Path(folder)
     architecture = read_architecture(folder)
-    files = weight_files(folder)
-    opened = {path: open_safetensors(path) for path in sorted(set(files.values()))}
-    _check_tensors(folder, architecture, {name: _stored(opened[path], name) for name, path in files.items()})
-
-    def read(name: str) -> np.ndarray:
-        return read_tensor(opened[files[name]], name, files[name])
-
-    tied_head = "lm_head.weight"
-    if architecture.tied_head and tied_head in files and not np.array_equal(read(tied_head), read("model.embed_tokens.weight")):
+    stored = folder_tensors(folder)
+    _check_tensors(folder, architecture, stored)
+    head = stored.get("lm_head.weight") if architecture.tied_head else None
+    if head is not None and not np.array_equal(head.read(), stored["model.embed_tokens.weight"].read()):
         raise InputError(
-            f"{folder}: config.json ties the head to the embeddings, but {tied_head} differs from them; "
+            f"{folder}: config.json ties the head to the embeddings, but lm_head.weight differs from them; "
             "set tie_word_embeddings to false, or remove the tensor"
         )
     wanted = hf_shapes(architecture)
-    order = [name for path, file in opened.items() for name in file.offset_keys() if files.get(name) == path and name in wanted]
-    return Tensors(architecture, {name: STORED_DTYPES[_stored(opened[files[name]], name)[1]] for name in order}, read)
+    dtypes = {name: one.dtype for name, one in stored.items() if name in wanted}
+    return Tensors(architecture, dtypes, lambda name: stored[name].read())
 
 
 def load_base(folder: Path, dtype: np.dtype | None = None) -> tuple[Architecture, dict]:
@@ -325,35 +320,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def open_safetensors(path: Path):
-    """A safetensors file, read as numpy. Raises InputError for one that is missing, truncated or corrupt."""
-    if path.suffix in PICKLED:
-        raise InputError(f"{path}: pickled weights, which are never read; {MEND_PICKLED}")
-    try:
-        # Read, not mapped: the pages of a mapped file count as the process's memory.
-        return safe_open(path, framework="np", backend="pread")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); download it again") from None
-
-
-def read_tensor(file, name: str, path: Path) -> np.ndarray:
-    """One tensor of an open file. Raises InputError for a type that numpy lacks, or a disk that does not give it."""
-    try:
-        return file.get_tensor(name)
-    except (SafetensorError, TypeError, ValueError, OSError) as error:
-        raise InputError(f"{path}: {name} cannot be read ({error})") from None
-
-
-def _stored(file, name: str) -> tuple[tuple[int, ...], str] | None:
-    """(shape, safetensors' word for the dtype) of one tensor, from the header alone; None where the file lacks it."""
-    try:
-        header = file.get_slice(name)
-    except SafetensorError:
-        return None
-    return tuple(header.get_shape()), header.get_dtype()
-
-
-def _check_tensors(folder: Path, architecture: Architecture, stored: dict[str, tuple[tuple[int, ...], str] | None]) -> None:
+def _check_tensors(folder: Path, architecture: Architecture, stored: dict[str, Stored | None]) -> None:
     """Raises InputError listing every tensor that is missing, misshapen, of no floating-point type, or not known."""
     shapes = hf_shapes(architecture)
     problems = [f"{name} is not in its file, though the index says so" for name, found in stored.items() if found is None]
@@ -362,10 +329,10 @@ def _check_tensors(folder: Path, architecture: Architecture, stored: dict[str, t
             problems.append(f"{name} is missing")
         elif (found := stored[name]) is None:
             continue
-        elif found[0] != expected:
-            problems.append(f"{name} has shape {list(found[0])}, expected {list(expected)}")
-        elif found[1] not in STORED_DTYPES:
-            problems.append(f"{name} is stored as {found[1]}, which is not one of {', '.join(STORED_DTYPES)}")
+        elif found.shape != expected:
+            problems.append(f"{name} has shape {list(found.shape)}, expected {list(expected)}")
+        elif found.kind not in STORED_DTYPES:
+            problems.append(f"{name} is stored as {found.kind}, which is not one of {', '.join(STORED_DTYPES)}")
     known = set(shapes)
     if architecture.tied_head:
         known.add("lm_head.weight")  # compared with the embeddings by the caller

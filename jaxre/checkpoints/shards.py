@@ -1,10 +1,12 @@
-"""Safetensors files of a folder, written one tensor at a time.
+"""Safetensors files, read and written one tensor at a time.
 
-    write_shards(folder, {"model.norm.weight": ((64,), np.dtype(np.float32))}, tensors)
+    tensors = {name: one.read() for name, one in stored_tensors(path).items()}
+    write_shards(folder, {"model.norm.weight": ((64,), np.dtype(np.float32))}, tensors.items())
 
 `safetensors.numpy.save_file` wants every tensor of a file in memory at once: 5 GB a shard. Here all
 headers are written first (sizes are known before any weight is read), then each tensor at its place,
-in whatever order they come.
+in whatever order they come. `safe_open` checks a file; its data is read straight into numpy, which
+measured 4 times as fast as `get_tensor`, and maps no pages that would count as the process's memory.
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ import contextlib
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-import ml_dtypes  # registers bfloat16 with numpy, which safetensors needs
+import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxre.errors import InputError
 
 # Safetensors' words for the types a weight may have.
 STORED_DTYPES = {
@@ -27,7 +33,63 @@ STORED_DTYPES = {
 }
 SHARD_BYTES = 5 * 10**9  # transformers' and the hub's usual size
 
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MEND_PICKLED = "convert them with transformers: model.save_pretrained(folder, safe_serialization=True)"
+
 Form = tuple[tuple[int, ...], np.dtype]  # shape and dtype of a tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file, of which only the header was read. `kind` is safetensors' word for its dtype."""
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Raises KeyError for a type that is none of STORED_DTYPES."""
+        return STORED_DTYPES[self.kind]
+
+    def read(self) -> np.ndarray:
+        """The tensor. Raises InputError where the disk does not give it."""
+        try:
+            data = np.fromfile(self.path, np.uint8, self.bytes, offset=self.start)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if data.size < self.bytes:
+            raise InputError(f"{self.path}: became shorter while it was read; download it again")
+        return data.view(self.dtype).reshape(self.shape)
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Name -> tensor of a safetensors file, in the order in which they lie in it.
+
+    Raises:
+      InputError: a file that is missing, truncated, corrupt or pickled.
+    """
+    if path.suffix in PICKLED:
+        raise InputError(f"{path}: pickled weights, which are never read; {MEND_PICKLED}")
+    try:
+        safe_open(path, framework="np", backend="pread")  # checks that header, types, shapes and length agree
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0], _extent(entry))
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    }
+
+
+def _extent(entry: dict) -> int:
+    start, end = entry["data_offsets"]
+    return end - start
 
 
 def write_shards(folder: Path, forms: dict[str, Form], tensors: Iterable[tuple[str, np.ndarray]]) -> None:

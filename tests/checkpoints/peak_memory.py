@@ -22,9 +22,9 @@ from jaxre.models.architecture import read_architecture
 
 FIELDS = {
     "model_type": "llama",
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 6,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 24,
     "num_attention_heads": 8,
     "vocab_size": 4096,
     "max_position_embeddings": 64,

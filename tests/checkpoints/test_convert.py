@@ -297,19 +297,19 @@ def test_folder_that_does_not_read_back_is_refused_and_removed(run, tmp_path, mo
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's peak of a process's memory is Linux's")
 def test_conversion_holds_tensors_not_the_model(tmp_path):
-    """Of a bf16 model of 210 MB whose largest tensor has 8 MB.
+    """Of a bf16 model of 206 MB whose largest tensor has 4 MB.
 
-    Measured: 42 (hf to jaxre), 38 (jaxre to hf), 75 (to f32) and 69 MB (merged); 586, 337, 1,230 and 615 MB when it was loaded whole.
+    Measured: 11 to 17 (hf to jaxre), 10 (jaxre to hf), 29 (to f32) and 13 MB (merged). Loaded whole it was 569, 322, 1,100 and 467 MB.
     """
     script = Path(__file__).with_name("peak_memory.py")
-    # What malloc keeps for the next time is not what is held: give blocks of a megabyte back at once.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    # What malloc keeps for the next time is not what is held: give it back at once.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
     done = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     model = figures.pop("model")
     assert model > 2e8 and set(figures) == {"hf to jaxre", "jaxre to hf", "to float32", "merged"}
-    assert all(0 < growth < model / 2 for growth in figures.values()), figures
+    assert all(0 < growth < model / 4 for growth in figures.values()), figures
 
 
 # ---- what is refused ------------------------------------------------------------------------
