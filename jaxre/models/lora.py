@@ -59,7 +59,14 @@ def merge(params: dict, factors: dict, scale: float) -> dict:
             w, a, b = (np.asarray(value) for value in (params[part][name], factor["a"], factor["b"]))
             whole = np.empty_like(w)
             for layer in np.ndindex(w.shape[:-2]):  # () alone for the last layer
-                product = a[layer].astype(np.float32) @ b[layer].astype(np.float32)
-                whole[layer] = w[layer].astype(np.float32) + np.float32(scale) * product
+                whole[layer] = merge_one(w[layer], a[layer], b[layer], scale)
             merged[part][name] = whole
     return merged
+
+
+def merge_one(w: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> np.ndarray:
+    """W + scale left right in f32: W [I, O] with left A [I, R] and right B [R, O], or all three transposed."""
+    whole = left.astype(np.float32) @ right.astype(np.float32)
+    whole *= np.float32(scale)
+    whole += w.astype(np.float32)
+    return whole
