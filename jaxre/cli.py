@@ -159,6 +159,7 @@ def convert(
     to: Annotated[Literal["jaxre", "hf", "peft"], typer.Option(help="hf: Hugging Face; peft: adapter; jaxre: our store")],
     merge: Annotated[bool, typer.Option("--merge", help="merge the adapter into the base")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given")] = None,
+    quantise: Annotated[Literal["nf4"] | None, typer.Option(help="nf4: projections as NF4, in a jaxre folder")] = None,
 ) -> None:
     """Converts weights from and to Hugging Face and PEFT.
 
@@ -166,7 +167,7 @@ def convert(
     """
     from jaxre.checkpoints.convert import convert
 
-    console.print(str(convert(source, target, to, merge, dtype)), markup=False)
+    console.print(str(convert(source, target, to, merge, dtype, quantise)), markup=False)
 
 
 def write_json(path: Path | None, value: dict) -> None:

@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture, read_architecture
+from jaxre.models.quantised import quantise_matrices
 from jaxre.models.weights import Weight, places, tree_of
 
 # Safetensors' words for the types a weight may have.
@@ -103,13 +104,14 @@ def weight_files(folder: Path) -> dict[str, Path]:
     raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 
-def load_base(folder: Path, dtype: np.dtype | None = None) -> tuple[Architecture, dict]:
+def load_base(folder: Path, dtype: np.dtype | None = None, quantise: str | None = None) -> tuple[Architecture, dict]:
     """A decoder's architecture and weights (numpy, our layout) from a folder.
 
     Each tensor is read straight into its place of the stack, so the host holds the model and one tensor.
 
     Args:
       dtype: of the arrays; as stored if not given.
+      quantise: "nf4" for projections as NF4, of the stored values; the host then holds the quantised model and one tensor.
 
     Raises:
       InputError: listing every missing, misshapen and unknown tensor, or a broken file.
@@ -128,6 +130,9 @@ def load_base(folder: Path, dtype: np.dtype | None = None) -> tuple[Architecture
         arrays = {}
         for weight, path, shape, _ in places(architecture):
             names = _hf_names_at(architecture, weight, path)
+            if quantise and weight.lora:
+                arrays[path] = quantise_matrices(shape, map(read, names), (f"{folder}: {name}" for name in names))
+                continue
             array = np.empty(shape, dtype or _stored_dtype(folder, architecture, weight, stored))
             for layer, name in enumerate(names):
                 value = read(name).T if weight.transpose else read(name)

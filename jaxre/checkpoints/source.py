@@ -33,7 +33,7 @@ class Loaded:
 
     `folder` carries its tokenizer and config.json; `name` is what to call it; `base` its weights
     (numpy, our layout) without the adapter; `lora` and `factors` (numpy f32) the adapter, if it has one.
-    `kind` is what was opened; `base_name` what an adapter names as its base.
+    `kind` is what was opened; `base_name` what an adapter names as its base; `quantise` how a dense base was quantised.
     """
 
     folder: Path
@@ -44,6 +44,7 @@ class Loaded:
     factors: dict[str, Any] | None = None
     kind: Kind = "hf"
     base_name: str | None = None
+    quantise: str | None = None
 
 
 def compute_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> np.dtype:
@@ -53,12 +54,14 @@ def compute_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if setting == "bfloat16" else np.dtype(np.float32)
 
 
-def open_model(path: str | Path, dtype: np.dtype | None) -> Loaded:
+def open_model(path: str | Path, dtype: np.dtype | None, quantise: str | None = None) -> Loaded:
     """A model's architecture, base weights and adapter.
 
     Args:
       path: a Hugging Face folder, a jaxre folder, a PEFT adapter, a run folder, a shipped name or a hub id.
       dtype: of the base weights; as stored if None.
+      quantise: "nf4" for a base with NF4 projections; a run with an adapter takes its own setting, for its
+        adapter belongs to that base.
 
     Raises:
       InputError: nothing of the kind, an unfinished run, or weights that do not fit.
@@ -67,16 +70,16 @@ def open_model(path: str | Path, dtype: np.dtype | None) -> Loaded:
     kind = kind_of(folder)
     name = folder.absolute().name if Path(path).expanduser().is_dir() else str(path)
     if kind == "peft":
-        return _with_adapter(folder, name, kind, base_name_of(folder), dtype)
+        return _with_adapter(folder, name, kind, base_name_of(folder), dtype, quantise)
     if kind == "run":
         config = load_config(folder / "config.yaml")
         check_finished(folder, config)
         if config.train.method == "full":
-            architecture, base = load_base(folder / "model", dtype)
-            return Loaded(folder / "model", config.name, architecture, base, kind="run")
-        return _with_adapter(folder / "adapter", config.name, kind, config.model.path, dtype)
-    architecture, base = load_native(folder, dtype) if kind == "jaxre" else load_base(folder, dtype)
-    return Loaded(folder, name, architecture, base, kind=kind)
+            architecture, base = load_base(folder / "model", dtype, quantise)
+            return Loaded(folder / "model", config.name, architecture, base, kind="run", quantise=quantise)
+        return _with_adapter(folder / "adapter", config.name, kind, config.model.path, dtype, config.model.quantise)
+    architecture, base = _load(folder, dtype, quantise)
+    return Loaded(folder, name, architecture, base, kind=kind, quantise=quantise)
 
 
 def kind_of(folder: Path) -> Kind:
@@ -130,11 +133,15 @@ def base_folder_of(name: str, seen: frozenset[Path] = frozenset()) -> Path:
     return folder / "model" if config.train.method == "full" else base_folder_of(config.model.path, seen)
 
 
-def _with_adapter(adapter: Path, name: str, kind: Kind, base_name: str, dtype: np.dtype | None) -> Loaded:
+def _load(folder: Path, dtype: np.dtype | None, quantise: str | None) -> tuple[Architecture, dict[str, Any]]:
+    return (load_native if is_native(folder) else load_base)(folder, dtype, quantise)
+
+
+def _with_adapter(adapter: Path, name: str, kind: Kind, base_name: str, dtype: np.dtype | None, quantise: str | None) -> Loaded:
     try:
         folder = base_folder_of(base_name)
     except InputError as error:
         raise InputError(f"{adapter}: its base {base_name} does not open: {error}") from None
-    architecture, base = load_native(folder, dtype) if is_native(folder) else load_base(folder, dtype)
+    architecture, base = _load(folder, dtype, quantise)
     lora, factors = load_adapter(adapter, architecture)
-    return Loaded(folder, name, architecture, base, lora, factors, kind, base_name)
+    return Loaded(folder, name, architecture, base, lora, factors, kind, base_name, quantise)

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxre.config import Lora
 from jaxre.models.architecture import Architecture
+from jaxre.models.quantised import dense_shape, is_nf4, layer_matrices
 from jaxre.models.weights import Weight, places
 
 
@@ -47,19 +48,29 @@ def adapter_axes(architecture: Architecture, lora: Lora) -> dict:
     return axes
 
 
-def merge(params: dict, factors: dict, scale: float) -> dict:
-    """The base (numpy) with W + scale A B in place of each targeted W: formed in f32, cast once to W's dtype.
+def merge(params: dict, factors: dict, scale: float, dtype: np.dtype | None = None) -> dict:
+    """The base (numpy) with W + scale A B in place of each targeted W: formed in f32, cast once.
 
+    The projections of an NF4 base come out dense, targeted or not: an adapter belongs to the values it was
+    trained on, which are the dequantised ones. PEFT quantises the sum again, which adds an error of its own.
     One layer is formed at a time, so the host holds the merged stack and one matrix in f32.
+
+    Args:
+      dtype: of the matrices that are formed; that of W, or of an NF4 base's embeddings, if not given.
     """
     merged = dict(params)
     for part in ("layers", "last"):
         merged[part] = dict(params[part])
-        for name, factor in factors[part].items():
-            w, a, b = (np.asarray(value) for value in (params[part][name], factor["a"], factor["b"]))
-            whole = np.empty_like(w)
-            for layer in np.ndindex(w.shape[:-2]):  # () alone for the last layer
-                product = a[layer].astype(np.float32) @ b[layer].astype(np.float32)
-                whole[layer] = w[layer].astype(np.float32) + np.float32(scale) * product
+        for name, w in params[part].items():
+            factor = factors[part].get(name)
+            if factor is None and not is_nf4(w):
+                continue
+            stored = params["embed"] if is_nf4(w) else w
+            whole = np.empty(dense_shape(w), dtype or stored.dtype)
+            for layer, matrix in layer_matrices(w):
+                if factor is not None:
+                    a, b = (np.asarray(factor[side][layer], np.float32) for side in ("a", "b"))
+                    matrix = matrix + np.float32(scale) * (a @ b)
+                whole[layer] = matrix
             merged[part][name] = whole
     return merged
