@@ -45,17 +45,17 @@ def quantise(matrix: np.ndarray) -> NF4Weight:
     scales = np.empty(weight.absmax.shape, np.float32)
     for start in range(0, flat.size, CHUNK):
         with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is refused below
-            codes, largest = _quantise_blocks(flat[start : start + CHUNK].astype(np.float32))
+            codes, largest = quantise_blocks(flat[start : start + CHUNK].astype(np.float32))
         scales[start // BLOCK : start // BLOCK + largest.size] = largest
         weight.codes[start // 2 : start // 2 + codes.size] = codes
     if not np.isfinite(scales).all():
         raise ValueError("it has a value that is not finite")
     weight.offset[...] = torch_sum(scales) / np.float32(scales.size)
-    weight.absmax[:], weight.nested_absmax[:] = _quantise_absmax(scales - weight.offset)
+    weight.absmax[:], weight.nested_absmax[:] = quantise_absmax(scales - weight.offset)
     return weight
 
 
-def _quantise_blocks(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantise_blocks(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[n] f32 -> packed codes [n / 2] uint8, absmax [n / 64] f32; only the last block may be short."""
     whole = flat.size // BLOCK * BLOCK
     blocks, rest = flat[:whole].reshape(-1, BLOCK), flat[whole:]
@@ -73,14 +73,15 @@ def _quantise_blocks(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return codes[0::2] << 4 | codes[1::2], absmax
 
 
-def _quantise_absmax(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantise_absmax(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[M] f32, absmax minus their mean -> codes [M] uint8, nested absmax [M / 256] f32."""
     short = -centred.size % NESTED_BLOCK
     blocks = np.append(centred, np.zeros(short, np.float32)).reshape(-1, NESTED_BLOCK)
     largest = np.abs(blocks).max(axis=1)
-    scaled = blocks / np.where(largest > 0, largest, np.float32(1))[:, None]
-    step = ((scaled + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)).astype(np.int64)
-    codes = np.where((largest > 0)[:, None], _NEAREST[step], 0).astype(np.uint8)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # a block of zeros, 0 x inf, has code 0
+        scaled = np.nan_to_num(blocks * (np.float32(1) / largest)[:, None], nan=-1.0).clip(-1, 1)
+    step = (scaled + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)
+    codes = _NEAREST[step.astype(np.int64)]
     return codes.reshape(-1)[: centred.size], largest
 
 
