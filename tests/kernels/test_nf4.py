@@ -169,12 +169,17 @@ def test_a_sum_has_the_order_of_torch():
 
 
 def test_absmax_are_quantised_as_bitsandbytes_does_it():
-    """2.6 million of them: a division in place of the reciprocal would differ in one."""
-    random = np.random.default_rng(0)
-    for magnitude in (1e-5, 1e-3, 0.1, 7.0):
-        centred = (random.standard_normal(655_360) * magnitude).astype(np.float32)
-        codes, state = bitsandbytes.quantize_blockwise(torch.tensor(centred), blocksize=256)
-        found = quantise_absmax(centred)
+    """Values that are scaled to where the code changes: a division in place of the reciprocal would take another there."""
+    steps = np.arange(65536) / 65535 * 2 - 1
+    nearest = np.abs(steps[:, None] - DYNAMIC).argmin(axis=1)
+    changes = (np.flatnonzero(np.diff(nearest)) + 0.5) / 65535 * 2 - 1
+    largest = np.random.default_rng(0).uniform(0.01, 3, 200).astype(np.float32)
+    centred = np.ones((200, 256)) * largest[:, None]
+    centred[:, : len(changes)] *= changes
+    centred = centred.astype(np.float32)
+    for values in (centred, np.nextafter(centred, np.float32(-9)), np.nextafter(centred, np.float32(9))):
+        codes, state = bitsandbytes.quantize_blockwise(torch.tensor(values.reshape(-1)), blocksize=256)
+        found = quantise_absmax(values.reshape(-1))
         assert np.array_equal(found[0], codes.numpy()) and np.array_equal(bits(found[1]), bits(state.absmax))
 
 
