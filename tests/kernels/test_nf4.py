@@ -44,7 +44,8 @@ def theirs(matrix: torch.Tensor, dtype: str) -> dict[str, np.ndarray]:
     """Codes, statistics and dequantised values of bitsandbytes, as bits."""
     codes, state = bitsandbytes.quantize_4bit(matrix, blocksize=64, compress_statistics=True, quant_type="nf4")
     scales = bitsandbytes.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    # One long row of an even length: its CPU kernel takes wrong scales for rows shorter than a block (0.50), and refuses odd ones.
+    # As one row of an even length: for rows of 16, 32, 48, 80, ... values, multiples of 16 and not of 64, its CPU kernel
+    # takes wrong scales (0.50.2, AVX512), and for odd ones it compiles another.
     size = matrix.numel() + matrix.numel() % 2
     values = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, 64, "nf4", (1, size), DTYPES[dtype])
     return {
