@@ -20,17 +20,20 @@ from typing import Literal
 import jax
 import ml_dtypes
 import numpy as np
+from jaxre_kernels.nf4 import NF4Weight
+from jaxre_kernels.nf4 import forms as nf4_forms
 from rich.table import Table
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
 from jaxre.checkpoints.huggingface import atomic_folder, check_free, hf_shapes, positions, write_base
-from jaxre.checkpoints.native import write_native
+from jaxre.checkpoints.native import stored_quantised, write_native
 from jaxre.checkpoints.peft import load_adapter, save_adapter
 from jaxre.checkpoints.source import Located, locate, open_weights
 from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture, check_vocabulary, read_architecture
 from jaxre.models.lora import merge_one, scale_of
+from jaxre.models.quantised import dequantise_matrix, is_nf4, quantise_matrix
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 NAMES = {"hf": "a Hugging Face folder", "jaxre": "a jaxre folder", "peft": "a PEFT adapter", "run": "a run"}
@@ -42,7 +45,7 @@ class Conversion:
     """What was written: numbers of weights and bytes, and their dtype.
 
     `merged` is whether an adapter was added in. `differences` is, where the folder was verified, name of
-    each tensor -> max|written - source|; of a merged one the source is W + scale A B in f32.
+    each tensor -> max|written - source|, of NF4 by its values; of a merged one the source is W + scale A B in f32.
     """
 
     source: str
@@ -63,12 +66,15 @@ class Conversion:
 
 @dataclass(frozen=True)
 class _Plan:
-    """One conversion: the form of each tensor that is written, its values before the cast, and how a folder is written and read."""
+    """One conversion: the form of each tensor that is written, its values before the cast, and how a folder is written and read.
 
-    forms: dict[str, tuple[tuple[int, ...], np.dtype]]
+    A form is (shape, dtype), with None for the dtype of an NF4 weight.
+    """
+
+    forms: dict[str, tuple[tuple[int, ...], np.dtype | None]]
     exact: Callable[[str], np.ndarray]
     write: Callable[[Path], None]
-    reader: Callable[[Path], Callable[[str], np.ndarray]]
+    reader: Callable[[Path], Callable[[str], np.ndarray | NF4Weight]]
 
 
 def convert(
@@ -77,16 +83,20 @@ def convert(
     to: Literal["jaxre", "hf", "peft"],
     merge: bool = False,
     dtype: str | None = None,
+    quantise: str | None = None,
     verify: bool = False,
 ) -> Conversion:
     """Writes `source`, in the form `to`, as the folder `target`, whole or not at all.
 
     Args:
       source: anything `open_model` opens.
-      merge: adds the adapter into the base: formed in f32, cast once to the base's dtype.
-      dtype: "float32", "bfloat16" or "float16" of the written base weights; the stored one is kept if not given.
+      merge: adds the adapter into the base: formed in f32, cast once to the base's dtype. An NF4 base is dequantised:
+        a run's adapter goes into the values that it was trained on, and the merged model predicts as the run does.
+      dtype: "float32", "bfloat16" or "float16" of the written dense weights; the stored one is kept if not given, the
+        embeddings' for what was NF4.
+      quantise: "nf4" for NF4 projections in a jaxre folder. From there to Hugging Face they are dequantised.
       verify: reads back what was written, as the source's tensors, before the folder appears. Each must have the bits
-        that were meant: those of the source, or of their one rounding where they were merged or cast.
+        that were meant: those of the source, or of their one rounding where they were merged, cast or quantised.
 
     Raises:
       InputError: a source that does not open, a combination that says nothing, a target that exists or cannot be
@@ -96,11 +106,11 @@ def convert(
     if to not in ("jaxre", "hf", "peft"):
         raise InputError(f"{to}: not a form of a model; --to takes jaxre, hf or peft")
     found = locate(source)
-    _check(str(source), found, to, merge, dtype)
+    _check(str(source), found, to, merge, dtype, quantise)
     check_free(target)
     _check_tokenizer(found.folder)
-    plan = _plan_adapter(found) if to == "peft" else _plan_weights(found, to, merge, dtype)
-    _check_space(target, sum(math.prod(shape) * dtype.itemsize for shape, dtype in plan.forms.values()))
+    plan = _plan_adapter(found) if to == "peft" else _plan_weights(found, to, merge, dtype, quantise)
+    _check_space(target, sum(_bytes(*form) for form in plan.forms.values()))
     try:
         with atomic_folder(target) as folder:
             plan.write(folder)
@@ -116,7 +126,7 @@ def convert(
         merged=merge,
         parameters=sum(math.prod(shape) for shape, _ in plan.forms.values()),
         bytes=sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
-        dtype=", ".join(sorted({dtype.name for _, dtype in plan.forms.values()})),
+        dtype=", ".join(sorted({"NF4" if dtype is None else dtype.name for _, dtype in plan.forms.values()})),
         differences=differences,
     )
 
@@ -136,14 +146,20 @@ def verification_table(conversion: Conversion) -> Table:
     return table
 
 
-def _plan_weights(found: Located, to: str, merge: bool, dtype: str | None) -> _Plan:
-    tensors = open_weights(found.folder)
+def _plan_weights(found: Located, to: str, merge: bool, dtype: str | None, quantise: str | None) -> _Plan:
+    tensors = open_weights(found.folder, found.quantise)
     architecture, shapes = tensors.architecture, hf_shapes(tensors.architecture)
-    dtypes = {name: stored if dtype is None else DTYPES[dtype] for name, stored in tensors.dtypes.items()}
+    at, embeddings = positions(architecture), tensors.dtypes["model.embed_tokens.weight"]
+    dtypes = {name: embeddings if stored is None else stored for name, stored in tensors.dtypes.items()}
+    if dtype is not None:
+        dtypes = dict.fromkeys(dtypes, DTYPES[dtype])
+    if quantise:
+        dtypes |= {name: None for name in dtypes if at[name][0].lora}
     pairs, scale = _pairs(found, architecture) if merge else ({}, 0.0)
 
     def exact(name: str) -> np.ndarray:
         value = tensors.read(name)
+        value = dequantise_matrix(value) if is_nf4(value) else value
         return merge_one(value, *pairs[name], scale) if name in pairs else value
 
     def write(folder: Path) -> None:
@@ -190,7 +206,14 @@ def _flat(factors: dict) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves if leaf.size}
 
 
-def _cast(name: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def _bytes(shape: tuple[int, ...], dtype: np.dtype | None) -> int:
+    parts = nf4_forms(shape).values() if dtype is None else [(shape, dtype)]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+
+
+def _cast(name: str, value: np.ndarray, dtype: np.dtype | None) -> np.ndarray | NF4Weight:
+    if dtype is None:
+        return quantise_matrix(value, name)
     with np.errstate(over="ignore"):
         cast = value.astype(dtype, copy=False)
     if dtype.itemsize < value.dtype.itemsize or dtype == np.float16:
@@ -205,8 +228,15 @@ def _verify(plan: _Plan, folder: Path, target: Path) -> dict[str, float]:
     read = plan.reader(folder)
     differences, wrong = {}, {}
     for name, (_, dtype) in plan.forms.items():
-        exact, back = plan.exact(name).reshape(-1), read(name).reshape(-1)
-        differences[name] = 0.0
+        exact, back = plan.exact(name), read(name)
+        if dtype is None:
+            meant = _cast(name, exact, dtype)
+            same = is_nf4(back) and all(map(np.array_equal, jax.tree.leaves(meant), jax.tree.leaves(back)))
+            differences[name] = float(np.abs(dequantise_matrix(back) - exact.astype(np.float32)).max())
+            if not same:
+                wrong[name] = differences[name]
+            continue
+        exact, back, differences[name] = exact.reshape(-1), back.reshape(-1), 0.0
         for start in range(0, exact.size, BLOCK):
             one, other = exact[start : start + BLOCK], back[start : start + BLOCK]
             same = other.dtype == dtype and np.array_equal(_cast(name, one, dtype).view(np.uint8), other.view(np.uint8))
@@ -224,12 +254,16 @@ def _verify(plan: _Plan, folder: Path, target: Path) -> dict[str, float]:
     return differences
 
 
-def _check(source: str, found: Located, to: str, merge: bool, dtype: str | None) -> None:
+def _check(source: str, found: Located, to: str, merge: bool, dtype: str | None, quantise: str | None) -> None:
     """Refuses what cannot be, before any weight is read."""
     if dtype is not None and to == "peft":
         raise InputError(f"--dtype {dtype}: an adapter is stored in float32; leave it out")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: not one of {', '.join(DTYPES)}")
+    if quantise not in (None, "nf4"):
+        raise InputError(f"--quantise {quantise}: not a form of weights that is known; nf4 is")
+    if quantise and to != "jaxre":
+        raise InputError(f"--quantise {quantise}: only a jaxre folder holds NF4 weights; use --to jaxre")
     if to == "peft":
         if found.adapter is None:
             whole = "the run trained all weights" if found.kind == "run" else f"it is {NAMES[found.kind]}"
@@ -242,7 +276,9 @@ def _check(source: str, found: Located, to: str, merge: bool, dtype: str | None)
         raise InputError(f"{source}: is an adapter on a base; add --merge for a whole model, or use --to peft for the adapter alone")
     elif merge and found.adapter is None:
         raise InputError(f"{source}: has no adapter to merge; leave --merge out")
-    if found.kind == to:
+    if quantise and found.adapter is not None:
+        raise InputError(f"{source}: is an adapter on a base; merge it into a folder first, then quantise that")
+    if found.kind == to and not (quantise and not stored_quantised(found.folder)):
         raise InputError(f"{source}: is {NAMES[to]} already; copy the folder")
 
 

@@ -16,11 +16,14 @@ from pathlib import Path
 from types import EllipsisType
 from typing import Any
 
+import jax
 import numpy as np
+from jaxre_kernels.nf4 import NF4Weight, empty
 
 from jaxre.checkpoints.shards import MEND_PICKLED, PICKLED, STORED_DTYPES, Form, Stored, stored_tensors, write_shards
 from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture, read_architecture
+from jaxre.models.quantised import is_nf4, quantise_matrix
 from jaxre.models.weights import Weight, places, tree_of
 
 # Tables that old versions of transformers stored beside the weights; they follow from config.json.
@@ -44,13 +47,13 @@ TEMPLATES = "additional_chat_templates"  # a folder: a tokenizer's templates bes
 class Tensors:
     """The weights of a folder, read one at a time, so that a model passes through without being held.
 
-    `dtypes` is name -> stored dtype in the order in which they lie on disk; `read(name)` gives one tensor.
-    Names and layout are Hugging Face's, whatever the folder is.
+    `dtypes` is name -> stored dtype in the order in which they lie on disk, None for NF4; `read(name)` gives one
+    tensor. Names and layout are Hugging Face's, whatever the folder is.
     """
 
     architecture: Architecture
-    dtypes: dict[str, np.dtype]
-    read: Callable[[str], np.ndarray]
+    dtypes: dict[str, np.dtype | None]
+    read: Callable[[str], np.ndarray | NF4Weight]
 
 
 def resolve_model(path: str) -> Path:
@@ -132,26 +135,53 @@ def open_base(folder: Path) -> Tensors:
     return Tensors(architecture, dtypes, lambda name: stored[name].read())
 
 
-def load_base(folder: Path, dtype: np.dtype | None = None) -> tuple[Architecture, dict]:
+def load_base(folder: Path, dtype: np.dtype | None = None, quantise: str | None = None) -> tuple[Architecture, dict]:
     """A decoder's architecture and weights (numpy, our layout) from a folder.
 
-    Each tensor is read straight into its place of the stack, so the host holds the model and one tensor.
-
     Args:
-      dtype: of the arrays; as stored if not given.
+      dtype: of the dense arrays; as stored if not given.
+      quantise: "nf4" for projections as NF4, of the stored values; the host then holds the quantised model and one tensor.
 
     Raises:
       InputError: listing every missing, misshapen and unknown tensor, or a broken file.
     """
     tensors = open_base(folder)
+    return gathered(quantised(tensors, folder) if quantise else tensors, dtype, folder)
+
+
+def quantised(tensors: Tensors, place: Path) -> Tensors:
+    """The same with the projections as NF4, each quantised when it is read; those that are NF4 already are taken as they are."""
     at = positions(tensors.architecture)
-    chosen = tensors.dtypes if dtype is None else dict.fromkeys(at, np.dtype(dtype))
-    dtypes = uniform_dtypes(tensors.architecture, chosen, folder)
-    arrays = {path: np.empty(shape, dtypes[weight.name]) for weight, path, shape, _ in places(tensors.architecture)}
+    dtypes = {name: None if at[name][0].lora else dtype for name, dtype in tensors.dtypes.items()}
+
+    def read(name: str) -> np.ndarray | NF4Weight:
+        value = tensors.read(name)
+        return quantise_matrix(value, f"{place}: {name}") if dtypes[name] is None and not is_nf4(value) else value
+
+    return Tensors(tensors.architecture, dtypes, read)
+
+
+def gathered(tensors: Tensors, dtype: np.dtype | None, place: Path) -> tuple[Architecture, dict]:
+    """The architecture and all weights as our pytree; each tensor goes straight into its place of the stack.
+
+    Args:
+      dtype: of the dense arrays; as stored if not given.
+
+    Raises:
+      InputError: layers of one weight that differ in dtype, with `place` in front.
+    """
+    at = positions(tensors.architecture)
+    chosen = {name: stored if dtype is None or stored is None else np.dtype(dtype) for name, stored in tensors.dtypes.items()}
+    dtypes = uniform_dtypes(tensors.architecture, chosen, place)
+    arrays = {
+        path: empty(shape[:-3:-1], shape[:-2]) if dtypes[weight.name] is None else np.empty(shape, dtypes[weight.name])
+        for weight, path, shape, _ in places(tensors.architecture)
+    }
     for name in tensors.dtypes:
         weight, path, index = at[name]
         value = tensors.read(name)
-        arrays[path][index] = transposed(value) if weight.transpose else value
+        for whole, one in zip(jax.tree.leaves(arrays[path]), jax.tree.leaves(value), strict=True):  # four of an NF4 weight
+            whole[index] = transposed(one) if weight.transpose and not is_nf4(value) else one
     return tensors.architecture, tree_of(arrays.items())
 
 
@@ -343,13 +373,13 @@ def _check_tensors(folder: Path, architecture: Architecture, stored: dict[str, S
         raise InputError(f"{folder}: {'; '.join(problems)}; the weights do not fit config.json")
 
 
-def uniform_dtypes(architecture: Architecture, dtypes: dict[str, np.dtype], place: Path) -> dict[str, np.dtype]:
-    """Name of our weight -> its dtype, from that of each tensor.
+def uniform_dtypes(architecture: Architecture, dtypes: dict[str, np.dtype | None], place: Path) -> dict[str, np.dtype | None]:
+    """Name of our weight -> its dtype, from that of each tensor; None is NF4.
 
     Raises:
       InputError: listing the weights whose layers differ in dtype, which no stack can hold.
     """
-    kinds: dict[str, set[np.dtype]] = {}
+    kinds: dict[str, set[np.dtype | None]] = {}
     for name, (weight, _, _) in positions(architecture).items():
         kinds.setdefault(weight.name, set()).add(dtypes[name])
     mixed = {name: " and ".join(sorted(dtype.name for dtype in found)) for name, found in kinds.items() if len(found) > 1}

@@ -5,6 +5,7 @@
 
 A chunk is one layer at most, so tensors are written as they come, nothing is stacked in memory, and
 a host may read the part it needs. A chunk carries its checksum, and one that is lost is an error.
+The projections may be NF4: each is then stored as its four arrays.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import jax
 import numpy as np
 import tensorstore as ts
+from jaxre_kernels.nf4 import NF4Weight, forms
 
-from jaxre.checkpoints.huggingface import Tensors, copy_side_files, positions, read_json, transposed, uniform_dtypes
+from jaxre.checkpoints.huggingface import Tensors, copy_side_files, gathered, positions, quantised, read_json, transposed, uniform_dtypes
 from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture, read_architecture
+from jaxre.models.quantised import is_nf4
 from jaxre.models.weights import places, tree_of
 
 MARKER, WEIGHTS, VERSION = "jaxre.json", "weights", 2
@@ -32,13 +36,22 @@ def is_native(folder: Path) -> bool:
     return (folder / MARKER).is_file()
 
 
+def stored_quantised(folder: Path) -> str | None:
+    """How the projections of our folder are stored: "nf4", or None where they are dense."""
+    return read_json(folder / MARKER).get("quantised")
+
+
 def write_native(
-    folder: Path, architecture: Architecture, dtypes: dict[str, np.dtype], tensors: Iterable[tuple[str, np.ndarray]], like: Path
+    folder: Path,
+    architecture: Architecture,
+    dtypes: dict[str, np.dtype | None],
+    tensors: Iterable[tuple[str, np.ndarray | NF4Weight]],
+    like: Path,
 ) -> None:
     """Fills an empty folder; `like` gives config.json, tokenizer and generation config.
 
     Args:
-      dtypes: Hugging Face name -> dtype of every tensor.
+      dtypes: Hugging Face name -> dtype of every tensor; None, of all projections, where they come as NF4.
       tensors: (name, array in Hugging Face's layout) of each, once, in any order; two are held at a time. None may change later.
 
     Raises:
@@ -46,20 +59,33 @@ def write_native(
       OSError: the disk does not take them.
     """
     stored = uniform_dtypes(architecture, dtypes, like)
-    stores = {path: _create(folder, path, shape, stored[weight.name]) for weight, path, shape, _ in places(architecture) if 0 not in shape}
+    stores = {}
+    for weight, path, shape, _ in places(architecture):
+        if 0 in shape:
+            continue  # a model of one layer has no stack, and TensorStore holds no empty array
+        if stored[weight.name] is None:
+            made = {field: _create(folder, (*path, field), *form) for field, form in forms(shape[:-3:-1], shape[:-2]).items()}
+            stores[path] = NF4Weight(**made, shape=shape[:-3:-1])
+        else:
+            stores[path] = _create(folder, path, shape, stored[weight.name])
     at, writing = positions(architecture), None
     for name, tensor in tensors:
         weight, path, index = at.pop(name)
-        array = transposed(tensor) if weight.transpose else tensor
+        array = transposed(tensor) if weight.transpose and not is_nf4(tensor) else tensor
         _wait(writing)  # so that one is written while the next is read
         # Nobody changes the array, so it need not be copied: measured twice as fast.
-        writing = stores[path][index].write(array, can_reference_source_data_indefinitely=True)
+        writing = jax.tree.map(
+            lambda store, part, index=index: store[index].write(part, can_reference_source_data_indefinitely=True), stores[path], array
+        )
     _wait(writing)
     if at:
         raise ValueError(f"not written: {', '.join(at)}")
     shutil.copyfile(like / "config.json", folder / "config.json")
     copy_side_files(like, folder)
-    (folder / MARKER).write_text(json.dumps({"format": "jaxre weights", "version": VERSION}) + "\n", encoding="utf-8")
+    marker = {"format": "jaxre weights", "version": VERSION}
+    if any(dtype is None for dtype in stored.values()):
+        marker["quantised"] = "nf4"
+    (folder / MARKER).write_text(json.dumps(marker) + "\n", encoding="utf-8")
 
 
 def open_native(folder: Path) -> Tensors:
@@ -73,38 +99,54 @@ def open_native(folder: Path) -> Tensors:
 
     def read(name: str) -> np.ndarray:
         weight, path, index = at[name]
-        value = _read(Path(folder), stores[path][index])
-        return transposed(value) if weight.transpose else value
+        value = _read(Path(folder), jax.tree.map(lambda store: store[index], stores[path]))
+        return transposed(value) if weight.transpose and not is_nf4(value) else value
 
-    return Tensors(architecture, {name: stores[path].dtype.numpy_dtype for name, (_, path, _) in at.items()}, read)
+    dtypes = {name: None if is_nf4(stores[path]) else stores[path].dtype.numpy_dtype for name, (_, path, _) in at.items()}
+    return Tensors(architecture, dtypes, read)
 
 
-def load_native(folder: Path, dtype: np.dtype | None = None) -> tuple[Architecture, dict]:
+def load_native(folder: Path, dtype: np.dtype | None = None, quantise: str | None = None) -> tuple[Architecture, dict]:
     """Architecture and weights (numpy) of our folder.
 
     Args:
-      dtype: of the arrays; as stored if not given.
+      dtype: of the dense arrays; as stored if not given.
+      quantise: "nf4" for projections as NF4; those that are stored so are taken as they are.
 
     Raises:
       InputError: another version, or weights that are broken or do not fit config.json (all listed).
     """
+    if quantise and not stored_quantised(folder):
+        return gathered(quantised(open_native(folder), folder), dtype, folder)
     architecture, stores = _open(Path(folder))
-    arrays = {path: _read(Path(folder), store if dtype is None else ts.cast(store, np.dtype(dtype))) for path, store in stores.items()}
+    arrays = {}
+    for path, store in stores.items():
+        arrays[path] = _read(Path(folder), store if dtype is None or is_nf4(store) else ts.cast(store, np.dtype(dtype)))
     for _, path, shape, _ in places(architecture):
-        if 0 in shape:  # a model of one layer has no stack, and TensorStore holds no empty array
-            arrays[path] = np.zeros(shape, arrays["last", path[1]].dtype)
+        if 0 in shape:
+            last = arrays["last", path[1]]
+            arrays[path] = jax.tree.map(lambda leaf: np.zeros((0, *leaf.shape), leaf.dtype), last)
     return architecture, tree_of(arrays.items())
 
 
-def _open(folder: Path) -> tuple[Architecture, dict[tuple[str, ...], ts.TensorStore]]:
-    version = read_json(folder / MARKER).get("version")
+def _open(folder: Path) -> tuple[Architecture, dict[tuple[str, ...], ts.TensorStore | NF4Weight]]:
+    """The store of each array of our pytree; of an NF4 weight its four, as an NF4Weight."""
+    version, nf4 = read_json(folder / MARKER).get("version"), stored_quantised(folder)
     if version != VERSION:
         raise InputError(f"{folder / MARKER}: version {version!r} is not known, this jaxre reads {VERSION}; {MEND}")
+    if nf4 not in (None, "nf4"):
+        raise InputError(f"{folder / MARKER}: quantised as {nf4!r}, this jaxre reads nf4; {MEND}")
     architecture = read_architecture(folder)
     weights = folder / WEIGHTS
     if not weights.is_dir():
         raise InputError(f"{weights}: no such folder; {MEND}")
-    expected = {".".join(path): (path, shape) for _, path, shape, _ in places(architecture) if 0 not in shape}
+    held = [place for place in places(architecture) if 0 not in place[2]]
+    expected = {}
+    for weight, path, shape, _ in held:
+        parts = {path: shape}
+        if nf4 and weight.lora:
+            parts = {(*path, field): form for field, (form, _) in forms(shape[:-3:-1], shape[:-2]).items()}
+        expected |= {".".join(part): (part, form) for part, form in parts.items()}
     found = {path.name for path in weights.iterdir()}
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not known" for name in sorted(found - expected.keys())]
@@ -122,12 +164,17 @@ def _open(folder: Path) -> tuple[Architecture, dict[tuple[str, ...], ts.TensorSt
             problems.append(f"{name} has shape {list(stores[path].shape)}, expected {list(shape)}")
     if problems:
         raise InputError(f"{weights}: {'; '.join(problems)}; the weights do not fit config.json; {MEND}")
+    for weight, path, shape, _ in held:
+        if nf4 and weight.lora:
+            stores[path] = NF4Weight(**{field: stores.pop((*path, field)) for field in forms(shape[:-3:-1])}, shape=shape[:-3:-1])
     return architecture, stores
 
 
 def _create(folder: Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:
     layer = shape[1:] if path[0] == "layers" else shape
-    rows = max(1, min(layer[0], CHUNK_BYTES * layer[0] // (int(np.prod(layer)) * dtype.itemsize)))
+    if layer:
+        rows = max(1, min(layer[0], CHUNK_BYTES * layer[0] // (int(np.prod(layer)) * dtype.itemsize)))
+        layer = (rows, *layer[1:])
     spec = {
         "driver": "zarr3",
         "kvstore": _location(folder, path),
@@ -136,7 +183,7 @@ def _create(folder: Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: 
             "data_type": dtype.name,
             "chunk_grid": {
                 "name": "regular",
-                "configuration": {"chunk_shape": [1] * (len(shape) - len(layer)) + [rows, *layer[1:]]},
+                "configuration": {"chunk_shape": [1] * (len(shape) - len(layer)) + list(layer)},
             },
             "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
         },
@@ -153,17 +200,17 @@ def _location(folder: Path, path: tuple[str, ...]) -> dict[str, str | bool]:
     return {"driver": "file", "path": f"{folder.absolute() / WEIGHTS / '.'.join(path)}/", "file_io_sync": False}
 
 
-def _read(folder: Path, store: ts.TensorStore) -> np.ndarray:
+def _read(folder: Path, store: ts.TensorStore | NF4Weight) -> np.ndarray | NF4Weight:
     try:
-        return store.read().result()
+        return jax.tree.map(lambda one: np.asarray(one.read().result()), store)
     except ValueError as error:
         raise _unreadable(folder, error) from None
 
 
-def _wait(writing: ts.WriteFutures | None) -> None:
+def _wait(writing: ts.WriteFutures | NF4Weight | None) -> None:
     try:
-        if writing is not None:
-            writing.result()
+        for one in jax.tree.leaves(writing):
+            one.result()
     except ValueError as error:  # TensorStore's class for what the disk refuses
         raise OSError(_reason(error)) from None
 

@@ -17,7 +17,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxre.checkpoints.huggingface import Tensors, load_base, open_base, resolve_model
+from jaxre.checkpoints.huggingface import Tensors, load_base, open_base, quantised, resolve_model
 from jaxre.checkpoints.native import is_native, load_native, open_native
 from jaxre.checkpoints.peft import CONFIG_FILE, base_name_of, load_adapter
 from jaxre.config import Config, Lora, load_config
@@ -33,7 +33,7 @@ class Loaded:
 
     `folder` carries its tokenizer and config.json; `name` is what to call it; `base` its weights
     (numpy, our layout) without the adapter; `lora` and `factors` (numpy f32) the adapter, if it has one.
-    `kind` is what was opened; `base_name` what an adapter names as its base.
+    `kind` is what was opened; `base_name` what an adapter names as its base; `quantise` how a dense base was quantised.
     """
 
     folder: Path
@@ -44,6 +44,7 @@ class Loaded:
     factors: dict[str, Any] | None = None
     kind: Kind = "hf"
     base_name: str | None = None
+    quantise: str | None = None
 
 
 def compute_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> np.dtype:
@@ -62,13 +63,16 @@ class Located:
     kind: Kind
     adapter: Path | None = None
     base_name: str | None = None
+    quantise: str | None = None
 
 
-def locate(path: str | Path) -> Located:
+def locate(path: str | Path, quantise: str | None = None) -> Located:
     """The parts of a model, of which nothing is read yet.
 
     Args:
       path: a Hugging Face folder, a jaxre folder, a PEFT adapter, a run folder, a shipped name or a hub id.
+      quantise: "nf4" for a base with NF4 projections; a run with an adapter takes its own setting, for its
+        adapter belongs to that base.
 
     Raises:
       InputError: nothing of the kind, or an unfinished run.
@@ -77,35 +81,36 @@ def locate(path: str | Path) -> Located:
     kind = kind_of(folder)
     name = folder.absolute().name if Path(path).expanduser().is_dir() else str(path)
     if kind == "peft":
-        return _with_adapter(folder, name, kind, base_name_of(folder))
+        return _with_adapter(folder, name, kind, base_name_of(folder), quantise)
     if kind == "run":
         config = load_config(folder / "config.yaml")
         check_finished(folder, config)
         if config.train.method == "full":
-            return Located(folder / "model", config.name, kind)
-        return _with_adapter(folder / "adapter", config.name, kind, config.model.path)
-    return Located(folder, name, kind)
+            return Located(folder / "model", config.name, kind, quantise=quantise)
+        return _with_adapter(folder / "adapter", config.name, kind, config.model.path, config.model.quantise)
+    return Located(folder, name, kind, quantise=quantise)
 
 
-def open_weights(folder: Path) -> Tensors:
+def open_weights(folder: Path, quantise: str | None = None) -> Tensors:
     """The base weights of a Hugging Face or jaxre folder, to be read one at a time. Raises InputError for weights that do not fit."""
-    return open_native(folder) if is_native(folder) else open_base(folder)
+    tensors = open_native(folder) if is_native(folder) else open_base(folder)
+    return quantised(tensors, folder) if quantise else tensors
 
 
-def open_model(path: str | Path, dtype: np.dtype | None) -> Loaded:
+def open_model(path: str | Path, dtype: np.dtype | None, quantise: str | None = None) -> Loaded:
     """A model's architecture, base weights and adapter.
 
     Args:
-      path: what `locate` takes.
-      dtype: of the base weights; as stored if None.
+      path, quantise: what `locate` takes.
+      dtype: of the dense base weights; as stored if None.
 
     Raises:
       InputError: nothing of the kind, an unfinished run, or weights that do not fit.
     """
-    found = locate(path)
-    architecture, base = (load_native if is_native(found.folder) else load_base)(found.folder, dtype)
+    found = locate(path, quantise)
+    architecture, base = (load_native if is_native(found.folder) else load_base)(found.folder, dtype, found.quantise)
     lora, factors = (None, None) if found.adapter is None else load_adapter(found.adapter, architecture)
-    return Loaded(found.folder, found.name, architecture, base, lora, factors, found.kind, found.base_name)
+    return Loaded(found.folder, found.name, architecture, base, lora, factors, found.kind, found.base_name, found.quantise)
 
 
 def kind_of(folder: Path) -> Kind:
@@ -159,8 +164,8 @@ def base_folder_of(name: str, seen: frozenset[Path] = frozenset()) -> Path:
     return folder / "model" if config.train.method == "full" else base_folder_of(config.model.path, seen)
 
 
-def _with_adapter(adapter: Path, name: str, kind: Kind, base_name: str) -> Located:
+def _with_adapter(adapter: Path, name: str, kind: Kind, base_name: str, quantise: str | None) -> Located:
     try:
-        return Located(base_folder_of(base_name), name, kind, adapter, base_name)
+        return Located(base_folder_of(base_name), name, kind, adapter, base_name, quantise)
     except InputError as error:
         raise InputError(f"{adapter}: its base {base_name} does not open: {error}") from None

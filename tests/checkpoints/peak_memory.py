@@ -51,6 +51,8 @@ def convert_all(folder: Path) -> dict[str, int]:
     architecture, lora = read_architecture(folder / "hf"), Lora(rank=4)
     save_adapter(folder / "adapter", architecture, lora, random_factors(architecture, lora), str(folder / "hf"), folder / "hf")
     return {
+        "to nf4": growth(lambda: convert(folder / "hf", folder / "nf4", "jaxre", quantise="nf4", verify=True)),
+        "from nf4": growth(lambda: convert(folder / "nf4", folder / "dense", "hf", verify=True)),
         "hf to jaxre": growth(lambda: convert(folder / "hf", folder / "ours", "jaxre", verify=True)),
         "jaxre to hf": growth(lambda: convert(folder / "ours", folder / "back", "hf", verify=True)),
         "to float32": growth(lambda: convert(folder / "hf", folder / "wide", "jaxre", dtype="float32", verify=True)),

@@ -308,7 +308,7 @@ def test_conversion_holds_tensors_not_the_model(tmp_path):
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     model = figures.pop("model")
-    assert model > 2e8 and set(figures) == {"hf to jaxre", "jaxre to hf", "to float32", "merged"}
+    assert model > 2e8 and set(figures) == {"hf to jaxre", "jaxre to hf", "to float32", "merged", "to nf4", "from nf4"}
     assert all(0 < growth < model / 4 for growth in figures.values()), figures
 
 

@@ -1,6 +1,6 @@
 """Run by test_mesh.py on 8 simulated devices: loss and gradients of one update on one device and on several meshes.
 
-python mesh_gradients.py MODEL_FOLDER WORK_FOLDER METHOD  -> one JSON line per mesh
+python mesh_gradients.py MODEL_FOLDER WORK_FOLDER METHOD  -> one JSON line per mesh; METHOD is lora, full or qlora
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def perturbed(leaf: jax.Array) -> jax.Array:
 def main(model: str, work: str, method: str) -> None:
     reference = None
     for axes in MESHES:
-        config = tiny_config(Path(work), Path(model), mesh=axes, train={"method": method})
+        changes = {"model": {"quantise": "nf4"}} if method == "qlora" else {"train": {"method": method}}
+        config = tiny_config(Path(work), Path(model), mesh=axes, **changes)
         found = gradients(config, Path(model), jax.devices() if axes else jax.devices()[:1])
         reference = reference or found
         worst = max(
