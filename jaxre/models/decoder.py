@@ -1,6 +1,6 @@
 """The decoder's forward pass: free functions over plain pytrees, one definition for training, scoring and decoding.
 
-RMSNorm, grouped-query attention, rotary positions, SwiGLU (Llama, Qwen2). Layers but the last are
+RMSNorm, grouped-query attention, rotary positions, SwiGLU (Llama, Qwen2, Qwen3, SmolLM3). Layers but the last are
 scanned, so compile time does not grow with depth. The weights are those of `weights.py`.
 
 Letters: B rows, T tokens in a row, S supervised positions in a row, D embedding, H query heads,
@@ -132,6 +132,9 @@ def run_layer(
         q = q.reshape(B, T, architecture.query_heads, C)  # B T H C
         k = k.reshape(B, T, architecture.kv_heads, C)  # B T K C
         v = v.reshape(B, T, architecture.kv_heads, C)
+        if architecture.qk_norm:
+            q = rms_norm(q, weights["q_norm"], architecture.norm_epsilon)
+            k = rms_norm(k, weights["k_norm"], architecture.norm_epsilon)
         context, cache = attend(rotate(q, angles, rotates), rotate(k, angles, rotates), v, cache)
         (out,) = project(context.reshape(B, T, architecture.query_heads * C), ("o",), "o")
         x = x + out
@@ -228,7 +231,7 @@ def rotary_frequencies(architecture: Architecture) -> np.ndarray:
 def rotate(x: jax.Array, angles: jax.Array, rotates: jax.Array | bool = True) -> jax.Array:
     """Rotary positions in Hugging Face's layout: channel c pairs with c + C/2. x is [B, T, heads, C]."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    cosine, sine = (f(angles).astype(wide)[:, :, None, :] for f in (jnp.cos, jnp.sin))  # B T 1 C/2
+    cosine, sine = (f(angles.astype(wide))[:, :, None, :] for f in (jnp.cos, jnp.sin))  # B T 1 C/2
     first, second = jnp.split(x.astype(wide), 2, axis=-1)
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     if rotates is True:

@@ -49,7 +49,9 @@ def run(tiny_base, tmp_path):
     return make_run(tmp_path / "run", tiny_base, "lora")
 
 
-@pytest.mark.parametrize("family", ["qwen2 tied, biases, grouped heads", "llama untied, head_dim given, K=H", "one layer"])
+@pytest.mark.parametrize(
+    "family", ["qwen2 tied, biases, grouped heads", "llama untied, head_dim given, K=H", "qwen3, norms of q and k", "one layer"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_hugging_face_to_jaxre_and_back_is_bit_identical(tmp_path, family, dtype):
     build(CONFIGS[family], tmp_path / "hf", dtype=dtype)

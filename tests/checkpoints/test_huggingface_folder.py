@@ -19,7 +19,10 @@ from jaxre.errors import InputError
 torch = ground_truth("torch")
 
 
-@pytest.fixture(scope="session", params=["qwen2 tied, biases, grouped heads", "llama untied, head_dim given, K=H", "one layer"])
+@pytest.fixture(
+    scope="session",
+    params=["qwen2 tied, biases, grouped heads", "llama untied, head_dim given, K=H", "qwen3, norms of q and k", "one layer"],
+)
 def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
     build(CONFIGS[request.param], folder)
