@@ -54,8 +54,9 @@ def perturbed(leaf: jax.Array) -> jax.Array:
 def main(model: str, work: str, method: str) -> None:
     reference = None
     for axes in MESHES:
-        changes = {"model": {"quantise": "nf4"}} if method == "qlora" else {"train": {"method": method}}
-        config = tiny_config(Path(work), Path(model), mesh=axes, **changes)
+        config = tiny_config(Path(work), Path(model), mesh=axes, train={"method": "full" if method == "full" else "lora"})
+        if method == "qlora":
+            config = config.model_copy(update={"model": config.model.model_copy(update={"quantise": "nf4"})})
         found = gradients(config, Path(model), jax.devices() if axes else jax.devices()[:1])
         reference = reference or found
         worst = max(

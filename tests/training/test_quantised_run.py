@@ -15,7 +15,7 @@ from tiny import tiny_config
 
 from jaxre.checkpoints.convert import convert
 from jaxre.checkpoints.source import open_model
-from jaxre.config import Config
+from jaxre.config import Config, check_config
 from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.inference.commands import predict_data
 from jaxre.models.quantised import is_nf4, is_quantised
@@ -25,7 +25,11 @@ from jaxre.training.loop import compile_updates, memory_of, prepared, train
 from jaxre.training.sharding import make_mesh
 from jaxre.training.step import make_optimiser
 
-NF4 = {"quantise": "nf4"}
+
+def qlora(folder: Path, model: Path, name: str = "run", **changes: dict) -> Config:
+    """`tiny_config` with model.quantise=nf4."""
+    tree = tiny_config(folder, model, name, **changes).model_dump(mode="json")
+    return check_config(tree | {"model": tree["model"] | {"quantise": "nf4"}}, "tiny")
 
 
 def losses(run: Path) -> list[float]:
@@ -46,7 +50,7 @@ def said() -> Console:
 @pytest.fixture(scope="module")
 def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, said: Console) -> Path:
     changes = {"test": {"dataset": "facts", "split": "test", "limit": 8}}
-    return train(tiny_config(tmp_path_factory.mktemp("run"), tiny_model, model=NF4, data=changes), said)
+    return train(qlora(tmp_path_factory.mktemp("run"), tiny_model, data=changes), said)
 
 
 def test_training_on_nf4_learns_and_is_told_before_the_first_step(run: Path, said: Console) -> None:
@@ -89,12 +93,12 @@ def unquantised(run: Path, folder: Path) -> Path:
 def test_a_run_that_continues_another_takes_its_base(run: Path, tmp_path: Path) -> None:
     said = refusal(lambda: train(tiny_config(tmp_path, run)))
     assert "model.quantise: None here, but the adapter of" in said and "was trained with nf4; set it to that" in said
-    continued = train(tiny_config(tmp_path, run, model=NF4, train={"max_steps": 2}))
+    continued = train(qlora(tmp_path, run, train={"max_steps": 2}))
     assert losses(continued)[0] < losses(run)[0] and is_quantised(open_model(continued, None).base)
 
 
 def test_full_fine_tuning_of_a_quantised_base_is_refused(tiny_model: Path, store: Path, tmp_path: Path) -> None:
-    said = refusal(lambda: tiny_config(tmp_path, tiny_model, model=NF4, train={"method": "full"}))
+    said = refusal(lambda: qlora(tmp_path, tiny_model, train={"method": "full"}))
     assert "model.quantise=nf4 freezes the base; set train.method=lora" in said
     said = refusal(lambda: train(tiny_config(tmp_path, store, train={"method": "full"})))
     assert "is quantised, which full fine-tuning cannot change; name the model it was made from" in said
@@ -111,5 +115,5 @@ def test_the_memory_that_is_printed_counts_the_base_as_it_is_stored(tiny_model: 
         rows = next(prepared(config, dataset, plan, 0, 1))
         return kept, sum(leaf.nbytes for leaf in jax.tree.leaves((initial.state, initial.base, rows)))
 
-    kept, held = compiled(tiny_config(tmp_path, tiny_model, model=NF4))
+    kept, held = compiled(qlora(tmp_path, tiny_model))
     assert kept == held
