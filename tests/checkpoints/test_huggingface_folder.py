@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_decoders import CONFIGS, build, ground_truth, our_logits, relative, their_logits, tokens_of
 
-from jaxre.checkpoints import shards
+from jaxre.checkpoints import huggingface, shards
 from jaxre.checkpoints.huggingface import atomic_folder, load_base, resolve_model, save_base
 from jaxre.errors import InputError
 
@@ -160,6 +160,15 @@ def test_shards_of_several_dtypes_are_read_by_safetensors_and_torch(tmp_path, mo
             assert all(
                 (start + entry["data_offsets"][0]) % tensors[name].itemsize == 0 for name, entry in header.items() if name in tensors
             )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (63, 5), (64, 64), (65, 3), (200, 129)])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_blocked_transpose_is_numpys(shape, dtype):
+    matrix = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    turned = huggingface.transposed(matrix)
+    assert turned.flags.c_contiguous and same_bits(turned, np.ascontiguousarray(matrix.T))
+    assert same_bits(huggingface.transposed(matrix.T), matrix)  # of a view that is not contiguous
 
 
 def test_tensors_other_than_promised_are_never_written(tmp_path):
