@@ -122,6 +122,9 @@ class Model(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of base weights and products; auto: bfloat16 on an accelerator, float32 on CPU"
     )
+    quantise: Literal["nf4"] | None = Field(
+        None, description="nf4: the projections of the base as NF4 (QLoRA), quantised when it is loaded; as stored if not given"
+    )
     architecture: dict[str, Any] | None = Field(
         None, description="train from scratch: the fields of a config.json, with tokenizer from `path`"
     )
@@ -214,10 +217,16 @@ class Config(Settings):
             raise ValueError("train.objective=lm needs data.text")
         if self.train.objective != "lm" and self.data.train is None:
             raise ValueError(f"train.objective={self.train.objective} needs data.train")
+        if self.train.objective == "classify" and self.model.quantise:
+            raise ValueError(
+                "model.quantise=nf4 is for the projections of decoders, train.objective=classify takes an encoder; leave it out"
+            )
         if self.train.objective == "classify" and self.train.method != "full":
             raise ValueError("train.objective=classify trains all weights of an encoder; set train.method=full")
         if self.train.objective == "classify" and (self.train.prompt_weight or self.prompt != Prompt()):
             raise ValueError("train.objective=classify has no prompt, an encoder reads the marked text; leave prompt and prompt_weight out")
+        if self.model.quantise and self.train.method == "full":
+            raise ValueError("model.quantise=nf4 freezes the base; set train.method=lora, or leave model.quantise out")
         return self
 
 

@@ -64,7 +64,7 @@ def write_tiny_model(folder: Path, **fields: object) -> Path:
     return folder
 
 
-def tiny_config(folder: Path, model: Path, name: str = "run", **changes: dict) -> Config:
+def tiny_config(folder: Path, model: Path, /, name: str = "run", **changes: dict) -> Config:
     """A run of a few steps on the shipped corpus; `changes` are merged into its sections."""
     tree = {
         "name": name,

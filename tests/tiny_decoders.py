@@ -35,7 +35,7 @@ _SIZES = {
 }
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
-# What each stands for: the switches of the five studied decoders and the corners of our layout.
+# What each stands for: the switches of the five studied decoders and of Qwen3, and the corners of our layout.
 CONFIGS = {
     "qwen2 tied, biases, grouped heads": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2 untied": {"model_type": "qwen2", "tie_word_embeddings": False},
@@ -49,6 +49,7 @@ CONFIGS = {
     },
     "smollm3, every fourth layer unrotated": {"model_type": "smollm3", "num_hidden_layers": 5},
     "smollm3, list of unrotated layers": {"model_type": "smollm3", "num_hidden_layers": 3, "no_rope_layers": [0, 1, 0]},
+    "qwen3, norms of q and k": {"model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True},
     "one layer": {"model_type": "qwen2", "num_hidden_layers": 1, "tie_word_embeddings": True},
 }
 
@@ -62,10 +63,13 @@ def build(fields: dict, folder: Path, seed: int = 0, dtype: str = "float32", **s
     """A transformers model with random weights that matter, saved to `folder`; returned in eval mode."""
     torch = ground_truth("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     fields = {**_SIZES, **fields}
     config = AutoConfig.for_model(**fields)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    with no_init_weights():  # every parameter is drawn below; theirs takes 13 s for 200 million
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model.tie_weights()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -78,9 +82,9 @@ def build(fields: dict, folder: Path, seed: int = 0, dtype: str = "float32", **s
                 parameter.copy_(noise)
             else:
                 parameter.copy_(noise * 1.5 / parameter.shape[1] ** 0.5)
-    model = model.to(getattr(torch, dtype)).eval()
+            parameter.data = parameter.to(getattr(torch, dtype))  # model.to() would round the rotary frequencies too
     model.save_pretrained(folder, **save)
-    return model
+    return model.eval()
 
 
 def tokens_of(vocabulary: int, rows: int, length: int, seed: int = 0) -> np.ndarray:
@@ -89,9 +93,11 @@ def tokens_of(vocabulary: int, rows: int, length: int, seed: int = 0) -> np.ndar
 
 def their_logits(model, tokens: np.ndarray, positions: np.ndarray | None = None) -> np.ndarray:
     torch = ground_truth("torch")
+    tokens = torch.tensor(tokens, dtype=torch.long)
     with torch.no_grad():
         given = None if positions is None else torch.tensor(positions, dtype=torch.long)
-        return model(torch.tensor(tokens, dtype=torch.long), position_ids=given).logits.float().numpy()
+        # Without a mask, positions that jump are taken for packed sequences where config.json says use_cache=false.
+        return model(tokens, attention_mask=torch.ones_like(tokens), position_ids=given).logits.float().numpy()
 
 
 @partial(jax.jit, static_argnums=(4, 6))

@@ -20,12 +20,15 @@ class Kind:
     tied_head: bool = False
     rope_theta: float = 10000.0
     qkv_bias: bool = False
+    qk_norm: bool = False
+    head_channels: int | None = None  # the embedding over the query heads
     rotary_pauses: int | None = None  # every so many layers one does not rotate
 
 
 KINDS = {
     "llama": Kind(),
     "qwen2": Kind(qkv_bias=True),
+    "qwen3": Kind(qk_norm=True, head_channels=128),
     "smollm3": Kind(tied_head=True, rope_theta=2_000_000.0, rotary_pauses=4),
 }
 
@@ -44,6 +47,7 @@ class RopeScaling:
 class Architecture:
     """Sizes and switches of a decoder.
 
+    `qk_norm` is whether each head's query and key pass an RMSNorm before they rotate (Qwen3).
     `rotary[l]` is whether layer l rotates queries and keys (SmolLM3 leaves every fourth out).
     """
 
@@ -60,6 +64,7 @@ class Architecture:
     norm_epsilon: float
     tied_head: bool
     qkv_bias: bool
+    qk_norm: bool
     rotary: tuple[bool, ...]
     rope_scaling: RopeScaling | None = None
     initializer_range: float = 0.02
@@ -166,7 +171,7 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
             embedding=embedding,
             query_heads=heads,
             kv_heads=_size(config.get("num_key_value_heads") or heads, "num_key_value_heads", place),
-            head_channels=_size(config.get("head_dim") or embedding // heads, "head_dim", place),
+            head_channels=_size(config.get("head_dim") or kind.head_channels or embedding // heads, "head_dim", place),
             feed_forward=_size(config["intermediate_size"], "intermediate_size", place),
             vocabulary=_size(config["vocab_size"], "vocab_size", place),
             max_length=_size(config["max_position_embeddings"], "max_position_embeddings", place),
@@ -174,6 +179,7 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
             norm_epsilon=float(config["rms_norm_eps"]),
             tied_head=bool(config.get("tie_word_embeddings", kind.tied_head)),
             qkv_bias=kind.qkv_bias,
+            qk_norm=kind.qk_norm,
             rotary=_rotary_layers(config, kind, layers, place),
             rope_scaling=_rope_scaling(config.get("rope_scaling") or rope, place),
             initializer_range=float(config.get("initializer_range", 0.02)),

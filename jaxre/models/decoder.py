@@ -1,6 +1,6 @@
 """The decoder's forward pass: free functions over plain pytrees, one definition for training, scoring and decoding.
 
-RMSNorm, grouped-query attention, rotary positions, SwiGLU (Llama, Qwen2). Layers but the last are
+RMSNorm, grouped-query attention, rotary positions, SwiGLU (Llama, Qwen2, Qwen3, SmolLM3). Layers but the last are
 scanned, so compile time does not grow with depth. The weights are those of `weights.py`.
 
 Letters: B rows, T tokens in a row, S supervised positions in a row, D embedding, H query heads,
@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxre_kernels.attention import attention
-from jaxre_kernels.lora import keep_mask, lora_linear
+from jaxre_kernels.lora import keep_mask, lora_linear, low_rank_term
+from jaxre_kernels.nf4 import nf4_linear
 
 from jaxre.models.architecture import Architecture
+from jaxre.models.quantised import is_nf4
 
 Tree = dict[str, Any]
 # (q, k, v, cache of the layer) -> (context, new cache of the layer)
@@ -54,7 +56,7 @@ def forward(
     """Packed rows to hidden states, before the final norm.
 
     Args:
-      params: base weights in the compute dtype.
+      params: base weights in the compute dtype, or with projections that are `NF4Weight`s.
       tokens, positions, visible_until: [B, T] int32, the packed rows.
       adapter: LoRA factors, if any.
       constrain: applied to the [B, T, D] activations, to keep them sharded over rows.
@@ -130,6 +132,9 @@ def run_layer(
         q = q.reshape(B, T, architecture.query_heads, C)  # B T H C
         k = k.reshape(B, T, architecture.kv_heads, C)  # B T K C
         v = v.reshape(B, T, architecture.kv_heads, C)
+        if architecture.qk_norm:
+            q = rms_norm(q, weights["q_norm"], architecture.norm_epsilon)
+            k = rms_norm(k, weights["k_norm"], architecture.norm_epsilon)
         context, cache = attend(rotate(q, angles, rotates), rotate(k, angles, rotates), v, cache)
         (out,) = project(context.reshape(B, T, architecture.query_heads * C), ("o",), "o")
         x = x + out
@@ -153,7 +158,11 @@ def input_group(
         dropped = jnp.where(keep, x * jnp.asarray(1 / (1 - adapter.rate), x.dtype), 0)
     outputs = []
     for name in names:
-        if name in low_rank:
+        if is_nf4(weights[name]):
+            y = nf4_linear(x, weights[name])
+            if name in low_rank:
+                y += low_rank_term(x, low_rank[name]["a"], low_rank[name]["b"], adapter.scale, dropped)
+        elif name in low_rank:
             y = lora_linear(x, weights[name], low_rank[name]["a"], low_rank[name]["b"], adapter.scale, dropped)
         else:
             y = x @ weights[name]
@@ -222,7 +231,7 @@ def rotary_frequencies(architecture: Architecture) -> np.ndarray:
 def rotate(x: jax.Array, angles: jax.Array, rotates: jax.Array | bool = True) -> jax.Array:
     """Rotary positions in Hugging Face's layout: channel c pairs with c + C/2. x is [B, T, heads, C]."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    cosine, sine = (f(angles).astype(wide)[:, :, None, :] for f in (jnp.cos, jnp.sin))  # B T 1 C/2
+    cosine, sine = (f(angles.astype(wide))[:, :, None, :] for f in (jnp.cos, jnp.sin))  # B T 1 C/2
     first, second = jnp.split(x.astype(wide), 2, axis=-1)
     turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
     if rotates is True:

@@ -55,11 +55,11 @@ def _bias(name: str, dim: str, module: str) -> Weight:
     return Weight(name, (dim,), f"model.layers.{{layer}}.{module}.bias", ("tensor",), initial="zeros", switch="qkv_bias")
 
 
-def _norm(name: str, module: str) -> Weight:
-    return Weight(name, ("D",), f"model.layers.{{layer}}.{module}.weight", (None,), initial="ones")
+def _norm(name: str, module: str, dim: str = "D", switch: str | None = None) -> Weight:
+    return Weight(name, (dim,), f"model.layers.{{layer}}.{module}.weight", (None,), initial="ones", switch=switch)
 
 
-# Llama's and Qwen2's layout; they differ by the bias of q, k and v.
+# Llama's layout; Qwen2 adds a bias to q, k and v, Qwen3 a norm to each head's q and k.
 DECODER = (
     Weight("embed", ("V", "D"), "model.embed_tokens.weight", ("tensor", "fsdp")),
     Weight("norm", ("D",), "model.norm.weight", (None,), initial="ones"),
@@ -71,6 +71,8 @@ DECODER = (
     _bias("q_bias", "HC", "self_attn.q_proj"),
     _bias("k_bias", "KC", "self_attn.k_proj"),
     _bias("v_bias", "KC", "self_attn.v_proj"),
+    _norm("q_norm", "self_attn.q_norm", "C", "qk_norm"),
+    _norm("k_norm", "self_attn.k_norm", "C", "qk_norm"),
     _projection("o", "HC D", "self_attn.o_proj", ("tensor", "fsdp"), "o"),
     _norm("mlp_norm", "post_attention_layernorm"),
     _projection("gate", "D F", "mlp.gate_proj", ("fsdp", "tensor"), "gate_up"),

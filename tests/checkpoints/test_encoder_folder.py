@@ -73,8 +73,8 @@ def test_an_encoder_with_new_tokens_and_labels_loads_in_transformers_with_the_sa
 
 
 def test_our_own_folder_keeps_an_encoder_with_and_without_head(family, tmp_path):
-    convert(family, tmp_path / "ours", "jaxre")
-    convert(tmp_path / "ours", tmp_path / "back", "hf")
+    convert(family, tmp_path / "ours", "jaxre", verify=True)
+    convert(tmp_path / "ours", tmp_path / "back", "hf", verify=True)
     assert equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(family / "model.safetensors"))
     bare = shutil.copytree(family, tmp_path / "bare")
     rewrite(bare, lambda tensors: {name: value for name, value in tensors.items() if not name.startswith("classifier")})
@@ -128,6 +128,16 @@ def test_real_weights_survive_the_round_trip(tmp_path):
 
 
 # ---- what is refused ------------------------------------------------------------------------
+
+
+def test_an_encoder_is_not_quantised(family, tmp_path):
+    for asked in (
+        lambda: load_base(family, quantise="nf4"),
+        lambda: open_model(family, None, "nf4"),
+        lambda: convert(family, tmp_path / "out", "jaxre", quantise="nf4"),
+    ):
+        assert "nf4 is for the projections of decoders" in refusal(asked)
+    assert not (tmp_path / "out").exists()
 
 
 def test_everything_but_the_head_must_be_there_and_every_fault_is_listed(folder):

@@ -23,11 +23,14 @@ LLAMA = {
 
 def test_silent_fields_mean_what_the_model_type_means():
     """SmolLM3-3B's published config.json does not say that its head is tied."""
-    llama, qwen2, smollm3 = (architecture_of({**LLAMA, "model_type": kind}, "test") for kind in ("llama", "qwen2", "smollm3"))
-    assert (llama.tied_head, qwen2.tied_head, smollm3.tied_head) == (False, False, True)
-    assert (llama.qkv_bias, qwen2.qkv_bias, smollm3.qkv_bias) == (False, True, False)
-    assert (llama.rope_theta, qwen2.rope_theta, smollm3.rope_theta) == (1e4, 1e4, 2e6)
-    assert smollm3.rotary == (True, True, True, False) and all(llama.rotary) and all(qwen2.rotary)
+    families = [architecture_of({**LLAMA, "model_type": kind}, "test") for kind in ("llama", "qwen2", "qwen3", "smollm3")]
+    assert [one.tied_head for one in families] == [False, False, False, True]
+    assert [one.qkv_bias for one in families] == [False, True, False, False]
+    assert [one.qk_norm for one in families] == [False, False, True, False]
+    assert [one.head_channels for one in families] == [8, 8, 128, 8]
+    assert [one.rope_theta for one in families] == [1e4, 1e4, 1e4, 2e6]
+    *others, smollm3 = families
+    assert smollm3.rotary == (True, True, True, False) and all(all(one.rotary) for one in others)
 
 
 def test_heads_are_derived_where_not_given():
@@ -44,7 +47,7 @@ def test_rotary_layers_of_smollm3_mean_nothing_to_llama():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not known; known are llama, qwen2, smollm3"),
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not known; known are llama, qwen2, qwen3, smollm3"),
         ({"model_type": None}, "model_type None is not known"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),

@@ -97,7 +97,7 @@ def test_a_token_of_another_example_changes_nothing():
 
 
 @DEPTHS
-@pytest.mark.parametrize("kind", ["qwen2", "smollm3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "smollm3"])
 def test_scanned_layers_equal_unrolled(layers, kind):
     """Every layer called by hand with its own slice of the stack, its own adapter and dropout, in order."""
     architecture, params = make(layers, kind)
