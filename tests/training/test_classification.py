@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -144,6 +146,18 @@ def test_a_resumed_run_continues_the_exact_loss_curve(finished: Path, tmp_path: 
     config = load_config(finished / "config.yaml", [f"output={tmp_path / 'runs'}"])
     assert losses(train(config)) == expected and len(expected) > 12
     assert (copy / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
+
+
+def test_losses_and_validation_on_several_devices_equal_those_of_one(finished: Path, tmp_path: Path) -> None:
+    """Four CPU devices, weights and rows split over two each; in a process of its own, as JAX splits the CPU once."""
+    settings = [f"output={tmp_path}", "mesh.cpu_devices=4", "mesh.fsdp=2", "train.max_steps=6", "train.batch_examples=16"]
+    command = [sys.executable, "-m", "jaxre.cli", "train", str(finished / "config.yaml"), *settings, "train.schedule=constant"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    config = load_config(finished / "config.yaml", [f"output={tmp_path}", "name=one", *settings[3:], "train.schedule=constant"])
+    one, several = train(config), tmp_path / "run"
+    np.testing.assert_allclose(losses(several), losses(one), rtol=1e-4)  # Adam magnifies the rounding of the first gradients
+    ours, theirs = ([r for r in read_log(run) if r["kind"] == "validation"] for run in (several, one))
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-3) and len(ours) == len(theirs) == 1
 
 
 def test_predictions_are_the_softmax_of_the_exported_head_in_transformers(finished: Path) -> None:
