@@ -159,14 +159,19 @@ def convert(
     to: Annotated[Literal["jaxre", "hf", "peft"], typer.Option(help="hf: Hugging Face; peft: adapter; jaxre: our store")],
     merge: Annotated[bool, typer.Option("--merge", help="merge the adapter into the base")] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given")] = None,
+    quantise: Annotated[Literal["nf4"] | None, typer.Option(help="nf4: projections as NF4, in a jaxre folder")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="read back what was written and compare every tensor")] = False,
 ) -> None:
     """Converts weights from and to Hugging Face and PEFT.
 
-    Example: jaxre convert runs/quickstart exported --to hf --merge
+    Example: jaxre convert runs/quickstart exported --to hf --merge --verify
     """
-    from jaxre.checkpoints.convert import convert
+    from jaxre.checkpoints.convert import convert, verification_table
 
-    console.print(str(convert(source, target, to, merge, dtype)), markup=False)
+    done = convert(source, target, to, merge, dtype, quantise, verify)
+    console.print(str(done), markup=False)
+    if verify:
+        console.print(verification_table(done))
 
 
 def write_json(path: Path | None, value: dict) -> None:

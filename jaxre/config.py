@@ -122,6 +122,9 @@ class Model(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of base weights and products; auto: bfloat16 on an accelerator, float32 on CPU"
     )
+    quantise: Literal["nf4"] | None = Field(
+        None, description="nf4: the projections of the base as NF4 (QLoRA), quantised when it is loaded; as stored if not given"
+    )
     architecture: dict[str, Any] | None = Field(
         None, description="train from scratch: the fields of a config.json, with tokenizer from `path`"
     )
@@ -214,6 +217,8 @@ class Config(Settings):
             raise ValueError("train.objective=lm needs data.text")
         if self.train.objective == "sft" and self.data.train is None:
             raise ValueError("train.objective=sft needs data.train")
+        if self.model.quantise and self.train.method == "full":
+            raise ValueError("model.quantise=nf4 freezes the base; set train.method=lora, or leave model.quantise out")
         return self
 
 

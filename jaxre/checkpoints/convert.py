@@ -1,10 +1,18 @@
 """From one form of a model to another: Hugging Face folders, our own, PEFT adapters, merged.
 
-summary = convert("runs/quickstart", Path("facts-merged"), to="hf", merge=True)
+    summary = convert("runs/quickstart", Path("facts-merged"), to="hf", merge=True)
+
+Base weights pass through one tensor at a time, so that a model of any size needs the memory of its
+largest tensors (the embeddings), not its own.
 """
 
 from __future__ import annotations
 
+import math
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,23 +20,33 @@ from typing import Literal
 import jax
 import ml_dtypes
 import numpy as np
+from jaxre_kernels.nf4 import NF4Weight
+from jaxre_kernels.nf4 import forms as nf4_forms
+from rich.table import Table
+from safetensors import SafetensorError
+from tokenizers import Tokenizer
 
-from jaxre.checkpoints.huggingface import check_free, resolve_model, save_base
-from jaxre.checkpoints.native import save_native
-from jaxre.checkpoints.peft import save_adapter
-from jaxre.checkpoints.source import kind_of, open_model
-from jaxre.config import load_config
+from jaxre.checkpoints.huggingface import atomic_folder, check_free, hf_shapes, positions, write_base
+from jaxre.checkpoints.native import stored_quantised, write_native
+from jaxre.checkpoints.peft import load_adapter, save_adapter
+from jaxre.checkpoints.source import Located, locate, open_weights
 from jaxre.errors import InputError
-from jaxre.models.lora import merge as merge_factors
-from jaxre.models.lora import scale_of
+from jaxre.models.architecture import Architecture, check_vocabulary, read_architecture
+from jaxre.models.lora import merge_one, scale_of
+from jaxre.models.quantised import dequantise_matrix, is_nf4, quantise_matrix
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 NAMES = {"hf": "a Hugging Face folder", "jaxre": "a jaxre folder", "peft": "a PEFT adapter", "run": "a run"}
+BLOCK = 1 << 22  # elements compared at once
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: numbers of weights and bytes, and their dtype. `merged` is whether an adapter was added in."""
+    """What was written: numbers of weights and bytes, and their dtype.
+
+    `merged` is whether an adapter was added in. `differences` is, where the folder was verified, name of
+    each tensor -> max|written - source|, of NF4 by its values; of a merged one the source is W + scale A B in f32.
+    """
 
     source: str
     target: Path
@@ -38,6 +56,7 @@ class Conversion:
     parameters: int
     bytes: int
     dtype: str
+    differences: dict[str, float] | None = None
 
     def __str__(self) -> str:
         merged = ", the adapter merged" if self.merged else ""
@@ -45,60 +64,242 @@ class Conversion:
         return f"{NAMES[self.kind]} {self.source} -> {NAMES[self.to]} {self.target} ({size}{merged})"
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """One conversion: the form of each tensor that is written, its values before the cast, and how a folder is written and read.
+
+    A form is (shape, dtype), with None for the dtype of an NF4 weight.
+    """
+
+    forms: dict[str, tuple[tuple[int, ...], np.dtype | None]]
+    exact: Callable[[str], np.ndarray]
+    write: Callable[[Path], None]
+    reader: Callable[[Path], Callable[[str], np.ndarray | NF4Weight]]
+
+
 def convert(
-    source: str | Path, target: Path, to: Literal["jaxre", "hf", "peft"], merge: bool = False, dtype: str | None = None
+    source: str | Path,
+    target: Path,
+    to: Literal["jaxre", "hf", "peft"],
+    merge: bool = False,
+    dtype: str | None = None,
+    quantise: str | None = None,
+    verify: bool = False,
 ) -> Conversion:
     """Writes `source`, in the form `to`, as the folder `target`, whole or not at all.
 
     Args:
       source: anything `open_model` opens.
-      merge: adds the adapter into the base: formed in f32, cast once to the base's dtype.
-      dtype: "float32", "bfloat16" or "float16" of the written base weights; the stored one is kept if not given.
+      merge: adds the adapter into the base: formed in f32, cast once to the base's dtype. An NF4 base is dequantised:
+        a run's adapter goes into the values that it was trained on, and the merged model predicts as the run does.
+      dtype: "float32", "bfloat16" or "float16" of the written dense weights; the stored one is kept if not given, the
+        embeddings' for what was NF4.
+      quantise: "nf4" for NF4 projections in a jaxre folder. From there to Hugging Face they are dequantised.
+      verify: reads back what was written, as the source's tensors, before the folder appears. Each must have the bits
+        that were meant: those of the source, or of their one rounding where they were merged, cast or quantised.
 
     Raises:
-      InputError: a source that does not open, a combination that says nothing, a target that exists.
+      InputError: a source that does not open, a combination that says nothing, a target that exists or cannot be
+        written, a weight that `dtype` cannot hold, tensors that do not read back as written.
     """
     target = Path(target)
-    _check(source, to, merge, dtype)
-    check_free(target)
-    loaded = open_model(source, dtype=None)
-    if to == "peft":
-        save_adapter(target, loaded.architecture, loaded.lora, loaded.factors, loaded.base_name, loaded.folder)
-        written = loaded.factors
-    else:
-        written = merge_factors(loaded.base, loaded.factors, scale_of(loaded.lora)) if merge else loaded.base
-        if dtype is not None:
-            written = jax.tree.map(lambda leaf: np.asarray(leaf).astype(DTYPES[dtype]), written)
-        save = save_base if to == "hf" else save_native
-        save(target, loaded.architecture, written, loaded.folder)
-    arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(written)]
-    dtypes = ", ".join(sorted({array.dtype.name for array in arrays}))
-    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
-    return Conversion(str(source), target, loaded.kind, to, merge, sum(array.size for array in arrays), size, dtypes)
-
-
-def _check(source: str | Path, to: str, merge: bool, dtype: str | None) -> None:
-    """Refuses what cannot be, before any weight is read."""
     if to not in ("jaxre", "hf", "peft"):
         raise InputError(f"{to}: not a form of a model; --to takes jaxre, hf or peft")
+    found = locate(source)
+    _check(str(source), found, to, merge, dtype, quantise)
+    check_free(target)
+    _check_tokenizer(found.folder)
+    plan = _plan_adapter(found) if to == "peft" else _plan_weights(found, to, merge, dtype, quantise)
+    _check_space(target, sum(_bytes(*form) for form in plan.forms.values()))
+    try:
+        with atomic_folder(target) as folder:
+            plan.write(folder)
+            differences = _verify(plan, folder, target) if verify else None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{target}: cannot be written ({reason}); free its disk or name another folder") from None
+    return Conversion(
+        source=str(source),
+        target=target,
+        kind=found.kind,
+        to=to,
+        merged=merge,
+        parameters=sum(math.prod(shape) for shape, _ in plan.forms.values()),
+        bytes=sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
+        dtype=", ".join(sorted({"NF4" if dtype is None else dtype.name for _, dtype in plan.forms.values()})),
+        differences=differences,
+    )
+
+
+def verification_table(conversion: Conversion) -> Table:
+    """The largest difference of each weight over its layers, and over all."""
+    groups: dict[str, dict[str, float]] = {}
+    for name, value in conversion.differences.items():
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), {})[name] = value
+    found = f"rounded to {conversion.dtype}" if any(conversion.differences.values()) else "bit-identical"
+    table = Table(title=f"verified: {found}")
+    for column in ("weight", "tensors", "largest difference", "in"):
+        table.add_column(column, justify="right" if column in ("tensors", "largest difference") else "left")
+    for weight, members in {**groups, "all": conversion.differences}.items():
+        worst = max(members, key=members.get)
+        table.add_row(weight, str(len(members)), f"{members[worst]:.3g}", worst if members[worst] else "")
+    return table
+
+
+def _plan_weights(found: Located, to: str, merge: bool, dtype: str | None, quantise: str | None) -> _Plan:
+    tensors = open_weights(found.folder, found.quantise)
+    architecture, shapes = tensors.architecture, hf_shapes(tensors.architecture)
+    at, embeddings = positions(architecture), tensors.dtypes["model.embed_tokens.weight"]
+    dtypes = {name: embeddings if stored is None else stored for name, stored in tensors.dtypes.items()}
+    if dtype is not None:
+        dtypes = dict.fromkeys(dtypes, DTYPES[dtype])
+    if quantise:
+        dtypes |= {name: None for name in dtypes if at[name][0].lora}
+    pairs, scale = _pairs(found, architecture) if merge else ({}, 0.0)
+
+    def exact(name: str) -> np.ndarray:
+        value = tensors.read(name)
+        value = dequantise_matrix(value) if is_nf4(value) else value
+        return merge_one(value, *pairs[name], scale) if name in pairs else value
+
+    def write(folder: Path) -> None:
+        fill = write_base if to == "hf" else write_native
+        fill(folder, architecture, dtypes, _ahead((name, _cast(name, exact(name), dtypes[name])) for name in dtypes), found.folder)
+
+    return _Plan({name: (shapes[name], dtypes[name]) for name in dtypes}, exact, write, lambda folder: open_weights(folder).read)
+
+
+def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same, each made in a thread while the one before is written."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(next, tensors, None)
+        while (tensor := coming.result()) is not None:
+            coming = thread.submit(next, tensors, None)
+            yield tensor
+
+
+def _pairs(found: Located, architecture: Architecture) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], float]:
+    """Hugging Face name -> (B, A) in its layout, [O, R] and [R, I], of each targeted weight; and the scale."""
+    lora, factors = load_adapter(found.adapter, architecture)
+    pairs = {}
+    for name, (weight, path, index) in positions(architecture).items():
+        if weight.name in lora.targets:
+            pair = factors[path[0]][weight.name]
+            pairs[name] = (pair["b"][index].T, pair["a"][index].T)
+    return pairs, scale_of(lora)
+
+
+def _plan_adapter(found: Located) -> _Plan:
+    architecture = read_architecture(found.folder)
+    lora, factors = load_adapter(found.adapter, architecture)
+    flat = _flat(factors)
+    return _Plan(
+        {name: (value.shape, value.dtype) for name, value in flat.items()},
+        flat.__getitem__,
+        lambda folder: save_adapter(folder, architecture, lora, factors, found.base_name, found.folder),
+        lambda folder: _flat(load_adapter(folder, architecture)[1]).__getitem__,
+    )
+
+
+def _flat(factors: dict) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(factors)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves if leaf.size}
+
+
+def _bytes(shape: tuple[int, ...], dtype: np.dtype | None) -> int:
+    parts = nf4_forms(shape).values() if dtype is None else [(shape, dtype)]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+
+
+def _cast(name: str, value: np.ndarray, dtype: np.dtype | None) -> np.ndarray | NF4Weight:
+    if dtype is None:
+        return quantise_matrix(value, name)
+    with np.errstate(over="ignore"):
+        cast = value.astype(dtype, copy=False)
+    if dtype.itemsize < value.dtype.itemsize or dtype == np.float16:
+        lost = np.isinf(cast) & np.isfinite(value)
+        if lost.any():
+            raise InputError(f"{name}: {np.asarray(value[lost][0], np.float64):.6g} is too large for {dtype.name}; use --dtype float32")
+    return cast
+
+
+def _verify(plan: _Plan, folder: Path, target: Path) -> dict[str, float]:
+    """max|written - source| of each tensor. Raises InputError for any that is not, bit for bit, what was meant."""
+    read = plan.reader(folder)
+    differences, wrong = {}, {}
+    for name, (_, dtype) in plan.forms.items():
+        exact, back = plan.exact(name), read(name)
+        if dtype is None:
+            meant = _cast(name, exact, dtype)
+            same = is_nf4(back) and all(map(np.array_equal, jax.tree.leaves(meant), jax.tree.leaves(back)))
+            differences[name] = float(np.abs(dequantise_matrix(back) - exact.astype(np.float32)).max())
+            if not same:
+                wrong[name] = differences[name]
+            continue
+        exact, back, differences[name] = exact.reshape(-1), back.reshape(-1), 0.0
+        for start in range(0, exact.size, BLOCK):
+            one, other = exact[start : start + BLOCK], back[start : start + BLOCK]
+            same = other.dtype == dtype and np.array_equal(_cast(name, one, dtype).view(np.uint8), other.view(np.uint8))
+            if not same or one.dtype != dtype:
+                wide = np.float64 if np.float64 in (one.dtype, other.dtype) else np.float32
+                differences[name] = max(differences[name], float(np.abs(one.astype(wide) - other.astype(wide)).max()))
+            if not same:
+                wrong[name] = differences[name]
+    if wrong:
+        worst = max(wrong, key=wrong.get)
+        raise InputError(
+            f"{target}: {len(wrong)} of {len(plan.forms)} tensors do not read back as written, {worst} by {wrong[worst]:.3g}; "
+            "do not trust this disk, name a folder on another"
+        )
+    return differences
+
+
+def _check(source: str, found: Located, to: str, merge: bool, dtype: str | None, quantise: str | None) -> None:
+    """Refuses what cannot be, before any weight is read."""
     if dtype is not None and to == "peft":
         raise InputError(f"--dtype {dtype}: an adapter is stored in float32; leave it out")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: not one of {', '.join(DTYPES)}")
-    folder = resolve_model(str(source))
-    kind = kind_of(folder)
-    has_adapter = kind == "peft" or (kind == "run" and load_config(folder / "config.yaml").train.method == "lora")
+    if quantise not in (None, "nf4"):
+        raise InputError(f"--quantise {quantise}: not a form of weights that is known; nf4 is")
+    if quantise and to != "jaxre":
+        raise InputError(f"--quantise {quantise}: only a jaxre folder holds NF4 weights; use --to jaxre")
     if to == "peft":
-        if not has_adapter:
-            whole = "the run trained all weights" if kind == "run" else f"it is {NAMES[kind]}"
+        if found.adapter is None:
+            whole = "the run trained all weights" if found.kind == "run" else f"it is {NAMES[found.kind]}"
             raise InputError(
-                f"{source}: has no adapter, {whole}; {'use --to hf' if kind != 'hf' else 'train with train.method=lora first'}"
+                f"{source}: has no adapter, {whole}; {'use --to hf' if found.kind != 'hf' else 'train with train.method=lora first'}"
             )
         if merge:
             raise InputError(f"{source}: a merged model is no adapter; leave --merge out, or use --to hf")
-    elif has_adapter and not merge:
+    elif found.adapter is not None and not merge:
         raise InputError(f"{source}: is an adapter on a base; add --merge for a whole model, or use --to peft for the adapter alone")
-    elif merge and not has_adapter:
+    elif merge and found.adapter is None:
         raise InputError(f"{source}: has no adapter to merge; leave --merge out")
-    if kind == to:
+    if quantise and found.adapter is not None:
+        raise InputError(f"{source}: is an adapter on a base; merge it into a folder first, then quantise that")
+    if found.kind == to and not (quantise and not stored_quantised(found.folder)):
         raise InputError(f"{source}: is {NAMES[to]} already; copy the folder")
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raises InputError for a tokenizer with tokens that the embeddings lack; a folder may have none."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+    try:
+        highest = max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values(), default=0)
+    except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception)
+        raise InputError(f"{path}: the tokenizer does not load ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+    try:
+        check_vocabulary(highest, read_architecture(folder))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def _check_space(target: Path, needed: int) -> None:
+    """Raises InputError where the disk is too small, before an hour of writing shows it."""
+    place = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise InputError(f"{target}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; name a folder on another disk")

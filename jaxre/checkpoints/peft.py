@@ -19,7 +19,8 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors.numpy import save_file
 
-from jaxre.checkpoints.huggingface import atomic_folder, copy_side_files, open_safetensors, read_json, read_tensor
+from jaxre.checkpoints.huggingface import atomic_folder, copy_side_files, read_json
+from jaxre.checkpoints.shards import STORED_DTYPES, stored_tensors
 from jaxre.config import LORA_TARGETS, Lora
 from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture
@@ -111,19 +112,17 @@ def load_adapter(folder: Path, architecture: Architecture) -> tuple[Lora, dict]:
             "a": np.empty((*stack, inputs, lora.rank), np.float32),
             "b": np.empty((*stack, lora.rank, outputs), np.float32),
         }
-    problems = []
-    with open_safetensors(path) as file:
-        stored = set(file.keys())
-        for weight, layer, side, name, shape in _peft_names(architecture, lora):
-            if name not in stored:
-                problems.append(f"{name} is missing")
-                continue
-            stored.remove(name)
-            found = tuple(file.get_slice(name).get_shape())
-            if found != shape:
-                problems.append(f"{name} has shape {list(found)}, expected {list(shape)}")
-                continue
-            _at(factors, architecture, weight, layer)[side][...] = read_tensor(file, name, path).T
+    problems, stored = [], stored_tensors(path)
+    for weight, layer, side, name, shape in _peft_names(architecture, lora):
+        found = stored.pop(name, None)
+        if found is None:
+            problems.append(f"{name} is missing")
+        elif found.shape != shape:
+            problems.append(f"{name} has shape {list(found.shape)}, expected {list(shape)}")
+        elif found.kind not in STORED_DTYPES:
+            problems.append(f"{name} is stored as {found.kind}, which is not one of {', '.join(STORED_DTYPES)}")
+        else:
+            _at(factors, architecture, weight, layer)[side][...] = found.read().T
     problems += [f"{name} is not known" for name in sorted(stored)]
     if problems:
         raise InputError(f"{path}: {'; '.join(problems)}; the adapter belongs to another base, or its tensors do not fit {CONFIG_FILE}")

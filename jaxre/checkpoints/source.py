@@ -17,8 +17,8 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxre.checkpoints.huggingface import load_base, resolve_model
-from jaxre.checkpoints.native import is_native, load_native
+from jaxre.checkpoints.huggingface import Tensors, load_base, open_base, quantised, resolve_model
+from jaxre.checkpoints.native import is_native, load_native, open_native
 from jaxre.checkpoints.peft import CONFIG_FILE, base_name_of, load_adapter
 from jaxre.config import Config, Lora, load_config
 from jaxre.errors import InputError
@@ -33,7 +33,7 @@ class Loaded:
 
     `folder` carries its tokenizer and config.json; `name` is what to call it; `base` its weights
     (numpy, our layout) without the adapter; `lora` and `factors` (numpy f32) the adapter, if it has one.
-    `kind` is what was opened; `base_name` what an adapter names as its base.
+    `kind` is what was opened; `base_name` what an adapter names as its base; `quantise` how a dense base was quantised.
     """
 
     folder: Path
@@ -44,6 +44,7 @@ class Loaded:
     factors: dict[str, Any] | None = None
     kind: Kind = "hf"
     base_name: str | None = None
+    quantise: str | None = None
 
 
 def compute_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> np.dtype:
@@ -53,30 +54,63 @@ def compute_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16) if setting == "bfloat16" else np.dtype(np.float32)
 
 
-def open_model(path: str | Path, dtype: np.dtype | None) -> Loaded:
-    """A model's architecture, base weights and adapter.
+@dataclass(frozen=True)
+class Located:
+    """Where the parts of a model lie: `folder` holds its base weights, `adapter` its adapter, if it has one. The rest as in Loaded."""
+
+    folder: Path
+    name: str
+    kind: Kind
+    adapter: Path | None = None
+    base_name: str | None = None
+    quantise: str | None = None
+
+
+def locate(path: str | Path, quantise: str | None = None) -> Located:
+    """The parts of a model, of which nothing is read yet.
 
     Args:
       path: a Hugging Face folder, a jaxre folder, a PEFT adapter, a run folder, a shipped name or a hub id.
-      dtype: of the base weights; as stored if None.
+      quantise: "nf4" for a base with NF4 projections; a run with an adapter takes its own setting, for its
+        adapter belongs to that base.
 
     Raises:
-      InputError: nothing of the kind, an unfinished run, or weights that do not fit.
+      InputError: nothing of the kind, or an unfinished run.
     """
     folder = resolve_model(str(path))
     kind = kind_of(folder)
     name = folder.absolute().name if Path(path).expanduser().is_dir() else str(path)
     if kind == "peft":
-        return _with_adapter(folder, name, kind, base_name_of(folder), dtype)
+        return _with_adapter(folder, name, kind, base_name_of(folder), quantise)
     if kind == "run":
         config = load_config(folder / "config.yaml")
         check_finished(folder, config)
         if config.train.method == "full":
-            architecture, base = load_base(folder / "model", dtype)
-            return Loaded(folder / "model", config.name, architecture, base, kind="run")
-        return _with_adapter(folder / "adapter", config.name, kind, config.model.path, dtype)
-    architecture, base = load_native(folder, dtype) if kind == "jaxre" else load_base(folder, dtype)
-    return Loaded(folder, name, architecture, base, kind=kind)
+            return Located(folder / "model", config.name, kind, quantise=quantise)
+        return _with_adapter(folder / "adapter", config.name, kind, config.model.path, config.model.quantise)
+    return Located(folder, name, kind, quantise=quantise)
+
+
+def open_weights(folder: Path, quantise: str | None = None) -> Tensors:
+    """The base weights of a Hugging Face or jaxre folder, to be read one at a time. Raises InputError for weights that do not fit."""
+    tensors = open_native(folder) if is_native(folder) else open_base(folder)
+    return quantised(tensors, folder) if quantise else tensors
+
+
+def open_model(path: str | Path, dtype: np.dtype | None, quantise: str | None = None) -> Loaded:
+    """A model's architecture, base weights and adapter.
+
+    Args:
+      path, quantise: what `locate` takes.
+      dtype: of the dense base weights; as stored if None.
+
+    Raises:
+      InputError: nothing of the kind, an unfinished run, or weights that do not fit.
+    """
+    found = locate(path, quantise)
+    architecture, base = (load_native if is_native(found.folder) else load_base)(found.folder, dtype, found.quantise)
+    lora, factors = (None, None) if found.adapter is None else load_adapter(found.adapter, architecture)
+    return Loaded(found.folder, found.name, architecture, base, lora, factors, found.kind, found.base_name, found.quantise)
 
 
 def kind_of(folder: Path) -> Kind:
@@ -130,11 +164,8 @@ def base_folder_of(name: str, seen: frozenset[Path] = frozenset()) -> Path:
     return folder / "model" if config.train.method == "full" else base_folder_of(config.model.path, seen)
 
 
-def _with_adapter(adapter: Path, name: str, kind: Kind, base_name: str, dtype: np.dtype | None) -> Loaded:
+def _with_adapter(adapter: Path, name: str, kind: Kind, base_name: str, quantise: str | None) -> Located:
     try:
-        folder = base_folder_of(base_name)
+        return Located(base_folder_of(base_name), name, kind, adapter, base_name, quantise)
     except InputError as error:
         raise InputError(f"{adapter}: its base {base_name} does not open: {error}") from None
-    architecture, base = load_native(folder, dtype) if is_native(folder) else load_base(folder, dtype)
-    lora, factors = load_adapter(adapter, architecture)
-    return Loaded(folder, name, architecture, base, lora, factors, kind, base_name)

@@ -76,7 +76,7 @@ def open_task(model: str, config_path: Path | None) -> Task:
         raise InputError(f"{model}: not a run folder, so its prompt and labels are not known; give --config CONFIG with prompt and data")
     config = load_config(config_path or folder / "config.yaml")
     schema, train = load_schema(config)
-    loaded = open_model(model, compute_dtype(config.model.dtype))
+    loaded = open_model(model, compute_dtype(config.model.dtype), config.model.quantise)
     return Task(loaded, config, schema, demonstrator(train, config.prompt, config.seed), folder if is_run else None)
 
 

@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxre_kernels.attention import attention
-from jaxre_kernels.lora import keep_mask, lora_linear
+from jaxre_kernels.lora import keep_mask, lora_linear, low_rank_term
+from jaxre_kernels.nf4 import nf4_linear
 
 from jaxre.models.architecture import Architecture
+from jaxre.models.quantised import is_nf4
 
 Tree = dict[str, Any]
 # (q, k, v, cache of the layer) -> (context, new cache of the layer)
@@ -54,7 +56,7 @@ def forward(
     """Packed rows to hidden states, before the final norm.
 
     Args:
-      params: base weights in the compute dtype.
+      params: base weights in the compute dtype, or with projections that are `NF4Weight`s.
       tokens, positions, visible_until: [B, T] int32, the packed rows.
       adapter: LoRA factors, if any.
       constrain: applied to the [B, T, D] activations, to keep them sharded over rows.
@@ -156,7 +158,11 @@ def input_group(
         dropped = jnp.where(keep, x * jnp.asarray(1 / (1 - adapter.rate), x.dtype), 0)
     outputs = []
     for name in names:
-        if name in low_rank:
+        if is_nf4(weights[name]):
+            y = nf4_linear(x, weights[name])
+            if name in low_rank:
+                y += low_rank_term(x, low_rank[name]["a"], low_rank[name]["b"], adapter.scale, dropped)
+        elif name in low_rank:
             y = lora_linear(x, weights[name], low_rank[name]["a"], low_rank[name]["b"], adapter.scale, dropped)
         else:
             y = x @ weights[name]

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxre.config import Lora
 from jaxre.models.architecture import Architecture
+from jaxre.models.quantised import dense_shape, is_nf4, layer_matrices
 from jaxre.models.weights import Weight, places
 
 
@@ -48,18 +49,32 @@ def adapter_axes(architecture: Architecture, lora: Lora) -> dict:
 
 
 def merge(params: dict, factors: dict, scale: float) -> dict:
-    """The base (numpy) with W + scale A B in place of each targeted W: formed in f32, cast once to W's dtype.
+    """The base (numpy) with W + scale A B in place of each targeted W: formed in f32, cast once.
 
-    One layer is formed at a time, so the host holds the merged stack and one matrix in f32.
+    The projections of an NF4 base come out dense, targeted or not: an adapter belongs to the values it was
+    trained on, which are the dequantised ones. PEFT quantises the sum again, which adds an error of its own.
+    Matrices that are formed have the dtype of W, or of an NF4 base's embeddings. One layer is formed at a time,
+    so the host holds the merged stack and one matrix in f32.
     """
     merged = dict(params)
     for part in ("layers", "last"):
         merged[part] = dict(params[part])
-        for name, factor in factors[part].items():
-            w, a, b = (np.asarray(value) for value in (params[part][name], factor["a"], factor["b"]))
-            whole = np.empty_like(w)
-            for layer in np.ndindex(w.shape[:-2]):  # () alone for the last layer
-                product = a[layer].astype(np.float32) @ b[layer].astype(np.float32)
-                whole[layer] = w[layer].astype(np.float32) + np.float32(scale) * product
+        for name, w in params[part].items():
+            factor = factors[part].get(name)
+            if factor is None and not is_nf4(w):
+                continue
+            whole = np.empty(dense_shape(w), (params["embed"] if is_nf4(w) else w).dtype)
+            for layer, matrix in layer_matrices(w):  # () alone for the last layer
+                if factor is not None:
+                    matrix = merge_one(matrix, np.asarray(factor["a"][layer]), np.asarray(factor["b"][layer]), scale)
+                whole[layer] = matrix
             merged[part][name] = whole
     return merged
+
+
+def merge_one(w: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> np.ndarray:
+    """W + scale left right in f32: W [I, O] with left A [I, R] and right B [R, O], or all three transposed."""
+    whole = left.astype(np.float32) @ right.astype(np.float32)
+    whole *= np.float32(scale)
+    whole += w.astype(np.float32)
+    return whole

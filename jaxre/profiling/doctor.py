@@ -46,6 +46,7 @@ def diagnose() -> Table:
     name, why = choose_attention()
     table.add_row("attention", f"{name}: {why}")
     table.add_row("fused LoRA", "xla: the only implementation there is")
+    table.add_row("NF4", "xla: the only implementation there is")
     table.add_section()
     root = data_root()
     table.add_row("benchmarks", f"{root}" if root.is_dir() else f"{root} is not there; set JAXRE_DATA to the folder of the benchmarks")

@@ -17,6 +17,7 @@ from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture, architecture_of, check_vocabulary
 from jaxre.models.lora import init_adapter
 from jaxre.models.module import init_weights
+from jaxre.models.quantised import is_quantised
 from jaxre.training import sharding
 from jaxre.training.step import State
 
@@ -25,7 +26,7 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Initial:
-    """`base` is the frozen base of a LoRA run in the compute dtype, or empty where all of it is trained."""
+    """`base` is the frozen base of a LoRA run in the compute dtype (or NF4 where it is), or empty where all of it is trained."""
 
     architecture: Architecture
     base: Tree
@@ -50,10 +51,12 @@ def initial_state(config: Config, dtype: np.dtype, optimiser: optax.GradientTran
         architecture = architecture_of(config.model.architecture, "model.architecture")
         params = jax.tree.map(np.asarray, init_weights(architecture, config.seed))
     else:
-        loaded = open_model(config.model.path, np.dtype(np.float32) if full else dtype)
+        loaded = open_model(config.model.path, np.dtype(np.float32) if full else dtype, config.model.quantise)
         architecture, params, factors = loaded.architecture, loaded.base, loaded.factors
         if factors is not None:
             check_continues(config, loaded)
+        elif full and is_quantised(params):
+            raise InputError(f"{config.model.path}: is quantised, which full fine-tuning cannot change; name the model it was made from")
     if full:
         trainable, base = params, {}
         shardings = sharding.base_shardings(architecture, mesh)
@@ -61,7 +64,7 @@ def initial_state(config: Config, dtype: np.dtype, optimiser: optax.GradientTran
         if factors is None:
             factors = init_adapter(architecture, config.lora, jax.random.key(config.seed))
         trainable = jax.tree.map(np.asarray, factors)
-        base = sharding.put(params, sharding.base_shardings(architecture, mesh))
+        base = sharding.put(params, sharding.quantised_shardings(params, sharding.base_shardings(architecture, mesh), mesh))
         shardings = sharding.adapter_shardings(architecture, config.lora, trainable, mesh)
     trainable = sharding.put(trainable, shardings)
     shapes = jax.eval_shape(optimiser.init, trainable)
@@ -76,6 +79,10 @@ def check_continues(config: Config, loaded: Loaded) -> None:
     if config.train.method == "full":
         raise InputError(
             f"{path}: has an adapter, which full fine-tuning would leave out; merge it first: jaxre convert {path} TARGET --to hf --merge"
+        )
+    if loaded.kind == "run" and config.model.quantise != loaded.quantise:
+        raise InputError(
+            f"model.quantise: {config.model.quantise} here, but the adapter of {path} was trained with {loaded.quantise}; set it to that"
         )
     ours, theirs = config.lora, loaded.lora
     for name in ("rank", "alpha", "rslora", "targets"):

@@ -31,6 +31,7 @@ from jaxre.data.packing import Plan
 from jaxre.data.rows import Rows, empty_rows
 from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture
+from jaxre.models.quantised import base_bytes, is_nf4
 from jaxre.models.weights import parameter_count
 from jaxre.training import sharding
 from jaxre.training.initial import Initial, check_tokens, initial_state
@@ -238,6 +239,7 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
         ("supervised share", f"{supervised:.1%} of real tokens"),
         ("devices", where),
         ("attention", f"{attention} ({why})"),
+        *([("base", described_base(initial))] if config.train.method == "lora" else []),
         *([("LoRA", "xla (the only implementation there is)")] if config.train.method == "lora" else []),
         ("compilations", f"{len(compiled)}, one a row shape"),
         (
@@ -247,6 +249,15 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
     ):
         table.add_row(name, value)
     return table
+
+
+def described_base(initial: Initial) -> str:
+    """Bytes of the frozen base as it is stored, and in what form."""
+    projections = [leaf for leaf in jax.tree.leaves(initial.base, is_leaf=is_nf4) if is_nf4(leaf)]
+    whole, quantised = (f"{base_bytes(part) / 2**20:,.1f} MiB" for part in (initial.base, projections))
+    if not projections:
+        return f"{whole} ({initial.dtype})"
+    return f"{whole} (projections NF4, {quantised}, dequantised by xla, the only implementation there is; the rest {initial.dtype})"
 
 
 def memory_of(compiled: dict) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from jaxre.data.rows import Rows
 from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture
 from jaxre.models.lora import adapter_axes
+from jaxre.models.quantised import is_nf4
 from jaxre.models.weights import places, tree_of
 
 Tree = Any
@@ -93,6 +94,18 @@ def _named(mesh: jax.sharding.Mesh, shape: tuple[int, ...], axes: tuple[str | No
 def base_shardings(architecture: Architecture, mesh: jax.sharding.Mesh) -> Tree:
     """Shardings of the base weights, in their form."""
     return tree_of((path, _named(mesh, shape, axes)) for _, path, shape, axes in places(architecture))
+
+
+def quantised_shardings(base: Tree, shardings: Tree, mesh: jax.sharding.Mesh) -> Tree:
+    """`shardings` of a dense base for `base`, which may have NF4 projections: those lie whole on every device.
+
+    At four bits the largest of the models takes 1.5 GB; split rows would be gathered, dequantised, in every layer and pass.
+    """
+
+    def whole(leaf: Any, given: NamedSharding) -> Any:
+        return jax.tree.map(lambda _: replicated(mesh), leaf) if is_nf4(leaf) else given
+
+    return jax.tree.map(whole, base, shardings, is_leaf=is_nf4)
 
 
 def adapter_shardings(architecture: Architecture, lora: Lora, factors: Tree, mesh: jax.sharding.Mesh) -> Tree:

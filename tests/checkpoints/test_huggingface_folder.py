@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_decoders import CONFIGS, build, ground_truth, our_logits, relative, their_logits, tokens_of
 
-from jaxre.checkpoints import huggingface
+from jaxre.checkpoints import huggingface, shards
 from jaxre.checkpoints.huggingface import atomic_folder, load_base, resolve_model, save_base
 from jaxre.errors import InputError
 
@@ -102,18 +102,81 @@ def test_sharded_index_loads_as_the_single_file_does(tmp_path, family):
 def test_large_weights_are_written_in_shards_that_transformers_loads(tiny_base, tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(huggingface, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 40_000)
     architecture, params = load_base(tiny_base)
     save_base(tmp_path / "saved", architecture, params, like=tiny_base)
     index = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
-    shards = sorted(path.name for path in (tmp_path / "saved").glob("*.safetensors"))
-    assert len(shards) > 2 and sorted(set(index["weight_map"].values())) == shards
-    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    names = sorted(path.name for path in (tmp_path / "saved").glob("*.safetensors"))
+    assert len(names) > 2 and sorted(set(index["weight_map"].values())) == names
+    assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
     assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     assert jax.tree.all(jax.tree.map(same_bits, load_base(tmp_path / "saved")[1], params))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto").eval()
     tokens = tokens_of(architecture.vocabulary, 1, 16)
     assert relative(our_logits(architecture, params, tokens), their_logits(model, tokens)) < 1e-4
+
+
+def test_index_is_the_one_transformers_writes(tmp_path, family, monkeypatch):
+    """Every tensor in the file that the index names, in shards no larger than asked, and the same total."""
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32).save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    save_base(tmp_path / "ours", *load_base(family), like=family)
+    theirs, ours = (json.loads((tmp_path / name / "model.safetensors.index.json").read_text()) for name in ("theirs", "ours"))
+    assert ours["weight_map"].keys() == theirs["weight_map"].keys()
+    assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+    files = {path.name: load_file(path) for path in (tmp_path / "ours").glob("*.safetensors")}
+    assert {name: file for file, tensors in files.items() for name in tensors} == ours["weight_map"]
+    for tensors in files.values():
+        assert sum(value.nbytes for value in tensors.values()) <= 20_000 or len(tensors) == 1
+
+
+def test_shards_of_several_dtypes_are_read_by_safetensors_and_torch(tmp_path, monkeypatch):
+    """Odd sizes, written in another order than they lie in; each tensor starts at a multiple of its own size."""
+    from safetensors.torch import load_file as load_torch
+
+    draw = np.random.default_rng(0)
+    tensors = {
+        f"{dtype.name}.{size}": draw.standard_normal((size, 3)).astype(dtype)
+        for dtype in shards.STORED_DTYPES.values()
+        for size in (1, 7, 64)
+    }
+    for limit in (10**6, 300):
+        monkeypatch.setattr(shards, "SHARD_BYTES", limit)
+        (tmp_path / str(limit)).mkdir()
+        forms = {name: (value.shape, value.dtype) for name, value in tensors.items()}
+        shards.write_shards(tmp_path / str(limit), forms, reversed(tensors.items()))
+        files = sorted((tmp_path / str(limit)).glob("*.safetensors"))
+        assert (len(files) == 1) == (limit == 10**6)
+        read = {name: value for path in files for name, value in load_file(path).items()}
+        assert read.keys() == tensors.keys() and all(same_bits(read[name], value) for name, value in tensors.items())
+        for name, value in {name: value for path in files for name, value in load_torch(path).items()}.items():
+            np.testing.assert_array_equal(value.double().numpy(), tensors[name].astype(np.float64))
+        for path in files:
+            data = path.read_bytes()
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            start = 8 + int.from_bytes(data[:8], "little")
+            assert all(
+                (start + entry["data_offsets"][0]) % tensors[name].itemsize == 0 for name, entry in header.items() if name in tensors
+            )
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (63, 5), (64, 64), (65, 3), (200, 129)])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_blocked_transpose_is_numpys(shape, dtype):
+    matrix = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    turned = huggingface.transposed(matrix)
+    assert turned.flags.c_contiguous and same_bits(turned, np.ascontiguousarray(matrix.T))
+    assert same_bits(huggingface.transposed(matrix.T), matrix)  # of a view that is not contiguous
+
+
+def test_tensors_other_than_promised_are_never_written(tmp_path):
+    form = {"a": ((2, 3), np.dtype(np.float32)), "b": ((1,), np.dtype(np.float32))}
+    good = [("a", np.zeros((2, 3), np.float32)), ("b", np.zeros(1, np.float32))]
+    for bad in ([("a", good[0][1].T), good[1]], [("a", good[0][1].astype(np.float64)), good[1]], good[:1]):
+        with pytest.raises(ValueError, match=r"is not|not written: b"):
+            shards.write_shards(tmp_path, form, bad)
 
 
 def test_hub_cache_of_links_to_blobs_loads(folder, tmp_path):
@@ -203,9 +266,9 @@ def test_other_head_than_the_tied_embeddings_is_refused(tied):
 
 
 def test_layers_stored_in_several_dtypes_are_refused_unless_one_is_asked_for(folder):
-    name = "model.layers.1.mlp.up_proj.weight"
-    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].astype(ml_dtypes.bfloat16)}))
-    assert "BF16 and F32" in refusal(folder)
+    names = ["model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.k_proj.weight"]
+    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].astype(ml_dtypes.bfloat16) for name in names}))
+    assert "k is stored as bfloat16 and float32; up is stored as bfloat16 and float32 in different layers" in refusal(folder)
     load_base(folder, np.dtype(np.float32))
 
 
@@ -214,6 +277,31 @@ def test_truncated_file_is_refused(folder, cut):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
     assert "model.safetensors: not a whole safetensors file" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data, header: b"\xff" * 8 + data[8:],
+        lambda data, header: data[:20] + b"\x00" + data[21:],
+        lambda data, header: data + b"more",
+        lambda data, header: b"\x80\x04cos\nsystem\n." + data,
+        lambda data, header: with_header(data, {**header, "model.norm.weight": {**header["model.norm.weight"], "data_offsets": [0, 128]}}),
+        lambda data, header: with_header(data, {**header, "model.norm.weight": {**header["model.norm.weight"], "shape": [1 << 62, 8]}}),
+        lambda data, header: with_header(data, {**header, "model.norm.weight": {**header["model.norm.weight"], "dtype": "PICKLE"}}),
+    ],
+    ids=["length of the header", "header", "longer than it says", "a pickle", "overlapping tensors", "overflowing shape", "unknown type"],
+)
+def test_corrupt_file_is_refused(folder, damage):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(damage(data, json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])))
+    assert "model.safetensors: not a whole safetensors file" in refusal(folder)
+
+
+def with_header(data: bytes, header: dict) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + int.from_bytes(data[:8], "little") :]
 
 
 def index_of(folder, change) -> None:
@@ -236,7 +324,10 @@ def test_index_that_points_outside_the_folder_is_refused(folder, place):
     ("change", "message"),
     [
         (lambda tree: tree["weight_map"].update({"model.norm.weight": "gone.safetensors"}), "gone.safetensors: no such file"),
-        (lambda tree: tree["weight_map"].update({"model.extra": "model-00001-of-00001.safetensors"}), "model.extra is not in it"),
+        (
+            lambda tree: tree["weight_map"].update(dict.fromkeys(("model.extra", "model.more"), "model-00001-of-00001.safetensors")),
+            "model.extra is not in its file, though the index says so; model.more is not in its file",
+        ),
         (lambda tree: tree["weight_map"].pop("model.norm.weight") and None, "model.norm.weight is missing"),
         (lambda tree: tree.update({"weight_map": ["a"]}), "not a safetensors index"),
         (lambda tree: tree.update({"weight_map": {"a": 5}}), "not a safetensors index"),
@@ -251,11 +342,20 @@ def test_broken_index_is_refused(folder, change, message):
     assert message in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights.pkl"])
 def test_pickled_weights_are_never_read(folder, name):
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(b"\x80\x04cos\nsystem\n.")
     assert "pickled" in refusal(folder) and "save_pretrained" in refusal(folder)
+    with pytest.raises(InputError, match=rf"{name}: holds pickled weights, which are never read; convert them with transformers"):
+        resolve_model(str(folder / name))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    assert f"{name}: pickled weights, which are never read; convert them with transformers" in refusal(folder)
+
+
+def test_file_in_place_of_a_folder_is_refused(folder):
+    with pytest.raises(InputError, match=r"model\.safetensors: is a file; give its folder"):
+        resolve_model(str(folder / "model.safetensors"))
 
 
 def test_folder_without_weights_or_config_is_refused(folder):

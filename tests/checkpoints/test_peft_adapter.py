@@ -13,11 +13,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_decoders import build, ground_truth, our_logits, random_factors, relative, their_logits, tokens_of
 
+from jaxre.checkpoints.convert import convert
 from jaxre.checkpoints.huggingface import load_base
 from jaxre.checkpoints.peft import base_name_of, load_adapter, save_adapter
 from jaxre.config import LORA_TARGETS, Lora
 from jaxre.errors import InputError
-from jaxre.models.lora import merge, scale_of
+from jaxre.models.lora import scale_of
 
 torch = ground_truth("torch")
 peft = ground_truth("peft")
@@ -163,21 +164,19 @@ def test_adapter_made_by_peft_gives_peft_logits(tiny_base, tmp_path, settings, t
 
 def merged_by_both(folder, tmp_path, lora, dtype):
     """(our merged tensors, peft's, the base's) under Hugging Face names, as torch tensors of `dtype`."""
-    from jaxre.checkpoints.huggingface import hf_tensors
-
     build(
         {"model_type": "qwen2", "tie_word_embeddings": True, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 96},
         folder,
         dtype=dtype,
     )
-    architecture, params = load_base(folder)
-    factors = random_factors(architecture, lora)
-    save_adapter(tmp_path / "adapter", architecture, lora, factors, str(folder), folder)
+    architecture, _ = load_base(folder)
+    save_adapter(tmp_path / "adapter", architecture, lora, random_factors(architecture, lora), str(folder), folder)
     merged = peft.PeftModel.from_pretrained(transformers_base(folder), tmp_path / "adapter").merge_and_unload()
     theirs = {name: value for name, value in merged.state_dict().items() if name != "lm_head.weight"}
-    ours = dict(hf_tensors(architecture, merge(params, factors, scale_of(lora))))
+    convert(tmp_path / "adapter", tmp_path / "merged", "hf", merge=True)
+    ours = load_file(tmp_path / "merged/model.safetensors")
     assert ours.keys() == theirs.keys() and {value.dtype.name for value in ours.values()} == {dtype}
-    return ours, theirs, dict(hf_tensors(architecture, params))
+    return ours, theirs, load_file(folder / "model.safetensors")
 
 
 def test_merging_into_float32_equals_merge_and_unload(tmp_path, lora):

@@ -1,6 +1,6 @@
 """Run by test_mesh.py on 8 simulated devices: loss and gradients of one update on one device and on several meshes.
 
-python mesh_gradients.py MODEL_FOLDER WORK_FOLDER METHOD  -> one JSON line per mesh
+python mesh_gradients.py MODEL_FOLDER WORK_FOLDER METHOD  -> one JSON line per mesh; METHOD is lora, full or qlora
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def perturbed(leaf: jax.Array) -> jax.Array:
 def main(model: str, work: str, method: str) -> None:
     reference = None
     for axes in MESHES:
-        config = tiny_config(Path(work), Path(model), mesh=axes, train={"method": method})
+        config = tiny_config(Path(work), Path(model), mesh=axes, train={"method": "full" if method == "full" else "lora"})
+        if method == "qlora":
+            config = config.model_copy(update={"model": config.model.model_copy(update={"quantise": "nf4"})})
         found = gradients(config, Path(model), jax.devices() if axes else jax.devices()[:1])
         reference = reference or found
         worst = max(

@@ -48,7 +48,7 @@ def losses(run: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in read_log(run) if record["kind"] == "train"}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", "full", "qlora"])
 def test_gradients_on_every_mesh_equal_one_device(tiny_model: Path, tmp_path: Path, method: str) -> None:
     command = [sys.executable, str(HERE / "mesh_gradients.py"), str(tiny_model), str(tmp_path), method]
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=300)

@@ -20,5 +20,10 @@ def lora_linear(x: jax.Array, w: jax.Array, a: jax.Array, b: jax.Array, scale: f
     Returns:
       [..., O] of x's dtype.
     """
+    return x @ w + low_rank_term(x, a, b, scale, dropped)
+
+
+def low_rank_term(x: jax.Array, a: jax.Array, b: jax.Array, scale: float, dropped: jax.Array | None = None) -> jax.Array:
+    """scale (x' A) B alone, for a weight that is multiplied in its own way; arguments as in `lora_linear`."""
     low = (x if dropped is None else dropped) @ a.astype(x.dtype)
-    return x @ w + (low * jnp.asarray(scale, x.dtype)) @ b.astype(x.dtype)
+    return (low * jnp.asarray(scale, x.dtype)) @ b.astype(x.dtype)

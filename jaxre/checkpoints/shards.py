@@ -1,0 +1,156 @@
+"""Safetensors files, read and written one tensor at a time.
+
+    tensors = {name: one.read() for name, one in stored_tensors(path).items()}
+    write_shards(folder, {"model.norm.weight": ((64,), np.dtype(np.float32))}, tensors.items())
+
+`safetensors.numpy.save_file` wants every tensor of a file in memory at once: 5 GB a shard. Here all
+headers are written first (sizes are known before any weight is read), then each tensor at its place,
+in whatever order they come. `safe_open` checks a file; its data is read straight into numpy, which
+measured 4 times as fast as `get_tensor`, and maps no pages that would count as the process's memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxre.errors import InputError
+
+# Safetensors' words for the types a weight may have.
+STORED_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+SHARD_BYTES = 5 * 10**9  # transformers' and the hub's usual size
+
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+MEND_PICKLED = "convert them with transformers: model.save_pretrained(folder, safe_serialization=True)"
+
+Form = tuple[tuple[int, ...], np.dtype]  # shape and dtype of a tensor
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of a file, of which only the header was read. `kind` is safetensors' word for its dtype."""
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Raises KeyError for a type that is none of STORED_DTYPES."""
+        return STORED_DTYPES[self.kind]
+
+    def read(self) -> np.ndarray:
+        """The tensor. Raises InputError where the disk does not give it."""
+        try:
+            data = np.fromfile(self.path, np.uint8, self.bytes, offset=self.start)
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if data.size < self.bytes:
+            raise InputError(f"{self.path}: became shorter while it was read; download it again")
+        return data.view(self.dtype).reshape(self.shape)
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Name -> tensor of a safetensors file, in the order in which they lie in it.
+
+    Raises:
+      InputError: a file that is missing, truncated, corrupt or pickled.
+    """
+    if path.suffix in PICKLED:
+        raise InputError(f"{path}: pickled weights, which are never read; {MEND_PICKLED}")
+    try:
+        safe_open(path, framework="np", backend="pread")  # checks that header, types, shapes and length agree
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0], _extent(entry))
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+    }
+
+
+def _extent(entry: dict) -> int:
+    start, end = entry["data_offsets"]
+    return end - start
+
+
+def write_shards(folder: Path, forms: dict[str, Form], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes `model.safetensors`, or shards of at most SHARD_BYTES (a larger tensor is one alone) and their index.
+
+    Args:
+      forms: name -> (shape, dtype) of every tensor, in the order in which they are laid out.
+      tensors: (name, array of that form) of each, once, in any order; one is held at a time.
+
+    Raises:
+      ValueError: tensors that are not those of `forms`.
+      OSError: the disk does not take them.
+    """
+    words = {dtype: word for word, dtype in STORED_DTYPES.items()}
+    shards = _shards(forms)
+    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in _counted(shards)]
+    places = {}
+    with contextlib.ExitStack() as stack:
+        for file_name, members in zip(names, shards, strict=True):
+            header: dict = {"__metadata__": {"format": "pt"}}
+            end = 0
+            for name in members:
+                start, end = end, end + _bytes(forms[name])
+                header[name] = {"dtype": words[forms[name][1]], "shape": forms[name][0], "data_offsets": (start, end)}
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)  # so that the data is aligned
+            file = stack.enter_context((folder / file_name).open("wb"))
+            file.write(len(text).to_bytes(8, "little") + text)
+            places |= {name: (file, 8 + len(text) + header[name]["data_offsets"][0]) for name in members}
+        for name, tensor in tensors:
+            file, place = places.pop(name)
+            if (tensor.shape, tensor.dtype) != forms[name]:
+                raise ValueError(f"{name}: {tensor.dtype} {tensor.shape} is not {forms[name]}")
+            file.seek(place)
+            file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+        if places:
+            raise ValueError(f"not written: {', '.join(places)}")
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(map(_bytes, forms.values()))},
+            "weight_map": {name: file_name for file_name, members in zip(names, shards, strict=True) for name in members},
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _shards(forms: dict[str, Form]) -> list[list[str]]:
+    """The names of each shard; wide types first, which keeps every tensor aligned to its own."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in sorted(forms, key=lambda name: -forms[name][1].itemsize):
+        if shards[-1] and size + _bytes(forms[name]) > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _bytes(forms[name])
+    return shards
+
+
+def _counted(shards: list) -> range:
+    return range(1, len(shards) + 1)
+
+
+def _bytes(form: Form) -> int:
+    return math.prod(form[0]) * form[1].itemsize

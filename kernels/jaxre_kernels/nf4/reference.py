@@ -1,0 +1,53 @@
+"""Products with NF4 weights in plain XLA."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxre_kernels.nf4.weight import BLOCK, DYNAMIC, NESTED_BLOCK, NF4, NF4Weight
+
+
+def dequantise(weight: NF4Weight, dtype: jnp.dtype) -> jax.Array:
+    """[O, I] of `dtype`: formed in f32, bit for bit as bitsandbytes does, then rounded once."""
+    outputs, inputs = weight.shape
+    nested, levels = weight.nested_absmax[:, None], _blocks(weight.absmax, NESTED_BLOCK)
+    # The highest level is 1. Choosing it apart keeps XLA from contracting product and sum into a fused
+    # multiply-add, which rounds once where bitsandbytes rounds twice (an optimization barrier does not: CPU, jax 0.10).
+    scales = jnp.where(levels == DYNAMIC.size - 1, nested, jnp.asarray(DYNAMIC)[levels] * nested)
+    scales = scales.reshape(-1)[: weight.absmax.size] + weight.offset
+    codes = jnp.stack([weight.codes >> 4, weight.codes & 15], axis=-1).reshape(-1)[: outputs * inputs]
+    values = _blocks(jnp.asarray(NF4)[codes], BLOCK) * scales[:, None]
+    return values.reshape(-1)[: outputs * inputs].reshape(outputs, inputs).astype(dtype)
+
+
+def _blocks(values: jax.Array, length: int) -> jax.Array:
+    """[n] -> [n / length, length], the last block filled up."""
+    return jnp.pad(values, (0, -values.size % length)).reshape(-1, length)
+
+
+@jax.custom_vjp
+def nf4_linear(x: jax.Array, weight: NF4Weight) -> jax.Array:
+    """y = x W^T, W dequantised to x's dtype; the gradient is that of x alone.
+
+    W is frozen, so its gradient is never formed. What the backward pass keeps is the quantised weight:
+    autodiff would keep W itself, of every layer at once. dX = dY W, dequantised again.
+
+    Args:
+      x: [..., I]; weight: of one matrix [O, I].
+
+    Returns:
+      [..., O] of x's dtype.
+    """
+    return x @ dequantise(weight, x.dtype).T
+
+
+def _forward(x: jax.Array, weight: NF4Weight) -> tuple[jax.Array, NF4Weight]:
+    return nf4_linear(x, weight), weight
+
+
+def _backward(weight: NF4Weight, dy: jax.Array) -> tuple[jax.Array, None]:
+    return dy @ dequantise(weight, dy.dtype), None
+
+
+nf4_linear.defvjp(_forward, _backward)
