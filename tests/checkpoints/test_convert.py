@@ -305,7 +305,7 @@ def test_conversion_holds_tensors_not_the_model(tmp_path):
     """
     script = Path(__file__).with_name("peak_memory.py")
     # What malloc keeps for the next time is not what is held: give it back at once.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 18), "PYTHONPATH": str(script.parents[1])}
     done = subprocess.run([sys.executable, script, tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)

@@ -150,7 +150,8 @@ def test_a_run_is_one_process_and_goes_on_after_ctrl_c(tiny_model: Path, tmp_pat
     config = tiny_config(tmp_path, tiny_model, "stopped", train={"checkpoint_every": 3, "keep": 99})
     path = tmp_path / "stopped.yaml"
     save_config(config, path)
-    command = [sys.executable, "-m", "jaxre.cli", "train", str(path)]
+    # A shell's background jobs, and what they start, ignore SIGINT.
+    command = ["env", "--default-signal=INT", sys.executable, "-m", "jaxre.cli", "train", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not logged(config.run_folder):
         time.sleep(0.005)
