@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
+from jaxre.errors import InputError
 from jaxre.models.architecture import EncoderArchitecture
 from jaxre.models.weights import ENCODER
 
@@ -22,14 +24,23 @@ UNUSED = {
 CLASSES = {"bert": "BertForSequenceClassification", "roberta": "RobertaForSequenceClassification"}
 
 
-def stored_names(architecture: EncoderArchitecture, stored: Iterable[str]) -> dict[str, str]:
-    """The weight table's name -> the name in the folder, for each of its tensors but those no classifier has."""
-    found = {}
+def stored_names(architecture: EncoderArchitecture, stored: Iterable[str], place: Path) -> dict[str, str]:
+    """The weight table's name -> the name in the folder, for each of its tensors but those no classifier has.
+
+    Raises:
+      InputError: two tensors for one weight, with `place` in front.
+    """
+    found, twice = {}, []
     for name in stored:
         ours = f"{architecture.kind}.{name}" if name.startswith(("embeddings.", "encoder.", "pooler.")) else name
         ours = ours.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
-        if not UNUSED[architecture.kind].fullmatch(ours):
-            found[ours] = name
+        if UNUSED[architecture.kind].fullmatch(ours):
+            continue
+        if ours in found:
+            twice.append(f"{found[ours]} and {name} are one weight")
+        found[ours] = name
+    if twice:
+        raise InputError(f"{place}: {'; '.join(twice)}; keep one of them")
     return found
 
 

@@ -127,7 +127,7 @@ def open_base(folder: Path) -> Tensors:
     architecture = read_architecture(folder)
     stored = folder_tensors(folder)
     if isinstance(architecture, EncoderArchitecture):
-        stored = {ours: stored[own] for ours, own in stored_names(architecture, stored).items()}
+        stored = {ours: stored[own] for ours, own in stored_names(architecture, stored, folder).items()}
         architecture = with_head_of(architecture, stored)
     _check_tensors(folder, architecture, stored)
     head = stored.get("lm_head.weight") if architecture.tied_head else None

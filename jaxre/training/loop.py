@@ -229,7 +229,10 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
     kept, temporary = (size / 2**20 for size in memory_of(compiled))
     table = Table(title=f"run {config.name}", show_header=False)
     for name, value in (
-        ("parameters", f"{trained:,} trained, {total if config.train.method == 'lora' else 0:,} frozen ({initial.dtype})"),
+        (
+            "parameters",
+            f"{trained:,} trained" + (f", {total:,} frozen" if config.train.method == "lora" else "") + f", products in {initial.dtype}",
+        ),
         (
             "examples",
             f"{len(tokens):,} ({len(dataset.train.dropped)} too long; token cache {'read' if dataset.train.from_cache else 'written'})",

@@ -160,6 +160,14 @@ def test_everything_but_the_head_must_be_there_and_every_fault_is_listed(folder)
         assert part in said
 
 
+def test_two_names_for_one_weight_are_refused(folder):
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    name = "encoder.layer.0.attention.self.query.bias"
+    rewrite(folder, lambda tensors: tensors | {name: tensors[f"{kind}.{name}"] + 1})
+    said = refusal(lambda: load_base(folder))
+    assert name in said and f"{kind}.{name}" in said and "are one weight" in said
+
+
 @pytest.mark.parametrize("lost", ["weight", "bias"])
 def test_half_a_head_is_refused(folder, lost):
     kind = json.loads((folder / "config.json").read_text())["model_type"]
