@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +48,8 @@ class Split:
 class Dataset:
     """What a run trains and validates on.
 
-    `template` is None for the language-model objective and for classification. `new_tokens` are the ids of the entity
-    markers that classification gave the tokenizer.
+    `template` is None for the language-model objective and for classification. `new_tokens` are the entity
+    markers that classification gave the tokenizer, as `add_markers` returns them.
     """
 
     train: Split
@@ -57,7 +57,7 @@ class Dataset:
     schema: Schema | None
     template: ChatTemplate | None
     tokenizer: PreTrainedTokenizerBase
-    new_tokens: tuple[int, ...] = ()
+    new_tokens: Mapping[int, list[int]] = field(default_factory=dict)
 
 
 def load_dataset(config: Config, folder: Path) -> Dataset:
@@ -139,7 +139,7 @@ def _load_marked(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         return Split(examples, [], fitting, dropped, cached)
 
     validation = None if held_out is None else split(held_out, "data.validation")
-    return Dataset(split(train, "data.train"), validation, schema, None, tokenizer, tuple(new_tokens))
+    return Dataset(split(train, "data.train"), validation, schema, None, tokenizer, new_tokens)
 
 
 def _load_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:

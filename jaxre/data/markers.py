@@ -23,6 +23,7 @@ from jaxre.errors import InputError
 from jaxre.relations.marks import insert_marks, locate
 from jaxre.relations.schema import Example
 
+_DESCRIBED = {"E1": "@", "E2": "#"}
 _MARKER = re.compile(r"\[/?E[12](:.*)?\]", re.DOTALL)
 
 
@@ -32,16 +33,21 @@ def markers(role: str, kind: str | None = None) -> tuple[str, str]:
     return f"[{name}]", f"[/{name}]"
 
 
-def add_markers(tokenizer: PreTrainedTokenizerBase, train: Iterable[Example]) -> list[int]:
-    """Gives the tokenizer the markers of the training examples and the untyped ones; returns the ids of those it did not have.
+def add_markers(tokenizer: PreTrainedTokenizerBase, train: Iterable[Example]) -> dict[int, list[int]]:
+    """Gives the tokenizer the markers of the training examples and the untyped ones.
 
     A marker takes the white space before it, so that RoBERTa's tokens of the words around it are the usual ones.
+
+    Returns:
+      Id -> ids of the tokens that describe it, of each marker that the tokenizer did not have: `@` or `#`, the marks that
+      Zhou & Chen found best, and the type's words.
     """
     typed = {marker for example in train for pair in _markers_of(example) for marker in pair}
     names = [*markers("E1"), *markers("E2"), *sorted(typed - {*markers("E1"), *markers("E2")})]
     new = [name for name in names if name not in tokenizer.added_tokens_encoder]
+    described = [tokenizer(_description(name), add_special_tokens=False)["input_ids"] for name in new]
     tokenizer.add_tokens([AddedToken(name, lstrip=True, normalized=False, special=True) for name in new])
-    return tokenizer.convert_tokens_to_ids(new)
+    return dict(zip(tokenizer.convert_tokens_to_ids(new), described, strict=True))
 
 
 def markers_in(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
@@ -94,6 +100,11 @@ def marked_digest(examples: Sequence[Example], texts: Sequence[str], tokenizer: 
     for example, text in zip(examples, texts, strict=True):
         digest.update(json.dumps([example.id, text]).encode())
     return digest.hexdigest()
+
+
+def _description(marker: str) -> str:
+    role, _, kind = marker.strip("[/]").partition(":")
+    return f" {_DESCRIBED[role]} {kind.replace('_', ' ').lower()}".rstrip()
 
 
 def _markers_of(example: Example) -> tuple[tuple[str, str], tuple[str, str]]:

@@ -11,7 +11,7 @@ F feed-forward, V vocabulary, N labels.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -140,17 +140,24 @@ def drop(x: jax.Array, keys: jax.Array | None, layer: jax.Array | int, place: in
 
 
 def for_task(
-    architecture: EncoderArchitecture, params: Tree, vocabulary: int, new_tokens: Sequence[int], labels: tuple[str, ...], seed: int
+    architecture: EncoderArchitecture,
+    params: Tree,
+    vocabulary: int,
+    new_tokens: Mapping[int, Sequence[int]],
+    labels: tuple[str, ...],
+    seed: int,
 ) -> tuple[EncoderArchitecture, Tree, tuple[str, ...]]:
     """An encoder whose embeddings have rows for new tokens and whose head has the given labels.
 
-    Old rows stay. A new token starts at the mean of the old embeddings, where transformers' mean resizing draws it too
-    (with a billionth of their covariance around it). A head for these very labels stays; otherwise its last map is
-    drawn afresh (normal of the model's `initializer_range`, bias 0), and the tanh layer too where there is none.
+    Old rows stay. A new token starts at the mean embedding of the tokens that describe it; without any, at the mean of all,
+    where transformers' mean resizing draws it too (with a billionth of their covariance around it). A head for these
+    very labels stays; otherwise its last map is drawn afresh (normal of the model's `initializer_range`, bias 0), and
+    the tanh layer too where there is none.
 
     Args:
       params: numpy, our layout; not changed.
-      vocabulary: at least this many rows (tokens of the tokenizer); new_tokens: ids of those that are new.
+      vocabulary: at least this many rows (tokens of the tokenizer).
+      new_tokens: id -> ids of old tokens that describe it, of each token that is new.
 
     Returns:
       The architecture, the weights, and the names of the weights that were drawn afresh.
@@ -158,7 +165,9 @@ def for_task(
     old = params["embed"]
     embed = np.empty((max(vocabulary, len(old)), old.shape[1]), old.dtype)
     embed[: len(old)] = old
-    embed[len(old) :] = embed[list(new_tokens)] = old.mean(axis=0, dtype=np.float64)
+    embed[len(old) :] = old.mean(axis=0, dtype=np.float64)
+    for token, described in new_tokens.items():
+        embed[token] = old[list(described) or ...].mean(axis=0, dtype=np.float64)
     fitted = dataclasses.replace(architecture, vocabulary=len(embed), labels=labels, dense=True)
     kept = dict(params) | {"embed": embed}
     if labels != architecture.labels:

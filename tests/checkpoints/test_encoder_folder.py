@@ -62,7 +62,7 @@ def test_an_encoder_with_new_tokens_and_labels_loads_in_transformers_with_the_sa
 
     architecture, params = load_base(family)
     labels = ("no", "yes(e1,e2)", "yes(e2,e1)")
-    architecture, params, _ = for_task(architecture, params, 101, range(97, 101), labels, 0)
+    architecture, params, _ = for_task(architecture, params, 101, dict.fromkeys(range(97, 101), ()), labels, 0)
     save_base(tmp_path / "out", architecture, params, family)
     model, told = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(told.values()), told

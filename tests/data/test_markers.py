@@ -40,6 +40,8 @@ def test_each_marker_is_one_token_and_the_words_stay_what_they_are(tokenizer) ->
     names = tokenizer.convert_ids_to_tokens([token for token in tokens if token in new])
     assert names == ["[E1:PER]", "[/E1:PER]", "[E2:Work Of Art]", "[/E2:Work Of Art]"]
     assert tokens[0] == tokenizer.cls_token_id and tokens[-1] == tokenizer.sep_token_id
+    described = [tokenizer.decode(new[tokenizer.convert_tokens_to_ids(name)]).strip() for name in names]
+    assert described == ["@ per", "@ per", "# work of art", "# work of art"]
 
 
 def test_markers_survive_saving(tokenizer, tmp_path: Path) -> None:
@@ -50,7 +52,7 @@ def test_markers_survive_saving(tokenizer, tmp_path: Path) -> None:
     loaded = load_tokenizer(tmp_path)
     assert markers_in(loaded) == markers_in(tokenizer)
     assert np.array_equal(encode_marked([example()], [text], loaded)[0], expected)
-    assert add_markers(loaded, [example()]) == []
+    assert add_markers(loaded, [example()]) == {}
 
 
 def test_long_texts_are_not_cut(tokenizer) -> None:

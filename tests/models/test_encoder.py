@@ -76,7 +76,7 @@ def test_logits_equal_transformers_on_real_pretrained_weights():
     architecture, params = load_base(folder)
     assert architecture.labels == () and parameter_count(architecture) == 22_713_216
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    architecture, params, fresh = for_task(architecture, params, len(tokenizer), (), LABELS, seed=0)
+    architecture, params, fresh = for_task(architecture, params, len(tokenizer), {}, LABELS, seed=0)
     assert fresh == ("classifier", "classifier_bias")
     theirs = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(LABELS), attn_implementation="eager").eval()
     with torch.no_grad():
@@ -187,7 +187,9 @@ def test_new_tokens_start_where_transformers_starts_them():
     model.resize_token_embeddings(len(embed) + 4)
     theirs = model.bert.embeddings.word_embeddings.weight.detach().numpy()
     architecture, params = random_encoder()
-    fitted, grown, fresh = for_task(architecture, params | {"embed": embed}, len(embed) + 4, range(len(embed), len(embed) + 4), LABELS, 0)
+    fitted, grown, fresh = for_task(
+        architecture, params | {"embed": embed}, len(embed) + 4, dict.fromkeys(range(len(embed), len(embed) + 4), ()), LABELS, 0
+    )
     assert fitted.vocabulary == len(embed) + 4 and fresh == ()
     assert np.array_equal(grown["embed"][: len(embed)], embed)
     np.testing.assert_allclose(grown["embed"], theirs, atol=3e-4)  # five times the standard deviation of their noise
@@ -197,24 +199,31 @@ def test_new_tokens_start_where_transformers_starts_them():
 def test_spare_rows_of_the_embeddings_serve_new_tokens():
     """A tokenizer of 90 tokens beside 97 rows: the four markers take rows 90 to 93, and nothing grows."""
     architecture, params = random_encoder()
-    fitted, grown, _ = for_task(architecture, params, 94, range(90, 94), LABELS, 0)
+    fitted, grown, _ = for_task(architecture, params, 94, dict.fromkeys(range(90, 94), ()), LABELS, 0)
     assert fitted.vocabulary == 97
     assert np.array_equal(np.delete(grown["embed"], range(90, 94), axis=0), np.delete(params["embed"], range(90, 94), axis=0))
     np.testing.assert_allclose(grown["embed"][90:94], np.tile(params["embed"].mean(axis=0), (4, 1)), atol=1e-6)
 
 
+def test_a_described_token_starts_at_the_mean_of_its_description():
+    architecture, params = random_encoder()
+    _, grown, _ = for_task(architecture, params, 99, {97: [3], 98: [5, 7]}, LABELS, 0)
+    old = params["embed"].astype(np.float64)
+    np.testing.assert_allclose(grown["embed"][97:], [old[3], (old[5] + old[7]) / 2], atol=1e-7)
+
+
 @pytest.mark.parametrize("name", ["bert, two token types", "roberta, positions from 2"])
 def test_a_head_is_kept_for_its_own_labels_and_drawn_for_others(name):
     architecture, params = random_encoder(name)
-    same = for_task(architecture, params, 0, (), LABELS, 0)
+    same = for_task(architecture, params, 0, {}, LABELS, 0)
     assert same[2] == () and np.array_equal(same[1]["classifier"], params["classifier"])
-    fitted, drawn, fresh = for_task(architecture, params, 0, (), ("a", "b"), 0)
+    fitted, drawn, fresh = for_task(architecture, params, 0, {}, ("a", "b"), 0)
     assert fresh == ("classifier", "classifier_bias") and fitted.labels == ("a", "b")
     assert drawn["classifier"].shape == (32, 2) and not drawn["classifier_bias"].any()
     assert np.array_equal(drawn["dense"], params["dense"])
     bare = dataclasses.replace(architecture, labels=(), dense=False)
     body = {key: value for key, value in params.items() if not key.startswith(("dense", "classifier"))}
-    _, whole, fresh = for_task(bare, body, 0, (), ("a", "b"), 0)
+    _, whole, fresh = for_task(bare, body, 0, {}, ("a", "b"), 0)
     assert fresh == ("dense", "dense_bias", "classifier", "classifier_bias")
     # Normal with the model's own 0.1: 1,024 draws are within a tenth of it (4 sigma).
     assert abs(whole["dense"].std() / architecture.initializer_range - 1) < 0.1
