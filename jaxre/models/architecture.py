@@ -164,24 +164,24 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
         layers, embedding, heads = (
             _size(config[field], field, place) for field in ("num_hidden_layers", "hidden_size", "num_attention_heads")
         )
-        rope = config.get("rope_parameters") or {}
+        rope = _rope_of(config)
         architecture = Architecture(
             kind=config["model_type"],
             layers=layers,
             embedding=embedding,
             query_heads=heads,
-            kv_heads=_size(config.get("num_key_value_heads") or heads, "num_key_value_heads", place),
+            kv_heads=_size(_kv_heads(config, kind) or heads, "num_key_value_heads", place),
             head_channels=_size(config.get("head_dim") or kind.head_channels or embedding // heads, "head_dim", place),
             feed_forward=_size(config["intermediate_size"], "intermediate_size", place),
             vocabulary=_size(config["vocab_size"], "vocab_size", place),
             max_length=_size(config["max_position_embeddings"], "max_position_embeddings", place),
-            rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or kind.rope_theta),
+            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or kind.rope_theta),
             norm_epsilon=float(config["rms_norm_eps"]),
             tied_head=bool(config.get("tie_word_embeddings", kind.tied_head)),
             qkv_bias=kind.qkv_bias,
             qk_norm=kind.qk_norm,
             rotary=_rotary_layers(config, kind, layers, place),
-            rope_scaling=_rope_scaling(config.get("rope_scaling") or rope, place),
+            rope_scaling=_rope_scaling(config, rope, place),
             initializer_range=float(config.get("initializer_range", 0.02)),
         )
     except KeyError as error:
@@ -203,7 +203,7 @@ def _refuse_unsupported(config: dict[str, Any], place: str) -> None:
             raise InputError(f"{place}: {field} is set, which no supported decoder has")
     if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
         raise InputError(f"{place}: sliding-window attention is set, which is not supported")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = _rope_of(config)
     if (config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise InputError(f"{place}: partial_rotary_factor is set, which is not supported; every channel rotates here")
     if config.get("quantization_config"):
@@ -228,7 +228,17 @@ def _rotary_layers(config: dict[str, Any], kind: Kind, layers: int, place: str) 
     return tuple(bool(flag) for flag in listed[:layers])
 
 
-def _rope_scaling(rope: dict[str, Any], place: str) -> RopeScaling | None:
+def _rope_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The rope fields; what they say goes before the top level's, as in transformers."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
+def _kv_heads(config: dict[str, Any], kind: Kind) -> int | None:
+    """None is as many as query heads. Llama's default when the field is missing; the other classes have numbers, of no model here."""
+    return config.get("num_key_value_heads") if kind is KINDS["llama"] else config["num_key_value_heads"]
+
+
+def _rope_scaling(config: dict[str, Any], rope: dict[str, Any], place: str) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
@@ -238,7 +248,11 @@ def _rope_scaling(rope: dict[str, Any], place: str) -> RopeScaling | None:
         float(rope["factor"]),
         float(rope["low_freq_factor"]),
         float(rope["high_freq_factor"]),
-        int(rope["original_max_position_embeddings"]),
+        int(
+            config.get("original_max_position_embeddings")
+            or rope.get("original_max_position_embeddings")
+            or config["max_position_embeddings"]
+        ),
     )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
+from tiny_decoders import ground_truth
 
 from jaxre.errors import InputError
 from jaxre.models.architecture import architecture_of, read_architecture
+from jaxre.models.decoder import rotary_frequencies
 
 LLAMA = {
     "model_type": "llama",
@@ -23,7 +26,9 @@ LLAMA = {
 
 def test_silent_fields_mean_what_the_model_type_means():
     """SmolLM3-3B's published config.json does not say that its head is tied."""
-    families = [architecture_of({**LLAMA, "model_type": kind}, "test") for kind in ("llama", "qwen2", "qwen3", "smollm3")]
+    families = [
+        architecture_of({**LLAMA, "num_key_value_heads": 4, "model_type": kind}, "test") for kind in ("llama", "qwen2", "qwen3", "smollm3")
+    ]
     assert [one.tied_head for one in families] == [False, False, False, True]
     assert [one.qkv_bias for one in families] == [False, True, False, False]
     assert [one.qk_norm for one in families] == [False, False, True, False]
@@ -42,6 +47,42 @@ def test_heads_are_derived_where_not_given():
 
 def test_rotary_layers_of_smollm3_mean_nothing_to_llama():
     assert all(architecture_of({**LLAMA, "no_rope_layers": [0, 0, 0, 0]}, "test").rotary)
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope_theta": 777.0, "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0}},
+        {"rope_theta": 777.0, "rope_parameters": {"rope_type": "default"}},
+        {"rope_scaling": {**LLAMA3, "rope_theta": 12345.0, "original_max_position_embeddings": 64}},
+        {"rope_theta": 777.0, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}, "original_max_position_embeddings": 32},
+        {"rope_theta": 777.0, "rope_scaling": LLAMA3},
+        {
+            "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0},
+        },
+    ],
+)
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_rope_fields_mean_what_they_mean_to_transformers(kind, fields, tmp_path):
+    """Old and new names, beside each other, and lengths that are said twice or not at all."""
+    ground_truth("torch")
+    from transformers import AutoConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = {**LLAMA, "model_type": kind, "num_key_value_heads": 4, **fields}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path)).inv_freq.numpy()
+    np.testing.assert_array_equal(rotary_frequencies(read_architecture(tmp_path)), theirs)
+
+
+def test_key_heads_are_said_where_the_class_has_a_number_of_its_own():
+    """Qwen2Config without the field means 32, whatever the model."""
+    with pytest.raises(InputError, match="num_key_value_heads is missing"):
+        architecture_of({**LLAMA, "model_type": "qwen2"}, "test")
 
 
 @pytest.mark.parametrize(
@@ -66,7 +107,7 @@ def test_rotary_layers_of_smollm3_mean_nothing_to_llama():
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"rms_norm_eps": "tiny"}, "wrong type"),
         ({"rms_norm_eps": None}, "wrong type"),
-        ({"model_type": "smollm3", "no_rope_layers": [1, 1]}, "no_rope_layers lists 2 of 4 layers"),
+        ({"model_type": "smollm3", "num_key_value_heads": 4, "no_rope_layers": [1, 1]}, "no_rope_layers lists 2 of 4 layers"),
     ],
 )
 def test_what_we_cannot_run_is_refused_by_name(change, message):
