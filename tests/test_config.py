@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from refusals import refusal
 
 from jaxre.config import Config, Data, Lora, check_config, load_config, parse_yaml, save_config
+from jaxre.relations import semeval
 
 PLAIN = """
 name: plain
@@ -256,6 +257,11 @@ def test_every_shipped_config_loads_and_survives_saving(tmp_path: Path) -> None:
         config = load_config(path)
         save_config(config, tmp_path / "config.yaml")
         assert load_config(tmp_path / "config.yaml") == config, path
+
+
+def test_semeval_configs_name_the_labels_of_the_benchmark() -> None:
+    for name in ("encoder-semeval", "semeval-small"):
+        assert set(load_config(Path(__file__).parents[1] / "configs" / f"{name}.yaml").data.labels) == set(semeval.LABELS)
 
 
 def test_a_config_cannot_be_changed() -> None:

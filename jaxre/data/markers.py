@@ -41,13 +41,22 @@ def add_markers(tokenizer: PreTrainedTokenizerBase, train: Iterable[Example]) ->
     Returns:
       Id -> ids of the tokens that describe it, of each marker that the tokenizer did not have: `@` or `#`, the marks that
       Zhou & Chen found best, and the type's words.
+
+    Raises:
+      InputError: a tokenizer whose numbering has gaps, so that a new token gets the id of an old one.
     """
     typed = {marker for example in train for pair in _markers_of(example) for marker in pair}
     names = [*markers("E1"), *markers("E2"), *sorted(typed - {*markers("E1"), *markers("E2")})]
     new = [name for name in names if name not in tokenizer.added_tokens_encoder]
+    taken = set(tokenizer.get_vocab().values())
     described = [tokenizer(_description(name), add_special_tokens=False)["input_ids"] for name in new]
     tokenizer.add_tokens([AddedToken(name, lstrip=True, normalized=False, special=True) for name in new])
-    return dict(zip(tokenizer.convert_tokens_to_ids(new), described, strict=True))
+    ids = tokenizer.convert_tokens_to_ids(new)
+    if taken.intersection(ids):
+        raise InputError(
+            "the tokenizer's ids have gaps, so its new tokens would take the ids of others; number its vocabulary without gaps"
+        )
+    return dict(zip(ids, described, strict=True))
 
 
 def markers_in(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
@@ -56,8 +65,13 @@ def markers_in(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 
 
 def unknown_types(examples: Iterable[Example], known: frozenset[str]) -> list[str]:
-    """Ids of the examples that have an entity type for which there is no marker."""
-    return [example.id for example in examples if any(pair[0] not in known for pair in _markers_of(example))]
+    """Ids of the examples that have an entity type for which there is no marker, or none though there are typed markers."""
+    typed = {role for role in ("E1", "E2") if any(marker.startswith(f"[{role}:") for marker in known)}
+
+    def is_unknown(role: str, kind: str | None) -> bool:
+        return markers(role, kind)[0] not in known if kind else role in typed
+
+    return [example.id for example in examples if is_unknown("E1", example.head_type) or is_unknown("E2", example.tail_type)]
 
 
 def marked_text(example: Example, known: frozenset[str]) -> str:

@@ -51,8 +51,11 @@ def plan_classification(
         raise InputError("there is no example to classify; is the split empty?")
     longest = int(tokens.lengths.max())
     if longest > architecture.max_length:
-        name = tokens.ids[int(tokens.lengths.argmax())]
-        raise InputError(f"example {name}: takes {longest} tokens, the model reads {architecture.max_length}; shorten it")
+        over = [name for name, length in zip(tokens.ids, tokens.lengths, strict=True) if length > architecture.max_length]
+        raise InputError(
+            f"{len(over)} of {len(tokens)} examples take more than the {architecture.max_length} tokens that the model reads "
+            f"(up to {longest}): {', '.join(over[:5])}{', ...' if over[5:] else ''}; shorten or leave them out"
+        )
     row_length = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def pack(rows: int) -> tuple[Update, ...]:

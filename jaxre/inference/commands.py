@@ -20,7 +20,7 @@ from jaxre.data.markers import markers_in, unknown_types
 from jaxre.data.template import load_tokenizer
 from jaxre.data.tokens import demonstrator
 from jaxre.errors import InputError
-from jaxre.evaluation.metrics import score
+from jaxre.evaluation.evaluate import evaluate_rows
 from jaxre.evaluation.predictions import Prediction, write_predictions
 from jaxre.inference.predict import predict_examples
 from jaxre.models.architecture import EncoderArchitecture
@@ -86,8 +86,10 @@ def open_task(model: str, config_path: Path | None) -> Task:
 def predict_text(model: str, text: str, mode: Mode, config_path: Path | None) -> Table:
     """The labels of one marked text with their probabilities, the most probable first. Raises InputError."""
     example = parse_marked(text)
-    (row,) = open_task(model, config_path).predict([example], mode)
+    task = open_task(model, config_path)
+    (row,) = task.predict([example], mode)
     table = Table(title=Text(f"{example.head} -> {example.tail}"), title_justify="left")  # not markup: a head may be "[/b]"
+    table.caption = untyped_notice(task.loaded, [example])
     table.add_column("label")
     table.add_column("probability", justify="right")
     shares = row.probabilities or {row.generated_relation: float("nan")}
@@ -109,23 +111,36 @@ def predict_data(
     task = open_task(model, config_path)
     source = source_of(task.config, data, split)
     examples = sources.load(source, labelled=False)
-    labelled = all(example.relation for example in examples)
+    gold = sum(bool(example.relation) for example in examples)
+    labelled = gold == len(examples)
     if labelled:
         task.schema.check(examples, source.dataset)
-    if isinstance(task.loaded.architecture, EncoderArchitecture):
-        unknown = unknown_types(examples, markers_in(load_tokenizer(task.loaded.folder)))
-        if unknown:
-            console.print(f"{len(unknown):,} examples have an entity type that training did not have; they get the untyped marker")
+    notice = untyped_notice(task.loaded, examples)
+    if notice:
+        console.print(notice)
     with Progress(console=console, transient=True) as bar:
         waiting = bar.add_task(f"predicting {len(examples):,} examples", total=len(examples))
         rows = task.predict(examples, mode, lambda done: bar.advance(waiting, done))
     name = "-".join(part for part in (Path(source.dataset).stem.replace("/", "_").replace(":", "_"), source.split, mode) if part)
     path, _ = write_predictions(output or (task.folder or Path()) / "predictions" / name, rows)
     if not labelled:
-        return Predicted(rows, path, Text(f"{len(rows):,} examples, no gold labels"))
-    found = score([row.relation for row in rows], [row.generated_relation for row in rows], task.schema.labels)
+        return Predicted(rows, path, Text(f"{len(rows):,} examples, {gold or 'no'} gold labels{'; not scored' if gold else ''}"))
+    found = evaluate_rows(rows, str(path))
+    official = "" if found.semeval_official_f1 is None else f", official SemEval macro-F1 {found.semeval_official_f1:.4f}"
     collapsed = "; COLLAPSED: one label is predicted for every example" if found.collapsed else ""
-    return Predicted(rows, path, Text(f"{len(rows):,} examples: F1 {found.f1:.4f}, accuracy {found.accuracy:.4f}{collapsed}"))
+    return Predicted(rows, path, Text(f"{len(rows):,} examples: F1 {found.f1:.4f}, accuracy {found.accuracy:.4f}{official}{collapsed}"))
+
+
+def untyped_notice(loaded: Loaded, examples: list[Example]) -> str | None:
+    """What to say of the examples that an encoder reads with markers other than those of its training, if there are any."""
+    if not isinstance(loaded.architecture, EncoderArchitecture):
+        return None
+    unknown = unknown_types(examples, markers_in(load_tokenizer(loaded.folder)))
+    if not unknown:
+        return None
+    return (
+        f"entities of {len(unknown):,} of {len(examples):,} examples have no type, or none that training had; they get the untyped marker"
+    )
 
 
 def source_of(config: Config, data: str | None, split: str | None) -> Source:

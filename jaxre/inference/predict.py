@@ -143,7 +143,7 @@ def _predict_labels(
     known = markers_in(tokenizer)
     texts = [marked_text(example, known) for example in examples]
     tokens = encode_marked(examples, texts, tokenizer)
-    check_vocabulary(int(tokens.tokens.max()), architecture)
+    check_vocabulary(max(tokenizer.get_vocab().values()), architecture)
     asked = dataclasses.replace(tokens, labels=np.zeros(len(tokens), np.int32))  # whatever the gold labels
     plan = plan_classification(asked, architecture, batch_tokens=settings.batch_tokens)
     scores = run_classification(jax.tree.map(jnp.asarray, loaded.base), architecture, plan, advance)

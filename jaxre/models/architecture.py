@@ -283,7 +283,7 @@ def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
         dropout = float(config.get("hidden_dropout_prob", 0.1))
         head_dropout = config.get("classifier_dropout")
         # transformers' default: two labels.
-        labels = config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}
+        labels = config.get("id2label") or {number: f"LABEL_{number}" for number in range(int(config.get("num_labels", 2)))}
         architecture = EncoderArchitecture(
             kind=kind,
             **sizes,
@@ -300,6 +300,9 @@ def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
         raise InputError(f"{place}: a field has the wrong type ({error})") from None
     if architecture.embedding % architecture.heads:
         raise InputError(f"{place}: hidden_size {architecture.embedding} is not a multiple of num_attention_heads {architecture.heads}")
+    for field, rate in (("hidden_dropout_prob", architecture.dropout), ("classifier_dropout", architecture.head_dropout)):
+        if not 0 <= rate < 1:
+            raise InputError(f"{place}: {field} is {rate}, not in [0, 1)")
     if architecture.max_length < 1:
         raise InputError(f"{place}: max_position_embeddings {architecture.position_rows} leaves no position after the pad token's")
     if len(set(architecture.labels)) < len(architecture.labels):

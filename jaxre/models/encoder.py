@@ -151,7 +151,7 @@ def for_task(
 
     Old rows stay. A new token starts at the mean embedding of the tokens that describe it; without any, at the mean of all,
     where transformers' mean resizing draws it too (with a billionth of their covariance around it). A head for these
-    very labels stays; otherwise its last map is drawn afresh (normal of the model's `initializer_range`, bias 0), and
+    labels stays, in their order here; otherwise its last map is drawn afresh (normal of the model's `initializer_range`, bias 0), and
     the tanh layer too where there is none.
 
     Args:
@@ -170,7 +170,10 @@ def for_task(
         embed[token] = old[list(described) or ...].mean(axis=0, dtype=np.float64)
     fitted = dataclasses.replace(architecture, vocabulary=len(embed), labels=labels, dense=True)
     kept = dict(params) | {"embed": embed}
-    if labels != architecture.labels:
+    if sorted(labels) == sorted(architecture.labels):
+        order = [architecture.labels.index(label) for label in labels]
+        kept |= {name: kept[name][..., order] for name in ("classifier", "classifier_bias")}
+    else:
         kept = {name: value for name, value in kept.items() if not name.startswith("classifier")}
     draw, fresh = np.random.default_rng(seed), []
     for weight, path, shape, _ in places(fitted):

@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxre.errors import InputError
 from jaxre.relations.files import nearest
-from jaxre.relations.marks import Span, has_marks, has_tag, occurrences, strip_marks
+from jaxre.relations.marks import Span, has_marks, has_tag, is_text, occurrences, strip_marks
 from jaxre.relations.schema import Example
 
 FIELDS = (
@@ -183,6 +183,8 @@ class _Record:
         if not isinstance(value, str | int | float):
             raise InputError(f'{self.place}: "{self.column[field]}" is {_short(str(value))}, not text; give {field} one value per record')
         value = str(value)
+        if not is_text(value):
+            raise InputError(f'{self.place}: "{self.column[field]}" holds half a surrogate pair ({_short(value)}); correct its escapes')
         return (value.strip() if strip else value) if value.strip() else None
 
     def needed(self, field: str, strip: bool = True) -> str:

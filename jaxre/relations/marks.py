@@ -57,6 +57,15 @@ def _trimmed(plain: str, name: str, at: dict[str, int]) -> Span:
     return start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())
 
 
+def is_text(value: str) -> bool:
+    """Whether it has a UTF-8 form: JSON can escape half a surrogate pair, and a command line can hold any bytes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def insert_marks(text: str, head_span: Span | None, tail_span: Span | None, marks: tuple[str, str, str, str] = _TAGS) -> str:
     """The text with the head in `<e1>` and the tail in `<e2>`, or in other `marks`; without a span, no marks.
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from jaxre.config import Prompt
 from jaxre.errors import InputError
 from jaxre.relations.draws import digest
-from jaxre.relations.marks import insert_marks, locate, strip_marks
+from jaxre.relations.marks import insert_marks, is_text, locate, strip_marks
 from jaxre.relations.schema import Example
 
 FIELDS = ("text", "marked", "head", "tail", "head_type", "tail_type")
@@ -98,6 +98,8 @@ def parse_marked(text: str) -> Example:
     Raises:
       InputError: a tag that is missing, occurs twice or closes before it opens.
     """
+    if not is_text(text):
+        raise InputError("--text: is not UTF-8; correct its encoding")
     try:
         plain, head_span, tail_span = strip_marks(text)
     except ValueError as error:

@@ -243,7 +243,7 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
         ("supervised share", f"{supervised:.1%} of real tokens"),
         *([("head", head_of(dataset, initial))] if config.train.objective == "classify" else []),
         ("devices", where),
-        ("attention", f"{attention} ({why})"),
+        ("attention", f"{attention} ({why})" if config.train.objective != "classify" else "xla (the only one of encoders)"),
         *([("base", described_base(initial))] if config.train.method == "lora" else []),
         *([("LoRA", "xla (the only implementation there is)")] if config.train.method == "lora" else []),
         ("compilations", f"{len(compiled)}, one a row shape"),

@@ -192,6 +192,8 @@ def test_a_classifier_needs_the_layer_before_it(folder):
         ({"is_decoder": True}, "is_decoder"),
         ({"problem_type": "multi_label_classification"}, "problem_type"),
         ({"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
+        ({"hidden_dropout_prob": 1.0}, "hidden_dropout_prob is 1.0"),
+        ({"classifier_dropout": -0.1}, "classifier_dropout is -0.1"),
         ({"type_vocab_size": 0}, "type_vocab_size is 0"),
         ({"max_position_embeddings": "64"}, "max_position_embeddings is '64'"),
         ({"id2label": {"0": "a", "1": "a"}}, "names a label twice"),

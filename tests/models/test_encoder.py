@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxre_kernels.lora import token_keys
 from tiny_decoders import ground_truth, relative
 from tiny_encoders import CONFIGS, LABELS, build, fields_of, minilm, our_logits, their_logits, tokens_of
 
 from jaxre.checkpoints.huggingface import hf_tensors, load_base
+from jaxre.models import encoder
 from jaxre.models.architecture import architecture_of
 from jaxre.models.encoder import classify, for_task
 from jaxre.models.module import Encoder, init_weights, plain_weights
@@ -203,6 +205,25 @@ def test_spare_rows_of_the_embeddings_serve_new_tokens():
     assert fitted.vocabulary == 97
     assert np.array_equal(np.delete(grown["embed"], range(90, 94), axis=0), np.delete(params["embed"], range(90, 94), axis=0))
     np.testing.assert_allclose(grown["embed"][90:94], np.tile(params["embed"].mean(axis=0), (4, 1)), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_hidden_states_are_dropped_where_transformers_drops_them(kind, monkeypatch):
+    """After the embeddings, after each layer's attention and MLP, before the last map; RoBERTa's head drops its input too."""
+    fields = fields_of("bert, one layer", model_type=kind, pad_token_id=1, hidden_dropout_prob=0.1, classifier_dropout=0.3)
+    architecture = architecture_of(fields, "test")
+    places, keep = [], encoder.keep_mask
+
+    def recorded(keys, layer, place, channels, rate):
+        places.append((int(layer), place, rate))
+        return keep(keys, layer, place, channels, rate)
+
+    monkeypatch.setattr(encoder, "keep_mask", recorded)
+    params, tokens = init_weights(architecture, 0), jnp.asarray(tokens_of(architecture, 2, 8))
+    at, until, first = jnp.broadcast_to(jnp.arange(8), (2, 8)), jnp.full((2, 8), 8), jnp.zeros((2, 1), jnp.int32)
+    classify(params, tokens, at, until, first, architecture, token_keys(0, jnp.int32(0), at.astype(jnp.uint32), at))
+    head = [(2, 0, 0.3)] * (kind == "roberta") + [(2, 1, 0.3)]
+    assert places == [(1, 0, 0.1), (0, 0, 0.1), (0, 1, 0.1), *head]
 
 
 def test_a_described_token_starts_at_the_mean_of_its_description():

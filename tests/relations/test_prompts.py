@@ -121,6 +121,7 @@ def test_marked_text_of_the_command_line_becomes_an_example():
         ("</e1>Ada<e1> saw <e2>London</e2>", "--text: </e1> stands before <e1>"),
         ("<e1></e1> saw <e2>London</e2>", "--text: nothing between <e1> and </e1>"),
         ("", "--text: no <e1>"),
+        ("<e1>Ada\ud800</e1> saw <e2>London</e2>", "--text: is not UTF-8"),
     ],
 )
 def test_broken_marks_of_the_command_line_are_named(text, message):

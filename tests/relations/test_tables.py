@@ -96,6 +96,13 @@ def test_a_number_keeps_its_spelling(tmp_path):
     assert (example.head, example.tail, example.relation) == ("7", "1e3", "1.50")
 
 
+def test_half_a_surrogate_pair_is_refused(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "Ada \\ud800 saw Rome", "head": "Ada", "tail": "Rome", "relation": "none"}\n')
+    with pytest.raises(InputError, match='"text" holds half a surrogate pair'):
+        read_table(path)
+
+
 @every_kind
 def test_spans_may_be_lists_and_may_be_absent(tmp_path, kind):
     span = [7, 10] if kind != "csv" else "[7, 10]"

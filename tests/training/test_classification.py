@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from refusals import refusal
 from rich.console import Console
+from safetensors.numpy import load_file, save_file
 from tiny import tiny_config, write_tiny_model
 from tiny_decoders import ground_truth, relative
 from tiny_encoders import encoder_config, fields_of, write_sentences, write_tiny_encoder
@@ -25,6 +27,7 @@ from jaxre.data.packing import RowShape, plan_by_tokens
 from jaxre.data.rows import Rows, fill_rows
 from jaxre.data.template import Encoded, load_tokenizer
 from jaxre.data.tokens import TokenSet
+from jaxre.evaluation.metrics import score
 from jaxre.inference.commands import predict_data, predict_text
 from jaxre.models.architecture import architecture_of
 from jaxre.models.module import init_weights
@@ -190,7 +193,44 @@ def test_types_that_training_did_not_have_are_counted(finished: Path, tmp_path: 
     data.write_text('{"text": "Ada saw Rome.", "head": "Ada", "tail": "Rome", "head_type": "PER", "tail_type": "PLANET"}\n')
     console = Console(file=io.StringIO(), width=200)
     predict_data(str(finished), str(data), None, "score", None, None, console)
-    assert "1 examples have an entity type that training did not have" in console.file.getvalue()
+    assert "entities of 1 of 1 examples have no type, or none that training had" in console.file.getvalue()
+
+
+def test_a_text_without_types_is_told_to_get_untyped_markers(finished: Path) -> None:
+    table = predict_text(str(finished), "<e1>Ada</e1> saw <e2>Rome</e2>.", "score", None)
+    assert "no type, or none that training had; they get the untyped marker" in table.caption
+
+
+def test_validation_figures_are_those_of_the_predictions(finished: Path, tmp_path: Path) -> None:
+    """They choose the checkpoint that is exported."""
+    best = next(record["best_step"] for record in read_log(finished) if record["kind"] == "end")
+    validated = next(record for record in read_log(finished) if record["kind"] == "validation" and record["step"] == best)
+    source = str(load_config(finished / "config.yaml").data.validation.dataset)
+    rows = predict_data(str(finished), source, None, "score", tmp_path / "out", None, Console(file=io.StringIO())).rows
+    found = score([row.relation for row in rows], [row.generated_relation for row in rows])
+    loss = -np.mean([np.log(row.probabilities[row.relation]) for row in rows])
+    assert (validated["f1"], validated["accuracy"]) == (found.f1, found.accuracy) and found.f1 > 0.5
+    assert validated["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_labels_of_a_head_may_be_in_any_order(finished: Path, tmp_path: Path) -> None:
+    """A head that transformers trained has the order of its id2label, ours is sorted."""
+    folder, order = shutil.copytree(finished / "model", tmp_path / "model"), [2, 0, 1]
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    tensors |= {name: np.ascontiguousarray(tensors[name][order]) for name in ("classifier.weight", "classifier.bias")}
+    save_file(tensors, folder / "model.safetensors")
+    labels = [config["id2label"][str(number)] for number in order]
+    config |= {"id2label": {str(number): label for number, label in enumerate(labels)}}
+    (folder / "config.json").write_text(json.dumps(config))
+    console = Console(file=io.StringIO(), width=200)
+    ours, theirs = (
+        predict_data(str(model), None, None, "score", tmp_path / "out", finished / "config.yaml", console).rows
+        for model in (finished, folder)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-6) and one.generated_relation == other.generated_relation
+    further = train(encoder_config(tmp_path, folder, "further", train={"epochs": 1}), console)
+    assert "labels (that of the model)" in console.file.getvalue() and losses(further)[0] < 0.9 * losses(finished)[0]
 
 
 def test_a_run_is_trained_further_with_its_own_head_and_markers(finished: Path, tmp_path: Path) -> None:
@@ -240,6 +280,17 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path: Path)
     said = refusal(lambda: train(encoder_config(tmp_path, model)))
     assert "token 602" in said and "vocab_size of the model is 600" in said
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_tokenizer_whose_ids_have_gaps_is_refused(tmp_path: Path) -> None:
+    """New tokens are numbered by how many there are: two of them would share the ids of words."""
+    model = write_tiny_encoder(tmp_path / "model")
+    path = model / "tokenizer.json"
+    fields = json.loads(path.read_text())
+    for word in list(fields["model"]["vocab"])[100:102]:
+        del fields["model"]["vocab"][word]
+    path.write_text(json.dumps(fields))
+    assert "ids have gaps" in refusal(lambda: train(encoder_config(tmp_path, model)))
 
 
 def test_an_example_longer_than_the_model_reads_is_refused(tmp_path: Path) -> None:
