@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,10 +33,16 @@ def main() -> None:
     """Runs a command; input that cannot be used is one line on standard error and exit code 2."""
     # Orbax warns at each checkpoint that was not validated, which is as it should be.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # As an exception, so that unfinished folders are removed; 128 + 15, as shells have it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{reason}", file=sys.stderr)
         sys.exit(2)
 
 

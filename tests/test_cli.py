@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import ARCHITECTURE, tiny_config, write_tiny_model
 
 from jaxre import cli
+from jaxre.checkpoints.huggingface import atomic_folder
 from jaxre.config import save_config
 from jaxre.evaluation.predictions import Prediction, write_predictions
 
@@ -33,11 +37,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["jaxre", *map(str, arguments)])
         capsys.readouterr()
-        code = 0
+        code, handler = 0, signal.getsignal(signal.SIGTERM)
         try:
             cli.main()
         except SystemExit as stop:
             code = stop.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -129,6 +135,23 @@ def test_a_place_that_cannot_be_written_is_refused(run: Callable, tmp_path: Path
     ours, _ = write_predictions(tmp_path / "ours", [Prediction("a/1", "x", "x", "a")])
     refused(run("evaluate", ours, "--json", tmp_path), str(tmp_path), "cannot be written")
     assert not list(tmp_path.parent.glob(".*.partial"))
+
+
+def test_what_the_system_refuses_is_one_line(run: Callable, tmp_path: Path, model: Path) -> None:
+    refused(run("convert", model, tmp_path / ("x" * 300), "--to", "jaxre"), "xxx", "File name too long")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_is_terminated_leaves_no_unfinished_folder(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def app() -> None:
+        with atomic_folder(tmp_path / "new") as partial:
+            (partial / "half").write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    monkeypatch.setattr(cli, "app", app)
+    code, _, _ = run()
+    assert code == 143 and not list(tmp_path.iterdir())
 
 
 def test_predict_refuses_a_split_of_a_file(run: Callable, tmp_path: Path, model: Path) -> None:

@@ -6,10 +6,12 @@ save_base(target, architecture, params, like=folder)
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -326,12 +328,16 @@ def _leaf(params: dict, path: tuple[str, ...]) -> Any:
 
 def check_free(target: Path) -> None:
     """Raises InputError where something stands in the way of a new folder; an empty folder does not."""
+    if target.is_dir() and (os.path.ismount(target.resolve()) or target.resolve() == Path.cwd()):
+        raise InputError(f"{target}: is the current folder or a mount point, which no folder can replace; name a folder in it")
     if (target.exists() or target.is_symlink()) and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target}: exists already; remove it or name another folder")
 
 
 class atomic_folder:
     """A folder that is renamed into place when the block ends well, and removed when it does not.
+
+    Where the target is a link to a folder, that folder is meant and the link stays.
 
     Args:
       replace: whether a folder that is there already is replaced (it stays until the new one is whole).
@@ -341,16 +347,19 @@ class atomic_folder:
     """
 
     def __init__(self, target: Path, *, replace: bool = False):
-        self.target = Path(target)
-        absolute = self.target.absolute()
-        self.partial = absolute.with_name(f".{absolute.name}.partial-{os.getpid()}")
-        self.old = absolute.with_name(f".{absolute.name}.old-{os.getpid()}")
-        self.replace = replace
+        self.target, self.replace = Path(target), replace
 
     def __enter__(self) -> Path:
         if not (self.replace and self.target.is_dir()):
             check_free(self.target)
+        self.place = self.target.resolve()
+        self.partial = self.place.with_name(f".{self.place.name}.partial-{os.getpid()}")
+        self.old = self.place.with_name(f".{self.place.name}.old-{os.getpid()}")
         try:
+            for left in self.place.parent.glob(f".{glob.escape(self.place.name)}.partial-*"):
+                if not _alive(left.name.rpartition("-")[2]):
+                    shutil.rmtree(left)
+                    print(f"removed {left}, the unfinished folder of a process that was killed", file=sys.stderr)
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
         except OSError as error:
@@ -359,12 +368,30 @@ class atomic_folder:
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is not None:
-            shutil.rmtree(self.partial)
+            shutil.rmtree(self.partial, ignore_errors=True)
             return
-        if self.target.is_dir():
-            self.target.rename(self.old)
-        self.partial.rename(self.target)
+        try:
+            if self.replace and self.place.is_dir():
+                self.place.rename(self.old)
+            self.partial.rename(self.place)  # takes the place of an empty folder, and fails on what came there meanwhile
+        except OSError as failure:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            if self.old.is_dir():
+                self.old.rename(self.place)
+            raise InputError(
+                f"{self.target}: cannot be put in its place ({failure.strerror}); remove what came there meanwhile or name another folder"
+            ) from None
         shutil.rmtree(self.old, ignore_errors=True)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):  # another user's process, or a name that is not ours
+        return True
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:

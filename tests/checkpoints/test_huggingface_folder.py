@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -418,6 +421,44 @@ def test_target_that_is_or_lies_in_a_file_is_refused(tmp_path):
     with atomic_folder(tmp_path / "empty") as partial:
         (partial / "x").write_text("")
     assert (tmp_path / "empty/x").is_file()
+
+
+def test_folder_that_came_meanwhile_is_left_alone(tmp_path):
+    with pytest.raises(InputError, match=r"new: cannot be put in its place \(.*not empty"), atomic_folder(tmp_path / "new") as partial:
+        (partial / "ours").write_text("")
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new/theirs").write_text("theirs")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["new", "new/theirs"]
+
+
+def test_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    for replace in (False, True):
+        with atomic_folder(tmp_path / "link", replace=replace) as partial:
+            (partial / f"{replace}").write_text("")
+        assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == [f"{replace}"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_current_folder_and_mount_points_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (Path("."), tmp_path / "here", Path("/")):
+        with pytest.raises(InputError, match="is the current folder or a mount point"), atomic_folder(target):
+            pytest.fail("entered")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_unfinished_folders_of_dead_processes_are_removed_and_named(tmp_path, capsys):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    dead, alive, other = (tmp_path / f".{name}" for name in (f"new.partial-{done.pid}", "new.partial-1", f"old.partial-{done.pid}"))
+    for folder in (dead, alive, other):
+        folder.mkdir()
+    with atomic_folder(tmp_path / "new"):
+        assert not dead.exists() and alive.exists() and other.exists()
+    assert f"removed {dead}" in capsys.readouterr().err
 
 
 def test_config_of_the_source_that_is_broken_leaves_nothing_behind(tiny_base, tmp_path):
