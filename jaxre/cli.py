@@ -168,6 +168,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given")] = None,
     quantise: Annotated[Literal["nf4"] | None, typer.Option(help="nf4: projections as NF4, in a jaxre folder")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="read back what was written and compare every tensor")] = False,
+    json: JsonFile = None,
 ) -> None:
     """Converts weights from and to Hugging Face and PEFT.
 
@@ -179,6 +180,7 @@ def convert(
     console.print(str(done), markup=False)
     if verify:
         console.print(verification_table(done))
+    write_json(json, done.to_json())
 
 
 def write_json(path: Path | None, value: dict) -> None:

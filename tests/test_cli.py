@@ -223,10 +223,12 @@ def test_the_main_job_by_commands(run: Callable, tmp_path: Path, model: Path) ->
     assert code == 0 and json.loads((tmp_path / "scores.json").read_text())["schema_valid"] == 1.0
     code, out, _ = run("compare", ours, tmp_path / "greedy.parquet", "--json", tmp_path / "comparison.json")
     assert code == 0 and json.loads((tmp_path / "comparison.json").read_text())["joined"] == 12
-    for to, extra in (("hf", ["--merge", "--verify"]), ("peft", [])):
+    for to, extra in (("hf", ["--merge", "--verify", "--json", tmp_path / "tensors.json"]), ("peft", [])):
         code, out, _ = run("convert", folder, tmp_path / to, "--to", to, *extra)
         assert code == 0 and (tmp_path / to / "tokenizer.json").is_file()
         assert ("verified: " in out) == ("--verify" in extra)
+    differences = json.loads((tmp_path / "tensors.json").read_text())["differences"]
+    assert differences.keys() == load_file(tmp_path / "hf/model.safetensors").keys() and not any(differences.values())
     refused(run("convert", folder, tmp_path / "hf", "--to", "hf", "--merge"), "hf", "exists")
 
 

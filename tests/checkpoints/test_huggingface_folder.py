@@ -331,7 +331,10 @@ def test_index_that_points_outside_the_folder_is_refused(folder, place):
             lambda tree: tree["weight_map"].update(dict.fromkeys(("model.extra", "model.more"), "model-00001-of-00001.safetensors")),
             "model.extra is not in its file, though the index says so; model.more is not in its file",
         ),
-        (lambda tree: tree["weight_map"].pop("model.norm.weight") and None, "model.norm.weight is missing"),
+        (
+            lambda tree: tree["weight_map"].pop("model.norm.weight") and None,
+            "model.norm.weight lies in model-00001-of-00001.safetensors, where the index has it not",
+        ),
         (lambda tree: tree.update({"weight_map": ["a"]}), "not a safetensors index"),
         (lambda tree: tree.update({"weight_map": {"a": 5}}), "not a safetensors index"),
         (lambda tree: tree.clear(), "not a safetensors index"),
@@ -343,6 +346,26 @@ def test_index_that_points_outside_the_folder_is_refused(folder, place):
 def test_broken_index_is_refused(folder, change, message):
     index_of(folder, change)
     assert message in refusal(folder)
+
+
+def test_tensor_that_lies_in_two_shards_is_refused_with_the_other_faults(folder):
+    """Loaders differ in which of the two they take."""
+    index_of(folder, lambda tree: tree["weight_map"].update(dict.fromkeys(("model.extra", "model.norm.weight"), "model-2.safetensors")))
+    save_file({"model.norm.weight": np.ones(32, np.float32)}, folder / "model-2.safetensors")
+    told = refusal(folder)
+    assert "model.norm.weight lies in model-00001-of-00001.safetensors, where the index has it not" in told
+    assert "model.extra is not in its file" in told
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.BIN", "pytorch_model.bin.index.json", None])
+def test_hub_model_without_safetensors_is_refused_with_how_to_convert_it(folder, tmp_path, name):
+    """Its pickled files are not downloaded; at most their index is there."""
+    (tmp_path / "snapshots").mkdir()
+    folder = folder.rename(tmp_path / "snapshots/0123abc")
+    (folder / "model.safetensors").unlink()
+    if name:
+        (folder / name).write_text("{}")
+    assert "pickled weights" in refusal(folder) and "model.save_pretrained(folder, safe_serialization=True)" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights.pkl"])
