@@ -37,7 +37,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["jaxre", *map(str, arguments)])
         capsys.readouterr()
-        code, handler = 0, signal.getsignal(signal.SIGTERM)
+        code = 0
+        handler = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM is not handled"))  # and does not end the tests
         try:
             cli.main()
         except SystemExit as stop:
