@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,10 +33,16 @@ def main() -> None:
     """Runs a command; input that cannot be used is one line on standard error and exit code 2."""
     # Orbax warns at each checkpoint that was not validated, which is as it should be.
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # As an exception, so that unfinished folders are removed; 128 + 15, as shells have it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+        print(f"error: {f'{error.filename}: ' if error.filename else ''}{reason}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -161,6 +168,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given")] = None,
     quantise: Annotated[Literal["nf4"] | None, typer.Option(help="nf4: projections as NF4, in a jaxre folder")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="read back what was written and compare every tensor")] = False,
+    json: JsonFile = None,
 ) -> None:
     """Converts weights from and to Hugging Face and PEFT.
 
@@ -172,6 +180,7 @@ def convert(
     console.print(str(done), markup=False)
     if verify:
         console.print(verification_table(done))
+    write_json(json, done.to_json())
 
 
 def write_json(path: Path | None, value: dict) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from tiny import ARCHITECTURE, tiny_config, write_tiny_model
 
 from jaxre import cli
+from jaxre.checkpoints.huggingface import atomic_folder
 from jaxre.config import save_config
 from jaxre.evaluation.predictions import Prediction, write_predictions
 
@@ -34,10 +38,13 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
         monkeypatch.setattr(sys, "argv", ["jaxre", *map(str, arguments)])
         capsys.readouterr()
         code = 0
+        handler = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM is not handled"))  # and does not end the tests
         try:
             cli.main()
         except SystemExit as stop:
             code = stop.code or 0
+        finally:
+            signal.signal(signal.SIGTERM, handler)
         out, err = capsys.readouterr()
         return code, out, err
 
@@ -131,6 +138,23 @@ def test_a_place_that_cannot_be_written_is_refused(run: Callable, tmp_path: Path
     assert not list(tmp_path.parent.glob(".*.partial"))
 
 
+def test_what_the_system_refuses_is_one_line(run: Callable, tmp_path: Path, model: Path) -> None:
+    refused(run("convert", model, tmp_path / ("x" * 300), "--to", "jaxre"), "xxx", "File name too long")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_command_that_is_terminated_leaves_no_unfinished_folder(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def app() -> None:
+        with atomic_folder(tmp_path / "new") as partial:
+            (partial / "half").write_text("half")
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+
+    monkeypatch.setattr(cli, "app", app)
+    code, _, _ = run()
+    assert code == 143 and not list(tmp_path.iterdir())
+
+
 def test_predict_refuses_a_split_of_a_file(run: Callable, tmp_path: Path, model: Path) -> None:
     path = write_config(tmp_path, model)
     refused(run("predict", model, "--config", path, "--data", tmp_path / "train.jsonl", "--split", "test"), "no splits", "--split")
@@ -200,10 +224,12 @@ def test_the_main_job_by_commands(run: Callable, tmp_path: Path, model: Path) ->
     assert code == 0 and json.loads((tmp_path / "scores.json").read_text())["schema_valid"] == 1.0
     code, out, _ = run("compare", ours, tmp_path / "greedy.parquet", "--json", tmp_path / "comparison.json")
     assert code == 0 and json.loads((tmp_path / "comparison.json").read_text())["joined"] == 12
-    for to, extra in (("hf", ["--merge", "--verify"]), ("peft", [])):
+    for to, extra in (("hf", ["--merge", "--verify", "--json", tmp_path / "tensors.json"]), ("peft", [])):
         code, out, _ = run("convert", folder, tmp_path / to, "--to", to, *extra)
         assert code == 0 and (tmp_path / to / "tokenizer.json").is_file()
         assert ("verified: " in out) == ("--verify" in extra)
+    differences = json.loads((tmp_path / "tensors.json").read_text())["differences"]
+    assert differences.keys() == load_file(tmp_path / "hf/model.safetensors").keys() and not any(differences.values())
     refused(run("convert", folder, tmp_path / "hf", "--to", "hf", "--merge"), "hf", "exists")
 
 

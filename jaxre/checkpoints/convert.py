@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import ml_dtypes
@@ -26,8 +26,17 @@ from rich.table import Table
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
-from jaxre.checkpoints.huggingface import atomic_folder, check_free, check_quantisable, hf_shapes, positions, write_base
-from jaxre.checkpoints.native import stored_quantised, write_native
+from jaxre.checkpoints.huggingface import (
+    atomic_folder,
+    check_free,
+    check_quantisable,
+    hf_shapes,
+    positions,
+    read_json,
+    side_files_of,
+    write_base,
+)
+from jaxre.checkpoints.native import is_native, write_native
 from jaxre.checkpoints.peft import load_adapter, save_adapter
 from jaxre.checkpoints.source import Located, locate, open_weights
 from jaxre.errors import InputError
@@ -39,6 +48,14 @@ from jaxre.models.weights import AnyArchitecture
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 NAMES = {"hf": "a Hugging Face folder", "jaxre": "a jaxre folder", "peft": "a PEFT adapter", "run": "a run"}
 BLOCK = 1 << 22  # elements compared at once
+# Every file that may give a token its id; tokenizers differ in which of them they read.
+TOKEN_IDS: dict[str, Callable[[Path], Iterable[int | str]]] = {
+    "tokenizer.json": lambda path: Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values(),
+    "vocab.json": lambda path: read_json(path).values(),
+    "added_tokens.json": lambda path: read_json(path).values(),
+    "tokenizer_config.json": lambda path: read_json(path).get("added_tokens_decoder") or (),
+    "vocab.txt": lambda path: range(len(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))),
+}
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,8 @@ class Conversion:
 
     `merged` is whether an adapter was added in. `differences` is, where the folder was verified, name of
     each tensor -> max|written - source|, of NF4 by its values; of a merged one the source is W + scale A B in f32.
+    `recast` is whether a tensor has another dtype than in the source; `left_out` names tensors of the source's that
+    are not written; `unreadable` is a base that peft does not open.
     """
 
     source: str
@@ -58,24 +77,38 @@ class Conversion:
     bytes: int
     dtype: str
     differences: dict[str, float] | None = None
+    recast: bool = False
+    left_out: tuple[str, ...] = ()
+    unreadable: str | None = None
 
     def __str__(self) -> str:
         merged = ", the adapter merged" if self.merged else ""
         size = f"{self.parameters:,} parameters, {self.dtype}, {self.bytes / 1e6:,.1f} MB"
-        return f"{NAMES[self.kind]} {self.source} -> {NAMES[self.to]} {self.target} ({size}{merged})"
+        line = f"{NAMES[self.kind]} {self.source} -> {NAMES[self.to]} {self.target} ({size}{merged})"
+        if self.left_out:
+            line += f"; left out, for no classifier has them: {', '.join(self.left_out)}"
+        if self.unreadable:
+            base = f"its base {self.unreadable}, a jaxre folder"
+            line += f"; peft cannot open {base}: convert that --to hf and name the new folder in adapter_config.json"
+        return line
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "target": str(self.target)}
 
 
 @dataclass(frozen=True)
 class _Plan:
     """One conversion: the form of each tensor that is written, its values before the cast, and how a folder is written and read.
 
-    A form is (shape, dtype), with None for the dtype of an NF4 weight.
+    A form is (shape, dtype), with None for the dtype of an NF4 weight. `recast` and `left_out` are Conversion's.
     """
 
     forms: dict[str, tuple[tuple[int, ...], np.dtype | None]]
     exact: Callable[[str], np.ndarray]
     write: Callable[[Path], None]
     reader: Callable[[Path], Callable[[str], np.ndarray | NF4Weight]]
+    recast: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 def convert(
@@ -109,7 +142,7 @@ def convert(
     found = locate(source)
     _check(str(source), found, to, merge, dtype, quantise)
     check_free(target)
-    _check_tokenizer(found.folder)
+    _check_tokenizer(found)
     plan = _plan_adapter(found) if to == "peft" else _plan_weights(found, to, merge, dtype, quantise)
     _check_space(target, sum(_bytes(*form) for form in plan.forms.values()))
     try:
@@ -129,18 +162,26 @@ def convert(
         bytes=sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
         dtype=", ".join(sorted({"NF4" if dtype is None else dtype.name for _, dtype in plan.forms.values()})),
         differences=differences,
+        recast=plan.recast,
+        left_out=plan.left_out,
+        unreadable=found.base_name if to == "peft" and is_native(found.folder) else None,
     )
 
 
 def verification_table(conversion: Conversion) -> Table:
-    """The largest difference of each weight over its layers, and over all."""
+    """The largest difference of each weight over its layers, and over all; `to_json` has every tensor's."""
     groups: dict[str, dict[str, float]] = {}
     for name, value in conversion.differences.items():
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), {})[name] = value
-    found = f"rounded to {conversion.dtype}" if any(conversion.differences.values()) else "bit-identical"
-    table = Table(title=f"verified: {found}")
-    for column in ("weight", "tensors", "largest difference", "in"):
-        table.add_column(column, justify="right" if column in ("tensors", "largest difference") else "left")
+    if any(conversion.differences.values()):
+        found = f"rounded to {conversion.dtype}"
+    else:
+        found = f"every value kept, as {conversion.dtype}" if conversion.recast else "bit-identical"
+    of = " to W + scale A B" if conversion.merged and found == "bit-identical" else ""
+    left_out = f"; left out: {', '.join(conversion.left_out)}" if conversion.left_out else ""
+    table = Table(title=f"verified: {found}{of}{left_out}")
+    for column in ("weight (* any layer)", "tensors", "largest difference", "in"):
+        table.add_column(column, justify="right" if column in ("tensors", "largest difference") else "left", overflow="fold")
     for weight, members in {**groups, "all": conversion.differences}.items():
         worst = max(members, key=members.get)
         table.add_row(weight, str(len(members)), f"{members[worst]:.3g}", worst if members[worst] else "")
@@ -163,13 +204,23 @@ def _plan_weights(found: Located, to: str, merge: bool, dtype: str | None, quant
     def exact(name: str) -> np.ndarray:
         value = tensors.read(name)
         value = dequantise_matrix(value) if is_nf4(value) else value
-        return merge_one(value, *pairs[name], scale) if name in pairs else value
+        if name not in pairs:
+            return value
+        with np.errstate(over="ignore", invalid="ignore"):
+            whole = merge_one(value, *pairs[name], scale)
+        if (~np.isfinite(whole) & np.isfinite(value)).any():
+            raise InputError(
+                f"{found.adapter}: merged into {name}, it gives values that are not finite; its factors or lora_alpha are broken"
+            )
+        return whole
 
     def write(folder: Path) -> None:
-        fill = write_base if to == "hf" else write_native
-        fill(folder, architecture, dtypes, _ahead((name, _cast(name, exact(name), dtypes[name])) for name in dtypes), found.folder)
+        fill, adapter = write_base if to == "hf" else write_native, found.adapter
+        cast = _ahead((name, _cast(name, exact(name), dtypes[name])) for name in dtypes)
+        fill(folder, architecture, dtypes, cast, found.folder, side_files=side_files_of(found.folder, adapter))
 
-    return _Plan({name: (shapes[name], dtypes[name]) for name in dtypes}, exact, write, lambda folder: open_weights(folder).read)
+    forms = {name: (shapes[name], dtypes[name]) for name in dtypes}
+    return _Plan(forms, exact, write, lambda folder: open_weights(folder).read, dtypes != tensors.dtypes, tensors.left_out)
 
 
 def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -235,7 +286,7 @@ def _verify(plan: _Plan, folder: Path, target: Path) -> dict[str, float]:
         if dtype is None:
             meant = _cast(name, exact, dtype)
             same = is_nf4(back) and all(map(np.array_equal, jax.tree.leaves(meant), jax.tree.leaves(back)))
-            differences[name] = float(np.abs(dequantise_matrix(back) - exact.astype(np.float32)).max())
+            differences[name] = _gap(exact, dequantise_matrix(back))
             if not same:
                 wrong[name] = differences[name]
             continue
@@ -244,8 +295,7 @@ def _verify(plan: _Plan, folder: Path, target: Path) -> dict[str, float]:
             one, other = exact[start : start + BLOCK], back[start : start + BLOCK]
             same = other.dtype == dtype and np.array_equal(_cast(name, one, dtype).view(np.uint8), other.view(np.uint8))
             if not same or one.dtype != dtype:
-                wide = np.float64 if np.float64 in (one.dtype, other.dtype) else np.float32
-                differences[name] = max(differences[name], float(np.abs(one.astype(wide) - other.astype(wide)).max()))
+                differences[name] = max(differences[name], _gap(one, other))
             if not same:
                 wrong[name] = differences[name]
     if wrong:
@@ -255,6 +305,18 @@ def _verify(plan: _Plan, folder: Path, target: Path) -> dict[str, float]:
             "do not trust this disk, name a folder on another"
         )
     return differences
+
+
+def _gap(one: np.ndarray, other: np.ndarray) -> float:
+    """max|one - other|; infinite where only one of them is no number."""
+    wide = np.float64 if np.float64 in (one.dtype, other.dtype) else np.float32
+    one, other = one.astype(wide), other.astype(wide)
+    with np.errstate(over="ignore", invalid="ignore"):
+        gaps = np.abs(one - other)
+    if np.isnan(gaps).any():
+        gaps[(one == other) | (np.isnan(one) & np.isnan(other))] = 0
+        gaps[np.isnan(gaps)] = np.inf
+    return float(gaps.max())
 
 
 def _check(source: str, found: Located, to: str, merge: bool, dtype: str | None, quantise: str | None) -> None:
@@ -281,23 +343,34 @@ def _check(source: str, found: Located, to: str, merge: bool, dtype: str | None,
         raise InputError(f"{source}: has no adapter to merge; leave --merge out")
     if quantise and found.adapter is not None:
         raise InputError(f"{source}: is an adapter on a base; merge it into a folder first, then quantise that")
-    if found.kind == to and not (quantise and not stored_quantised(found.folder)):
+    if found.kind == to and not _changes(found, dtype, quantise):
         raise InputError(f"{source}: is {NAMES[to]} already; copy the folder")
 
 
-def _check_tokenizer(folder: Path) -> None:
+def _changes(found: Located, dtype: str | None, quantise: str | None) -> bool:
+    """Whether a folder of the same form would hold other weights."""
+    if dtype is None and quantise is None:
+        return False
+    stored = set(open_weights(found.folder).dtypes.values())
+    return None not in stored if quantise else stored != {DTYPES[dtype]}
+
+
+def _check_tokenizer(found: Located) -> None:
     """Raises InputError for a tokenizer with tokens that the embeddings lack; a folder may have none."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return
-    try:
-        highest = max(Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values(), default=0)
-    except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception)
-        raise InputError(f"{path}: the tokenizer does not load ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
-    try:
-        check_vocabulary(highest, read_architecture(folder))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    architecture = read_architecture(found.folder)
+    for name, path in side_files_of(found.folder, found.adapter).items():
+        if name not in TOKEN_IDS:
+            continue
+        try:
+            highest = max(map(int, TOKEN_IDS[name](path)), default=0)
+        except InputError:
+            raise
+        except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception)
+            raise InputError(f"{path}: the tokenizer does not load ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+        try:
+            check_vocabulary(highest, architecture)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
 
 
 def _check_space(target: Path, needed: int) -> None:

@@ -21,6 +21,8 @@ UNUSED = {
     "bert": re.compile(r"bert\.embeddings\.position_ids|cls\..*"),
     "roberta": re.compile(r"roberta\.embeddings\.(position_ids|token_type_ids)|roberta\.pooler\..*|lm_head\..*"),
 }
+BUFFERS = ("position_ids", "token_type_ids")
+BARE = {"bert": "BertModel", "roberta": "RobertaModel"}
 CLASSES = {"bert": "BertForSequenceClassification", "roberta": "RobertaForSequenceClassification"}
 
 
@@ -53,8 +55,8 @@ def with_head_of(architecture: EncoderArchitecture, names: Iterable[str]) -> Enc
 
 
 def classifier_fields(architecture: EncoderArchitecture) -> dict[str, Any]:
-    """The fields of config.json that say what `for_task` changed: vocabulary and labels."""
-    fields: dict[str, Any] = {"vocab_size": architecture.vocabulary}
+    """The fields of config.json that say what the weights are: vocabulary, labels, and no head where there is none."""
+    fields: dict[str, Any] = {"vocab_size": architecture.vocabulary, "architectures": [BARE[architecture.kind]]}
     if architecture.labels:
         fields |= {
             "architectures": [CLASSES[architecture.kind]],

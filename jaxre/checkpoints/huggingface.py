@@ -6,10 +6,12 @@ save_base(target, architecture, params, like=folder)
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +23,8 @@ import numpy as np
 from jaxre_kernels.nf4 import NF4Weight, empty
 from transformers import PreTrainedTokenizerBase
 
-from jaxre.checkpoints.encoder_folder import classifier_fields, stored_names, with_head_of
-from jaxre.checkpoints.shards import MEND_PICKLED, PICKLED, STORED_DTYPES, Form, Stored, stored_tensors, write_shards
+from jaxre.checkpoints.encoder_folder import BUFFERS, classifier_fields, stored_names, with_head_of
+from jaxre.checkpoints.shards import MEND_PICKLED, STORED_DTYPES, Form, Stored, is_pickled, stored_tensors, write_shards
 from jaxre.errors import InputError
 from jaxre.models.architecture import EncoderArchitecture, read_architecture
 from jaxre.models.quantised import is_nf4, quantise_matrix
@@ -43,6 +45,7 @@ SIDE_FILES = (
     "added_tokens.json",
     "tokenizer.model",
 )
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 TEMPLATES = "additional_chat_templates"  # a folder: a tokenizer's templates beside its default one
 
 
@@ -51,12 +54,14 @@ class Tensors:
     """The weights of a folder, read one at a time, so that a model passes through without being held.
 
     `dtypes` is name -> stored dtype in the order in which they lie on disk, None for NF4; `read(name)` gives one
-    tensor. Names and layout are Hugging Face's, whatever the folder is.
+    tensor. Names and layout are Hugging Face's, whatever the folder is. `left_out` names stored tensors that are
+    not weights of this architecture (the head of an encoder's pretraining).
     """
 
     architecture: AnyArchitecture
     dtypes: dict[str, np.dtype | None]
     read: Callable[[str], np.ndarray | NF4Weight]
+    left_out: tuple[str, ...] = ()
 
 
 def resolve_model(path: str) -> Path:
@@ -73,7 +78,7 @@ def resolve_model(path: str) -> Path:
     if shipped(path).is_dir() and "/" not in path:
         return shipped(path)
     if folder.is_file():
-        why = f"holds pickled weights, which are never read; {MEND_PICKLED}" if folder.suffix in PICKLED else "is a file; give its folder"
+        why = f"holds pickled weights, which are never read; {MEND_PICKLED}" if is_pickled(folder.name) else "is a file; give its folder"
         raise InputError(f"{path}: {why}")
     if path.count("/") != 1 or path.startswith((".", "/", "~")):
         raise InputError(f"{path}: no such model folder; give a folder, a hub id OWNER/NAME, or the shipped facts-base")
@@ -87,10 +92,11 @@ def resolve_model(path: str) -> Path:
         raise InputError(f"{path}: not a folder, and the hub did not give it ({reason}); download it and give the folder") from None
 
 
-def folder_tensors(folder: Path) -> dict[str, Stored | None]:
+def folder_tensors(folder: Path) -> dict[str, Stored | str]:
     """Hugging Face name -> tensor, from `model.safetensors` or, where there is none, the sharded index (transformers' order).
 
-    In the order in which they lie on disk; None for one that is not in the file that the index names.
+    In the order in which they lie on disk. One that the index and its file do not agree on is what is wrong with it:
+    loaders differ in which of the two they follow.
 
     Raises:
       InputError: no safetensors (pickled weights are never read), a broken index, a missing or outside shard.
@@ -109,12 +115,15 @@ def folder_tensors(folder: Path) -> dict[str, Stored | None]:
             if not (folder / shard).is_file():
                 raise InputError(f"{folder / shard}: no such file, though {index.name} names it; download it again")
         lying = [pair for shard in sorted(set(names.values())) for pair in stored_tensors(folder / shard).items()]
-        found = {name: one for name, one in lying if names.get(name) == one.path.name}
-        return found | dict.fromkeys(name for name in names if name not in found)
-    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLED)
+        found: dict[str, Stored | str] = {name: one for name, one in lying if names.get(name) == one.path.name}
+        found |= {name: f"lies in {one.path.name}, where the index has it not" for name, one in lying if names.get(name) != one.path.name}
+        return found | dict.fromkeys((name for name in names if name not in found), "is not in its file, though the index says so")
+    pickled = sorted(path.name for path in folder.iterdir() if is_pickled(path.name))
     if pickled:
         raise InputError(f"{folder}: only pickled weights ({pickled[0]}), which are never read; {MEND_PICKLED}")
-    raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    # Of a hub's model the pickled files are not downloaded, so what it has of them is not known here.
+    hub = f"; if it has pickled weights, which are never read, {MEND_PICKLED}" if folder.parent.name == "snapshots" else ""
+    raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json{hub}")
 
 
 def open_base(folder: Path) -> Tensors:
@@ -125,9 +134,11 @@ def open_base(folder: Path) -> Tensors:
     """
     folder = Path(folder)
     architecture = read_architecture(folder)
-    stored = folder_tensors(folder)
+    stored, left_out = folder_tensors(folder), ()
     if isinstance(architecture, EncoderArchitecture):
-        stored = {ours: stored[own] for ours, own in stored_names(architecture, stored, folder).items()}
+        names = stored_names(architecture, stored, folder)
+        left_out = tuple(sorted(name for name in stored.keys() - set(names.values()) if not name.endswith(BUFFERS)))
+        stored = {ours: stored[own] for ours, own in names.items()}
         architecture = with_head_of(architecture, stored)
     _check_tensors(folder, architecture, stored)
     head = stored.get("lm_head.weight") if architecture.tied_head else None
@@ -138,7 +149,7 @@ def open_base(folder: Path) -> Tensors:
         )
     wanted = hf_shapes(architecture)
     dtypes = {name: one.dtype for name, one in stored.items() if name in wanted}
-    return Tensors(architecture, dtypes, lambda name: stored[name].read())
+    return Tensors(architecture, dtypes, lambda name: stored[name].read(), left_out)
 
 
 def load_base(folder: Path, dtype: np.dtype | None = None, quantise: str | None = None) -> tuple[AnyArchitecture, dict]:
@@ -243,12 +254,14 @@ def write_base(
     *,
     config: dict[str, Any] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    side_files: dict[str, Path] | None = None,
 ) -> None:
     """Fills an empty folder as `save_base` does, from tensors that come one at a time.
 
     Args:
       dtypes: Hugging Face name -> dtype of every tensor.
       tensors: (name, array in Hugging Face's layout), in any order.
+      side_files: name -> path, where they are not those of `like`.
     """
     fields = dict(read_json(like / "config.json") if config is None else config)
     shapes = hf_shapes(architecture)
@@ -260,18 +273,28 @@ def write_base(
         fields |= classifier_fields(architecture)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     if tokenizer is None:
-        copy_side_files(like, folder)
+        copy_side_files(side_files_of(like) if side_files is None else side_files, folder)
     else:
         tokenizer.save_pretrained(folder)
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Tokenizer and generation config, where `source` has them."""
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, target / TEMPLATES)
+def side_files_of(folder: Path, adapter: Path | None = None) -> dict[str, Path]:
+    """Name -> path of what `folder` carries beside its weights; what `adapter` has is taken from there.
+
+    An adapter with a whole tokenizer takes the place of the base's: added tokens or templates of two do not mix.
+    """
+    found: dict[str, Path] = {}
+    for place in filter(None, (folder, adapter)):
+        if (place / "tokenizer_config.json").is_file() and any((place / name).is_file() for name in VOCABULARIES):
+            found = {name: path for name, path in found.items() if name == "generation_config.json"}
+        found |= {name: place / name for name in (*SIDE_FILES, TEMPLATES) if (place / name).exists()}
+    return found
+
+
+def copy_side_files(files: dict[str, Path], target: Path) -> None:
+    """Tokenizer and generation config, as `side_files_of` gives them."""
+    for name, path in files.items():
+        (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target / name)
 
 
 def positions(architecture: AnyArchitecture) -> dict[str, tuple[Weight, tuple[str, ...], int | EllipsisType]]:
@@ -326,12 +349,16 @@ def _leaf(params: dict, path: tuple[str, ...]) -> Any:
 
 def check_free(target: Path) -> None:
     """Raises InputError where something stands in the way of a new folder; an empty folder does not."""
+    if target.is_dir() and (os.path.ismount(target.resolve()) or target.resolve() == Path.cwd()):
+        raise InputError(f"{target}: is the current folder or a mount point, which no folder can replace; name a folder in it")
     if (target.exists() or target.is_symlink()) and not (target.is_dir() and not any(target.iterdir())):
         raise InputError(f"{target}: exists already; remove it or name another folder")
 
 
 class atomic_folder:
     """A folder that is renamed into place when the block ends well, and removed when it does not.
+
+    Where the target is a link to a folder, that folder is meant and the link stays.
 
     Args:
       replace: whether a folder that is there already is replaced (it stays until the new one is whole).
@@ -341,16 +368,19 @@ class atomic_folder:
     """
 
     def __init__(self, target: Path, *, replace: bool = False):
-        self.target = Path(target)
-        absolute = self.target.absolute()
-        self.partial = absolute.with_name(f".{absolute.name}.partial-{os.getpid()}")
-        self.old = absolute.with_name(f".{absolute.name}.old-{os.getpid()}")
-        self.replace = replace
+        self.target, self.replace = Path(target), replace
 
     def __enter__(self) -> Path:
         if not (self.replace and self.target.is_dir()):
             check_free(self.target)
+        self.place = self.target.resolve()
+        self.partial = self.place.with_name(f".{self.place.name}.partial-{os.getpid()}")
+        self.old = self.place.with_name(f".{self.place.name}.old-{os.getpid()}")
         try:
+            for left in self.place.parent.glob(f".{glob.escape(self.place.name)}.partial-*"):
+                if not _alive(left.name.rpartition("-")[2]):
+                    shutil.rmtree(left)
+                    print(f"removed {left}, the unfinished folder of a process that was killed", file=sys.stderr)
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
         except OSError as error:
@@ -359,12 +389,30 @@ class atomic_folder:
 
     def __exit__(self, kind, error, trace) -> None:
         if kind is not None:
-            shutil.rmtree(self.partial)
+            shutil.rmtree(self.partial, ignore_errors=True)
             return
-        if self.target.is_dir():
-            self.target.rename(self.old)
-        self.partial.rename(self.target)
+        try:
+            if self.replace and self.place.is_dir():
+                self.place.rename(self.old)
+            self.partial.rename(self.place)  # takes the place of an empty folder, and fails on what came there meanwhile
+        except OSError as failure:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            if self.old.is_dir():
+                self.old.rename(self.place)
+            raise InputError(
+                f"{self.target}: cannot be put in its place ({failure.strerror}); remove what came there meanwhile or name another folder"
+            ) from None
         shutil.rmtree(self.old, ignore_errors=True)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError, OverflowError):  # another user's process, or a name that is not ours
+        return True
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -380,14 +428,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_tensors(folder: Path, architecture: AnyArchitecture, stored: dict[str, Stored | None]) -> None:
+def _check_tensors(folder: Path, architecture: AnyArchitecture, stored: dict[str, Stored | str]) -> None:
     """Raises InputError listing every tensor that is missing, misshapen, of no floating-point type, or not known."""
     shapes = hf_shapes(architecture)
-    problems = [f"{name} is not in its file, though the index says so" for name, found in stored.items() if found is None]
+    problems = [f"{name} {found}" for name, found in stored.items() if isinstance(found, str) and not HARMLESS.fullmatch(name)]
     for name, expected in shapes.items():
         if name not in stored:
             problems.append(f"{name} is missing")
-        elif (found := stored[name]) is None:
+        elif isinstance(found := stored[name], str):
             continue
         elif found.shape != expected:
             problems.append(f"{name} has shape {list(found.shape)}, expected {list(expected)}")
@@ -397,7 +445,9 @@ def _check_tensors(folder: Path, architecture: AnyArchitecture, stored: dict[str
     if architecture.tied_head:
         known.add("lm_head.weight")  # compared with the embeddings by the caller
     problems += [
-        f"{name} is not known" for name, found in sorted(stored.items()) if found and name not in known and not HARMLESS.fullmatch(name)
+        f"{name} is not known"
+        for name in sorted(stored)
+        if name not in known and not isinstance(stored[name], str) and not HARMLESS.fullmatch(name)
     ]
     if problems:
         raise InputError(f"{folder}: {'; '.join(problems)}; the weights do not fit config.json")

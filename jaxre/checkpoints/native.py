@@ -21,7 +21,18 @@ import tensorstore as ts
 from jaxre_kernels.nf4 import NF4Weight, forms
 
 from jaxre.checkpoints.encoder_folder import with_head_of
-from jaxre.checkpoints.huggingface import Tensors, copy_side_files, gathered, positions, quantised, read_json, transposed, uniform_dtypes
+from jaxre.checkpoints.huggingface import (
+    Tensors,
+    copy_side_files,
+    gathered,
+    positions,
+    quantised,
+    read_json,
+    side_files_of,
+    transposed,
+    uniform_dtypes,
+)
+from jaxre.checkpoints.shards import STORED_DTYPES
 from jaxre.errors import InputError
 from jaxre.models.architecture import EncoderArchitecture, read_architecture
 from jaxre.models.quantised import is_nf4
@@ -48,10 +59,13 @@ def write_native(
     dtypes: dict[str, np.dtype | None],
     tensors: Iterable[tuple[str, np.ndarray | NF4Weight]],
     like: Path,
+    *,
+    side_files: dict[str, Path] | None = None,
 ) -> None:
     """Fills an empty folder; `like` gives config.json, tokenizer and generation config.
 
     Args:
+      side_files: name -> path of these two, where they are not those of `like`.
       dtypes: Hugging Face name -> dtype of every tensor; None, of all projections, where they come as NF4.
       tensors: (name, array in Hugging Face's layout) of each, once, in any order; two are held at a time. None may change later.
 
@@ -82,7 +96,7 @@ def write_native(
     if at:
         raise ValueError(f"not written: {', '.join(at)}")
     shutil.copyfile(like / "config.json", folder / "config.json")
-    copy_side_files(like, folder)
+    copy_side_files(side_files_of(like) if side_files is None else side_files, folder)
     marker = {"format": "jaxre weights", "version": VERSION}
     if any(dtype is None for dtype in stored.values()):
         marker["quantised"] = "nf4"
@@ -147,14 +161,14 @@ def _open(folder: Path) -> tuple[AnyArchitecture, dict[tuple[str, ...], ts.Tenso
     held = [place for place in places(architecture) if 0 not in place[2]]
     expected = {}
     for weight, path, shape, _ in held:
-        parts = {path: shape}
+        parts = {path: (shape, None)}  # any of the dtypes of weights
         if nf4 and weight.lora:
-            parts = {(*path, field): form for field, (form, _) in forms(shape[:-3:-1], shape[:-2]).items()}
-        expected |= {".".join(part): (part, form) for part, form in parts.items()}
+            parts = {(*path, field): form for field, form in forms(shape[:-3:-1], shape[:-2]).items()}
+        expected |= {".".join(part): (part, *form) for part, form in parts.items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not known" for name in sorted(found - expected.keys())]
     stores = {}
-    for name, (path, shape) in expected.items():
+    for name, (path, shape, dtype) in expected.items():
         if name not in found:
             continue
         # Without this option a chunk that is lost would read as zeros.
@@ -165,6 +179,9 @@ def _open(folder: Path) -> tuple[AnyArchitecture, dict[tuple[str, ...], ts.Tenso
             raise _unreadable(folder, error) from None
         if stores[path].shape != shape:
             problems.append(f"{name} has shape {list(stores[path].shape)}, expected {list(shape)}")
+        kinds, kind = [dtype] if dtype else list(STORED_DTYPES.values()), stores[path].dtype.numpy_dtype
+        if kind not in kinds:
+            problems.append(f"{name} is stored as {kind.name}, which is not {' or '.join(one.name for one in kinds)}")
     if problems:
         raise InputError(f"{weights}: {'; '.join(problems)}; the weights do not fit config.json; {MEND}")
     for weight, path, shape, _ in held:

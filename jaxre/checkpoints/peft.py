@@ -19,11 +19,11 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors.numpy import save_file
 
-from jaxre.checkpoints.huggingface import atomic_folder, copy_side_files, read_json
-from jaxre.checkpoints.shards import STORED_DTYPES, stored_tensors
+from jaxre.checkpoints.huggingface import atomic_folder, copy_side_files, read_json, side_files_of
+from jaxre.checkpoints.shards import STORED_DTYPES, is_pickled, stored_tensors
 from jaxre.config import LORA_TARGETS, Lora
 from jaxre.errors import InputError
-from jaxre.models.architecture import Architecture
+from jaxre.models.architecture import Architecture, EncoderArchitecture
 from jaxre.models.lora import targets
 from jaxre.models.weights import Weight, table
 
@@ -87,7 +87,7 @@ def save_adapter(
     with atomic_folder(target, replace=replace) as folder:
         (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        copy_side_files(base_folder, folder)
+        copy_side_files(side_files_of(base_folder), folder)
 
 
 def load_adapter(folder: Path, architecture: Architecture) -> tuple[Lora, dict]:
@@ -98,12 +98,15 @@ def load_adapter(folder: Path, architecture: Architecture) -> tuple[Lora, dict]:
         fit the base, all of them listed.
     """
     folder = Path(folder)
+    if isinstance(architecture, EncoderArchitecture):
+        raise InputError(f"{folder}: its base is an encoder ({architecture.kind}), which takes no adapter; encoders are trained whole")
     lora = _read_settings(folder, architecture)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        if (folder / "adapter_model.bin").is_file():
+        pickled = sorted(one.name for one in folder.iterdir() if one.stem == "adapter_model" and is_pickled(one.name))
+        if pickled:
             raise InputError(
-                f"{folder}: only pickled weights (adapter_model.bin), which are never read; save it with peft's safe_serialization=True"
+                f"{folder}: only pickled weights ({pickled[0]}), which are never read; save it with peft's safe_serialization=True"
             )
         raise InputError(f"{path}: no such file; a PEFT adapter has {CONFIG_FILE} and {WEIGHTS_FILE}")
     factors: dict = {"layers": {}, "last": {}}
@@ -177,7 +180,8 @@ def _unsupported(settings: dict[str, Any]) -> list[str]:
     if settings.get("bias", "none") != "none":
         found.append("bias")
     for pattern, common in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        if any(value != settings.get(common) for value in (settings.get(pattern) or {}).values()):
+        values = settings.get(pattern) or {}
+        if not isinstance(values, dict) or any(value != settings.get(common) for value in values.values()):
             found.append(pattern)
     if settings.get("init_lora_weights") not in _HARMLESS_INITIAL:
         found.append("init_lora_weights")

@@ -65,13 +65,18 @@ class Stored:
         return data.view(self.dtype).reshape(self.shape)
 
 
+def is_pickled(name: str) -> bool:
+    """Whether a file has pickled weights (or is the index of such), by its name."""
+    return name.lower().removesuffix(".index.json").endswith(PICKLED)
+
+
 def stored_tensors(path: Path) -> dict[str, Stored]:
     """Name -> tensor of a safetensors file, in the order in which they lie in it.
 
     Raises:
       InputError: a file that is missing, truncated, corrupt or pickled.
     """
-    if path.suffix in PICKLED:
+    if is_pickled(path.name):
         raise InputError(f"{path}: pickled weights, which are never read; {MEND_PICKLED}")
     try:
         safe_open(path, framework="np", backend="pread")  # checks that header, types, shapes and length agree

@@ -34,7 +34,7 @@ class Loaded:
 
     `folder` carries its tokenizer and config.json; `name` is what to call it; `base` its weights
     (numpy, our layout) without the adapter; `lora` and `factors` (numpy f32) the adapter, if it has one.
-    `kind` is what was opened; `base_name` what an adapter names as its base; `quantise` how a dense base was quantised.
+    `kind` is what was opened; `base_name` what an adapter on it names as its base; `quantise` how a dense base was quantised.
     """
 
     folder: Path
@@ -82,13 +82,13 @@ def locate(path: str | Path, quantise: str | None = None) -> Located:
     kind = kind_of(folder)
     name = folder.absolute().name if Path(path).expanduser().is_dir() else str(path)
     if kind == "peft":
-        return _with_adapter(folder, name, kind, base_name_of(folder), quantise)
+        return _with_adapter(folder, folder, name, kind, quantise)
     if kind == "run":
         config = load_config(folder / "config.yaml")
         check_finished(folder, config)
         if config.train.method == "full":
             return Located(folder / "model", config.name, kind, quantise=quantise)
-        return _with_adapter(folder / "adapter", config.name, kind, config.model.path, config.model.quantise)
+        return _with_adapter(folder, folder / "adapter", config.name, kind, config.model.quantise)
     return Located(folder, name, kind, quantise=quantise)
 
 
@@ -136,7 +136,7 @@ def tokenizer_folder(config: Config) -> Path:
       InputError: no such model, or a decoder where the objective needs an encoder, or the other way round.
     """
     scratch = config.model.architecture
-    folder = base_folder_of(config.model.path) if scratch is None else resolve_model(config.model.path)
+    folder = base_of(config.model.path)[1] if scratch is None else resolve_model(config.model.path)
     kind = (scratch or read_json(folder / "config.json")).get("model_type")
     if kind in ENCODERS and config.train.objective != "classify":
         raise InputError(f"{config.model.path}: is an encoder ({kind}); set train.objective=classify and train.method=full")
@@ -154,13 +154,16 @@ def check_finished(folder: Path, config: Config) -> None:
         raise InputError(f"{folder}: its adapter was trained on random weights that were not kept; train with train.method=full")
 
 
-def base_folder_of(name: str, seen: frozenset[Path] = frozenset()) -> Path:
-    """The folder of base weights behind a name; a run or an adapter trained on stands for its own base.
+def base_of(name: str, seen: frozenset[Path] = frozenset(), adapter: Path | None = None) -> tuple[str, Path]:
+    """The base weights behind a name: what an adapter on them names as its base (a hub id, else the absolute folder), and their folder.
 
     A run that starts from an adapter continues that adapter, so both have the same base.
 
+    Args:
+      adapter: the PEFT folder that names this base; PEFT's adapters do not stack.
+
     Raises:
-      InputError: the chain ends nowhere or in itself.
+      InputError: the chain ends nowhere or in itself, or an adapter's base is itself an adapter.
     """
     folder = resolve_model(name)
     if folder.resolve() in seen:
@@ -168,16 +171,24 @@ def base_folder_of(name: str, seen: frozenset[Path] = frozenset()) -> Path:
     seen = seen | {folder.resolve()}
     kind = kind_of(folder)
     if kind in ("hf", "jaxre"):
-        return folder
-    if kind == "peft":
-        return base_folder_of(base_name_of(folder), seen)
-    config = load_config(folder / "config.yaml")
-    check_finished(folder, config)
-    return folder / "model" if config.train.method == "full" else base_folder_of(config.model.path, seen)
+        # PEFT would take a shipped name for a hub id.
+        return name if "/" in name and not Path(name).expanduser().is_dir() else str(folder.resolve()), folder
+    config = load_config(folder / "config.yaml") if kind == "run" else None
+    if config:
+        check_finished(folder, config)
+        if config.train.method == "full":
+            return str((folder / "model").resolve()), folder / "model"
+    if adapter:
+        raise InputError(
+            f"{name}: is itself an adapter, which {adapter} on top would leave out; merge it first with "
+            f"jaxre convert {name} TARGET --to hf --merge, and name TARGET as base_model_name_or_path"
+        )
+    return base_of(config.model.path, seen) if config else base_of(base_name_of(folder), seen, folder)
 
 
-def _with_adapter(adapter: Path, name: str, kind: Kind, base_name: str, quantise: str | None) -> Located:
+def _with_adapter(source: Path, adapter: Path, name: str, kind: Kind, quantise: str | None) -> Located:
     try:
-        return Located(base_folder_of(base_name), name, kind, adapter, base_name, quantise)
+        base_name, folder = base_of(str(source))
     except InputError as error:
-        raise InputError(f"{adapter}: its base {base_name} does not open: {error}") from None
+        raise InputError(f"{adapter}: its base does not open: {error}") from None
+    return Located(folder, name, kind, adapter, base_name, quantise)

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from jaxre.checkpoints.huggingface import resolve_model, save_base
+from jaxre.checkpoints.huggingface import save_base
 from jaxre.checkpoints.peft import save_adapter
 from jaxre.checkpoints.run_store import RunStore, shapes_of
-from jaxre.checkpoints.source import compute_dtype, tokenizer_folder
+from jaxre.checkpoints.source import base_of, compute_dtype, tokenizer_folder
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan
 from jaxre.data.loader import updates
@@ -202,9 +202,7 @@ def save_result(run: Path, config: Config, architecture: AnyArchitecture, state:
     if jax.process_index():
         return
     if config.train.method == "lora":
-        by_name = resolve_model(config.model.path) == folder and not Path(config.model.path).expanduser().is_dir()
-        base_name = config.model.path if by_name else str(folder)
-        save_adapter(run / "adapter", architecture, config.lora, trained, base_name, folder, replace=True)
+        save_adapter(run / "adapter", architecture, config.lora, trained, base_of(config.model.path)[0], folder, replace=True)
     else:
         tokenizer = dataset.tokenizer if config.train.objective == "classify" else None
         save_base(run / "model", architecture, trained, folder, config=config.model.architecture, tokenizer=tokenizer, replace=True)

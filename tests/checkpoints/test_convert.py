@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -211,8 +212,8 @@ def test_every_chat_template_of_the_tokenizer_is_carried_along(tiny_base, tmp_pa
 # ---- verified -------------------------------------------------------------------------------
 
 
-def printed(conversion) -> str:
-    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+def printed(conversion, width: int = 120) -> str:
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
     console.print(verification_table(conversion))
     return console.export_text()
 
@@ -226,6 +227,73 @@ def test_pure_conversion_verifies_as_bit_identical(run, tiny_base, tmp_path, sou
     lines = printed(done).splitlines()
     assert "verified: bit-identical" in lines[0] and [cell.strip() for cell in lines[-2].split("│")[1:4]] == ["all", str(tensors), "0"]
     assert convert(tiny_base, tmp_path / "again", "jaxre").differences is None
+
+
+def test_title_of_the_verification_is_true_for_what_was_asked(run, tiny_base, tmp_path):
+    build(CONFIGS["one layer"], tmp_path / "half", dtype="bfloat16")
+    for number, (source, merge, dtype, title) in enumerate(
+        [
+            (tiny_base, False, None, "bit-identical"),
+            (tiny_base, False, "float32", "bit-identical"),
+            (tiny_base, False, "bfloat16", "rounded to bfloat16"),
+            (tmp_path / "half", False, "float32", "every value kept, as float32"),
+            (run, True, None, "bit-identical to W + scale A B"),
+            (run, True, "bfloat16", "rounded to bfloat16"),
+        ]
+    ):
+        done = convert(source, tmp_path / str(number), "jaxre", merge=merge, dtype=dtype, verify=True)
+        assert verification_table(done).title == f"verified: {title}"
+
+
+def test_names_are_whole_in_a_narrow_table(tiny_base, tmp_path):
+    done = convert(tiny_base, tmp_path / "ours", "jaxre", dtype="bfloat16", verify=True)
+    lines = printed(done, width=60).splitlines()
+    cells = "".join(line.split("│")[1].strip() for line in lines if line.count("│") == 5)
+    for name in done.differences:
+        assert re.sub(r"\.\d+\.", ".*.", name) in cells
+    worst = max(done.differences, key=done.differences.get)
+    assert worst in "".join(line.split("│")[4].strip() for line in lines if line.count("│") == 5)
+
+
+def test_every_block_of_a_tensor_is_compared(run, tmp_path, monkeypatch):
+    """A fault in the last of many, and the largest difference over all."""
+    from jaxre.checkpoints import convert as module
+
+    whole = convert(run, tmp_path / "whole", "hf", merge=True, dtype="bfloat16", verify=True)
+    monkeypatch.setattr(module, "BLOCK", 100)
+    done = convert(run, tmp_path / "blocks", "hf", merge=True, dtype="bfloat16", verify=True)
+    assert done.differences == whole.differences and any(done.differences.values())
+    write = module.write_base
+
+    def damaging(folder, *arguments, **keywords):
+        write(folder, *arguments, **keywords)
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+
+    monkeypatch.setattr(module, "write_base", damaging)
+    assert "1 of" in refusal(lambda: convert(run, tmp_path / "target", "hf", merge=True, verify=True))
+
+
+def test_values_that_are_no_numbers_verify_by_their_bits(tmp_path, monkeypatch):
+    from jaxre.checkpoints import convert as module
+
+    build(CONFIGS["one layer"], tmp_path / "hf")
+    path = tmp_path / "hf/model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][:3] = np.nan, np.inf, -np.inf
+    save_file(tensors, path)
+    done = convert(tmp_path / "hf", tmp_path / "half", "jaxre", dtype="bfloat16", verify=True)
+    assert np.isfinite(done.differences["model.norm.weight"])
+    write, name = module.write_base, "model.layers.0.mlp.up_proj.weight"
+
+    def damaging(folder, *arguments, **keywords):
+        write(folder, *arguments, **keywords)
+        save_file({**tensors, name: np.full_like(tensors[name], np.nan)}, folder / "model.safetensors")
+
+    monkeypatch.setattr(module, "write_base", damaging)
+    convert(tmp_path / "hf", tmp_path / "ours", "jaxre")
+    assert "up_proj.weight by inf" in refusal(lambda: convert(tmp_path / "ours", tmp_path / "back", "hf", verify=True))
 
 
 def test_rounding_is_reported_tensor_by_tensor(run, tiny_base, tmp_path):
@@ -279,8 +347,8 @@ def test_folder_that_does_not_read_back_is_refused_and_removed(run, tmp_path, mo
 
     write = getattr(module, writer)
 
-    def damaging(folder, *arguments):
-        write(folder, *arguments)
+    def damaging(folder, *arguments, **keywords):
+        write(folder, *arguments, **keywords)
         damage(folder)
 
     monkeypatch.setattr(module, writer, damaging)
@@ -362,6 +430,109 @@ def test_target_that_exists_is_left_alone(run, tmp_path, to, merge):
         convert(run, tmp_path / "target", to, merge=merge)
     assert [path.name for path in (tmp_path / "target").iterdir()] == ["mine"]
     assert not [path for path in tmp_path.iterdir() if "partial" in path.name]
+
+
+@pytest.mark.parametrize("fault", ["nan", "inf", "absurd alpha"])
+def test_adapter_that_makes_a_weight_no_number_is_refused(run, tmp_path, fault):
+    if fault == "absurd alpha":
+        path = run / "adapter/adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 1e42}))
+    else:
+        path = run / "adapter/adapter_model.safetensors"
+        tensors = load_file(path)
+        tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"][2, 3] = float(fault)
+        save_file(tensors, path)
+    told = refusal(lambda: convert(run, tmp_path / "merged", "hf", merge=True))
+    layer = 0 if fault == "absurd alpha" else 1
+    assert f"{run / 'adapter'}: merged into model.layers.{layer}.mlp.down_proj.weight" in told and "not finite" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_dtype_of_a_folder_changes_without_changing_its_form(tiny_base, tmp_path):
+    convert(tiny_base, tmp_path / "half", "hf", dtype="bfloat16")
+    assert {dtype for dtype, _, _ in bits(tmp_path / "half").values()} == {np.dtype(ml_dtypes.bfloat16)}
+    convert(tiny_base, tmp_path / "ours", "jaxre")
+    convert(tmp_path / "ours", tmp_path / "ours-half", "jaxre", dtype="bfloat16")
+    assert equal(load_native(tmp_path / "ours-half")[1], load_base(tmp_path / "half")[1])
+    convert(tmp_path / "ours", tmp_path / "nf4", "jaxre", quantise="nf4")
+    assert convert(tmp_path / "nf4", tmp_path / "dense", "jaxre", dtype="float32").dtype == "float32"
+    for source, to, dtype, quantise in (
+        (tiny_base, "hf", "float32", None),
+        (tmp_path / "ours", "jaxre", "float32", None),
+        (tmp_path / "nf4", "jaxre", None, "nf4"),
+    ):
+        told = refusal(lambda s=source, t=to, d=dtype, q=quantise: convert(s, tmp_path / "target", t, dtype=d, quantise=q))
+        assert "already; copy the folder" in told
+
+
+SIDE_FILES = {
+    "vocab.json": '{"a": 0, "b": 511}',
+    "merges.txt": "a b",
+    "special_tokens_map.json": '{"eos_token": "b"}',
+    "added_tokens.json": '{"c": 300}',
+    "vocab.txt": "a\nb\n",
+    "tokenizer.model": "sentences",
+}
+
+
+def test_every_file_of_the_tokenizer_is_carried_along(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "hf")
+    for name, text in SIDE_FILES.items():
+        (base / name).write_text(text)
+    convert(base, tmp_path / "ours", "jaxre")
+    convert(tmp_path / "ours", tmp_path / "back", "hf")
+    assert {name: (tmp_path / "back" / name).read_text() for name in SIDE_FILES} == SIDE_FILES
+    convert(make_run(tmp_path / "run", base, "lora"), tmp_path / "adapter", "peft")
+    assert {name: (tmp_path / "adapter" / name).read_text() for name in SIDE_FILES} == SIDE_FILES
+
+
+@pytest.mark.parametrize("to", ["hf", "jaxre"])
+def test_merged_folder_has_the_tokenizer_of_the_adapter(run, tiny_base, tmp_path, to):
+    """Its own files where it has them; a whole tokenizer takes the place of the base's, of which no template is left."""
+    base = shutil.copytree(tiny_base, tmp_path / "hf")
+    (base / "chat_template.jinja").write_text("the base's")
+    path = run / "adapter/adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(base)}))
+    config = run / "adapter/tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": "the adapter's"}))
+    convert(run / "adapter", tmp_path / "whole", to, merge=True)
+    assert (tmp_path / "whole/tokenizer_config.json").read_bytes() == config.read_bytes()
+    assert (tmp_path / "whole/tokenizer.json").is_file() and not (tmp_path / "whole/chat_template.jinja").exists()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (run / "adapter" / name).unlink()
+    (run / "adapter/chat_template.jinja").write_text("the adapter's")
+    convert(run / "adapter", tmp_path / "part", to, merge=True)
+    assert (tmp_path / "part/chat_template.jinja").read_text() == "the adapter's"
+    assert (tmp_path / "part/tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    (run / "adapter/added_tokens.json").write_text('{"<more>": 512}')
+    assert "added_tokens.json: the tokenizer gives token 512" in refusal(
+        lambda: convert(run / "adapter", tmp_path / "more", to, merge=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("vocab.json", '{"a": 0, "b": 600}'),
+        ("added_tokens.json", '{"<more>": 600}'),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"600": {"content": "<more>"}}}'),
+        ("vocab.txt", "word\n" * 601),
+    ],
+)
+def test_token_beyond_the_embeddings_is_found_in_whichever_file_has_it(tiny_base, tmp_path, name, text):
+    base = shutil.copytree(tiny_base, tmp_path / "hf")
+    (base / name).write_text(text)
+    told = refusal(lambda: convert(base, tmp_path / "ours", "jaxre"))
+    assert f"{base / name}: the tokenizer gives token 600, but vocab_size of the model is 512" in told
+    (base / name).write_text(text.replace("600", "511").replace("word\n" * 601, "word\n" * 512))
+    convert(base, tmp_path / "ours", "jaxre")
+
+
+def test_architecture_that_is_not_known_is_named_by_its_config(tiny_base, tmp_path):
+    base = shutil.copytree(tiny_base, tmp_path / "hf")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    assert refusal(lambda: convert(base, tmp_path / "ours", "jaxre")).startswith(f"{base / 'config.json'}: model_type 'mamba'")
 
 
 def test_tokenizer_with_tokens_beyond_the_embeddings_is_refused(tiny_base, tmp_path):

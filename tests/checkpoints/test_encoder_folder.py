@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from refusals import refusal
 from safetensors.numpy import load_file, save_file
-from tiny_decoders import ground_truth, relative
+from tiny_decoders import ground_truth, random_factors, relative
 from tiny_encoders import LABELS, SIZES, build, fields_of, minilm, our_logits, their_logits, tokens_of
+from tiny_runs import LORA
 
-from jaxre.checkpoints.convert import convert
+from jaxre.checkpoints.convert import convert, verification_table
 from jaxre.checkpoints.huggingface import load_base, save_base
+from jaxre.checkpoints.peft import save_adapter
 from jaxre.checkpoints.source import open_model
 from jaxre.models.architecture import architecture_of
 from jaxre.models.encoder import for_task
@@ -101,6 +103,14 @@ def test_norms_of_old_conversions_are_the_same_weights(folder):
     assert equal(load_base(folder)[1], expected)
 
 
+def told_heads(folder) -> set[str]:
+    """Names of the tensors of a pretraining head, as transformers' own classifier leaves them out."""
+    from transformers import AutoModelForSequenceClassification
+
+    _, told = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    return set(told["unexpected_keys"])
+
+
 @pytest.mark.parametrize(("kind", "kept"), [("BertModel", ("dense",)), ("BertForMaskedLM", ()), ("RobertaForMaskedLM", ())])
 def test_models_with_another_head_or_none_are_read_without_it(kind, kept, tmp_path):
     """Their own heads and buffers are left out; what a classifier shares with them, BERT's pooler, is kept."""
@@ -116,6 +126,19 @@ def test_models_with_another_head_or_none_are_read_without_it(kind, kept, tmp_pa
     assert {name for name in params if name.startswith(("dense", "classifier"))} == {n for one in kept for n in (one, f"{one}_bias")}
     embed = model.get_input_embeddings().weight.detach().numpy()
     assert np.array_equal(params["embed"], embed)
+    done = convert(tmp_path / "model", tmp_path / "ours", "jaxre", verify=True)
+    left_out = sorted(load_file(tmp_path / "model/model.safetensors").keys() & told_heads(tmp_path / "model"))
+    assert list(done.left_out) == left_out and bool(left_out) == (not kept)
+    title = " ".join(verification_table(done).title.split())
+    for name in left_out:
+        assert name in str(done) and name in title
+    back = convert(tmp_path / "ours", tmp_path / "back", "hf")
+    assert not back.left_out and "left out" not in str(back)
+    bare = "Roberta" * kind.startswith("Roberta") or "Bert"
+    assert json.loads((tmp_path / "back/config.json").read_text())["architectures"] == [f"{bare}Model"]
+    loaded, told = transformers.AutoModel.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not told["unexpected_keys"] and not told["mismatched_keys"] and all("pooler" in name for name in told["missing_keys"])
+    assert np.array_equal(loaded.get_input_embeddings().weight.detach().numpy(), embed)
 
 
 def test_real_weights_survive_the_round_trip(tmp_path):
@@ -138,6 +161,16 @@ def test_an_encoder_is_not_quantised(family, tmp_path):
     ):
         assert "nf4 is for the projections of decoders" in refusal(asked)
     assert not (tmp_path / "out").exists()
+
+
+def test_adapter_on_an_encoder_is_refused(family, tiny_base, tmp_path):
+    architecture, _ = load_base(tiny_base)
+    save_adapter(tmp_path / "adapter", architecture, LORA, random_factors(architecture, LORA), str(family), family)
+    for asked in (
+        lambda: open_model(tmp_path / "adapter", None),
+        lambda: convert(tmp_path / "adapter", tmp_path / "out", "hf", merge=True),
+    ):
+        assert "its base is an encoder" in refusal(asked)
 
 
 def test_everything_but_the_head_must_be_there_and_every_fault_is_listed(folder):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import ml_dtypes
@@ -328,7 +331,10 @@ def test_index_that_points_outside_the_folder_is_refused(folder, place):
             lambda tree: tree["weight_map"].update(dict.fromkeys(("model.extra", "model.more"), "model-00001-of-00001.safetensors")),
             "model.extra is not in its file, though the index says so; model.more is not in its file",
         ),
-        (lambda tree: tree["weight_map"].pop("model.norm.weight") and None, "model.norm.weight is missing"),
+        (
+            lambda tree: tree["weight_map"].pop("model.norm.weight") and None,
+            "model.norm.weight lies in model-00001-of-00001.safetensors, where the index has it not",
+        ),
         (lambda tree: tree.update({"weight_map": ["a"]}), "not a safetensors index"),
         (lambda tree: tree.update({"weight_map": {"a": 5}}), "not a safetensors index"),
         (lambda tree: tree.clear(), "not a safetensors index"),
@@ -340,6 +346,26 @@ def test_index_that_points_outside_the_folder_is_refused(folder, place):
 def test_broken_index_is_refused(folder, change, message):
     index_of(folder, change)
     assert message in refusal(folder)
+
+
+def test_tensor_that_lies_in_two_shards_is_refused_with_the_other_faults(folder):
+    """Loaders differ in which of the two they take."""
+    index_of(folder, lambda tree: tree["weight_map"].update(dict.fromkeys(("model.extra", "model.norm.weight"), "model-2.safetensors")))
+    save_file({"model.norm.weight": np.ones(32, np.float32)}, folder / "model-2.safetensors")
+    told = refusal(folder)
+    assert "model.norm.weight lies in model-00001-of-00001.safetensors, where the index has it not" in told
+    assert "model.extra is not in its file" in told
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.BIN", "pytorch_model.bin.index.json", None])
+def test_hub_model_without_safetensors_is_refused_with_how_to_convert_it(folder, tmp_path, name):
+    """Its pickled files are not downloaded; at most their index is there."""
+    (tmp_path / "snapshots").mkdir()
+    folder = folder.rename(tmp_path / "snapshots/0123abc")
+    (folder / "model.safetensors").unlink()
+    if name:
+        (folder / name).write_text("{}")
+    assert "pickled weights" in refusal(folder) and "model.save_pretrained(folder, safe_serialization=True)" in refusal(folder)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights.pkl"])
@@ -418,6 +444,44 @@ def test_target_that_is_or_lies_in_a_file_is_refused(tmp_path):
     with atomic_folder(tmp_path / "empty") as partial:
         (partial / "x").write_text("")
     assert (tmp_path / "empty/x").is_file()
+
+
+def test_folder_that_came_meanwhile_is_left_alone(tmp_path):
+    with pytest.raises(InputError, match=r"new: cannot be put in its place \(.*not empty"), atomic_folder(tmp_path / "new") as partial:
+        (partial / "ours").write_text("")
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new/theirs").write_text("theirs")
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["new", "new/theirs"]
+
+
+def test_link_to_a_folder_stays_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    for replace in (False, True):
+        with atomic_folder(tmp_path / "link", replace=replace) as partial:
+            (partial / f"{replace}").write_text("")
+        assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == [f"{replace}"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
+
+
+def test_current_folder_and_mount_points_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for target in (Path("."), tmp_path / "here", Path("/")):
+        with pytest.raises(InputError, match="is the current folder or a mount point"), atomic_folder(target):
+            pytest.fail("entered")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_unfinished_folders_of_dead_processes_are_removed_and_named(tmp_path, capsys):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    dead, alive, other = (tmp_path / f".{name}" for name in (f"new.partial-{done.pid}", "new.partial-1", f"old.partial-{done.pid}"))
+    for folder in (dead, alive, other):
+        folder.mkdir()
+    with atomic_folder(tmp_path / "new"):
+        assert not dead.exists() and alive.exists() and other.exists()
+    assert f"removed {dead}" in capsys.readouterr().err
 
 
 def test_config_of_the_source_that_is_broken_leaves_nothing_behind(tiny_base, tmp_path):

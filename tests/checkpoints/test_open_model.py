@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from refusals import refusal
 from tiny_decoders import ground_truth, random_factors
 from tiny_runs import LORA, equal, make_run
 
+from jaxre.checkpoints import source
 from jaxre.checkpoints.convert import convert
 from jaxre.checkpoints.huggingface import load_base
-from jaxre.checkpoints.peft import save_adapter
+from jaxre.checkpoints.peft import base_name_of, save_adapter
 from jaxre.checkpoints.source import compute_dtype, open_model
+from jaxre.config import load_config
 from jaxre.errors import InputError
+from jaxre.training.loop import save_result
 
 ground_truth("torch")  # the base that these tests open is built by transformers
 FLOAT32 = np.dtype(np.float32)
@@ -108,7 +113,7 @@ def test_adapter_whose_base_is_gone_is_refused(tiny_base, tmp_path):
     architecture, _ = load_base(base)
     save_adapter(tmp_path / "adapter", architecture, LORA, random_factors(architecture, LORA), str(base), base)
     shutil.rmtree(base)
-    with pytest.raises(InputError, match=r"adapter: its base .* does not open: .* no such model folder"):
+    with pytest.raises(InputError, match=r"adapter: its base does not open: .* no such model folder"):
         open_model(tmp_path / "adapter", FLOAT32)
 
 
@@ -130,6 +135,61 @@ def test_adapter_that_names_no_usable_base_is_refused(tiny_base, tmp_path, chang
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(InputError, match=message):
         open_model(tmp_path / "adapter", FLOAT32)
+
+
+def adapter_on(folder, base, named: str):
+    """A PEFT folder with an adapter that fits `base` and names its base `named`."""
+    architecture, _ = load_base(base)
+    save_adapter(folder, architecture, LORA, random_factors(architecture, LORA), named, base)
+    return folder
+
+
+@pytest.fixture
+def hub(tiny_base, monkeypatch):
+    """The hub has tiny_base as owner/base."""
+    resolve = source.resolve_model
+    monkeypatch.setattr(source, "resolve_model", lambda path: tiny_base if path == "owner/base" else resolve(path))
+    return "owner/base"
+
+
+def test_run_that_continues_an_adapter_names_the_hub_id_of_its_base(tiny_base, hub, tmp_path):
+    """Not the run or adapter it started from, which PEFT would apply too, nor the folder of a cache; at its end and when exported."""
+    first = adapter_on(tmp_path / "first", tiny_base, hub)
+    second = make_run(tmp_path / "second", first, "lora")
+    third = make_run(tmp_path / "third", second, "lora")
+    config, state = load_config(third / "config.yaml"), SimpleNamespace(trainable=open_model(third, None).factors)
+    save_result(tmp_path / "ended", config, load_base(tiny_base)[0], state, tiny_base, None)
+    convert(third, tmp_path / "exported", "peft")
+    assert base_name_of(tmp_path / "ended/adapter") == base_name_of(tmp_path / "exported") == hub
+
+
+def test_shipped_base_is_named_by_its_folder(tiny_base, tmp_path, monkeypatch):
+    """PEFT would take the name for a hub id."""
+    monkeypatch.setattr("jaxre.config.shipped", lambda name: tiny_base.parent / name)
+    convert(make_run(tmp_path / "run", "tiny", "lora"), tmp_path / "exported", "peft")
+    assert base_name_of(tmp_path / "exported") == str(tiny_base)
+
+
+@pytest.mark.parametrize("quantise", [None, "nf4"])
+def test_exported_adapter_on_a_jaxre_folder_says_that_peft_cannot_open_it(tiny_base, tmp_path, quantise):
+    convert(tiny_base, tmp_path / "ours", "jaxre", quantise=quantise)
+    done = convert(make_run(tmp_path / "run", tmp_path / "ours", "lora"), tmp_path / "exported", "peft")
+    assert f"peft cannot open its base {tmp_path / 'ours'}, a jaxre folder: convert that --to hf" in str(done)
+    assert "peft cannot" not in str(convert(make_run(tmp_path / "other", tiny_base, "lora"), tmp_path / "fine", "peft"))
+
+
+@pytest.mark.parametrize("under", ["adapter", "run"])
+def test_adapter_on_an_adapter_is_refused_not_opened_without_it(tiny_base, tmp_path, under):
+    first = make_run(tmp_path / "run", tiny_base, "lora")
+    first = first / "adapter" if under == "adapter" else first
+    second = adapter_on(tmp_path / "second", tiny_base, str(first))
+    run = make_run(tmp_path / "third", tiny_base, "lora")
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(tiny_base), str(second)))
+    for model in (second, run):
+        told = refusal(lambda model=model: open_model(model, FLOAT32))
+        assert f"{first}: is itself an adapter" in told and f"jaxre convert {first} TARGET --to hf --merge" in told
+    merged = convert(first, tmp_path / "merged", "hf", merge=True).target
+    assert open_model(adapter_on(tmp_path / "mended", tiny_base, str(merged)), FLOAT32).folder == merged
 
 
 def test_runs_that_name_each_other_as_base_are_refused(tiny_base, tmp_path):

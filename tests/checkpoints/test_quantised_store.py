@@ -69,8 +69,8 @@ def test_an_nf4_store_that_does_not_read_back_is_refused_and_removed(tiny_base, 
 
     write = module.write_native
 
-    def damaging(folder, *arguments):
-        write(folder, *arguments)
+    def damaging(folder, *arguments, **keywords):
+        write(folder, *arguments, **keywords)
         one, other = (folder / f"weights/layers.up.{field}/c" / (f"{layer}" if field == "offset" else f"{layer}/0") for layer in (0, 1))
         data = one.read_bytes()
         assert data != other.read_bytes()
@@ -181,6 +181,15 @@ def test_what_cannot_be_quantised_is_refused_with_the_mend(tiny_base, store, tmp
 def test_a_store_quantised_in_another_way_is_refused(store):
     (store / "jaxre.json").write_text(json.dumps({"format": "jaxre weights", "version": VERSION, "quantised": "fp4"}))
     assert "quantised as 'fp4', this jaxre reads nf4; convert the Hugging Face folder again" in refusal(lambda: open_model(store, None))
+
+
+def test_a_store_of_other_types_is_refused_with_every_array(store):
+    for name, kind in (("last.up.codes", "int8"), ("norm", "int32")):
+        path = store / "weights" / name / "zarr.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "data_type": kind, "fill_value": 0}))
+    for asked in (lambda: open_model(store, None), lambda: convert(store, store.parent / "out", "hf")):
+        said = refusal(asked)
+        assert "last.up.codes is stored as int8, which is not uint8" in said and "norm is stored as int32, which is not" in said
 
 
 def test_a_store_that_does_not_fit_its_config_is_refused_with_every_array(store):
