@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxre_kernels.attention import attention
-from jaxre_kernels.lora import keep_mask, lora_linear, low_rank_term
+from jaxre_kernels.lora import Factors, group_words, lora_group
 from jaxre_kernels.nf4 import nf4_linear
 
 from jaxre.models.architecture import Architecture
@@ -52,6 +52,8 @@ def forward(
     architecture: Architecture,
     adapter: Adapter | None = None,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    prefix: int = 0,
+    span: int | None = None,
 ) -> jax.Array:
     """Packed rows to hidden states, before the final norm.
 
@@ -60,13 +62,14 @@ def forward(
       tokens, positions, visible_until: [B, T] int32, the packed rows.
       adapter: LoRA factors, if any.
       constrain: applied to the [B, T, D] activations, to keep them sharded over rows.
+      prefix, span: where attention looks, see `jaxre_kernels.attention`.
 
     Returns:
       [B, T, D] of the weights' dtype.
     """
 
     def attend(q, k, v, cache):
-        return attention(q, k, v, visible_until), cache
+        return attention(q, k, v, visible_until, prefix=prefix, span=span), cache
 
     x, _ = run_layers(params, tokens, positions, architecture, attend, None, adapter, constrain)
     return x
@@ -152,23 +155,16 @@ def input_group(
 
     Projections of a group see the same dropout mask (PEFT draws one per projection).
     """
-    dropped = None
-    if adapter and adapter.keys is not None and adapter.rate and any(name in low_rank for name in names):
-        keep = keep_mask(adapter.keys, index, group, x.shape[-1], adapter.rate)
-        dropped = jnp.where(keep, x * jnp.asarray(1 / (1 - adapter.rate), x.dtype), 0)
-    outputs = []
-    for name in names:
-        if is_nf4(weights[name]):
-            y = nf4_linear(x, weights[name])
-            if name in low_rank:
-                y += low_rank_term(x, low_rank[name]["a"], low_rank[name]["b"], adapter.scale, dropped)
-        elif name in low_rank:
-            y = lora_linear(x, weights[name], low_rank[name]["a"], low_rank[name]["b"], adapter.scale, dropped)
-        else:
-            y = x @ weights[name]
-        bias = weights.get(f"{name}_bias")
-        outputs.append(y if bias is None else y + bias)
-    return outputs
+    chosen = [weights[name] for name in names]
+    if adapter is None:
+        outputs = [nf4_linear(x, weight) if is_nf4(weight) else x @ weight for weight in chosen]
+    else:
+        factors = [Factors(**low_rank[name]) if name in low_rank else None for name in names]
+        rate = 0.0 if adapter.keys is None else adapter.rate
+        words = group_words(adapter.keys, index, group) if rate else None
+        outputs = lora_group(x, chosen, factors, words, adapter.scale, rate)
+    biases = (weights.get(f"{name}_bias") for name in names)
+    return [y if bias is None else y + bias for y, bias in zip(outputs, biases, strict=True)]
 
 
 def logits_at(params: Tree, x: jax.Array, positions: jax.Array, architecture: Architecture) -> jax.Array:
