@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -144,7 +145,7 @@ def run_layer(
     with jax.named_scope("mlp"):
         normed = rms_norm(x, weights["mlp_norm"], architecture.norm_epsilon)
         gate, up = project(normed, ("gate", "up"), "gate_up")  # B T F
-        (out,) = project(jax.nn.silu(gate) * up, ("down",), "down")
+        (out,) = project(swiglu(gate, up), ("down",), "down")
         return x + out, cache
 
 
@@ -188,6 +189,17 @@ def head(params: Tree, x: jax.Array, architecture: Architecture) -> jax.Array:
     return jnp.einsum("...d,vd->...v", normed, table, preferred_element_type=jnp.promote_types(normed.dtype, jnp.float32))
 
 
+# Autodiff would keep four more arrays [B, T, F] of swiglu, and those of rms_norm in f32; both are formed again in the
+# backward pass from their inputs, which are kept anyway.
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up (Shazeer 2020)."""
+    return jax.nn.silu(gate) * up
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, statistics in f32 (at least)."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

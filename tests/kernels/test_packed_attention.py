@@ -262,11 +262,11 @@ def kept_shapes(T: int, **bounds) -> set[tuple[int, ...]]:
 
 @pytest.mark.parametrize("bounds", [{}, {"span": 100, "prefix": 40}], ids=str)
 def test_backward_pass_keeps_no_weights_and_no_mask(bounds):
-    """Only q, k, v, `visible_until` and one number a query and head; of T x T numbers there are 1,048,576 a head."""
+    """Only q, k, v, `visible_until` and two numbers a query and head; of T x T numbers there are 1,048,576 a head."""
     shapes = kept_shapes(1024, **bounds)
     assert {(2, 1024, 4, 8), (2, 1024, 2, 8), (2, 1024)} <= shapes
-    (log_sum,) = shapes - {(2, 1024, 4, 8), (2, 1024, 2, 8), (2, 1024)}
-    assert np.prod(log_sum) == 2 * 1024 * 4
+    (softmax,) = shapes - {(2, 1024, 4, 8), (2, 1024, 2, 8), (2, 1024)}  # highest score and sum, of one shape
+    assert np.prod(softmax) == 2 * 1024 * 4
 
 
 def test_work_and_memory_grow_with_the_span_and_not_with_the_row():

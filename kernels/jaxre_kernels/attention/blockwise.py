@@ -1,9 +1,10 @@
 """Attention over packed rows in plain XLA: a block of queries looks at the keys near it and at the shared prefix.
 
 Work and memory grow with T x (prefix + back + Q), not with T x T. All blocks of a row are one batched
-product, and one softmax runs over both parts. What the backward pass keeps is q, k, v and a log-sum-exp
-per query and head; the weights are formed again (FlashAttention-2, Dao 2023, section 3.1). With
-P = exp(s Q K' - lse), dP = dO V' and dS = P (dP - rowsum(P dP)):
+product, and one softmax runs over both parts. The backward pass keeps q, k, v and, per query and head, the highest
+score m and the sum l, and forms the weights again (FlashAttention, Dao et al. 2022, algorithm 4). The log-sum-exp
+m + log l alone would do, but it is rounded as a score is, not as a difference of scores: in a network with large
+scores that doubled the f32 error of the gradients. With P = exp(s Q K' - m) / l, dP = dO V', dS = P (dP - rowsum(P dP)):
 
     dV = P' dO,    dQ = s dS K,    dK = s dS' Q
 
@@ -54,14 +55,14 @@ def _forward(q, k, v, visible_until, blocks):
     sums = [
         _product(f"bknqgu,{part}->bknqgc", w.astype(q.dtype), values) for part, w, (_, values) in zip(_PARTS, weights, parts, strict=False)
     ]
-    return _join_queries(_over_parts(jnp.add, sums) / total, q), (q, k, v, visible_until, highest + jnp.log(total))
+    return _join_queries(_over_parts(jnp.add, sums) / total, q), (q, k, v, visible_until, highest, total)
 
 
 def _backward(blocks, kept, dout):
-    q, k, v, visible_until, log_sum = kept
+    q, k, v, visible_until, highest, total = kept
     queries, dcontext = (_cut_queries(array, k.shape[2], blocks) for array in (q, dout))
     parts, join_keys = jax.vjp(partial(_cut_keys, blocks=blocks), k, v)
-    weights = [jnp.exp(s - log_sum) for s in _scores(queries, parts, visible_until, blocks)]
+    weights = [jnp.exp(s - highest) / total for s in _scores(queries, parts, visible_until, blocks)]
     dweights = [_product(f"bknqgc,{part}->bknqgu", dcontext, values) for part, (_, values) in zip(_PARTS, parts, strict=False)]
     mean = _over_parts(jnp.add, [(w * dw).sum(-1, keepdims=True) for w, dw in zip(weights, dweights, strict=True)])
     dqueries, dparts = [], []
