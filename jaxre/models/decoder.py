@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxre_kernels.attention import attention
-from jaxre_kernels.lora import keep_mask, lora_linear, low_rank_term
+from jaxre_kernels.lora import Factors, group_words, lora_group
 from jaxre_kernels.nf4 import nf4_linear
 
 from jaxre.models.architecture import Architecture
@@ -52,6 +53,8 @@ def forward(
     architecture: Architecture,
     adapter: Adapter | None = None,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    prefix: int = 0,
+    span: int | None = None,
 ) -> jax.Array:
     """Packed rows to hidden states, before the final norm.
 
@@ -60,13 +63,14 @@ def forward(
       tokens, positions, visible_until: [B, T] int32, the packed rows.
       adapter: LoRA factors, if any.
       constrain: applied to the [B, T, D] activations, to keep them sharded over rows.
+      prefix, span: where attention looks, see `jaxre_kernels.attention`.
 
     Returns:
       [B, T, D] of the weights' dtype.
     """
 
     def attend(q, k, v, cache):
-        return attention(q, k, v, visible_until), cache
+        return attention(q, k, v, visible_until, prefix=prefix, span=span), cache
 
     x, _ = run_layers(params, tokens, positions, architecture, attend, None, adapter, constrain)
     return x
@@ -141,7 +145,7 @@ def run_layer(
     with jax.named_scope("mlp"):
         normed = rms_norm(x, weights["mlp_norm"], architecture.norm_epsilon)
         gate, up = project(normed, ("gate", "up"), "gate_up")  # B T F
-        (out,) = project(jax.nn.silu(gate) * up, ("down",), "down")
+        (out,) = project(swiglu(gate, up), ("down",), "down")
         return x + out, cache
 
 
@@ -152,23 +156,16 @@ def input_group(
 
     Projections of a group see the same dropout mask (PEFT draws one per projection).
     """
-    dropped = None
-    if adapter and adapter.keys is not None and adapter.rate and any(name in low_rank for name in names):
-        keep = keep_mask(adapter.keys, index, group, x.shape[-1], adapter.rate)
-        dropped = jnp.where(keep, x * jnp.asarray(1 / (1 - adapter.rate), x.dtype), 0)
-    outputs = []
-    for name in names:
-        if is_nf4(weights[name]):
-            y = nf4_linear(x, weights[name])
-            if name in low_rank:
-                y += low_rank_term(x, low_rank[name]["a"], low_rank[name]["b"], adapter.scale, dropped)
-        elif name in low_rank:
-            y = lora_linear(x, weights[name], low_rank[name]["a"], low_rank[name]["b"], adapter.scale, dropped)
-        else:
-            y = x @ weights[name]
-        bias = weights.get(f"{name}_bias")
-        outputs.append(y if bias is None else y + bias)
-    return outputs
+    chosen = [weights[name] for name in names]
+    if adapter is None:
+        outputs = [nf4_linear(x, weight) if is_nf4(weight) else x @ weight for weight in chosen]
+    else:
+        factors = [Factors(**low_rank[name]) if name in low_rank else None for name in names]
+        rate = 0.0 if adapter.keys is None else adapter.rate
+        words = group_words(adapter.keys, index, group) if rate else None
+        outputs = lora_group(x, chosen, factors, words, adapter.scale, rate)
+    biases = (weights.get(f"{name}_bias") for name in names)
+    return [y if bias is None else y + bias for y, bias in zip(outputs, biases, strict=True)]
 
 
 def logits_at(params: Tree, x: jax.Array, positions: jax.Array, architecture: Architecture) -> jax.Array:
@@ -192,6 +189,17 @@ def head(params: Tree, x: jax.Array, architecture: Architecture) -> jax.Array:
     return jnp.einsum("...d,vd->...v", normed, table, preferred_element_type=jnp.promote_types(normed.dtype, jnp.float32))
 
 
+# Autodiff would keep four more arrays [B, T, F] of swiglu, and those of rms_norm in f32; both are formed again in the
+# backward pass from their inputs, which are kept anyway.
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up (Shazeer 2020)."""
+    return jax.nn.silu(gate) * up
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, statistics in f32 (at least)."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,12 +1,22 @@
-"""Packed attention against a loop over queries that follows the definition, and its gradients."""
+"""Packed attention against a loop over queries that follows the definition, and blockwise against dense under a mask.
+
+Relative is max|difference| / max|reference| of a tensor.
+"""
 
 from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxre_kernels.attention import attention, choose, visible_mask
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxre_kernels.attention import Blocks, attention, blocks_of, blockwise_attention, choose, masked_attention, visible_mask
 
 # Sums of at most 40 products in f32, in another order.
 CLOSE = 2e-6
@@ -90,4 +100,204 @@ def test_bfloat16_output_is_the_float32_one_rounded():
 def test_an_implementation_that_does_not_exist_is_refused_by_name():
     assert choose()[0] == "xla"
     with pytest.raises(ValueError, match="'cudnn' does not exist; there is xla"):
-        choose("cudnn")
+        choose(implementation="cudnn")
+
+
+# ---- where to look ----------------------------------------------------------------------------
+
+# Nested lists are forests: a node is (tokens of its own, nodes below it).
+LAYOUTS = {
+    "one example": [(37, [])],
+    "packed": [(11, []), (9, []), (1, []), (1, []), (15, [])],
+    "shared prefix": [(9, [(7, []), (8, []), (1, []), (12, [])])],
+    "nested prefixes": [(6, [(4, [(5, []), (3, [])]), (2, [(6, []), (6, [])]), (5, [])])],
+    "two roots": [(5, [(8, []), (4, [])]), (3, [(7, []), (6, []), (4, [])])],
+    "pads behind": [(4, [(6, []), (3, [])])],
+    "all pad": [],
+    "tokens of length one": [(1, [])] * 37,
+}
+T = 37
+
+
+def row_of(forest) -> np.ndarray:
+    """[T] `visible_until`; what the forest leaves over is pad."""
+    until = np.arange(1, T + 1)
+
+    def lay(nodes, start):
+        for own, below in nodes:
+            end = lay(below, start + own)
+            until[start : start + own] = end
+            start = end
+        return start
+
+    assert lay(forest, 0) <= T
+    return until
+
+
+def span_of(visible_until: np.ndarray, prefix: int) -> int:
+    """The smallest span with which every visible pair has i - j < span or j < prefix."""
+    key = np.arange(T)
+    return int(np.where(key < prefix, 1, np.atleast_2d(visible_until) - key).max())
+
+
+def relative(ours, reference) -> float:
+    ours, reference = (np.asarray(value, np.float64) for value in (ours, reference))
+    return float(np.abs(ours - reference).max() / np.abs(reference).max())
+
+
+def both(q, k, v, dy, visible_until, blocks):
+    """Output and gradients of q, k and v: blockwise, and by autodiff of dense attention under the mask."""
+    mask = visible_mask(visible_until)
+    ours, back = jax.vjp(lambda q, k, v: blockwise_attention(q, k, v, visible_until, blocks), q, k, v)
+    reference, reference_back = jax.vjp(lambda q, k, v: masked_attention(q, k, v, mask), q, k, v)
+    return (ours, *back(dy)), (reference, *reference_back(dy))
+
+
+both_jitted = jax.jit(both, static_argnums=5)
+
+
+@pytest.mark.parametrize("queries", [4, 16, T, 64])
+@pytest.mark.parametrize("prefix", [0, 9])
+def test_output_and_gradients_equal_dense_attention(queries, prefix):
+    """In f64, every layout as a row of one batch; blocks that divide the row, or not, or are longer than it."""
+    rows = np.array([row_of(forest) for forest in LAYOUTS.values()])
+    blocks = Blocks(queries, min(T, span_of(rows, prefix) - 1), prefix)
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(value, jnp.float64) for value in draws(4, 2, len(rows), T)]
+        for ours, reference in zip(*both_jitted(*arrays, jnp.asarray(rows, jnp.int32), blocks), strict=True):
+            assert ours.dtype == jnp.float64
+            assert relative(ours, reference) < 1e-13
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bounds_of_each_layout_cover_what_is_seen(layout):
+    """The smallest span a layout allows, in f32; another head count than above."""
+    row = row_of(LAYOUTS[layout])[None]
+    blocks = Blocks(8, span_of(row, 9) - 1, 9)
+    for ours, reference in zip(*both_jitted(*map(jnp.asarray, draws(3, 1, 1, T)), jnp.asarray(row), blocks), strict=True):
+        assert relative(ours, reference) < CLOSE
+
+
+def trees(depth: int):
+    """Forests of any shape; `fitted` cuts them to the row."""
+    below = st.just([]) if depth == 0 else st.lists(trees(depth - 1), max_size=4)
+    return st.tuples(st.integers(1, 9), below)
+
+
+def fitted(forest, room):
+    """The forest with nodes left out that no longer fit, and the room that is left."""
+    kept = []
+    for own, below in forest:
+        if own <= room:
+            below, room = fitted(below, room - own)
+            kept.append((own, below))
+    return kept, room
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(forest=st.lists(trees(3), max_size=6), prefix=st.sampled_from([0, 5]), seed=st.integers(0, 99))
+def test_any_layout_within_its_bounds_equals_dense_attention(forest, prefix, seed):
+    row = row_of(fitted(forest, T)[0])
+    back = -(-(span_of(row, prefix) - 1) // 12) * 12  # rounded up, so that few programs are compiled
+    draw = np.random.default_rng(seed)
+    arrays = [jnp.asarray(draw.standard_normal((1, T, heads, 4)), jnp.float32) for heads in (2, 1, 1, 2)]
+    for ours, reference in zip(*both_jitted(*arrays, jnp.asarray(row[None]), Blocks(8, back, prefix)), strict=True):
+        # Gradients of q and k are zero where each token sees itself alone; all inputs are of size 1.
+        assert np.abs(ours - reference).max() < 1e-5 * max(1, np.abs(reference).max())
+
+
+def test_bfloat16_gradients_are_as_close_as_those_of_dense_attention():
+    row = jnp.asarray(row_of(LAYOUTS["nested prefixes"])[None])
+    blocks = Blocks(8, span_of(np.asarray(row), 6) - 1, 6)
+    arrays = [jnp.asarray(value, jnp.bfloat16) for value in draws(4, 2, 1, T)]
+    _, exact = both_jitted(*(value.astype(jnp.float32) for value in arrays), row, blocks)
+    for ours, dense, reference in zip(*both_jitted(*arrays, row, blocks), exact, strict=True):
+        assert ours.dtype == jnp.bfloat16
+        assert relative(ours, reference) < max(2e-2, 1.5 * relative(dense, reference))  # a few roundings to 8 bits each
+
+
+def test_bounds_that_are_not_given_change_nothing_but_where_one_looks():
+    """640 tokens: attention by its public name takes blocks with a span and a prefix, and is dense without."""
+    forest = [(40, [(90, []), (100, []), (1, []), (70, []), (99, [])])]
+    until = np.full(640, 640)
+    start = 40
+    for own, _ in forest[0][1]:
+        until[start : start + own] = start + own
+        start += own
+    until[:40], until[start:] = start, np.arange(start, 640) + 1
+    assert blocks_of(640, 40, 100) == Blocks(128, 128, 40) and blocks_of(640) == Blocks(640)
+    q, k, v, _ = map(jnp.asarray, draws(2, 1, 1, 640))
+    visible_until = jnp.asarray(until[None])
+    dense = attention(q, k, v, visible_until)
+    assert relative(attention(q, k, v, visible_until, prefix=40, span=100), dense) < CLOSE
+    assert relative(attention(q, k, v, visible_until, span=640), dense) < CLOSE
+
+
+@pytest.mark.parametrize(
+    ("bounds", "blocks", "words"),
+    [
+        ((1024, 0, None), Blocks(1024), "dense, a token may see any of 1,024"),
+        ((1024, 26, 120), Blocks(128, 128, 26), "128 queries at a time look at 256 near and 26 shared keys of 1,024"),
+        ((1024, 0, 129), Blocks(128, 128, 0), "128 queries at a time look at 256 near and 0 shared keys of 1,024"),
+        ((256, 64, 100), Blocks(256), "dense"),
+        ((4096, 0, 1), Blocks(128, 0, 0), "128 near"),
+        ((128, 0, 40), Blocks(128), "dense"),
+    ],
+    ids=str,
+)
+def test_the_choice_follows_from_shapes_and_is_told(bounds, blocks, words):
+    assert blocks_of(*bounds) == blocks
+    assert words in choose(*bounds)[1]
+
+
+# ---- what it costs ----------------------------------------------------------------------------
+
+
+def kept_shapes(T: int, **bounds) -> set[tuple[int, ...]]:
+    q, k, v = (jax.ShapeDtypeStruct((2, T, heads, 8), jnp.float32) for heads in (4, 2, 2))
+    until = jax.ShapeDtypeStruct((2, T), jnp.int32)
+    _, back = jax.eval_shape(lambda q, k, v, until: jax.vjp(lambda q, k, v: attention(q, k, v, until, **bounds), q, k, v), q, k, v, until)
+    return {leaf.shape for leaf in jax.tree.leaves(back)}
+
+
+@pytest.mark.parametrize("bounds", [{}, {"span": 100, "prefix": 40}], ids=str)
+def test_backward_pass_keeps_no_weights_and_no_mask(bounds):
+    """Only q, k, v, `visible_until` and two numbers a query and head; of T x T numbers there are 1,048,576 a head."""
+    shapes = kept_shapes(1024, **bounds)
+    assert {(2, 1024, 4, 8), (2, 1024, 2, 8), (2, 1024)} <= shapes
+    (softmax,) = shapes - {(2, 1024, 4, 8), (2, 1024, 2, 8), (2, 1024)}  # highest score and sum, of one shape
+    assert np.prod(softmax) == 2 * 1024 * 4
+
+
+def test_work_and_memory_grow_with_the_span_and_not_with_the_row():
+    """A row twice as long has arrays at most twice as large, forwards and backwards; a dense one four times."""
+
+    def largest(T, **bounds):
+        q, k, v = (jax.ShapeDtypeStruct((1, T, heads, 8), jnp.float32) for heads in (4, 2, 2))
+        until = jax.ShapeDtypeStruct((1, T), jnp.int32)
+        loss = jax.grad(lambda q, k, v, until: attention(q, k, v, until, **bounds).sum(), argnums=(0, 1, 2))
+        compiled = jax.jit(loss).lower(q, k, v, until).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert largest(2048, span=100, prefix=40) < 2.2 * largest(1024, span=100, prefix=40)
+    assert largest(1024, span=100, prefix=40) < largest(1024) / 2
+
+
+def test_a_batch_split_over_devices_stays_where_it_is():
+    """On 8 simulated devices, forwards and backwards: no collective at all."""
+    program = """
+import jax, jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxre_kernels.attention import Blocks, blockwise_attention
+mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+rows = NamedSharding(mesh, PartitionSpec("data"))
+q, k, v = (jax.ShapeDtypeStruct((16, 48, heads, 8), jnp.float32, sharding=rows) for heads in (4, 2, 2))
+until = jax.ShapeDtypeStruct((16, 48), jnp.int32, sharding=rows)
+run = jax.grad(lambda q, k, v, until: blockwise_attention(q, k, v, until, Blocks(16, 10, 5)).sum(), argnums=(0, 1, 2))
+compiled = jax.jit(run, out_shardings=rows).lower(q, k, v, until).compile().as_text()
+print([word for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute") if word in compiled])
+"""
+    kernels = str(Path(__file__).parents[2] / "kernels")
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": kernels}
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | flags, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxre_kernels.attention import Blocks, attention, blocks_of
 from tiny_decoders import our_logits, random_factors, relative, tokens_of
 
 from jaxre.config import Lora
@@ -80,6 +82,64 @@ def test_shared_prefix_equals_a_copy_for_each_example():
     for path in (("prefix", "one", "a"), ("prefix", "one", "b"), ("prefix", "two")):
         members = np.concatenate([np.arange(*nodes[name][:2]) for name in path])
         assert relative(packed[:, members], our_logits(architecture, params, tokens[:, members])) < CLOSE
+
+
+def test_where_attention_looks_changes_no_hidden_state_and_no_gradient():
+    """Five examples of 50 below a prefix of 40: blocks of queries on their near keys and the prefix, against a dense row.
+
+    In f64: scores are so large here that f32 gradients are off by 5e-5 whichever way they are summed.
+    """
+    architecture, params = make(2)
+    lora = Lora(rank=3, dropout=0.2)
+    factors = random_factors(architecture, lora)
+    tokens = tokens_of(architecture.vocabulary, 1, 300)
+    positions = np.concatenate([np.arange(40), np.tile(40 + np.arange(50), 5), np.zeros(10)]).astype(np.int32)[None]
+    visible_until = np.concatenate([np.full(40, 290), 40 + np.repeat(50 * np.arange(1, 6), 50), np.arange(291, 301)])[None]
+    real = (np.arange(300) < 290)[:, None]
+
+    @partial(jax.jit, static_argnames=("prefix", "span"))
+    def run(params, factors, **bounds):
+        def loss(factors):
+            adapter = Adapter(factors, scale_of(lora), lora.dropout, jnp.arange(300, dtype=jnp.uint32)[None])
+            x = decoder.forward(params, tokens, positions, visible_until, architecture, adapter, **bounds)
+            return (x * real).var(), x
+
+        return jax.value_and_grad(loss, has_aux=True)(factors)
+
+    assert decoder.attention is attention and blocks_of(300, 40, 50) == Blocks(128, 64, 40)
+    with jax.enable_x64(True):
+        params, factors = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (params, factors))
+        (_, dense), dense_gradients = run(params, factors)
+        (_, bounded), gradients = run(params, factors, prefix=40, span=50)
+        assert bounded.dtype == jnp.float64
+        assert relative(bounded, dense) < 1e-12
+        assert max(jax.tree.leaves(jax.tree.map(relative, gradients, dense_gradients))) < 1e-11
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_layers_keep_for_the_backward_pass_only_what_it_needs(dtype):
+    """Of each token: two hidden states and their norms, q, k, v, attention's output, three arrays of the MLP, and narrow ones.
+
+    No weight is copied, no dropout mask kept, nothing in f32 that is not so by itself, and nothing T x T.
+    """
+    architecture = architecture_of(FIELDS, "test")
+    params = tree_of((path, jax.ShapeDtypeStruct(shape, dtype)) for _, path, shape, _ in places(architecture))
+    factors = jax.eval_shape(lambda: init_adapter(architecture, Lora(rank=2), jax.random.key(0)))
+    rows, keys = jax.ShapeDtypeStruct((2, 640), jnp.int32), jax.ShapeDtypeStruct((2, 640), jnp.uint32)
+
+    def loss(factors, params, rows, keys):
+        adapter = Adapter(factors, 1.0, 0.1, keys)
+        return decoder.forward(params, rows, rows, rows, architecture, adapter, prefix=40, span=100).astype(jnp.float32).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(factors, params, rows, keys)
+    forward = next(equation for equation in program.eqns if equation.primitive.name == "scan")
+    kept = [leaf.aval for leaf in forward.outvars[1:]]  # the first is x itself
+    size = architecture.size
+    wide = 4 * size("D") + 2 * size("HC") + 2 * size("KC") + 3 * size("F") + 2 * 7  # ranks of the seven projections
+    other = 4 + 2 * architecture.query_heads  # counters of the four masks, highest score and sum of each head
+    tokens = 3 * 2 * 640
+    assert sum(leaf.size for leaf in kept if leaf.dtype == dtype) <= tokens * (wide + (other - 4 if dtype == jnp.float32 else 0))
+    assert sum(leaf.size for leaf in kept) <= tokens * (wide + other)
 
 
 def test_a_token_of_another_example_changes_nothing():

@@ -1,6 +1,7 @@
-"""Packed-sequence attention: `attention(q, k, v, visible_until)`."""
+"""Packed-sequence attention: `attention(q, k, v, visible_until, prefix=..., span=...)`."""
 
-from jaxre_kernels.attention.dispatch import IMPLEMENTATIONS, attention, choose
+from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
+from jaxre_kernels.attention.dispatch import IMPLEMENTATIONS, attention, blocks_of, choose
 from jaxre_kernels.attention.reference import masked_attention, visible_mask
 
-__all__ = ["IMPLEMENTATIONS", "attention", "choose", "masked_attention", "visible_mask"]
+__all__ = ["IMPLEMENTATIONS", "Blocks", "attention", "blocks_of", "blockwise_attention", "choose", "masked_attention", "visible_mask"]

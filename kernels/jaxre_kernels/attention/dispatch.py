@@ -4,25 +4,66 @@ from __future__ import annotations
 
 import jax
 
-from jaxre_kernels.attention.reference import attention as xla_attention
+from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
 
-IMPLEMENTATIONS = {"xla": xla_attention}
+IMPLEMENTATIONS = {"xla": blockwise_attention}
+# cuDNN's public entry, `jax.nn.dot_product_attention`, isolates packed examples only by a dense T x T bias, and the static
+# facts of a plan do not say that every row holds one example: it is left out.
+
+QUERIES = 128  # of a block
+NEAR_MULTIPLE = 32  # keys behind a block, rounded up
 
 
-def choose(implementation: str | None = None) -> tuple[str, str]:
-    """The implementation that `attention` runs, and the reason in words.
+def blocks_of(length: int, prefix: int = 0, span: int | None = None) -> Blocks:
+    """Where the queries of a row of `length` look, from the bounds of `attention`: dense where blocks would look at no fewer keys."""
+    back = -(-((length if span is None else span) - 1) // NEAR_MULTIPLE) * NEAR_MULTIPLE
+    if prefix + back + QUERIES >= length:
+        return Blocks(length)
+    return Blocks(QUERIES, back, prefix)
+
+
+def choose(length: int | None = None, prefix: int = 0, span: int | None = None, *, implementation: str | None = None) -> tuple[str, str]:
+    """The implementation that `attention` runs for such rows (for any, without a length), and the reason in words.
 
     Raises:
       ValueError: an implementation that does not exist.
     """
-    if implementation is None:
-        return "xla", "the only implementation there is"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {implementation!r} does not exist; there is {', '.join(IMPLEMENTATIONS)}")
-    return implementation, "asked for"
+    name = "xla" if implementation is None else implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention implementation {name!r} does not exist; there is {', '.join(IMPLEMENTATIONS)}")
+    reason = "the only implementation there is" if implementation is None else "asked for"
+    if length is None:
+        return name, reason
+    blocks = blocks_of(length, prefix, span)
+    if blocks.queries == length:
+        return name, f"{reason}; dense, a token may see any of {length:,}"
+    near = blocks.back + blocks.queries
+    return name, f"{reason}; {blocks.queries} queries at a time look at {near} near and {prefix} shared keys of {length:,}"
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible_until: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """Attention over packed rows; see `reference.attention` for shapes."""
-    name, _ = choose(implementation)
-    return IMPLEMENTATIONS[name](q, k, v, visible_until)
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible_until: jax.Array,
+    *,
+    prefix: int = 0,
+    span: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attention in which each token sees its own ancestors and nothing else: i sees j exactly when `j <= i < visible_until[j]`.
+
+    `prefix` and `span` bound where to look and change nothing else; a visible pair outside of them is not looked at.
+
+    Args:
+      q: [B, T, H, C] float; k, v: [B, T, K, C] of q's dtype; visible_until: [B, T] int32.
+      prefix, span: every visible pair (i, j) has i - j < span or j < prefix; no bound on the span if it is None.
+
+    Returns:
+      [B, T, H, C] of q's dtype.
+
+    Raises:
+      ValueError: an implementation that does not exist.
+    """
+    name, _ = choose(implementation=implementation)
+    return IMPLEMENTATIONS[name](q, k, v, visible_until, blocks_of(q.shape[1], prefix, span))

@@ -1,4 +1,4 @@
-"""Attention over packed rows in plain XLA: the CPU path and the oracle of every kernel.
+"""Dense attention under a mask: the oracle of every kernel, and the attention of encoders and of decoding.
 
 A row is a forest of prefix trees laid out depth first. Each node's subtree is one stretch of
 the row, so one number per token says who sees it: token i sees token j exactly when
@@ -40,15 +40,3 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
     context = jnp.einsum("bkgtu,bukc->btkgc", weights, v, preferred_element_type=wide)
     return context.reshape(B, T, H, C).astype(q.dtype)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible_until: jax.Array) -> jax.Array:
-    """Attention in which each token sees its own ancestors and nothing else.
-
-    Args:
-      q: [B, T, H, C] float; k, v: [B, T, K, C]; visible_until: [B, T] int32.
-
-    Returns:
-      [B, T, H, C] of q's dtype.
-    """
-    return masked_attention(q, k, v, visible_mask(visible_until))

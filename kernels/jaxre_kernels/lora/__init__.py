@@ -1,6 +1,6 @@
-"""LoRA projection and its counter-based dropout."""
+"""LoRA projections of one input as one op, `lora_group(x, weights, factors, ...)`, and their counter-based dropout."""
 
-from jaxre_kernels.lora.dropout import hash_words, keep_mask, token_keys
-from jaxre_kernels.lora.reference import lora_linear, low_rank_term
+from jaxre_kernels.lora.dropout import group_words, hash_words, keep_mask, token_keys
+from jaxre_kernels.lora.group import Factors, lora_group
 
-__all__ = ["hash_words", "keep_mask", "lora_linear", "low_rank_term", "token_keys"]
+__all__ = ["Factors", "group_words", "hash_words", "keep_mask", "lora_group", "token_keys"]

@@ -42,15 +42,28 @@ def token_keys(seed: int, step: jax.Array, owner: jax.Array, position: jax.Array
     return hash_words(seed, step, owner, position)
 
 
-def keep_mask(keys: jax.Array, layer: jax.Array | int, group: int, channels: int, rate: float) -> jax.Array:
-    """[B, T, channels] bool, true where a channel is kept.
+def group_words(keys: jax.Array, layer: jax.Array | int, group: int) -> jax.Array:
+    """[B, T] uint32, the counters of the tokens in one input group of one layer.
 
     Args:
       keys: [B, T] uint32 of `token_keys`.
       layer: [] int32; group: index of the input group (qkv, o, gate_up, down).
+    """
+    return hash_words(keys, layer, group)
+
+
+def keep_channels(words: jax.Array, channels: int, rate: float) -> jax.Array:
+    """[B, T, channels] bool, true where a channel is kept.
+
+    Args:
+      words: [B, T] uint32 of `group_words`.
       channels: width of the projection's input.
       rate: probability of a drop, in [0, 1).
     """
-    words = hash_words(keys, layer, group)[..., None]
     channel = jnp.arange(channels, dtype=jnp.uint32) * jnp.uint32(_GOLDEN)
-    return _mix(words + channel) >= jnp.uint32(int(rate * 2**32))
+    return _mix(words[..., None] + channel) >= jnp.uint32(int(rate * 2**32))
+
+
+def keep_mask(keys: jax.Array, layer: jax.Array | int, group: int, channels: int, rate: float) -> jax.Array:
+    """`keep_channels` of `group_words`."""
+    return keep_channels(group_words(keys, layer, group), channels, rate)

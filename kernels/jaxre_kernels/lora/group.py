@@ -1,0 +1,119 @@
+"""The LoRA projections of one input (q, k and v, say) as one op in plain XLA, with its own backward pass.
+
+    L = c x' [A1 A2 ...]        one narrow product; x' is x where its channel is kept and else 0, c = scale / (1 - rate)
+    Yi = x Wi + Li Bi
+
+W is frozen: its gradient is never formed, and an NF4 weight is dequantised again in the backward pass. Kept for
+that are x and the narrow L; autodiff would keep x' and its mask too, which are drawn again from their
+counters. With dLi = c dYi Bi^T, side by side in dL:
+
+    dBi = Li^T dYi,    [dA1 dA2 ...] = x'^T dL,    dx = sum_i dYi Wi^T + mask (dL [A1 A2 ...]^T)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxre_kernels.lora.dropout import keep_channels
+from jaxre_kernels.nf4 import NF4Weight, dequantise
+
+
+class Factors(NamedTuple):
+    """Of one projection: a [I, R], b [R, O], f32 masters."""
+
+    a: jax.Array
+    b: jax.Array
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def lora_group(
+    x: jax.Array,
+    weights: Sequence[jax.Array | NF4Weight],
+    factors: Sequence[Factors | None],
+    words: jax.Array | None,
+    scale: float,
+    rate: float,
+) -> list[jax.Array]:
+    """x W + scale (dropout(x) A) B of every projection of one input; all see the same dropout mask.
+
+    Differentiable in x and the factors; the weights are frozen.
+
+    Args:
+      x: [..., I] compute dtype.
+      weights: each [I, O] of x's dtype, or an `NF4Weight` (O, I).
+      factors: one for each weight, None where LoRA does not target it; cast to x's dtype in the products.
+      words: [...] uint32 of `group_words`, the counters of the dropout mask; may be None where rate is 0.
+      scale: alpha / rank, or alpha / sqrt(rank).
+      rate: probability that a channel is dropped, in [0, 1); 0 switches dropout off.
+
+    Returns:
+      [..., O] of x's dtype for each weight. The gradients of the factors are summed in f32.
+    """
+    return _forward(x, weights, factors, words, scale, rate)[0]
+
+
+def _forward(x, weights, factors, words, scale, rate):
+    outputs = [_times(x, weight) for weight in weights]
+    targeted = [i for i, factor in enumerate(factors) if factor is not None]
+    if not targeted:
+        return outputs, (None, weights, factors, None, None)
+    low = (_product(_dropped(x, words, rate), _joined_a(factors, x.dtype)) * (scale / (1 - rate))).astype(x.dtype)
+    for i, part in zip(targeted, _split(low, factors), strict=True):
+        outputs[i] += part @ factors[i].b.astype(x.dtype)
+    return outputs, (x, weights, factors, words, low)
+
+
+def _backward(scale, rate, kept, dys):
+    x, weights, factors, words, low = kept
+    dx = sum(_times_transposed(dy, weight) for dy, weight in zip(dys, weights, strict=True))
+    if low is None:
+        return dx, None, None, None
+    targeted = [(dy, factor) for dy, factor in zip(dys, factors, strict=True) if factor is not None]
+    dlow = jnp.concatenate([_product(dy, factor.b.astype(dy.dtype).T) for dy, factor in targeted], axis=-1)
+    dlow = (dlow * (scale / (1 - rate))).astype(x.dtype)
+    dx += _dropped(dlow @ _joined_a(factors, x.dtype).T, words, rate)
+    das = _split(_over_tokens(_dropped(x, words, rate), dlow), factors)
+    dbs = [_over_tokens(part, dy) for part, (dy, _) in zip(_split(low, factors), targeted, strict=True)]
+    gradients = iter(Factors(da.astype(f.a.dtype), db.astype(f.b.dtype)) for da, db, (_, f) in zip(das, dbs, targeted, strict=True))
+    return dx, None, [None if factor is None else next(gradients) for factor in factors], None
+
+
+lora_group.defvjp(_forward, _backward)
+
+
+def _times(x: jax.Array, weight: jax.Array | NF4Weight) -> jax.Array:
+    return x @ (dequantise(weight, x.dtype).T if isinstance(weight, NF4Weight) else weight)
+
+
+def _times_transposed(dy: jax.Array, weight: jax.Array | NF4Weight) -> jax.Array:
+    return dy @ (dequantise(weight, dy.dtype) if isinstance(weight, NF4Weight) else weight.T)
+
+
+def _dropped(x: jax.Array, words: jax.Array | None, rate: float) -> jax.Array:
+    """x where its channel is kept, else 0; the factor 1 / (1 - rate) is in the narrow products."""
+    return jnp.where(keep_channels(words, x.shape[-1], rate), x, 0) if rate else x
+
+
+def _joined_a(factors: Sequence[Factors | None], dtype: jnp.dtype) -> jax.Array:
+    """[I, sum of R]."""
+    return jnp.concatenate([factor.a for factor in factors if factor is not None], axis=-1).astype(dtype)
+
+
+def _split(joined: jax.Array, factors: Sequence[Factors | None]) -> list[jax.Array]:
+    """[..., sum of R] -> [..., R] of each targeted projection."""
+    ranks = [factor.a.shape[-1] for factor in factors if factor is not None]
+    return jnp.split(joined, [sum(ranks[:i]) for i in range(1, len(ranks))], axis=-1)
+
+
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _over_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
+    """[..., I], [..., R] -> [I, R] summed over tokens, in f32 (at least)."""
+    return jnp.einsum("...i,...r->ir", x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
