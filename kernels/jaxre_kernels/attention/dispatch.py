@@ -22,7 +22,16 @@ def choose(implementation: str | None = None) -> tuple[str, str]:
     return implementation, "asked for"
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, visible_until: jax.Array, *, implementation: str | None = None) -> jax.Array:
-    """Attention over packed rows; see `reference.attention` for shapes."""
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible_until: jax.Array,
+    *,
+    prefix: int = 0,
+    span: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """Attention over packed rows; see `reference.attention` for shapes. `prefix` and `span` bound where to look; this looks everywhere."""
     name, _ = choose(implementation)
     return IMPLEMENTATIONS[name](q, k, v, visible_until)
