@@ -14,6 +14,7 @@ from jaxre.config import Config
 from jaxre.data.cache import cached_tokens
 from jaxre.data.markers import add_markers, encode_marked, marked_digest, marked_text, markers_in
 from jaxre.data.packing import Plan, plan_by_examples, plan_by_tokens
+from jaxre.data.prefixes import find_prefixes
 from jaxre.data.template import ChatTemplate, Turn, load_tokenizer
 from jaxre.data.tokens import (
     TokenSet,
@@ -151,14 +152,29 @@ def _load_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Spl
     return Split([], [], train, [], cached), Split([], [], held_out, [], cached) if len(held_out) else None
 
 
-def make_plan(config: Config, tokens: TokenSet, shards: int) -> Plan:
-    """The run's packing plan for a mesh whose rows are shared by `shards` devices. Raises InputError."""
+def supervised_of(config: Config, tokens: TokenSet) -> np.ndarray:
+    """[n] tokens of each example that have a weight in the training loss."""
+    return tokens.lengths - 1 if config.train.prompt_weight else tokens.supervised
+
+
+def make_plan(config: Config, tokens: TokenSet, shards: int, share: bool = True) -> Plan:
+    """The run's packing plan for a mesh whose rows are shared by `shards` devices.
+
+    Args:
+      share: False packs every example with a prefix of its own; loss and gradients are the same.
+
+    Raises:
+      InputError: as the planners, or rows that the devices cannot share.
+    """
+    prefixes = find_prefixes(tokens)
+    prefixes = prefixes if share else prefixes.unshared()
     train = config.train
-    supervised = tokens.lengths - 1 if train.prompt_weight else tokens.supervised
+    supervised = supervised_of(config, tokens)
     if train.batch_examples is not None:
         return plan_by_examples(
             tokens.lengths,
             supervised,
+            prefixes,
             seed=config.seed,
             epochs=train.epochs,
             row_length=train.row_length,
@@ -174,6 +190,7 @@ def make_plan(config: Config, tokens: TokenSet, shards: int) -> Plan:
     return plan_by_tokens(
         tokens.lengths,
         supervised,
+        prefixes,
         seed=config.seed,
         epochs=train.epochs,
         row_length=train.row_length,

@@ -17,8 +17,7 @@ def updates(examples: TokenSet, plan: Plan, first: int = 0, prompt_weight: float
     Args:
       ahead: updates prepared before they are asked for.
     """
-    owners = examples.owners
     steps = grain.MapDataset.range(first, len(plan.updates)).map(
-        lambda step: fill_update(examples, owners, plan.updates[step], prompt_weight)
+        lambda step: fill_update(examples, plan.prefixes, plan.updates[step], prompt_weight)
     )
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)))

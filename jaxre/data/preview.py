@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxre.config import Config
-from jaxre.data.dataset import Dataset, Split, load_dataset, make_plan
+from jaxre.data.dataset import Dataset, Split, load_dataset, make_plan, supervised_of
 from jaxre.data.tokens import TokenSet
 from jaxre.relations import sources
 from jaxre.relations.schema import is_negative, label_counts
@@ -103,10 +103,11 @@ def _histogram(tokens: TokenSet, row_length: int) -> Table:
 
 def _packing(config: Config, tokens: TokenSet) -> Text:
     plan = make_plan(config, tokens, shards=1)
-    pad, supervised = plan.fill(tokens.lengths, tokens.supervised)
+    fill = plan.fill(tokens.lengths, supervised_of(config, tokens))
     shapes = ", ".join(f"{shape.rows} x {shape.length} ({shape.supervised} supervised)" for shape in plan.shapes)
     return Text(
-        f"packing: rows of {shapes}; fill {1 - pad:.1%}; {plan.epoch_ends[0]:,} updates an epoch; {supervised:.1%} of the tokens supervised"
+        f"packing: rows of {shapes}; fill {1 - fill.pad:.1%}; {plan.epoch_ends[0]:,} updates an epoch; "
+        f"{fill.supervised:.1%} of the tokens supervised; {fill.shared:.1%} shared"
     )
 
 

@@ -11,17 +11,19 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxre.data.packing import RowShape, Update
+from jaxre.data.prefixes import Prefixes
 from jaxre.data.tokens import TokenSet
 
 
 class Rows(NamedTuple):
     """One batch of packed rows; an update has a leading axis A.
 
-    tokens, positions, visible_until: [B, T] int32. Positions restart with each example; token i sees
-    token j exactly when `j <= i < visible_until[j]`; a pad token sees itself.
+    tokens, positions, visible_until: [B, T] int32. Positions restart with each example and continue after tokens that it
+    shares; token i sees token j exactly when `j <= i < visible_until[j]`; a pad token sees itself.
     owner: [B, T] uint32, whose dropout mask a token follows.
     supervised, targets: [B, S] int32, weights: [B, S] f32. The logits at row position
-    `supervised[b, s]` are scored against `targets[b, s]`; unused places have weight 0.
+    `supervised[b, s]` are scored against `targets[b, s]`; unused places have weight 0. Examples of one prompt are
+    scored at one position each against its own target.
     """
 
     tokens: np.ndarray
@@ -44,37 +46,58 @@ def empty_rows(shape: RowShape) -> Rows:
     )
 
 
-def fill_rows(examples: TokenSet, owners: np.ndarray, packed: Sequence[Sequence[int]], shape: RowShape, prompt_weight: float = 0.0) -> Rows:
+def fill_rows(examples: TokenSet, prefixes: Prefixes, packed: Sequence[Sequence[int]], shape: RowShape, prompt_weight: float = 0.0) -> Rows:
     """The rows of one micro-batch; `packed[b]` lists the examples of row b.
 
-    With a `prompt_weight` the prompt's tokens, all but the first, are supervised too, at that weight. Where the examples
-    have labels, the first token of each is scored against its label.
+    An example shares the tokens that `prefixes` says with the one before it in its row. With a `prompt_weight` the prompt's
+    tokens, all but the first, are supervised too, at that weight; one that k examples share is supervised once, at k times
+    the weight. Where the examples have labels, the first token of each is scored against its label.
+
+    Raises:
+      ValueError: the rows do not fit the shape.
     """
     rows = empty_rows(shape)
+    shared_by_row = iter(prefixes.along(packed)[2].tolist())
+    path, scored = np.zeros((2, shape.length), np.int64)  # of the last example's tokens: row position; place among the targets
     for b, members in enumerate(packed):
         start = count = 0
         for example in members:
-            tokens = examples[example]
-            end = start + len(tokens)
-            rows.tokens[b, start:end] = tokens
-            rows.positions[b, start:end] = np.arange(len(tokens))
-            rows.visible_until[b, start:end] = end
-            rows.owner[b, start:end] = owners[example]
+            shared, tokens = next(shared_by_row), examples[example]
+            end = start + len(tokens) - shared
+            rows.tokens[b, start:end] = tokens[shared:]
+            rows.positions[b, start:end] = np.arange(shared, len(tokens))
+            rows.owner[b, start:end] = prefixes.owners[examples.starts[example] + shared : examples.starts[example + 1]]
+            path[shared : len(tokens)] = np.arange(start, end)
+            rows.visible_until[b, path[: len(tokens)]] = end
             if examples.labels is not None:
                 rows.supervised[b, count], rows.targets[b, count], rows.weights[b, count] = start, examples.labels[example], 1.0
                 start, count = end, count + 1
                 continue
             prompt = int(examples.prompt_lengths[example])
-            first = 1 if prompt_weight else prompt
+            first = prompt
+            if prompt_weight:
+                first = max(1, shared)
+                rows.weights[b, scored[1:shared]] += prompt_weight
             places = slice(count, count + len(tokens) - first)
-            rows.supervised[b, places] = np.arange(start + first - 1, end - 1)
+            scored[first : len(tokens)] = np.arange(count, places.stop)
+            rows.supervised[b, places] = path[first - 1 : len(tokens) - 1]
             rows.targets[b, places] = tokens[first:]
             rows.weights[b, places] = np.where(np.arange(first, len(tokens)) < prompt, prompt_weight, 1.0)
             start, count = end, places.stop
+    _check_reach(rows, shape)
     return rows
 
 
-def fill_update(examples: TokenSet, owners: np.ndarray, update: Update, prompt_weight: float = 0.0) -> Rows:
+def _check_reach(rows: Rows, shape: RowShape) -> None:
+    """Attention looks where the shape says; a pair outside of it would be left out silently."""
+    if shape.span is None:
+        return
+    seen = rows.visible_until[:, shape.prefix :] - np.arange(shape.prefix, shape.length, dtype=np.int32)
+    if seen.max(initial=0) > shape.span:
+        raise ValueError(f"a token is seen from {seen.max() - 1} places away, outside of the prefix; {shape} says fewer than {shape.span}")
+
+
+def fill_update(examples: TokenSet, prefixes: Prefixes, update: Update, prompt_weight: float = 0.0) -> Rows:
     """The rows of an update, [A, B, ...]."""
-    micro = [fill_rows(examples, owners, packed, update.shape, prompt_weight) for packed in update.micro]
+    micro = [fill_rows(examples, prefixes, packed, update.shape, prompt_weight) for packed in update.micro]
     return Rows(*(np.stack(arrays) for arrays in zip(*micro, strict=True)))

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxre.data.packing import Update, plan_by_tokens
+from jaxre.data.prefixes import Prefixes, find_prefixes
 from jaxre.data.rows import Rows, fill_rows
 from jaxre.data.tokens import TokenSet
 from jaxre.errors import InputError
@@ -33,6 +34,7 @@ class ClassificationPlan:
 
     tokens: TokenSet
     batches: tuple[Update, ...]
+    prefixes: Prefixes
     sharding: NamedSharding | None
 
 
@@ -57,15 +59,18 @@ def plan_classification(
             f"(up to {longest}): {', '.join(over[:5])}{', ...' if over[5:] else ''}; shorten or leave them out"
         )
     row_length = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
+    prefixes = find_prefixes(tokens)
 
     def pack(rows: int) -> tuple[Update, ...]:
-        plan = plan_by_tokens(tokens.lengths, tokens.supervised, seed=0, epochs=1, row_length=row_length, rows=rows, accumulation=1)
+        plan = plan_by_tokens(
+            tokens.lengths, tokens.supervised, prefixes, seed=0, epochs=1, row_length=row_length, rows=rows, accumulation=1
+        )
         return plan.updates
 
     # Batches of equal size: a split of few rows is not padded to a whole batch.
     packed, most = len(pack(1)), max(1, batch_tokens // row_length)
     rows = -(-packed // -(-packed // most))
-    return ClassificationPlan(tokens, pack(-(-rows // shards) * shards), sharding)
+    return ClassificationPlan(tokens, pack(-(-rows // shards) * shards), prefixes, sharding)
 
 
 def run_classification(
@@ -77,10 +82,9 @@ def run_classification(
       advance: told how many examples each finished batch had.
     """
     scores = np.zeros((len(plan.tokens), len(architecture.labels)))
-    owners = plan.tokens.owners
     for batch in plan.batches:
         (packed,) = batch.micro
-        rows = on_mesh(fill_rows(plan.tokens, owners, packed, batch.shape), plan.sharding)
+        rows = on_mesh(fill_rows(plan.tokens, plan.prefixes, packed, batch.shape), plan.sharding)
         found = np.asarray(log_probabilities(params, rows, architecture=architecture, sharding=plan.sharding))  # B S N
         for b, row in enumerate(packed):
             scores[list(row)] = found[b, : len(row)]

@@ -9,6 +9,7 @@ K key/value heads, C head channels, F feed-forward, V vocabulary, R rank, L laye
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxre_kernels.attention import attention
+from jaxre_kernels.attention import attention, masked_attention
 from jaxre_kernels.lora import Factors, group_words, lora_group
 from jaxre_kernels.nf4 import nf4_linear
 
@@ -45,6 +46,14 @@ class Adapter:
     keys: jax.Array | None = None
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The row positions [B, S] int32 that the last layer is computed at, and the attention of their queries."""
+
+    positions: jax.Array
+    attend: Attend
+
+
 def forward(
     params: Tree,
     tokens: jax.Array,
@@ -53,6 +62,8 @@ def forward(
     architecture: Architecture,
     adapter: Adapter | None = None,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    *,
+    chosen: jax.Array | None = None,
     prefix: int = 0,
     span: int | None = None,
 ) -> jax.Array:
@@ -63,17 +74,27 @@ def forward(
       tokens, positions, visible_until: [B, T] int32, the packed rows.
       adapter: LoRA factors, if any.
       constrain: applied to the [B, T, D] activations, to keep them sharded over rows.
+      chosen: [B, S] int32, the row positions that are asked for; all if not given. The last layer then computes keys
+        and values everywhere and all else at these positions only.
       prefix, span: where attention looks, see `jaxre_kernels.attention`.
 
     Returns:
-      [B, T, D] of the weights' dtype.
+      [B, T, D] of the weights' dtype, or [B, S, D] of the chosen positions.
     """
 
     def attend(q, k, v, cache):
         return attention(q, k, v, visible_until, prefix=prefix, span=span), cache
 
-    x, _ = run_layers(params, tokens, positions, architecture, attend, None, adapter, constrain)
-    return x
+    def attend_last(q, k, v, cache):
+        index = jnp.arange(visible_until.shape[1])
+        mask = (index <= chosen[..., None]) & (chosen[..., None] < visible_until[:, None, :])  # B S T
+        return masked_attention(q, k, v, mask), cache
+
+    # Its attention is dense, S x T scores: where most of a row is supervised (language modelling), the whole layer is cheaper.
+    pruned = chosen is not None and 2 * chosen.shape[1] <= tokens.shape[1]
+    last = Chosen(chosen, attend_last) if pruned else None
+    x, _ = run_layers(params, tokens, positions, architecture, attend, None, adapter, constrain, last)
+    return x if chosen is None or pruned else take(x, chosen)
 
 
 def run_layers(
@@ -85,11 +106,13 @@ def run_layers(
     caches: Any = None,
     adapter: Adapter | None = None,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    pruned: Chosen | None = None,
 ) -> tuple[jax.Array, Any]:
     """Embeds `tokens` [B, T] and runs every layer; `caches` is `{"layers": stacked, "last": one}` or None.
 
     Returns:
-      [B, T, D] hidden states before the final norm, and the new caches in the same form.
+      [B, T, D] hidden states before the final norm ([B, S, D] where the last layer is `pruned` to chosen positions), and the
+      new caches in the same form.
     """
     with jax.named_scope("embed"):
         x = constrain(params["embed"][tokens])  # B T D
@@ -107,8 +130,9 @@ def run_layers(
         index = jnp.arange(architecture.layers - 1)
         rotates = jnp.asarray(np.array(architecture.rotary[:-1]))
         x, stacked = jax.lax.scan(step, x, (params["layers"], factors["layers"], caches["layers"], index, rotates))
-    x, last = step(x, (params["last"], factors["last"], caches["last"], architecture.layers - 1, architecture.rotary[-1]))
-    return x, {"layers": stacked, "last": last}
+    last = (params["last"], factors["last"], x, angles, architecture.rotary[-1], architecture.layers - 1, architecture)
+    x, cache = run_layer(*last, attend, caches["last"], adapter, pruned)
+    return constrain(x), {"layers": stacked, "last": cache}
 
 
 def run_layer(
@@ -122,25 +146,36 @@ def run_layer(
     attend: Attend,
     cache: Any,
     adapter: Adapter | None,
+    pruned: Chosen | None = None,
 ) -> tuple[jax.Array, Any]:
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). x is [B, T, D]."""
-    B, T, _ = x.shape
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). x is [B, T, D]; the result too, or [B, S, D] where `pruned`."""
     C = architecture.head_channels
 
     def project(inputs: jax.Array, names: tuple[str, ...], group: str) -> list[jax.Array]:
         return input_group(inputs, names, GROUPS.index(group), weights, low_rank, index, adapter)
 
+    def heads(array: jax.Array) -> jax.Array:
+        return array.reshape(*array.shape[:2], -1, C)
+
     with jax.named_scope("attention"):
         normed = rms_norm(x, weights["attention_norm"], architecture.norm_epsilon)
-        q, k, v = project(normed, ("q", "k", "v"), "qkv")
-        q = q.reshape(B, T, architecture.query_heads, C)  # B T H C
-        k = k.reshape(B, T, architecture.kv_heads, C)  # B T K C
-        v = v.reshape(B, T, architecture.kv_heads, C)
+        query_angles = angles
+        if pruned is None:
+            q, k, v = project(normed, ("q", "k", "v"), "qkv")
+        else:
+            k, v = project(normed, ("k", "v"), "qkv")
+            # From here on only the chosen positions, with the dropout of their tokens.
+            x, normed, query_angles = (take(array, pruned.positions) for array in (x, normed, angles))
+            if adapter and adapter.keys is not None:
+                adapter = dataclasses.replace(adapter, keys=take(adapter.keys[..., None], pruned.positions)[..., 0])
+            attend = pruned.attend
+            (q,) = project(normed, ("q",), "qkv")
+        q, k, v = heads(q), heads(k), heads(v)  # B . H C, B T K C, B T K C
         if architecture.qk_norm:
             q = rms_norm(q, weights["q_norm"], architecture.norm_epsilon)
             k = rms_norm(k, weights["k_norm"], architecture.norm_epsilon)
-        context, cache = attend(rotate(q, angles, rotates), rotate(k, angles, rotates), v, cache)
-        (out,) = project(context.reshape(B, T, architecture.query_heads * C), ("o",), "o")
+        context, cache = attend(rotate(q, query_angles, rotates), rotate(k, angles, rotates), v, cache)
+        (out,) = project(context.reshape(*context.shape[:2], -1), ("o",), "o")
         x = x + out
     with jax.named_scope("mlp"):
         normed = rms_norm(x, weights["mlp_norm"], architecture.norm_epsilon)
@@ -168,18 +203,9 @@ def input_group(
     return [y if bias is None else y + bias for y, bias in zip(outputs, biases, strict=True)]
 
 
-def logits_at(params: Tree, x: jax.Array, positions: jax.Array, architecture: Architecture) -> jax.Array:
-    """Final norm and vocabulary head at chosen positions only.
-
-    Args:
-      x: [B, T, D] of `forward`; positions: [B, S] int32.
-
-    Returns:
-      [B, S, V] f32.
-    """
-    with jax.named_scope("head"):
-        chosen = jnp.take_along_axis(x, positions[..., None], axis=1)  # B S D
-        return head(params, chosen, architecture)
+def take(array: jax.Array, positions: jax.Array) -> jax.Array:
+    """[B, T, ...] at positions [B, S] -> [B, S, ...]."""
+    return jnp.take_along_axis(array, positions[..., None], axis=1)
 
 
 def head(params: Tree, x: jax.Array, architecture: Architecture) -> jax.Array:

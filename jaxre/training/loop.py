@@ -25,9 +25,9 @@ from jaxre.checkpoints.peft import save_adapter
 from jaxre.checkpoints.run_store import RunStore, shapes_of
 from jaxre.checkpoints.source import base_of, compute_dtype, tokenizer_folder
 from jaxre.config import Config
-from jaxre.data.dataset import Dataset, load_dataset, make_plan
+from jaxre.data.dataset import Dataset, load_dataset, make_plan, supervised_of
 from jaxre.data.loader import updates
-from jaxre.data.packing import Plan
+from jaxre.data.packing import Fill, Plan
 from jaxre.data.rows import Rows, empty_rows
 from jaxre.errors import InputError
 from jaxre.models.quantised import base_bytes, is_nf4
@@ -138,7 +138,7 @@ def train(config: Config, console: Console | None = None) -> Path:
         # ---- the best checkpoint, for others to load ----------------------------------------------
         best = store.best_step
         if not log.ended:  # a finished run that is started again has its record
-            log.write("end", steps, summary_of(dataset, plan, clock, best, len(compiled), steps))
+            log.write("end", steps, summary_of(config, dataset, plan, clock, best, len(compiled), steps))
         if best != steps:
             del state
             state = store.restore(best, like)
@@ -149,17 +149,18 @@ def train(config: Config, console: Console | None = None) -> Path:
     return run
 
 
-def summary_of(dataset: Dataset, plan: Plan, clock: Clock, best: int, compilations: int, steps: int) -> dict[str, Any]:
+def summary_of(config: Config, dataset: Dataset, plan: Plan, clock: Clock, best: int, compilations: int, steps: int) -> dict[str, Any]:
     """The figures of the whole run; time and speed are of this process (a resumed one did the rest only)."""
     tokens = dataset.train.tokens
-    pad, supervised = plan.fill(tokens.lengths, tokens.supervised)
+    fill = plan.fill(tokens.lengths, supervised_of(config, tokens))
     return {
         "best_step": best,
         "train_seconds": clock.seconds,
         "tokens_per_second": float(clock.tokens[steps] - clock.tokens[clock.start]) / max(clock.seconds, 1e-9),
         "rows": [[shape.rows, shape.length, shape.supervised] for shape in plan.shapes],
-        "pad_share": pad,
-        "supervised_share": supervised,
+        "pad_share": fill.pad,
+        "supervised_share": fill.supervised,
+        "shared_share": fill.shared,
         "compilations": compilations,
     }
 
@@ -185,14 +186,14 @@ def compile_updates(config: Config, plan: Plan, initial: Initial, optimiser: Any
     """The compiled update of each row shape of the plan."""
     update = make_update(config, initial.architecture, optimiser, dtype, sharding.constrain_rows(mesh))
     outputs = (jax.tree.map(lambda leaf: leaf.sharding, initial.state), Metrics(*(sharding.replicated(mesh),) * 2))
-    jitted = jax.jit(update, donate_argnums=0, out_shardings=outputs)
+    jitted = jax.jit(update, static_argnums=3, donate_argnums=0, out_shardings=outputs)
     row_sharding = sharding.row_sharding(mesh)
     compiled = {}
     for shape in plan.shapes:
         one = empty_rows(shape)
         micro = len(plan.updates[0].micro)
         rows = Rows(*(jax.ShapeDtypeStruct((micro, *array.shape), array.dtype, sharding=row_sharding) for array in one))
-        compiled[shape] = jitted.lower(initial.state, initial.base, rows).compile()
+        compiled[shape] = jitted.lower(initial.state, initial.base, rows, shape).compile()
     return compiled
 
 
@@ -218,7 +219,7 @@ def fetch(tree: Any) -> Any:
 def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, compiled: dict, mesh: jax.sharding.Mesh, steps: int) -> Table:
     """What was chosen for this run, before its first step."""
     tokens = dataset.train.tokens
-    pad, supervised = plan.fill(tokens.lengths, tokens.supervised)
+    fill = plan.fill(tokens.lengths, supervised_of(config, tokens))
     trained = sum(leaf.size for leaf in jax.tree.leaves(initial.state.trainable))
     total = parameter_count(initial.architecture)
     attention, why = choose_attention()
@@ -237,8 +238,9 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
         ),
         ("updates", f"{steps:,} ({config.train.epochs} epochs of {plan.epoch_ends[0]:,})"),
         ("rows", ", ".join(f"{len(plan.updates[0].micro)} x {s.rows} x {s.length}, {s.supervised} supervised" for s in plan.shapes)),
-        ("pad share", f"{pad:.1%}"),
-        ("supervised share", f"{supervised:.1%} of real tokens"),
+        ("pad share", f"{fill.pad:.1%}"),
+        ("shared share", shared_of(plan, fill)),
+        ("supervised share", f"{fill.supervised:.1%} of real tokens ({fill.idle:.1%} of supervised places idle)"),
         *([("head", head_of(dataset, initial))] if config.train.objective == "classify" else []),
         ("devices", where),
         ("attention", f"{attention} ({why})" if config.train.objective != "classify" else "xla (the only one of encoders)"),
@@ -252,6 +254,12 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
     ):
         table.add_row(name, value)
     return table
+
+
+def shared_of(plan: Plan, fill: Fill) -> str:
+    """How much of the examples' tokens is not computed again, and where attention looks."""
+    looks = {f"{shape.prefix} + {shape.span}" if shape.span else "the whole row" for shape in plan.shapes}
+    return f"{fill.shared:.1%} of real tokens share a place; attention looks at {', '.join(sorted(looks))} tokens"
 
 
 def described_base(initial: Initial) -> str:

@@ -16,6 +16,7 @@ import optax
 from jaxre_kernels.lora import token_keys
 
 from jaxre.config import Config
+from jaxre.data.packing import RowShape
 from jaxre.data.rows import Rows
 from jaxre.models import decoder, encoder, lora
 from jaxre.models.architecture import Architecture, EncoderArchitecture
@@ -53,10 +54,18 @@ def loss_sum(
     rows: Rows,
     architecture: Architecture,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    shape: RowShape | None = None,
 ) -> jax.Array:
-    """Sum of the weighted cross-entropy of one micro-batch; the head runs at supervised positions only."""
-    x = decoder.forward(params, rows.tokens, rows.positions, rows.visible_until, architecture, adapter, constrain)
-    logits = decoder.logits_at(params, x, rows.supervised, architecture)  # B S V
+    """Sum of the weighted cross-entropy of one micro-batch; last layer and head run at supervised positions only.
+
+    Args:
+      shape: of the rows, where attention must look; the whole row if not given.
+    """
+    look = {"prefix": shape.prefix, "span": shape.span} if shape else {}
+    given = (rows.tokens, rows.positions, rows.visible_until)
+    x = decoder.forward(params, *given, architecture, adapter, constrain, chosen=rows.supervised, **look)  # B S D
+    with jax.named_scope("head"):
+        logits = decoder.head(params, x, architecture)  # B S V
     return cross_entropy(logits, rows.targets, rows.weights)
 
 
@@ -112,13 +121,13 @@ def make_update(
     optimiser: optax.GradientTransformation,
     dtype: jnp.dtype,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
-) -> Callable[[State, Tree, Rows], tuple[State, Metrics]]:
-    """The update function, to be jitted with the state donated.
+) -> Callable[[State, Tree, Rows, RowShape], tuple[State, Metrics]]:
+    """The update function, to be jitted with the state donated and the shape static.
 
     Its rows have a leading axis A, the micro-batches of the update ([A, B, T], [A, B, S]).
     """
 
-    def update(state: State, base: Tree, rows: Rows) -> tuple[State, Metrics]:
+    def update(state: State, base: Tree, rows: Rows, shape: RowShape | None = None) -> tuple[State, Metrics]:
         count = jnp.maximum(jnp.sum(rows.weights), 1.0)
 
         def micro_loss(trainable: Tree, micro: Rows) -> jax.Array:
@@ -130,7 +139,7 @@ def make_update(
             if config.train.method == "lora" and config.lora.dropout:
                 keys = dropout_keys(config.seed, state.step, micro)
             params, adapter = model_of(trainable, base, config, keys, dtype)
-            return loss_sum(params, adapter, micro, architecture, constrain) / count
+            return loss_sum(params, adapter, micro, architecture, constrain, shape) / count
 
         def accumulate(carry: tuple[jax.Array, Tree], micro: Rows) -> tuple[tuple[jax.Array, Tree], None]:
             loss, gradients = jax.value_and_grad(micro_loss)(state.trainable, micro)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset
 from jaxre.data.packing import plan_by_tokens
+from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import Rows, fill_update
 from jaxre.evaluation.metrics import score
 from jaxre.inference.answers import label_answers
@@ -40,12 +41,21 @@ class Validation:
         shards = sharding.row_shards(mesh)
         tokens = self.split.tokens
         row_length = config.train.row_length
-        pack = functools.partial(plan_by_tokens, tokens.lengths, tokens.supervised, seed=0, epochs=1, row_length=row_length, accumulation=1)
+        pack = functools.partial(
+            plan_by_tokens,
+            tokens.lengths,
+            tokens.supervised,
+            find_prefixes(tokens),
+            seed=0,
+            epochs=1,
+            row_length=row_length,
+            accumulation=1,
+        )
         # Batches of equal size: a split of few rows is not padded to a whole batch.
         packed, most = len(pack(rows=1).updates), max(1, config.predict.batch_tokens // row_length)
         rows = -(-packed // -(-packed // most))
         plan = pack(rows=-(-rows // shards) * shards)
-        self.batches = [Rows(*(array[0] for array in fill_update(tokens, tokens.owners, update))) for update in plan.updates]
+        self.batches = [Rows(*(array[0] for array in fill_update(tokens, plan.prefixes, update))) for update in plan.updates]
         self.scoring = None
         if dataset.template is not None:
             prompts, answers = label_answers(dataset.template, self.split.questions, dataset.schema.labels)
@@ -60,10 +70,11 @@ class Validation:
                 names=[example.id for example in self.split.examples],
             )
         constrain = sharding.constrain_rows(mesh)
+        (shape,) = plan.shapes
 
         def batch_loss(trainable: Tree, base: Tree, rows: Rows) -> jax.Array:
             params, adapter = model_of(trainable, base, config, None, dtype)
-            return loss_sum(params, adapter, rows, architecture, constrain)
+            return loss_sum(params, adapter, rows, architecture, constrain, shape)
 
         self.batch_loss = jax.jit(batch_loss, out_shardings=sharding.replicated(mesh))
 

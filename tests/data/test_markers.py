@@ -11,6 +11,7 @@ from tiny_encoders import encoder_config, minilm, write_tiny_encoder
 
 from jaxre.data.dataset import load_dataset
 from jaxre.data.markers import add_markers, encode_marked, marked_text, markers_in, unknown_types
+from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import fill_rows
 from jaxre.data.template import load_tokenizer
 from jaxre.relations.schema import Example
@@ -117,8 +118,10 @@ def test_each_example_is_supervised_once_at_its_first_token_with_its_label(datas
     assert tokens.supervised.tolist() == [1] * len(tokens)
     from jaxre.data.packing import plan_by_tokens
 
-    plan = plan_by_tokens(tokens.lengths, tokens.supervised, seed=0, epochs=1, row_length=64, rows=64, accumulation=1)
-    rows = fill_rows(tokens, tokens.owners, plan.updates[0].micro[0], plan.updates[0].shape)
+    plan = plan_by_tokens(
+        tokens.lengths, tokens.supervised, find_prefixes(tokens), seed=0, epochs=1, row_length=64, rows=64, accumulation=1
+    )
+    rows = fill_rows(tokens, find_prefixes(tokens), plan.updates[0].micro[0], plan.updates[0].shape)
     assert rows.weights.sum() == len(tokens)
     names = {one.id: one.relation for one in dataset.train.examples}
     for b, members in enumerate(plan.updates[0].micro[0]):

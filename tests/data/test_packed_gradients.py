@@ -16,6 +16,7 @@ from tiny import ARCHITECTURE
 
 from jaxre.config import Config, check_config
 from jaxre.data.packing import RowShape, plan_by_examples, plan_by_tokens
+from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import Rows, fill_rows, fill_update
 from jaxre.data.template import Encoded
 from jaxre.data.tokens import TokenSet
@@ -78,12 +79,14 @@ def unpacked(tokens: TokenSet, prompt_weight: float) -> Rows:
         tokens=np.zeros((B, T), np.int32),
         positions=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
         visible_until=np.full((B, T), T, np.int32),
-        owner=np.broadcast_to(tokens.owners[:, None], (B, T)),
+        owner=np.zeros((B, T), np.uint32),
         supervised=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),  # every position is scored,
         targets=np.zeros((B, T), np.int32),
         weights=np.zeros((B, T), np.float32),  # most with weight 0
     )
+    owners = find_prefixes(tokens).owners
     for b in range(B):
+        rows.owner[b, : len(tokens[b])] = owners[tokens.starts[b] : tokens.starts[b + 1]]
         ids, prompt = tokens[b], int(tokens.prompt_lengths[b])
         rows.tokens[b, : len(ids)] = ids
         rows.targets[b, : len(ids) - 1] = ids[1:]
@@ -128,10 +131,12 @@ def test_packed_loss_and_gradients_equal_one_example_a_row(
     supervised = tokens.lengths - 1 if prompt_weight else tokens.supervised
     packings = []
     for seed in (0, 1):
-        plan = plan_by_tokens(tokens.lengths, supervised, seed=seed, epochs=1, row_length=ROW, rows=SHAPE.rows, accumulation=1)
+        plan = plan_by_tokens(
+            tokens.lengths, supervised, find_prefixes(tokens), seed=seed, epochs=1, row_length=ROW, rows=SHAPE.rows, accumulation=1
+        )
         (update,) = plan.updates
         packings.append(update.micro[0])
-        rows = fill_rows(tokens, tokens.owners, update.micro[0], SHAPE, prompt_weight)
+        rows = fill_rows(tokens, plan.prefixes, update.micro[0], SHAPE, prompt_weight)
         loss, found = gradients(trainable, base, rows, config)
         assert abs(float(loss / reference_loss) - 1) < TOLERANCE
         assert worst(found, reference) < TOLERANCE
@@ -160,11 +165,13 @@ def test_accumulated_gradients_equal_one_batch(tokens: TokenSet, base: dict, by:
     trainable = trainable_of(config, base)
     same = {"seed": 0, "epochs": 1, "row_length": ROW, "accumulation": 4}
     if by == "tokens":
-        plan = plan_by_tokens(tokens.lengths, tokens.supervised, rows=4, **same)  # the last micro-batch holds fewer rows
+        plan = plan_by_tokens(
+            tokens.lengths, tokens.supervised, find_prefixes(tokens), rows=4, **same
+        )  # the last micro-batch holds fewer rows
     else:
-        plan = plan_by_examples(tokens.lengths, tokens.supervised, examples=EXAMPLES, multiple=8, **same)
+        plan = plan_by_examples(tokens.lengths, tokens.supervised, find_prefixes(tokens), examples=EXAMPLES, multiple=8, **same)
     (update,) = plan.updates
-    loss, found = updated(config, trainable, base, fill_update(tokens, tokens.owners, update))
+    loss, found = updated(config, trainable, base, fill_update(tokens, plan.prefixes, update))
     reference_loss, reference = gradients(trainable, base, unpacked(tokens, 0.0), config)
     assert abs(loss / float(reference_loss) - 1) < TOLERANCE
     assert worst(found, reference) < TOLERANCE
@@ -173,8 +180,10 @@ def test_accumulated_gradients_equal_one_batch(tokens: TokenSet, base: dict, by:
 def test_an_empty_micro_batch_changes_nothing(tokens: TokenSet, base: dict) -> None:
     config = settings("lora")
     trainable = trainable_of(config, base)
-    (update,) = plan_by_tokens(tokens.lengths, tokens.supervised, seed=0, epochs=1, row_length=ROW, rows=SHAPE.rows, accumulation=1).updates
-    one, none = (fill_rows(tokens, tokens.owners, packed, SHAPE) for packed in (update.micro[0], []))
+    plan = plan_by_tokens(
+        tokens.lengths, tokens.supervised, find_prefixes(tokens), seed=0, epochs=1, row_length=ROW, rows=SHAPE.rows, accumulation=1
+    )
+    one, none = (fill_rows(tokens, plan.prefixes, packed, SHAPE) for packed in (plan.updates[0].micro[0], []))
     loss, found = updated(config, trainable, base, Rows(*(np.stack(pair) for pair in zip(one, none, strict=True))))
     reference_loss, reference = gradients(trainable, base, one, config)
     assert abs(loss / float(reference_loss) - 1) < TOLERANCE

@@ -10,6 +10,7 @@ import pytest
 
 from jaxre.data.loader import updates
 from jaxre.data.packing import RowShape, plan_by_examples, plan_by_tokens
+from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import Rows, empty_rows, fill_rows, fill_update
 from jaxre.data.template import Encoded
 from jaxre.data.tokens import TokenSet
@@ -18,21 +19,23 @@ ROW = 32
 
 
 def made(count: int, seed: int = 0, longest: int = ROW) -> TokenSet:
-    """Random examples of 2 to `longest` tokens, none of them token 0."""
+    """Random examples of 2 to `longest` tokens, none of them token 0, no two of which begin alike."""
     draw = np.random.default_rng(seed)
     encoded = []
     for _ in range(count):
         length = int(draw.integers(2, longest + 1))
-        encoded.append(Encoded(draw.integers(1, 100, length).tolist(), int(draw.integers(1, length))))
+        encoded.append(Encoded([100 + len(encoded), *draw.integers(1, 100, length - 1).tolist()], int(draw.integers(1, length))))
     return TokenSet.of(encoded, [f"example-{n}" for n in range(count)])
 
 
 def filled(tokens: TokenSet, prompt_weight: float = 0.0) -> tuple[Rows, tuple[tuple[int, ...], ...]]:
     """All examples in one micro-batch, and which row has which."""
     supervised = tokens.lengths - 1 if prompt_weight else tokens.supervised
-    plan = plan_by_tokens(tokens.lengths, supervised, seed=0, epochs=1, row_length=ROW, rows=len(tokens) + 1, accumulation=1)
+    plan = plan_by_tokens(
+        tokens.lengths, supervised, find_prefixes(tokens), seed=0, epochs=1, row_length=ROW, rows=len(tokens) + 1, accumulation=1
+    )
     (update,) = plan.updates
-    return fill_rows(tokens, tokens.owners, update.micro[0], update.shape, prompt_weight), update.micro[0]
+    return fill_rows(tokens, plan.prefixes, update.micro[0], update.shape, prompt_weight), update.micro[0]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +102,7 @@ def test_a_row_that_overflows_is_an_error_not_a_cut(shape: RowShape) -> None:
     tokens = made(6, seed=3, longest=30)
     assert tokens.lengths.sum() > 40 and tokens.supervised.sum() > 2
     with pytest.raises(ValueError, match="broadcast"):
-        fill_rows(tokens, tokens.owners, [range(6)], shape)
+        fill_rows(tokens, find_prefixes(tokens), [range(6)], shape)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -107,9 +110,9 @@ def test_a_row_that_overflows_is_an_error_not_a_cut(shape: RowShape) -> None:
 def test_the_loader_resumes_at_any_step_with_the_same_rows(tokens: TokenSet, by: str, accumulation: int) -> None:
     settings = {"seed": 1, "epochs": 2, "row_length": ROW, "accumulation": accumulation}
     if by == "tokens":
-        plan = plan_by_tokens(tokens.lengths, tokens.supervised, rows=2, **settings)
+        plan = plan_by_tokens(tokens.lengths, tokens.supervised, find_prefixes(tokens), rows=2, **settings)
     else:
-        plan = plan_by_examples(tokens.lengths, tokens.supervised, examples=6, multiple=8, **settings)
+        plan = plan_by_examples(tokens.lengths, tokens.supervised, find_prefixes(tokens), examples=6, multiple=8, **settings)
     whole = list(updates(tokens, plan))
     assert len(whole) == len(plan.updates) > 4
     for step, (rows, update) in enumerate(zip(whole, plan.updates, strict=True)):
@@ -126,7 +129,16 @@ def test_the_loader_resumes_at_any_step_with_the_same_rows(tokens: TokenSet, by:
 
 def test_every_supervised_token_is_trained_on_once_an_epoch(tokens: TokenSet) -> None:
     plan = plan_by_examples(
-        tokens.lengths, tokens.supervised, seed=1, epochs=3, row_length=ROW, examples=7, accumulation=1, multiple=8, shards=2
+        tokens.lengths,
+        tokens.supervised,
+        find_prefixes(tokens),
+        seed=1,
+        epochs=3,
+        row_length=ROW,
+        examples=7,
+        accumulation=1,
+        multiple=8,
+        shards=2,
     )
     counts = [float(rows.weights.sum()) for rows in updates(tokens, plan)]
     for first, last in itertools.pairwise((0, *plan.epoch_ends)):
@@ -134,8 +146,10 @@ def test_every_supervised_token_is_trained_on_once_an_epoch(tokens: TokenSet) ->
 
 
 def test_the_loader_passes_the_prompt_weight_on(tokens: TokenSet) -> None:
-    plan = plan_by_tokens(tokens.lengths, tokens.lengths - 1, seed=1, epochs=1, row_length=ROW, rows=2, accumulation=1)
+    plan = plan_by_tokens(
+        tokens.lengths, tokens.lengths - 1, find_prefixes(tokens), seed=1, epochs=1, row_length=ROW, rows=2, accumulation=1
+    )
     for rows, update in zip(updates(tokens, plan, prompt_weight=0.5), plan.updates, strict=True):
-        for left, right in zip(rows, fill_update(tokens, tokens.owners, update, 0.5), strict=True):
+        for left, right in zip(rows, fill_update(tokens, plan.prefixes, update, 0.5), strict=True):
             np.testing.assert_array_equal(left, right)
         assert set(np.unique(rows.weights).tolist()) <= {0.0, 0.5, 1.0} and 0.5 in rows.weights

@@ -225,13 +225,17 @@ def test_weights_have_the_shapes_of_the_table(layers):
     assert parameter_count(architecture) == sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def test_logits_at_chosen_positions_equal_those_of_all_positions():
-    architecture, params = make(2)
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 16, architecture.embedding)), jnp.float32)
-    chosen = jnp.asarray([[0, 5, 15, 15], [7, 1, 0, 2]])
-    everywhere = decoder.head(params, x, architecture)
-    expected = jnp.take_along_axis(everywhere, chosen[..., None], axis=1)
-    assert relative(decoder.logits_at(params, x, chosen, architecture), expected) < CLOSE
+@DEPTHS
+@pytest.mark.parametrize("chosen", [[[0, 5, 15, 15], [7, 1, 0, 2]], [[15], [3]], [list(range(16)), [3] * 16]])
+def test_states_at_chosen_positions_equal_those_of_all_positions(layers, chosen):
+    """Few positions: the last layer runs there only. Many: everywhere."""
+    architecture, params = make(layers)
+    tokens = tokens_of(architecture.vocabulary, 2, 16)
+    positions = np.array([[*range(6), *range(4, 14)], [*range(16)]])
+    visible_until = np.array([[16] * 4 + [6] * 2 + [16] * 10, [9] * 9 + [14] * 5 + [15, 16]])
+    given = (params, tokens, positions, visible_until, architecture)
+    expected = jnp.take_along_axis(decoder.forward(*given), jnp.asarray(chosen)[..., None], axis=1)
+    assert relative(decoder.forward(*given, chosen=jnp.asarray(chosen)), expected) < CLOSE
 
 
 def test_logits_are_float32_from_bfloat16_weights():

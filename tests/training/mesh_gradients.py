@@ -32,7 +32,7 @@ def gradients(config, model: Path, devices: list) -> tuple[float, dict]:
     dataset = load_dataset(config, model)
     plan = make_plan(config, dataset.train.tokens, shards=1)
     tokens = dataset.train.tokens
-    rows = sharding.put_rows(fill_update(tokens, tokens.owners, plan.updates[0]), sharding.row_sharding(mesh))
+    rows = sharding.put_rows(fill_update(tokens, plan.prefixes, plan.updates[0]), sharding.row_sharding(mesh))
     trainable = jax.tree.map(perturbed, initial.state.trainable)
 
     def loss(trainable):

@@ -24,6 +24,7 @@ from tiny_encoders import encoder_config, fields_of, write_sentences, write_tiny
 from jaxre.checkpoints.source import open_model, tokenizer_folder
 from jaxre.config import load_config
 from jaxre.data.packing import RowShape, plan_by_tokens
+from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import Rows, fill_rows
 from jaxre.data.template import Encoded, load_tokenizer
 from jaxre.data.tokens import TokenSet
@@ -92,10 +93,12 @@ def test_packed_loss_and_gradients_equal_one_example_a_row(tokens: TokenSet, nam
     reference_loss, reference = gradients(params, alone(tokens), architecture, dropout)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(reference))
     for seed in (0, 1):
-        plan = plan_by_tokens(tokens.lengths, tokens.supervised, seed=seed, epochs=1, row_length=ROW, rows=EXAMPLES, accumulation=1)
+        plan = plan_by_tokens(
+            tokens.lengths, tokens.supervised, find_prefixes(tokens), seed=seed, epochs=1, row_length=ROW, rows=EXAMPLES, accumulation=1
+        )
         (packed,) = plan.updates[0].micro
         assert max(map(len, packed)) > 2
-        rows = fill_rows(tokens, tokens.owners, packed, RowShape(EXAMPLES, ROW, 8))
+        rows = fill_rows(tokens, find_prefixes(tokens), packed, RowShape(EXAMPLES, ROW, 8))
         loss, found = gradients(params, rows, architecture, dropout)
         assert abs(float(loss / reference_loss) - 1) < TOLERANCE
         # The bias of the keys shifts every score of a query alike: its gradient is 0 but for rounding.

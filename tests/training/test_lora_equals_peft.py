@@ -19,6 +19,7 @@ from tiny_decoders import CONFIGS, build, our_logits, relative
 
 from jaxre.config import LORA_TARGETS, Config, Lora, check_config
 from jaxre.data.packing import Plan, plan_by_tokens
+from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import fill_update
 from jaxre.data.template import Encoded
 from jaxre.data.tokens import TokenSet
@@ -74,7 +75,9 @@ def tokens() -> TokenSet:
 
 @pytest.fixture(scope="module")
 def plan(tokens: TokenSet) -> Plan:
-    plan = plan_by_tokens(tokens.lengths, tokens.supervised, seed=0, epochs=2, row_length=ROW, rows=ROWS, accumulation=1)
+    plan = plan_by_tokens(
+        tokens.lengths, tokens.supervised, find_prefixes(tokens), seed=0, epochs=2, row_length=ROW, rows=ROWS, accumulation=1
+    )
     assert len(plan.updates) >= STEPS and max(len(row) for update in plan.updates for row in update.micro[0]) > 2
     return plan
 
@@ -132,7 +135,7 @@ def ours(config: Config, tokens: TokenSet, plan: Plan, dtype: type) -> Trajector
         logits = our_logits(initial.architecture, base, tokens[0][None], factors=start, scale=scale_of(config.lora))
         metrics, gradient = [], None
         for one in plan.updates[:STEPS]:
-            state, told = update(state, base, fill_update(tokens, tokens.owners, one))
+            state, told = update(state, base, fill_update(tokens, plan.prefixes, one))
             metrics.append(told)
             gradient = gradient or jax.device_get(state.optimiser[0].trace)
         losses, norms = np.array(metrics).T
