@@ -52,6 +52,7 @@ def forward(
     architecture: Architecture,
     adapter: Adapter | None = None,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    remat: str = "none",
 ) -> jax.Array:
     """Packed rows to hidden states, before the final norm.
 
@@ -60,6 +61,7 @@ def forward(
       tokens, positions, visible_until: [B, T] int32, the packed rows.
       adapter: LoRA factors, if any.
       constrain: applied to the [B, T, D] activations, to keep them sharded over rows.
+      remat: what the backward pass computes again: `none`, `attention` (from q, k and v) or `block` (from a layer's input).
 
     Returns:
       [B, T, D] of the weights' dtype.
@@ -68,7 +70,9 @@ def forward(
     def attend(q, k, v, cache):
         return attention(q, k, v, visible_until), cache
 
-    x, _ = run_layers(params, tokens, positions, architecture, attend, None, adapter, constrain)
+    if remat == "attention":
+        attend = jax.checkpoint(attend)
+    x, _ = run_layers(params, tokens, positions, architecture, attend, None, adapter, constrain, remat == "block")
     return x
 
 
@@ -81,8 +85,12 @@ def run_layers(
     caches: Any = None,
     adapter: Adapter | None = None,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    remat_layers: bool = False,
 ) -> tuple[jax.Array, Any]:
     """Embeds `tokens` [B, T] and runs every layer; `caches` is `{"layers": stacked, "last": one}` or None.
+
+    With `remat_layers` the backward pass keeps the inputs of the layers and computes the rest again. The last layer
+    is left as it is: its backward pass comes first, when all of its values are there.
 
     Returns:
       [B, T, D] hidden states before the final norm, and the new caches in the same form.
@@ -102,7 +110,9 @@ def run_layers(
     if architecture.layers > 1:
         index = jnp.arange(architecture.layers - 1)
         rotates = jnp.asarray(np.array(architecture.rotary[:-1]))
-        x, stacked = jax.lax.scan(step, x, (params["layers"], factors["layers"], caches["layers"], index, rotates))
+        # A scan needs no barrier against the compiler merging the two computations.
+        scanned = jax.checkpoint(step, prevent_cse=False) if remat_layers else step
+        x, stacked = jax.lax.scan(scanned, x, (params["layers"], factors["layers"], caches["layers"], index, rotates))
     x, last = step(x, (params["last"], factors["last"], caches["last"], architecture.layers - 1, architecture.rotary[-1]))
     return x, {"layers": stacked, "last": last}
 

@@ -53,9 +53,10 @@ def loss_sum(
     rows: Rows,
     architecture: Architecture,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    remat: str = "none",
 ) -> jax.Array:
     """Sum of the weighted cross-entropy of one micro-batch; the head runs at supervised positions only."""
-    x = decoder.forward(params, rows.tokens, rows.positions, rows.visible_until, architecture, adapter, constrain)
+    x = decoder.forward(params, rows.tokens, rows.positions, rows.visible_until, architecture, adapter, constrain, remat)
     logits = decoder.logits_at(params, x, rows.supervised, architecture)  # B S V
     return cross_entropy(logits, rows.targets, rows.weights)
 
@@ -66,9 +67,11 @@ def classification_loss_sum(
     rows: Rows,
     architecture: EncoderArchitecture,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    remat: str = "none",
 ) -> jax.Array:
     """`loss_sum` of an encoder: each example is supervised once, at its first token; `keys` [B, T] switch dropout on."""
-    logits = encoder.classify(params, rows.tokens, rows.positions, rows.visible_until, rows.supervised, architecture, keys, constrain)
+    packed = (rows.tokens, rows.positions, rows.visible_until, rows.supervised)
+    logits = encoder.classify(params, *packed, architecture, keys, constrain, remat)
     return cross_entropy(logits, rows.targets, rows.weights)  # B S N
 
 
@@ -112,8 +115,12 @@ def make_update(
     optimiser: optax.GradientTransformation,
     dtype: jnp.dtype,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    remat: str = "none",
 ) -> Callable[[State, Tree, Rows], tuple[State, Metrics]]:
     """The update function, to be jitted with the state donated.
+
+    Args:
+      remat: what the backward pass computes again: `none`, `attention` or `block` (see compilation.py).
 
     Its rows have a leading axis A, the micro-batches of the update ([A, B, T], [A, B, S]).
     """
@@ -125,12 +132,12 @@ def make_update(
             if isinstance(architecture, EncoderArchitecture):
                 params, _ = model_of(trainable, base, config, None, dtype)
                 keys = dropout_keys(config.seed, state.step, micro)
-                return classification_loss_sum(params, keys, micro, architecture, constrain) / count
+                return classification_loss_sum(params, keys, micro, architecture, constrain, remat) / count
             keys = None
             if config.train.method == "lora" and config.lora.dropout:
                 keys = dropout_keys(config.seed, state.step, micro)
             params, adapter = model_of(trainable, base, config, keys, dtype)
-            return loss_sum(params, adapter, micro, architecture, constrain) / count
+            return loss_sum(params, adapter, micro, architecture, constrain, remat) / count
 
         def accumulate(carry: tuple[jax.Array, Tree], micro: Rows) -> tuple[tuple[jax.Array, Tree], None]:
             loss, gradients = jax.value_and_grad(micro_loss)(state.trainable, micro)
