@@ -19,8 +19,8 @@ def use_compilation_cache(say: Callable[[str], object]) -> str:
     """Switches the cache on, in JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxre/xla, for programs of any size.
 
     JAX_ENABLE_COMPILATION_CACHE=false switches it off. A folder that cannot be written is told through `say`, and the
-    process goes on without the cache, as does one that finds entries damaged. Machines may share a folder: JAX's keys hold the device, and of a CPU its
-    instruction set (the fingerprint of the topology changes with --xla_cpu_max_isa).
+    process goes on without the cache; so are damaged entries, which are compiled again. Machines may share a folder:
+    JAX's keys hold the device, and of a CPU its instruction set (its topology's fingerprint changes with --xla_cpu_max_isa).
 
     Returns:
       The folder, or why there is none.

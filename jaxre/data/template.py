@@ -11,7 +11,6 @@ import datetime
 import functools
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -174,11 +173,14 @@ class ChatTemplate:
         A tokenizer cuts the text at its added tokens first, so the text may be cut before one too. What an added token
         does to the text before it (some take white space away) is the same in every prompt; the first one shows it.
         """
-        common = os.path.commonprefix([min(prompts), max(prompts)]) if len(prompts) > 1 else ""
-        cut = max((common.rfind(token) for token in self._added_texts), default=-1)
+        if len(prompts) < 2:
+            return self.tokenize(prompts)
+        ends = min(prompts), max(prompts)  # what these two begin with, those between them do too
+        same = next((i for i, (one, other) in enumerate(zip(*ends, strict=False)) if one != other), min(map(len, ends)))
+        cut = max((prompts[0].rfind(token, 0, same) for token in self._added_texts), default=-1)
         if cut <= 0:
             return self.tokenize(prompts)
-        start, first, *rest = self.tokenize([common[:cut], prompts[0], *(prompt[cut:] for prompt in prompts)])
+        start, first, *rest = self.tokenize([prompts[0][:cut], prompts[0], *(prompt[cut:] for prompt in prompts)])
         exact = start + rest[0] == first and all(ids[0] in self._added for ids in rest)
         return [start + ids for ids in rest] if exact else self.tokenize(prompts)
 
