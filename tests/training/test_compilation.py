@@ -55,25 +55,26 @@ def prepare(config: Config, model: Path) -> tuple:
 def test_loss_and_gradients_are_those_of_no_policy(deep: Path, tmp_path: Path, kind: str) -> None:
     """The moments after one update are the clipped gradients, up to a factor; the learning rate of the first is zero."""
     found, memory = {}, []
+    model = write_tiny_encoder(tmp_path / "encoder", num_hidden_layers=6) if kind == "encoder" else deep
     for remat in POLICIES:
         # Norms below the bound are not clipped, so an error in one gradient cannot hide in the scale of all.
         settings = {"remat": remat, "clip_norm": 1e6}
         if kind == "encoder":
-            model = write_tiny_encoder(tmp_path / remat, num_hidden_layers=6)
             config = encoder_config(tmp_path, model, train=settings)
         else:
             settings |= {"row_length": 128, "batch_tokens": 512, "method": kind.partition(",")[0]}
-            config = tiny_config(tmp_path, deep, train=settings | {"accumulation": 2 if "acc" in kind else 1})
-        given, rows = prepare(config, model if kind == "encoder" else deep)
+            config = tiny_config(tmp_path, model, train=settings | {"accumulation": 2 if "acc" in kind else 1})
+        given, rows = prepare(config, model)
         compiled = compile_updates(*given)
         assert compiled.remat == remat and list(compiled.tried) == [remat]
         memory.append(compiled.memory[1])
         state, metrics = compiled.updates[given[1].updates[0].shape](given[2].state, given[2].base, rows)
-        found[remat] = [metrics.loss, *jax.tree.leaves(state.optimiser)]
+        found[remat] = jax.tree_util.tree_leaves_with_path((metrics, state.optimiser))
     for remat in POLICIES[1:]:
-        for ours, reference in zip(found[remat], found["none"], strict=True):
-            if np.abs(reference).max() > 0:
-                assert relative(ours, reference) < 1e-5
+        for (path, ours), (_, reference) in zip(found[remat], found["none"], strict=True):
+            # A bias of the keys moves all scores of a query alike: its gradient is zero, what is found is rounding.
+            if np.abs(reference).max() > 0 and "k_bias" not in jax.tree_util.keystr(path):
+                assert relative(ours, reference) < 1e-5, (remat, path)
     assert memory == sorted(memory, reverse=True) and len(set(memory)) == 3, memory
 
 
