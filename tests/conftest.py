@@ -13,6 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Before JAX is imported: no test reads what an earlier one compiled, or writes to the user's cache.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+
 
 def _shared(name: str, variable: str) -> Path:
     folder = Path(os.environ.get(variable) or ROOT.parent / "shared" / name)

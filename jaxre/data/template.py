@@ -154,7 +154,7 @@ class ChatTemplate:
 
     def _encode(self, parts: list[tuple[str, str]]) -> list[Encoded]:
         """Tokens of (prompt, supervised) texts: those of the whole text, of which the prompt's are a prefix."""
-        prompts = self.tokenize([prompt for prompt, _ in parts])
+        prompts = self.tokenize_prompts([prompt for prompt, _ in parts])
         answers = [self._answer(*part, ids) for part, ids in zip(parts, prompts, strict=True)]
         whole = [number for number, answer in enumerate(answers) if answer is None]
         for number, ids in zip(whole, self.tokenize(["".join(parts[number]) for number in whole]), strict=True):
@@ -166,6 +166,23 @@ class ChatTemplate:
                 )
             answers[number] = ids[len(prompt_ids) :]
         return [Encoded(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def tokenize_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
+        """`tokenize`, in which what all prompts begin with (system turn, label list, fixed demonstrations) is tokenised once.
+
+        A tokenizer cuts the text at its added tokens first, so the text may be cut before one too. What an added token
+        does to the text before it (some take white space away) is the same in every prompt; the first one shows it.
+        """
+        if len(prompts) < 2:
+            return self.tokenize(prompts)
+        ends = min(prompts), max(prompts)  # what these two begin with, those between them do too
+        same = next((i for i, (one, other) in enumerate(zip(*ends, strict=False)) if one != other), min(map(len, ends)))
+        cut = max((prompts[0].rfind(token, 0, same) for token in self._added_texts), default=-1)
+        if cut <= 0:
+            return self.tokenize(prompts)
+        start, first, *rest = self.tokenize([prompts[0][:cut], prompts[0], *(prompt[cut:] for prompt in prompts)])
+        exact = start + rest[0] == first and all(ids[0] in self._added for ids in rest)
+        return [start + ids for ids in rest] if exact else self.tokenize(prompts)
 
     def _answer(self, prompt: str, supervised: str, prompt_ids: list[int]) -> list[int] | None:
         """The supervised tokens without tokenising the prompt again, or None where that is not certain to be the same.

@@ -66,6 +66,7 @@ def forward(
     chosen: jax.Array | None = None,
     prefix: int = 0,
     span: int | None = None,
+    remat: str = "none",
 ) -> jax.Array:
     """Packed rows to hidden states, before the final norm.
 
@@ -77,6 +78,7 @@ def forward(
       chosen: [B, S] int32, the row positions that are asked for; all if not given. The last layer then computes keys
         and values everywhere and all else at these positions only.
       prefix, span: where attention looks, see `jaxre_kernels.attention`.
+      remat: what the backward pass computes again: `none`, `attention` (from q, k and v) or `block` (from a layer's input).
 
     Returns:
       [B, T, D] of the weights' dtype, or [B, S, D] of the chosen positions.
@@ -90,10 +92,12 @@ def forward(
         mask = (index <= chosen[..., None]) & (chosen[..., None] < visible_until[:, None, :])  # B S T
         return masked_attention(q, k, v, mask), cache
 
+    if remat == "attention":
+        attend, attend_last = jax.checkpoint(attend), jax.checkpoint(attend_last)
     # Its attention is dense, S x T scores: where most of a row is supervised (language modelling), the whole layer is cheaper.
     pruned = chosen is not None and 2 * chosen.shape[1] <= tokens.shape[1]
     last = Chosen(chosen, attend_last) if pruned else None
-    x, _ = run_layers(params, tokens, positions, architecture, attend, None, adapter, constrain, last)
+    x, _ = run_layers(params, tokens, positions, architecture, attend, None, adapter, constrain, last, remat == "block")
     return x if chosen is None or pruned else take(x, chosen)
 
 
@@ -107,8 +111,12 @@ def run_layers(
     adapter: Adapter | None = None,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
     pruned: Chosen | None = None,
+    remat_layers: bool = False,
 ) -> tuple[jax.Array, Any]:
     """Embeds `tokens` [B, T] and runs every layer; `caches` is `{"layers": stacked, "last": one}` or None.
+
+    With `remat_layers` the backward pass keeps the inputs of the layers and computes the rest again. The last layer
+    is left as it is: its backward pass comes first, when all of its values are there.
 
     Returns:
       [B, T, D] hidden states before the final norm ([B, S, D] where the last layer is `pruned` to chosen positions), and the
@@ -129,7 +137,9 @@ def run_layers(
     if architecture.layers > 1:
         index = jnp.arange(architecture.layers - 1)
         rotates = jnp.asarray(np.array(architecture.rotary[:-1]))
-        x, stacked = jax.lax.scan(step, x, (params["layers"], factors["layers"], caches["layers"], index, rotates))
+        # A scan needs no barrier against the compiler merging the two computations.
+        scanned = jax.checkpoint(step, prevent_cse=False) if remat_layers else step
+        x, stacked = jax.lax.scan(scanned, x, (params["layers"], factors["layers"], caches["layers"], index, rotates))
     last = (params["last"], factors["last"], x, angles, architecture.rotary[-1], architecture.layers - 1, architecture)
     x, cache = run_layer(*last, attend, caches["last"], adapter, pruned)
     return constrain(x), {"layers": stacked, "last": cache}

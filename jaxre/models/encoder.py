@@ -38,6 +38,7 @@ def classify(
     architecture: EncoderArchitecture,
     keys: jax.Array | None = None,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    remat: str = "none",
 ) -> jax.Array:
     """Packed rows to label logits at chosen positions, the first tokens of their examples.
 
@@ -49,6 +50,7 @@ def classify(
       keys: [B, T] uint32 dropout keys of the tokens; None switches dropout off. Attention weights are never
         dropped (transformers drops them too while training).
       constrain: applied to the [B, T, D] activations, to keep them sharded over rows.
+      remat: what the backward pass computes again: `none`, `attention` (from q, k and v) or `block` (from a layer's input).
 
     Returns:
       [B, S, N] f32 logits.
@@ -64,12 +66,15 @@ def classify(
         x = constrain(drop(x, keys, architecture.layers, 0, architecture.dropout))
     mask = visible_until[:, :, None] == visible_until[:, None, :]  # B T T
 
+    attend = jax.checkpoint(masked_attention) if remat == "attention" else masked_attention
+
     def step(x: jax.Array, layer: tuple[Tree, jax.Array]) -> tuple[jax.Array, None]:
         weights, index = layer
-        return constrain(run_layer(weights, x, x, mask, index, architecture, keys)), None
+        return constrain(run_layer(weights, x, x, mask, index, architecture, keys, attend)), None
 
     if architecture.layers > 1:
-        x, _ = jax.lax.scan(step, x, (params["layers"], jnp.arange(architecture.layers - 1)))
+        scanned = jax.checkpoint(step, prevent_cse=False) if remat == "block" else step
+        x, _ = jax.lax.scan(scanned, x, (params["layers"], jnp.arange(architecture.layers - 1)))
     if keys is not None:
         keys = at(keys[..., None])[..., 0]  # B S
     x = run_layer(params["last"], at(x), x, at(mask), architecture.layers - 1, architecture, keys)  # B S D
@@ -84,12 +89,14 @@ def run_layer(
     index: jax.Array | int,
     architecture: EncoderArchitecture,
     keys: jax.Array | None,
+    attend: Callable[..., jax.Array] = masked_attention,
 ) -> jax.Array:
     """One layer: norm(x + attention(x)), then norm(x + mlp(x)).
 
     Args:
       x: [B, S, D] the states to update; context: [B, T, D] those they attend to; mask: [B, S, T] bool.
       index: of the layer, for dropout; keys: [B, S] uint32 or None.
+      attend: `masked_attention`, which a caller may have wrapped.
     """
 
     def heads(array: jax.Array) -> jax.Array:
@@ -101,7 +108,7 @@ def run_layer(
 
     with jax.named_scope("attention"):
         q, k, v = (heads(linear(weights, name, array)) for name, array in (("q", x), ("k", context), ("v", context)))
-        attended = masked_attention(q, k, v, mask).reshape(x.shape)
+        attended = attend(q, k, v, mask).reshape(x.shape)
         x = finish(x, linear(weights, "o", attended), "attention_norm", AFTER_ATTENTION)
     with jax.named_scope("mlp"):
         hidden = jax.nn.gelu(linear(weights, "up", x), approximate=False)  # B S F

@@ -58,12 +58,13 @@ def read_table(
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
+    # Numbers stay text: a label 1.0 or 1e3 keeps its spelling. One decoder for all: json.loads would make one a line.
+    decode = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str).decode
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         try:
-            # Numbers stay text: a label 1.0 or 1e3 keeps its spelling.
-            record = json.loads(line, parse_float=str, parse_int=str, parse_constant=str)
+            record = decode(line)
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{path}:{number}: not valid JSON (character {error.pos + 1}: {error.msg}); write one object per line"

@@ -6,8 +6,9 @@ One function, told in chapters. The update itself is in `step.py`.
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,19 +25,21 @@ from jaxre.checkpoints.huggingface import save_base
 from jaxre.checkpoints.peft import save_adapter
 from jaxre.checkpoints.run_store import RunStore, shapes_of
 from jaxre.checkpoints.source import base_of, compute_dtype, tokenizer_folder
+from jaxre.compilation_cache import use_compilation_cache
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan, supervised_of
 from jaxre.data.loader import updates
 from jaxre.data.packing import Fill, Plan
-from jaxre.data.rows import Rows, empty_rows
+from jaxre.data.rows import Rows
 from jaxre.errors import InputError
 from jaxre.models.quantised import base_bytes, is_nf4
 from jaxre.models.weights import AnyArchitecture, parameter_count
 from jaxre.training import sharding
+from jaxre.training.compilation import Compilations, CompiledUpdates, compile_updates
 from jaxre.training.initial import Initial, check_tokens, initial_state
 from jaxre.training.log import RunLog
 from jaxre.training.run_folder import run_folder
-from jaxre.training.step import Metrics, State, make_optimiser, make_schedule, make_update
+from jaxre.training.step import Metrics, State, make_optimiser, make_schedule
 from jaxre.training.validate import LabelValidation, Validation, told
 
 
@@ -54,6 +57,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     sharding.join_processes()
     first_process = jax.process_index() == 0
     say = functools.partial(console.print, markup=False) if first_process else lambda *_: None
+    cache = use_compilation_cache(say)
 
     # ---- data -------------------------------------------------------------------------------
     folder = tokenizer_folder(config)
@@ -72,13 +76,14 @@ def train(config: Config, console: Console | None = None) -> Path:
     validate = LabelValidation if config.train.objective == "classify" else Validation
     validation = validate(config, dataset, architecture, dtype, mesh) if dataset.validation else None
 
+    # ---- compile: every update's shape before step 1 (validation compiles its own at its first run)
+    with Compilations() as seen:
+        compiled = compile_updates(config, plan, initial, optimiser, mesh)
+    say(describe(config, dataset, plan, initial, compiled, mesh, steps, f"{cache}: {seen.read} read, {seen.written} written"))
+
     # ---- run folder: only once everything above has been accepted ---------------------------
     with run_folder(config, first_process) as run:
         store = RunStore(run / "checkpoints", config.train.keep, config.train.best)
-
-        # ---- compile: every update's shape before step 1 (validation compiles its own at its first run)
-        compiled = compile_updates(config, plan, initial, optimiser, dtype, mesh)
-        say(describe(config, dataset, plan, initial, compiled, mesh, steps))
 
         # ---- resume -----------------------------------------------------------------------------
         start = store.latest or 0
@@ -99,46 +104,47 @@ def train(config: Config, console: Console | None = None) -> Path:
         # ---- updates ----------------------------------------------------------------------------
         evaluate_every = config.train.evaluate_every or epoch_steps
         checkpoint_every = config.train.checkpoint_every or evaluate_every
-        row_sharding = sharding.row_sharding(mesh)
-        schedule = make_schedule(config, steps)
+        put = functools.partial(sharding.put_rows, sharding=sharding.row_sharding(mesh))
+        rates = np.asarray(make_schedule(config, steps)(np.arange(steps)))  # all at once: nothing to compute or wait for at a log step
         clock = Clock(dataset, plan, start)
         pending: list[Metrics] = []
-        with progress_bar(console, first_process) as bar:
+        with progress_bar(console, first_process) as bar, Compilations() as compilations:
             task = bar.add_task("train", total=steps, completed=start, told="")
-            for step, rows in enumerate(prepared(config, dataset, plan, start, steps), start + 1):
-                shape = plan.updates[step - 1].shape
-                state, metrics = compiled[shape](state, base, sharding.put_rows(rows, row_sharding))
+            for step, rows in enumerate(prepared(config, dataset, plan, start, steps, put), start + 1):
+                update = compiled.updates[plan.updates[step - 1].shape]
+                state, metrics = update(state, base, rows)
                 pending.append(metrics)
 
                 if step % config.train.log_every == 0 or step == steps or step % evaluate_every == 0 or step % checkpoint_every == 0:
                     losses = jax.device_get(pending)  # the only wait for the device
                     speed = clock.read(step)
                     for number, one in enumerate(losses, step - len(losses) + 1):
-                        log.write("train", number, {**one.numbers(), "learning_rate": float(schedule(number - 1))})
+                        log.write("train", number, {**one.numbers(), "learning_rate": float(rates[number - 1])})
                     log.write("speed", step, speed)
                     log.flush()
                     pending = []
-                    rates = f"{speed['examples_per_second']:.1f} examples/s  {speed['tokens_per_second']:.0f} tokens/s"
-                    bar.update(task, completed=step, told=f"loss {losses[-1].loss:.4f}  {rates}")
+                    told_speed = f"{speed['examples_per_second']:.1f} examples/s  {speed['tokens_per_second']:.0f} tokens/s"
+                    bar.update(task, completed=step, told=f"loss {losses[-1].loss:.4f}  {told_speed}")
                     check_finite(losses, step, run)  # before a checkpoint of this state is written
 
                 validated = None
                 if validation and (step % evaluate_every == 0 or step == steps):
-                    with clock.paused():
+                    with clock.paused(), compilations.expected_once("validation"):
                         validated = validation.run(state.trainable, base)
                     log.write("validation", step, validated)
                     log.flush()  # before the checkpoint: a run that goes on from it does not validate again
                     say(f"step {step}: {told(validated)}")
                 if step % checkpoint_every == 0 or step == steps or validated:
-                    with clock.paused():
+                    with clock.paused(), compilations.expected_once("checkpoint"):
                         store.save(step, state, validated)
+                compilations.check(step, run)
         with clock.paused():
             store.wait()
 
         # ---- the best checkpoint, for others to load ----------------------------------------------
         best = store.best_step
         if not log.ended:  # a finished run that is started again has its record
-            log.write("end", steps, summary_of(config, dataset, plan, clock, best, len(compiled), steps))
+            log.write("end", steps, summary_of(config, dataset, plan, clock, best, len(compiled.updates), steps))
         if best != steps:
             del state
             state = store.restore(best, like)
@@ -175,26 +181,9 @@ def check_finite(losses: list[Metrics], step: int, run: Path) -> None:
                 )
 
 
-def prepared(config: Config, dataset: Dataset, plan: Plan, start: int, steps: int) -> Iterator[Rows]:
-    """The rows of the updates after `start`, up to `steps`."""
-    return (
-        rows for rows, _ in zip(updates(dataset.train.tokens, plan, start, config.train.prompt_weight), range(start, steps), strict=False)
-    )
-
-
-def compile_updates(config: Config, plan: Plan, initial: Initial, optimiser: Any, dtype: Any, mesh: jax.sharding.Mesh) -> dict:
-    """The compiled update of each row shape of the plan."""
-    update = make_update(config, initial.architecture, optimiser, dtype, sharding.constrain_rows(mesh))
-    outputs = (jax.tree.map(lambda leaf: leaf.sharding, initial.state), Metrics(*(sharding.replicated(mesh),) * 2))
-    jitted = jax.jit(update, static_argnums=3, donate_argnums=0, out_shardings=outputs)
-    row_sharding = sharding.row_sharding(mesh)
-    compiled = {}
-    for shape in plan.shapes:
-        one = empty_rows(shape)
-        micro = len(plan.updates[0].micro)
-        rows = Rows(*(jax.ShapeDtypeStruct((micro, *array.shape), array.dtype, sharding=row_sharding) for array in one))
-        compiled[shape] = jitted.lower(initial.state, initial.base, rows, shape).compile()
-    return compiled
+def prepared(config: Config, dataset: Dataset, plan: Plan, start: int, steps: int, put: Callable[[Rows], Rows]) -> Iterator[Rows]:
+    """The rows of the updates after `start`, up to `steps`, already where `put` brings them."""
+    return itertools.islice(updates(dataset.train.tokens, plan, start, config.train.prompt_weight, put), steps - start)
 
 
 def save_result(run: Path, config: Config, architecture: AnyArchitecture, state: State, folder: Path, dataset: Dataset) -> None:
@@ -216,8 +205,17 @@ def fetch(tree: Any) -> Any:
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
-def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, compiled: dict, mesh: jax.sharding.Mesh, steps: int) -> Table:
-    """What was chosen for this run, before its first step."""
+def describe(
+    config: Config,
+    dataset: Dataset,
+    plan: Plan,
+    initial: Initial,
+    compiled: CompiledUpdates,
+    mesh: jax.sharding.Mesh,
+    steps: int,
+    cache: str,
+) -> Table:
+    """What was chosen for this run, before its first step; `cache` is what the compilation cache did."""
     tokens = dataset.train.tokens
     fill = plan.fill(tokens.lengths, supervised_of(config, tokens))
     trained = sum(leaf.size for leaf in jax.tree.leaves(initial.state.trainable))
@@ -225,7 +223,7 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
     attention, why = choose_attention()
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     where = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({axes})"
-    kept, temporary = (size / 2**20 for size in memory_of(compiled))
+    kept, temporary = (size / 2**20 for size in compiled.memory)
     table = Table(title=f"run {config.name}", show_header=False)
     for name, value in (
         (
@@ -246,7 +244,9 @@ def describe(config: Config, dataset: Dataset, plan: Plan, initial: Initial, com
         ("attention", f"{attention} ({why})" if config.train.objective != "classify" else "xla (the only one of encoders)"),
         *([("base", described_base(initial))] if config.train.method == "lora" else []),
         *([("LoRA", "xla (the only implementation there is)")] if config.train.method == "lora" else []),
-        ("compilations", f"{len(compiled)}, one a row shape"),
+        ("compilations", f"{len(compiled.updates)}, one a row shape"),
+        ("compilation cache", cache),
+        ("rematerialisation", compiled.told_remat()),
         (
             "compiled memory",
             f"{kept + temporary:,.0f} MiB a device ({kept:,.0f} weights, state and rows; {temporary:,.0f} temporary)",
@@ -276,12 +276,6 @@ def head_of(dataset: Dataset, initial: Initial) -> str:
     fresh = f"drawn at random: {', '.join(initial.fresh)}" if initial.fresh else "that of the model"
     markers = f"{len(dataset.new_tokens)} new marker tokens"
     return f"{len(dataset.schema.labels)} labels ({fresh}); {markers}; dropout {initial.architecture.dropout:g} (config.json)"
-
-
-def memory_of(compiled: dict) -> tuple[int, int]:
-    """Bytes a device of the step that needs most: (weights, state and rows; temporary)."""
-    analyses = [one.memory_analysis() for one in compiled.values()]
-    return max(((one.argument_size_in_bytes, one.temp_size_in_bytes) for one in analyses), key=sum)
 
 
 def progress_bar(console: Console, shown: bool) -> Progress:

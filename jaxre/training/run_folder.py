@@ -16,7 +16,10 @@ from jaxre.config import Config, load_config, save_config
 from jaxre.errors import InputError
 
 LOCK = ".lock"
-FREE_ON_RESUME = {"output", "mesh", "data.cache", "data.test", "predict", "train.log_every", "train.keep", "train.checkpoint_every"}
+FREE_ON_RESUME = {
+    *("output", "mesh", "data.cache", "data.test", "predict"),
+    *("train.log_every", "train.keep", "train.checkpoint_every", "train.remat", "train.memory_gb"),
+}
 
 
 @contextmanager
@@ -24,7 +27,7 @@ def run_folder(config: Config, first_process: bool) -> Iterator[Path]:
     """The run folder with its `config.yaml`, locked until the block ends or the process dies.
 
     A run may go on with what does not change what it computes (FREE_ON_RESUME): another place, mesh, cache,
-    test data, log or checkpoint interval.
+    test data, log or checkpoint interval, memory policy.
 
     Raises:
       InputError: the folder holds another run's config (names the first setting that differs), is no run folder,

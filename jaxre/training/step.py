@@ -55,6 +55,7 @@ def loss_sum(
     architecture: Architecture,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
     shape: RowShape | None = None,
+    remat: str = "none",
 ) -> jax.Array:
     """Sum of the weighted cross-entropy of one micro-batch; last layer and head run at supervised positions only.
 
@@ -63,7 +64,7 @@ def loss_sum(
     """
     look = {"prefix": shape.prefix, "span": shape.span} if shape else {}
     given = (rows.tokens, rows.positions, rows.visible_until)
-    x = decoder.forward(params, *given, architecture, adapter, constrain, chosen=rows.supervised, **look)  # B S D
+    x = decoder.forward(params, *given, architecture, adapter, constrain, chosen=rows.supervised, remat=remat, **look)  # B S D
     with jax.named_scope("head"):
         logits = decoder.head(params, x, architecture)  # B S V
     return cross_entropy(logits, rows.targets, rows.weights)
@@ -75,9 +76,11 @@ def classification_loss_sum(
     rows: Rows,
     architecture: EncoderArchitecture,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    remat: str = "none",
 ) -> jax.Array:
     """`loss_sum` of an encoder: each example is supervised once, at its first token; `keys` [B, T] switch dropout on."""
-    logits = encoder.classify(params, rows.tokens, rows.positions, rows.visible_until, rows.supervised, architecture, keys, constrain)
+    packed = (rows.tokens, rows.positions, rows.visible_until, rows.supervised)
+    logits = encoder.classify(params, *packed, architecture, keys, constrain, remat)
     return cross_entropy(logits, rows.targets, rows.weights)  # B S N
 
 
@@ -121,8 +124,12 @@ def make_update(
     optimiser: optax.GradientTransformation,
     dtype: jnp.dtype,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    remat: str = "none",
 ) -> Callable[[State, Tree, Rows, RowShape], tuple[State, Metrics]]:
     """The update function, to be jitted with the state donated and the shape static.
+
+    Args:
+      remat: what the backward pass computes again: `none`, `attention` or `block` (see compilation.py).
 
     Its rows have a leading axis A, the micro-batches of the update ([A, B, T], [A, B, S]).
     """
@@ -134,12 +141,12 @@ def make_update(
             if isinstance(architecture, EncoderArchitecture):
                 params, _ = model_of(trainable, base, config, None, dtype)
                 keys = dropout_keys(config.seed, state.step, micro)
-                return classification_loss_sum(params, keys, micro, architecture, constrain) / count
+                return classification_loss_sum(params, keys, micro, architecture, constrain, remat) / count
             keys = None
             if config.train.method == "lora" and config.lora.dropout:
                 keys = dropout_keys(config.seed, state.step, micro)
             params, adapter = model_of(trainable, base, config, keys, dtype)
-            return loss_sum(params, adapter, micro, architecture, constrain, shape) / count
+            return loss_sum(params, adapter, micro, architecture, constrain, shape, remat) / count
 
         def accumulate(carry: tuple[jax.Array, Tree], micro: Rows) -> tuple[tuple[jax.Array, Tree], None]:
             loss, gradients = jax.value_and_grad(micro_loss)(state.trainable, micro)

@@ -166,6 +166,39 @@ def test_answers_found_at_the_tail_equal_those_of_the_whole_text(
     assert ChatTemplate(tokenizer, DATE, name).encode(pairs) == found
 
 
+@pytest.mark.parametrize("prompt", [Prompt(), Prompt(enumerate=True, shots=2), Prompt(system=None, user="{text}")], ids=["0", "2", "bare"])
+@pytest.mark.parametrize("name", ["qwen", "smollm2", "tiny"])
+def test_what_all_prompts_begin_with_is_tokenised_once_and_exactly(name: str, prompt: Prompt, request: pytest.FixtureRequest) -> None:
+    chat = ChatTemplate(request.getfixturevalue(name), DATE, name)
+    examples = load(Source(dataset="facts", split="train", limit=60))
+    prompts = [chat.render(turns(example, prompt, LABELS, examples[: prompt.shots]), generation=True) for example in examples[2:]]
+    prompts += [chat.render([{"role": "user", "content": text}], generation=True) for text in ("", "\n", " <|im_start|>", "<|im_")]
+    for some in (prompts[:-4], prompts, prompts[:1], prompts[:1] * 3, []):
+        assert chat.tokenize_prompts(some) == chat.tokenize(some)
+
+    read, tokenize = [], chat.tokenize
+    chat.tokenize = lambda texts: read.append(sum(map(len, texts))) or tokenize(texts)
+    chat.tokenize_prompts(prompts[:-4])
+    assert len(read) == 1
+    if prompt.shots:
+        assert read[0] < 0.5 * sum(map(len, prompts[:-4]))
+
+
+def test_a_token_that_takes_the_space_before_it_is_not_cut_from_it(tiny_model: Path, tmp_path: Path) -> None:
+    """An added token with `lstrip` eats the line end before it, which the shared start would keep: then nothing is shared."""
+    shutil.copytree(tiny_model, tmp_path / "eating")
+    path = tmp_path / "eating" / "tokenizer.json"
+    tree = json.loads(path.read_text())
+    for token in tree["added_tokens"]:
+        token["lstrip"] = token["content"] == "<|im_start|>"
+    path.write_text(json.dumps(tree))
+    chat = ChatTemplate(on(load_tokenizer(tmp_path / "eating"), MESSAGES + GENERATION), DATE, "eating")
+    prompts = [chat.render([SYSTEM, {"role": "user", "content": f"number {n}"}], generation=True) for n in range(5)]
+    assert chat.tokenize_prompts(prompts) == chat.tokenize(prompts)
+    start = prompts[0][: prompts[0].index("<|im_start|>user")]
+    assert chat.tokenize([start])[0] != chat.tokenize(prompts)[0][: len(chat.tokenize([start])[0])]  # it does eat it
+
+
 def test_many_conversations_keep_their_order(tiny: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = ChatTemplate(tiny, DATE, "tiny")
     pairs = [([{"role": "user", "content": f"number {n}"}], f"label{n % 7}") for n in range(50)]

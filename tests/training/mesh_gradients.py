@@ -21,10 +21,17 @@ from jaxre.training import sharding
 from jaxre.training.initial import initial_state
 from jaxre.training.step import dropout_keys, loss_sum, model_of
 
-MESHES = ({}, {"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"data": 2, "fsdp": 2, "tensor": 2})
+# Each with a memory policy, so that both are held against one device that keeps everything.
+MESHES = (
+    ({}, "none"),
+    ({"data": 8}, "none"),
+    ({"fsdp": 8}, "block"),
+    ({"tensor": 8}, "attention"),
+    ({"data": 2, "fsdp": 2, "tensor": 2}, "block"),
+)
 
 
-def gradients(config, model: Path, devices: list) -> tuple[float, dict]:
+def gradients(config, model: Path, devices: list, remat: str) -> tuple[float, dict]:
     """Loss and gradients of the first update, computed as `make_update` computes them."""
     mesh = sharding.make_mesh(config.mesh, devices)
     dtype = np.dtype(np.float32)
@@ -39,7 +46,8 @@ def gradients(config, model: Path, devices: list) -> tuple[float, dict]:
         micro = jax.tree.map(lambda array: array[0], rows)
         keys = dropout_keys(config.seed, jnp.int32(3), micro)
         params, adapter = model_of(trainable, initial.base, config, keys, dtype)
-        return loss_sum(params, adapter, micro, initial.architecture, sharding.constrain_rows(mesh)) / jnp.sum(micro.weights)
+        total = loss_sum(params, adapter, micro, initial.architecture, sharding.constrain_rows(mesh), remat)
+        return total / jnp.sum(micro.weights)
 
     value, found = jax.jit(jax.value_and_grad(loss))(trainable)
     return float(value), jax.device_get(found)
@@ -53,11 +61,11 @@ def perturbed(leaf: jax.Array) -> jax.Array:
 
 def main(model: str, work: str, method: str) -> None:
     reference = None
-    for axes in MESHES:
+    for axes, remat in MESHES:
         config = tiny_config(Path(work), Path(model), mesh=axes, train={"method": "full" if method == "full" else "lora"})
         if method == "qlora":
             config = config.model_copy(update={"model": config.model.model_copy(update={"quantise": "nf4"})})
-        found = gradients(config, Path(model), jax.devices() if axes else jax.devices()[:1])
+        found = gradients(config, Path(model), jax.devices() if axes else jax.devices()[:1], remat)
         reference = reference or found
         worst = max(
             float(np.abs(a - b).max() / np.abs(b).max())

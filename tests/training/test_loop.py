@@ -26,13 +26,13 @@ from jaxre.checkpoints.source import open_model
 from jaxre.config import load_config, save_config
 from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.errors import InputError
+from jaxre.training.compilation import compile_updates
 from jaxre.training.initial import initial_state
 from jaxre.training.log import read_log
-from jaxre.training.loop import check_finite, compile_updates, memory_of, prepared, train
+from jaxre.training.loop import check_finite, prepared, train
 from jaxre.training.run_folder import first_difference
 from jaxre.training.sharding import make_mesh
 from jaxre.training.step import Metrics, make_optimiser
-from jaxre.training.validate import Validation
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -165,30 +165,14 @@ def test_a_run_is_one_process_and_goes_on_after_ctrl_c(tiny_model: Path, tmp_pat
     assert losses(train(config)) == losses(finished)
 
 
-def test_nothing_is_compiled_after_the_first_validation(
-    tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled, run = [], Validation.run
-
-    def counted(self: Validation, *given: object) -> dict[str, float]:
-        found = run(self, *given)
-        compiled.append(sum("Finished XLA compilation" in record.getMessage() for record in caplog.records))
-        return found
-
-    monkeypatch.setattr(Validation, "run", counted)
-    with jax.log_compiles():
-        train(tiny_config(tmp_path, tiny_model, train={"epochs": 3}))
-    assert len(compiled) == 3 and compiled[0] > 0 and compiled[-1] == compiled[0]
-
-
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_memory_that_is_printed_is_that_of_weights_state_and_rows(tiny_model: Path, tmp_path: Path, method: str) -> None:
     config = tiny_config(tmp_path, tiny_model, train={"method": method})
     dataset, mesh = load_dataset(config, tiny_model), make_mesh(config.mesh)
     plan, optimiser = make_plan(config, dataset.train.tokens, shards=1), make_optimiser(config, 4)
     initial = initial_state(config, jnp.float32, optimiser, mesh)
-    kept, temporary = memory_of(compile_updates(config, plan, initial, optimiser, jnp.float32, mesh))
-    rows = next(prepared(config, dataset, plan, 0, 1))
+    kept, temporary = compile_updates(config, plan, initial, optimiser, mesh).memory
+    rows = next(prepared(config, dataset, plan, 0, 1, lambda rows: rows))
     if method == "full":
         rows = rows._replace(owner=np.zeros(0))  # dropout's only; XLA leaves out what is not used
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((initial.state, initial.base if method == "lora" else None, rows)))

@@ -26,7 +26,8 @@ TOLERANCE = 1e-5
 def environment(devices: int, **more: str) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return inherited | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parent)} | more
+    fixed = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parent)}
+    return inherited | fixed | more
 
 
 def train_in_processes(config_path: Path, devices: int, processes: int = 1) -> None:

@@ -19,9 +19,10 @@ from jaxre.config import Config, check_config
 from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.inference.commands import predict_data
 from jaxre.models.quantised import is_nf4, is_quantised
+from jaxre.training.compilation import compile_updates
 from jaxre.training.initial import initial_state
 from jaxre.training.log import read_log
-from jaxre.training.loop import compile_updates, memory_of, prepared, train
+from jaxre.training.loop import prepared, train
 from jaxre.training.sharding import make_mesh
 from jaxre.training.step import make_optimiser
 
@@ -111,8 +112,8 @@ def test_the_memory_that_is_printed_counts_the_base_as_it_is_stored(tiny_model: 
         dataset = load_dataset(config, tiny_model)
         plan = make_plan(config, dataset.train.tokens, shards=1)
         initial = initial_state(config, jnp.float32, optimiser, mesh)
-        kept, _ = memory_of(compile_updates(config, plan, initial, optimiser, jnp.float32, mesh))
-        rows = next(prepared(config, dataset, plan, 0, 1))
+        kept, _ = compile_updates(config, plan, initial, optimiser, mesh).memory
+        rows = next(prepared(config, dataset, plan, 0, 1, lambda rows: rows))
         return kept, sum(leaf.nbytes for leaf in jax.tree.leaves((initial.state, initial.base, rows)))
 
     kept, held = compiled(qlora(tmp_path, tiny_model))

@@ -1,0 +1,214 @@
+"""Memory policies change no result, the first that fits is taken, nothing is compiled twice, a second run reads what the first compiled."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from refusals import refusal
+from rich.console import Console
+from tiny import tiny_config, write_tiny_model
+from tiny_decoders import random_factors, relative
+from tiny_encoders import encoder_config, write_tiny_encoder
+
+from jaxre.compilation_cache import use_compilation_cache
+from jaxre.config import Config
+from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.data.loader import updates
+from jaxre.data.rows import fill_update
+from jaxre.training import loop
+from jaxre.training.compilation import POLICIES, compile_updates
+from jaxre.training.initial import initial_state
+from jaxre.training.log import read_log
+from jaxre.training.loop import train
+from jaxre.training.sharding import make_mesh, put_rows, row_sharding
+from jaxre.training.step import make_optimiser
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of many narrow layers, so that memory is what the backward pass keeps."""
+    return write_tiny_model(tmp_path_factory.mktemp("deep"), num_hidden_layers=8, hidden_size=32, intermediate_size=64)
+
+
+def prepare(config: Config, model: Path) -> tuple:
+    """What `compile_updates` takes, with LoRA factors of which none is zero, and the rows of the first update."""
+    optimiser, mesh, dataset = make_optimiser(config, 4), make_mesh(config.mesh), load_dataset(config, model)
+    plan, tokens = make_plan(config, dataset.train.tokens, shards=1), dataset.train.tokens
+    initial = initial_state(config, np.dtype(np.float32), optimiser, mesh, dataset)
+    if config.train.method == "lora":
+        drawn = random_factors(initial.architecture, config.lora)
+        for leaf, old in zip(jax.tree.leaves(drawn), jax.tree.leaves(initial.state.trainable), strict=True):
+            assert leaf.shape == old.shape
+        initial.state.trainable.update(jax.tree.map(jnp.asarray, drawn))
+    rows = put_rows(fill_update(tokens, tokens.owners, plan.updates[0]), row_sharding(mesh))
+    return (config, plan, initial, optimiser, mesh), rows
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora, accumulated", "full", "encoder"])
+def test_loss_and_gradients_are_those_of_no_policy(deep: Path, tmp_path: Path, kind: str) -> None:
+    """The moments after one update are the clipped gradients, up to a factor; the learning rate of the first is zero."""
+    found, memory = {}, []
+    model = write_tiny_encoder(tmp_path / "encoder", num_hidden_layers=6) if kind == "encoder" else deep
+    for remat in POLICIES:
+        # Norms below the bound are not clipped, so an error in one gradient cannot hide in the scale of all.
+        settings = {"remat": remat, "clip_norm": 1e6}
+        if kind == "encoder":
+            config = encoder_config(tmp_path, model, train=settings)
+        else:
+            settings |= {"row_length": 128, "batch_tokens": 512, "method": kind.partition(",")[0]}
+            config = tiny_config(tmp_path, model, train=settings | {"accumulation": 2 if "acc" in kind else 1})
+        given, rows = prepare(config, model)
+        compiled = compile_updates(*given)
+        assert compiled.remat == remat and list(compiled.tried) == [remat]
+        memory.append(compiled.memory[1])
+        state, metrics = compiled.updates[given[1].updates[0].shape](given[2].state, given[2].base, rows)
+        found[remat] = jax.tree_util.tree_leaves_with_path((metrics, state.optimiser))
+    for remat in POLICIES[1:]:
+        for (path, ours), (_, reference) in zip(found[remat], found["none"], strict=True):
+            # A bias of the keys moves all scores of a query alike: its gradient is zero, what is found is rounding.
+            if np.abs(reference).max() > 0 and "k_bias" not in jax.tree_util.keystr(path):
+                assert relative(ours, reference) < 1e-5, (remat, path)
+    assert memory == sorted(memory, reverse=True) and len(set(memory)) == 3, memory
+
+
+def test_the_first_policy_that_fits_is_taken_and_told(deep: Path, tmp_path: Path) -> None:
+    settings = {"row_length": 128, "batch_tokens": 512}
+    sizes = {}
+    for remat in POLICIES:
+        given, _ = prepare(tiny_config(tmp_path, deep, train=settings | {"remat": remat}), deep)
+        sizes[remat] = sum(compile_updates(*given).memory)
+    for remat in POLICIES:
+        given, _ = prepare(tiny_config(tmp_path, deep, train=settings | {"memory_gb": sizes[remat] / 2**30}), deep)
+        compiled = compile_updates(*given)
+        assert compiled.remat == remat and compiled.tried == {one: sizes[one] for one in list(sizes)[: len(compiled.tried)]}
+        assert list(compiled.tried)[-1] == remat and f"{remat} (of {sizes[remat] / 2**20:,.0f} MiB a device" in compiled.told_remat()
+
+    # Nothing fits: what is advised does, and leaves no run folder that would refuse it.
+    config = tiny_config(tmp_path, deep, train=settings | {"memory_gb": 0.999 * sizes["block"] / 2**30, "max_steps": 1})
+    said = refusal(lambda: train(config))
+    assert all(f"MiB with train.remat={remat}" in said for remat in POLICIES) and "rows of 4 x 128 take" in said
+    accumulation = int(said.rpartition("set train.accumulation=")[2])
+    assert f"the largest that fits is {4 // accumulation} x 128" in said and not (tmp_path / "runs").exists()
+    train(config.model_copy(update={"train": config.train.model_copy(update={"accumulation": accumulation})}))
+
+    config = tiny_config(tmp_path, deep, name="none", train=settings | {"memory_gb": 1e-6})
+    assert "not even 1 x 128 fits with train.remat=block: lower train.row_length" in refusal(lambda: train(config))
+
+
+def test_a_compilation_inside_the_loop_stops_the_run_and_is_named(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def foreign(loss: jax.Array) -> jax.Array:
+        return loss + 1
+
+    def compiles(losses: list, step: int, run: Path) -> None:
+        if step == 2:
+            jax.jit(foreign)(losses[0].loss)
+
+    monkeypatch.setattr(loop, "check_finite", compiles)
+    said = refusal(lambda: train(tiny_config(tmp_path, tiny_model, train={"max_steps": 4, "batch_tokens": 512, "row_length": 128})))
+    assert "compiled again at step 2" in said and "foreign" in said
+
+
+def test_nothing_is_compiled_after_the_first_validation(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three validations and checkpoints: the guard above lets only the first of each compile."""
+    counts, run = [], loop.Validation.run
+
+    def counted(self: loop.Validation, *given: object) -> dict[str, float]:
+        with loop.Compilations() as compilations:
+            found = run(self, *given)
+        counts.append(len(compilations.names))
+        return found
+
+    monkeypatch.setattr(loop.Validation, "run", counted)
+    train(tiny_config(tmp_path, tiny_model, train={"epochs": 3, "batch_tokens": 1024}))
+    assert len(counts) == 3 and counts[0] > 0 and counts[1:] == [0, 0]
+
+
+def test_the_device_is_waited_for_at_log_steps_only(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, get = [], jax.device_get
+
+    def counted(tree: object) -> object:
+        waits.append(len(tree) if isinstance(tree, list) else 0)
+        return get(tree)
+
+    monkeypatch.setattr(loop.jax, "device_get", counted)
+    settings = {"epochs": 1, "batch_tokens": 512, "row_length": 128, "log_every": 4, "max_steps": 10, "evaluate_every": 99}
+    run = train(tiny_config(tmp_path, tiny_model, train=settings))
+    assert [count for count in waits if count] == [4, 4, 2]
+    assert [record["step"] for record in read_log(run) if record["kind"] == "train"] == list(range(1, 11))
+
+
+def test_updates_come_in_order_and_on_the_device(tiny_model: Path, tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, tiny_model, train={"batch_tokens": 512})
+    (_, plan, _, _, mesh), _ = prepare(config, tiny_model)
+    tokens = load_dataset(config, tiny_model).train.tokens
+    sharding = row_sharding(mesh)
+    found = list(updates(tokens, plan, 3, put=lambda rows: put_rows(rows, sharding)))
+    assert len(found) == len(plan.updates) - 3 > 4
+    for ours, update in zip(found, plan.updates[3:], strict=True):
+        assert all(isinstance(array, jax.Array) and array.sharding == sharding for array in ours)
+        jax.tree.map(np.testing.assert_array_equal, ours, fill_update(tokens, tokens.owners, update))
+
+
+# ---- the persistent cache ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[Path]:
+    """A cache folder of its own, as JAX_COMPILATION_CACHE_DIR names it."""
+    before = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", True)
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
+    compilation_cache.reset_cache()
+    yield tmp_path / "xla"
+    jax.config.update("jax_compilation_cache_dir", before[0])
+    jax.config.update("jax_enable_compilation_cache", before[1])
+    compilation_cache.reset_cache()
+
+
+def short(folder: Path, model: Path, name: str) -> tuple[list[float], str]:
+    """Losses of three updates, and what was printed."""
+    console = Console(file=io.StringIO(), width=300)
+    config = tiny_config(
+        folder, model, name, data={"validation": None}, train={"max_steps": 3, "batch_tokens": 512, "row_length": 128, "epochs": 1}
+    )
+    run = train(config, console)
+    return [record["loss"] for record in read_log(run) if record["kind"] == "train"], console.file.getvalue()
+
+
+def test_a_second_run_reads_what_the_first_compiled(tiny_model: Path, tmp_path: Path, cache: Path) -> None:
+    first, said = short(tmp_path, tiny_model, "first")
+    assert f"{cache}: 0 read, 1 written" in said and any(cache.iterdir())
+    second, said = short(tmp_path, tiny_model, "second")
+    assert f"{cache}: 1 read, 0 written" in said and second == first
+
+    # Damaged, by a process that was killed while it wrote: compiled again, told once, the same losses.
+    for entry in cache.glob("*-cache"):
+        entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
+    third, said = short(tmp_path, tiny_model, "third")
+    assert third == first and said.count("has entries that cannot be read") == 1 and "remove the folder" in said
+
+
+def test_a_cache_that_cannot_be_written_is_told_once_and_done_without(tiny_model: Path, tmp_path: Path, cache: Path) -> None:
+    cache.write_text("a file, not a folder")
+    losses, said = short(tmp_path, tiny_model, "without")
+    assert len(losses) == 3 and "off (" in said and said.count("set JAX_COMPILATION_CACHE_DIR to a folder that can") == 1
+
+
+def test_the_cache_has_one_switch_and_a_place_by_default(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert use_compilation_cache(print) == str(cache)
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert use_compilation_cache(print) == str(tmp_path / ".cache/jaxre/xla")
+    jax.config.update("jax_enable_compilation_cache", False)
+    assert use_compilation_cache(print) == "off (JAX_ENABLE_COMPILATION_CACHE=false)" and capsys.readouterr().out == ""
