@@ -202,7 +202,8 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
 
     from jaxre.checkpoints.source import tokenizer_folder
     from jaxre.data.dataset import load_dataset
-    from jaxre.profiling.prepared import prepare
+    from jaxre.profiling.memory import peak_memory, reset_resident_peak
+    from jaxre.profiling.prepared import members, prepare
 
     (prompt,) = settings.prompts
     overrides, change = VARIANTS.get(side, ((), lambda plan: plan))
@@ -235,24 +236,15 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
 
     lengths = dataset.train.tokens.lengths
     while talk.command():
-        plan, first = run.plan, run.done
-        members = [
-            i for n in range(first, first + count) for rows in plan.updates[n % len(plan.updates)].micro for row in rows for i in row
-        ]
-        reset_peak()
+        chosen = np.concatenate([members(run.plan.updates[n % len(run.plan.updates)]) for n in range(run.done, run.done + count)])
+        reset_resident_peak()
         began = time.perf_counter()
         for _ in range(count):
             metrics = run.update(run.next_rows())
         jax.block_until_ready(metrics)
         seconds = time.perf_counter() - began
-        stats = jax.devices()[0].memory_stats() or {}
-        talk.answer(
-            seconds=seconds,
-            examples=len(members),
-            tokens=int(lengths[members].sum()),
-            updates=count,
-            peak=stats.get("peak_bytes_in_use") or peak(),
-        )
+        tokens = int(lengths[chosen].sum())
+        talk.answer(seconds=seconds, examples=len(chosen), tokens=tokens, updates=count, peak=peak_memory(jax.devices()[0]))
 
 
 # ---- (a), (a'), (b) ----------------------------------------------------------------------------------
@@ -261,6 +253,8 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
 def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk) -> None:
     import torch
     from transformers import TrainerCallback
+
+    from jaxre.profiling.memory import reset_resident_peak, resident_peak
 
     (prompt,) = settings.prompts
     trainer = torch_trainer(side, folder, settings, prompt, "float32")
@@ -301,14 +295,14 @@ def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
                     examples=self.examples,
                     tokens=self.tokens,
                     updates=self.length,
-                    peak=torch.cuda.max_memory_allocated() if device else peak(),
+                    peak=torch.cuda.max_memory_allocated() if device else resident_peak(),
                 )
                 self.turn(state, control)
 
         def turn(self, state, control):
             if not talk.command():
                 control.should_training_stop = True
-            reset_peak()
+            reset_resident_peak()
             self.examples = self.tokens = 0
             self.until = state.global_step + self.length
             self.began = time.perf_counter()
@@ -404,20 +398,6 @@ def torch_trainer(side: str, folder: Path, settings: argparse.Namespace, prompt:
     )
     collate = DataCollatorForSeq2Seq(tokenizer, padding="longest")
     return Trainer(model=model, args=args, train_dataset=train, eval_dataset=few, data_collator=collate)
-
-
-# ---- memory ------------------------------------------------------------------------------------------
-
-
-def reset_peak() -> None:
-    """Sets the peak resident size of this process back to what it is now (Linux, proc(5))."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int:
-    """Bytes: peak resident size since `reset_peak`."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 # ---- the sides take turns ----------------------------------------------------------------------------

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxre.checkpoints.source import compute_dtype, tokenizer_folder
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan
-from jaxre.data.packing import Plan, RowShape
+from jaxre.data.packing import Plan, RowShape, Update
 from jaxre.data.rows import Rows
 from jaxre.training import sharding
 from jaxre.training.initial import Initial, check_tokens, initial_state
@@ -76,3 +77,8 @@ def prepare(config: Config, dataset: Dataset | None = None, change_plan: Callabl
     began = time.perf_counter()
     compiled = compile_updates(config, plan, initial, optimiser, dtype, mesh)
     return Prepared(config, dataset, plan, mesh, initial, compiled, time.perf_counter() - began)
+
+
+def members(update: Update) -> np.ndarray:
+    """The examples of an update, in the order of its rows."""
+    return np.fromiter((example for rows in update.micro for row in rows for example in row), np.int64)
