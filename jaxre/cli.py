@@ -104,12 +104,13 @@ def profile(
     Example: jaxre profile configs/quickstart.yaml --steps 5
     """
     from jaxre.config import load_config
-    from jaxre.profiling.profile import profile_run, profile_table, sweep_rows, sweep_table
+    from jaxre.profiling.profile import overrides_of, profile_run, profile_table, sweep_rows, sweep_table
 
     loaded = load_config(config, overrides)
     if sweep:
         tried = sweep_rows(loaded, steps)
         console.print(sweep_table(tried))
+        print(f"the fastest: {overrides_of(tried[0])}")
         write_json(json, {"sweep": tried})
         return
     found = profile_run(loaded, steps)

@@ -61,25 +61,32 @@ TOLD = {
 # ---- (d): what each saving is worth ------------------------------------------------------------------
 
 
-def unpacked(plan):
-    """One example a row."""
-    rows = lambda micro: tuple((example,) for row in micro for example in row)  # noqa: E731
-    updates = [dataclasses.replace(update, micro=tuple(map(rows, update.micro))) for update in plan.updates]
-    most = max(len(micro) for update in updates for micro in update.micro)
-    updates = [dataclasses.replace(update, shape=dataclasses.replace(update.shape, rows=most)) for update in updates]
+def unpacked(config, tokens, shards):
+    """One example a row, rows as long as the longest example, the same examples an update."""
+    from jaxre.data.dataset import make_plan
+    from jaxre.data.packing import RowShape
+
+    plan = make_plan(config, tokens, shards)
+    alone = [tuple(tuple((example,) for row in rows for example in row) for rows in update.micro) for update in plan.updates]
+    most = max(len(rows) for micro in alone for rows in micro)
+    shape = RowShape(-(-most // shards) * shards, -(-int(tokens.lengths.max()) // 8) * 8, -(-int(tokens.supervised.max()) // 8) * 8)
+    updates = [dataclasses.replace(update, shape=shape, micro=micro) for update, micro in zip(plan.updates, alone, strict=True)]
     return dataclasses.replace(plan, updates=tuple(updates))
 
 
-def full_head(plan):
-    """The vocabulary head (and with it the last layer) at every position of a row."""
-    updates = [
-        dataclasses.replace(update, shape=dataclasses.replace(update.shape, supervised=update.shape.length)) for update in plan.updates
-    ]
+def full_head(config, tokens, shards):
+    """The vocabulary head, and what else runs at supervised positions only, at every position of a row."""
+    from jaxre.data.dataset import make_plan
+
+    plan = make_plan(config, tokens, shards)
+    whole = [dataclasses.replace(update.shape, supervised=update.shape.length) for update in plan.updates]
+    updates = [dataclasses.replace(update, shape=shape) for update, shape in zip(plan.updates, whole, strict=True)]
     return dataclasses.replace(plan, updates=tuple(updates))
 
 
-# name -> (settings on top of (c)'s, change of the plan)
-VARIANTS: dict[str, tuple[tuple[str, ...], Callable]] = {
+# name -> (settings on top of (c)'s, the plan in place of make_plan's)
+VARIANTS: dict[str, tuple[tuple[str, ...], Callable | None]] = {
+    "d:unpacked": ((), unpacked),
     "d:full-head": ((), full_head),
 }
 
@@ -201,12 +208,13 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
     import numpy as np
 
     from jaxre.checkpoints.source import tokenizer_folder
-    from jaxre.data.dataset import load_dataset
+    from jaxre.data.dataset import load_dataset, make_plan
     from jaxre.profiling.memory import peak_memory, reset_resident_peak
     from jaxre.profiling.prepared import members, prepare
 
     (prompt,) = settings.prompts
-    overrides, change = VARIANTS.get(side, ((), lambda plan: plan))
+    overrides, plan_of = VARIANTS.get(side, ((), None))
+    plan_of = plan_of or make_plan
     config = run_config(folder, prompt, settings, *overrides)
     dataset = load_dataset(config, tokenizer_folder(config))
     talk.answer(ready=True)
@@ -215,7 +223,7 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
     few = dataset.train.tokens.subset(np.arange(len(dataset.train.tokens)) < CHECKED)
     exact = run_config(folder, prompt, settings, *overrides, "model.dtype=float32", "lora.dropout=0.0", "train.learning_rate=1e-30")
     with jax.default_matmul_precision("highest"):
-        run = prepare(exact, dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, tokens=few)), change)
+        run = prepare(exact, dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, tokens=few)), plan_of)
         total = count = 0.0
         for _ in run.plan.updates:
             rows = run.next_rows()
@@ -225,7 +233,7 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
     del run
 
     talk.command()  # warm
-    run = prepare(config, dataset, change)
+    run = prepare(config, dataset, plan_of)
     jax.block_until_ready(run.update(run.next_rows()))
     began = time.perf_counter()
     jax.block_until_ready(run.update(run.next_rows()))

@@ -15,6 +15,7 @@ from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan
 from jaxre.data.packing import Plan, RowShape, Update
 from jaxre.data.rows import Rows
+from jaxre.data.tokens import TokenSet
 from jaxre.training import sharding
 from jaxre.training.initial import Initial, check_tokens, initial_state
 from jaxre.training.loop import compile_updates, prepared
@@ -56,12 +57,12 @@ class Prepared:
         return metrics
 
 
-def prepare(config: Config, dataset: Dataset | None = None, change_plan: Callable[[Plan], Plan] = lambda plan: plan) -> Prepared:
+def prepare(config: Config, dataset: Dataset | None = None, plan_of: Callable[[Config, TokenSet, int], Plan] = make_plan) -> Prepared:
     """Data, plan, state and compiled updates of a run.
 
     Args:
       dataset: the config's own if not given.
-      change_plan: gives what is measured in place of the config's plan (a benchmark switches a saving off in it).
+      plan_of: called as `make_plan` is; another plan than the config's is how a benchmark switches a saving off.
 
     Raises:
       InputError: anything in the config, data or weights that cannot be used.
@@ -69,7 +70,7 @@ def prepare(config: Config, dataset: Dataset | None = None, change_plan: Callabl
     sharding.split_cpu(config.mesh.cpu_devices)
     mesh = sharding.make_mesh(config.mesh)
     dataset = load_dataset(config, tokenizer_folder(config)) if dataset is None else dataset
-    plan = change_plan(make_plan(config, dataset.train.tokens, sharding.row_shards(mesh)))
+    plan = plan_of(config, dataset.train.tokens, sharding.row_shards(mesh))
     dtype = compute_dtype(config.model.dtype)
     optimiser = make_optimiser(config, len(plan.updates))
     initial = initial_state(config, dtype, optimiser, mesh, dataset)

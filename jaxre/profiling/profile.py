@@ -180,21 +180,24 @@ def verdict(found: dict[str, Any]) -> str:
     seconds, split = timing["seconds"], timing["split"]
     floor, program = ledger["floor"], ledger["program_flops"] / ledger["flops"]["total"]
     waiting, host = split["input_wait"] / sum(split.values()), split["host"] / sum(split.values())
+    reached, spent = max(floor.values()) / seconds, program * floor["products"] / seconds
     if waiting > 0.1:
-        bound = f"Input bounds this run: {waiting:.0%} of an update is spent waiting for rows."
-    elif host > 0.3 and split["device"] < split["host"]:
-        bound = f"The host bounds this run: {host:.0%} of an update passes before the device has its work; use more tokens an update."
-    elif floor["traffic"] > floor["products"]:
-        bound = "Reading the weights bounds this run, not computing with them; use more tokens an update."
-    else:
+        bound = f"Waiting for input bounds this run: {waiting:.0%} of an update."
+    elif host > 0.3:
+        bound = f"The host bounds this run: {host:.0%} of an update passes before the device has its work; give it more tokens an update."
+    elif spent >= 0.5:
         bound = "The device's products bound this run."
-    reached = max(floor.values()) / seconds
-    spent = program * floor["products"] / seconds
+    elif floor["traffic"] > floor["products"]:
+        bound = "Reading weights and state bounds this run, not computing with them; give the device more tokens an update."
+    else:
+        bound = (
+            "The device bounds this run, but not by its products: small or elementwise operations take most of an update (see the trace)."
+        )
+    rates = f"{ledger['matrix_rate'] / 1e12:.3g} TFLOP/s, {ledger['copy_rate'] / 1e9:.3g} GB/s"
     return (
-        f"{bound} An update takes {seconds:.3g} s, {reached:.0%} of which it would take at the measured rates "
-        f"({ledger['matrix_rate'] / 1e12:.3g} TFLOP/s, {ledger['copy_rate'] / 1e9:.3g} GB/s). The program multiplies {program:.2f} times "
-        f"what the model needs (pads, masked pairs, recomputation), {spent:.0%} of the update; the other "
-        f"{max(0.0, 1 - spent):.0%} are what is no product, products slower than alone, and waiting."
+        f"{bound} An update takes {seconds:.3g} s; at the measured rates ({rates}) what the model needs would take {reached:.0%} of that. "
+        f"The program multiplies {program:.2f} times what is needed (pads, masked pairs, recomputation), {spent:.0%} of the update at "
+        f"that rate; the other {max(0.0, 1 - spent):.0%} are operations that are no products, products slower than alone, and waiting."
     )
 
 
@@ -245,13 +248,19 @@ def candidates(config: Config, longest: int, shards: int) -> list[dict[str, int]
     ]
 
 
+def overrides_of(tried: dict[str, Any]) -> str:
+    """The settings of one try, as the command line takes them."""
+    return " ".join(f"train.{name}={value}" for name, value in tried["settings"].items())
+
+
 def sweep_table(tried: list[dict[str, Any]]) -> Table:
     """What `sweep_rows` found."""
     table = Table(title="rows of the same batch, the fastest first")
-    for column in ("settings", "examples/s", "real tokens/s", "MiB a device", "compilation, s"):
-        table.add_column(column, justify="left" if column == "settings" else "right")
+    table.add_column("settings", overflow="fold")
+    for column in ("examples/s", "real tokens/s", "MiB a device", "compilation, s"):
+        table.add_column(column, justify="right")
     for one in tried:
-        settings = " ".join(f"train.{name}={value}" for name, value in one["settings"].items())
+        settings = overrides_of(one)
         if "error" in one:
             table.add_row(settings, one["error"])
             continue

@@ -108,7 +108,24 @@ def test_a_sweep_keeps_the_batch_and_every_example(config: Config) -> None:
 
 def test_a_sweep_names_the_fastest_first(jaxre: Callable[..., int], config: Config, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     save_config(config, tmp_path / "config.yaml")
-    # Rows of 512 and 1,024, one micro-batch or two.
-    assert jaxre("profile", tmp_path / "config.yaml", "--sweep", "--steps", 1, "train.row_length=512", "train.batch_tokens=1024") == 0
-    assert "train.row_length=512 train.accumulation=2" in " ".join(capsys.readouterr().out.split())
+    given = ("train.row_length=512", "train.batch_tokens=1024")
+    assert jaxre("profile", tmp_path / "config.yaml", "--sweep", "--steps", 1, "--json", tmp_path / "swept.json", *given) == 0
+    tried = json.loads((tmp_path / "swept.json").read_text())["sweep"]
+    assert sorted(tuple(one["settings"].values()) for one in tried) == [
+        (128, 1),
+        (128, 2),
+        (128, 4),
+        (128, 8),
+        (256, 1),
+        (256, 2),
+        (256, 4),
+    ] + [
+        (512, 1),
+        (512, 2),
+        (1024, 1),
+    ]
+    speeds = [one["examples_per_second"] for one in tried]
+    assert speeds == sorted(speeds, reverse=True)
+    best = " ".join(f"train.{name}={value}" for name, value in tried[0]["settings"].items())
+    assert capsys.readouterr().out.endswith(f"the fastest: {best}\n")
     assert not (tmp_path / "runs").exists()
