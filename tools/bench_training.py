@@ -56,6 +56,7 @@ TOLD = {
     "b": "TRL SFTTrainer + PEFT, packed",
     "c": "jaxre",
 }
+NEEDED = {"a": ("torch", "peft", "accelerate"), "a'": ("torch", "peft", "accelerate"), "b": ("torch", "peft", "accelerate", "trl")}
 
 
 # ---- (d): what each saving is worth ------------------------------------------------------------------
@@ -233,6 +234,8 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
     del run
 
     talk.command()  # warm
+    if settings.nf4:
+        config = run_config(folder, prompt, settings, *overrides, "model.quantise=nf4")
     run = prepare(config, dataset, plan_of)
     jax.block_until_ready(run.update(run.next_rows()))
     began = time.perf_counter()
@@ -425,12 +428,11 @@ class Side:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=environment
             )
         self.name = name
-        try:
-            self.answer()
-        except BaseException:
-            self.close()
-            raise
+
+    def ready(self) -> dict[str, Any]:
+        found = self.answer()
         self.stop()
+        return found
 
     def ask(self, command: str) -> dict[str, Any]:
         self.process.send_signal(signal.SIGCONT)
@@ -444,8 +446,7 @@ class Side:
         if not line:
             end = self.log.read_text(errors="replace").strip().splitlines()[-12:]
             raise SystemExit(f"side {self.name} ended with code {self.process.wait()}:\n" + "\n".join(end))
-        self.answered = json.loads(line)
-        return self.answered
+        return json.loads(line)
 
     def stop(self) -> None:
         if self.process.poll() is None:
@@ -460,11 +461,9 @@ class Side:
 def bench_prompt(prompt: str, folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
     """Checks the losses of one kind of prompt, then measures in rounds."""
     with contextlib.ExitStack() as stack:
-        sides = []
-        for name in settings.sides:
-            print(f"{prompt}: {name} starts", file=sys.stderr, flush=True)
-            sides.append(Side(name, folder, settings, prompt))
-            stack.callback(sides[-1].close)
+        sides = [stack.enter_context(contextlib.closing(Side(name, folder, settings, prompt))) for name in settings.sides]
+        for side in sides:
+            side.ready()
         losses = {side.name: side.ask("check") for side in sides}
         reference = losses[settings.sides[0]]["loss"]
         for name, found in losses.items():
@@ -575,18 +574,20 @@ def main() -> None:
     ]
     if unknown:
         parser.error(f"{unknown[0]!r} is none of {', '.join([*TOLD, *VARIANTS, *PROMPTS])}")
-    missing = {name: needed for name, needed in (("b", "trl"), ("a", "accelerate"), ("a'", "accelerate")) if name in settings.sides}
-    for name, package in missing.items():
-        if importlib.util.find_spec(package) is None:
-            print(f"({name}) is left out: {package} is not installed (pip install 'jaxre[bench]')", file=sys.stderr)
+    for name in list(settings.sides):
+        missing = [package for package in NEEDED.get(name, ()) if importlib.util.find_spec(package) is None]
+        if missing:
+            print(f"({name}) is left out: {', '.join(missing)} not installed (pip install 'jaxre[bench]')", file=sys.stderr)
             settings.sides.remove(name)
+    if not settings.sides:
+        parser.error("no side is left to measure")
     if settings.json and not settings.json.absolute().parent.is_dir():
         parser.error(f"{settings.json.parent} is not there; name a folder that is")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the sides are ended too
     folder = Path(tempfile.mkdtemp(prefix="bench-training-"))
     try:
         with contextlib.closing(Side("prepare", folder, settings, None)) as worker:
-            inputs = worker.answered
+            inputs = worker.ready()
         found = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
             "hardware": hardware(inputs["device"]),

@@ -36,7 +36,7 @@ from jaxre.training import sharding
 from jaxre.training.loop import memory_of, prepared
 from jaxre.training.step import make_optimiser, make_update
 
-COUNTED = 256  # updates whose rows the ledger reads: 5,000 examples and more, whose mean is the epoch's within a percent
+COUNTED = 256  # updates whose rows the ledger reads; at 8 examples each, SemEval's mean length is met within 0.3% (one standard error)
 ACCUMULATIONS = (1, 2, 4, 8)
 
 
