@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,9 +12,7 @@ from tiny_encoders import fields_of
 
 from jaxre.config import Lora
 from jaxre.data.packing import RowShape
-from jaxre.data.rows import Rows, empty_rows, fill_rows
-from jaxre.data.template import Encoded
-from jaxre.data.tokens import TokenSet
+from jaxre.data.rows import Rows, empty_rows
 from jaxre.models import decoder
 from jaxre.models.architecture import architecture_of
 from jaxre.models.lora import init_adapter
@@ -121,31 +117,34 @@ def test_recomputation_counts() -> None:
     assert flops(jax.checkpoint(block)) == flops(block) + 2 * 2 * 4**3
 
 
-def tree_row() -> Rows:
-    """A prefix of 3 tokens with two branches of 2 and 4, the second with two endings of 1 and 2; an example of 5; pads."""
-    rows = empty_rows(RowShape(1, 24, 6))
-    places = [(0, 3, 0, 12), (3, 5, 3, 5), (5, 9, 3, 12), (9, 10, 7, 10), (10, 12, 7, 12), (12, 17, 0, 17)]
-    for start, end, position, until in places:
-        rows.positions[0, start:end] = np.arange(position, position + end - start)
-        rows.visible_until[0, start:end] = until
-    rows.supervised[0, :4] = (4, 9, 11, 16)
-    rows.weights[0, :4] = (1.0, 0.5, 1.0, 1.0)
+def laid_out(*places: tuple[int, int, int, int, int], supervised: dict[int, tuple[int, ...]]) -> Rows:
+    """Rows of 24 with stretches (row, start, end, position of the first, visible until); all else is pad."""
+    rows = empty_rows(RowShape(3, 24, 6))
+    for b, start, end, position, until in places:
+        rows.positions[b, start:end] = np.arange(position, position + end - start)
+        rows.visible_until[b, start:end] = until
+    for b, chosen in supervised.items():
+        rows.supervised[b, : len(chosen)] = chosen
+        rows.weights[b, : len(chosen)] = 0.5
     return rows
 
 
-def ragged_rows(both_ways: bool) -> Rows:
-    draw = np.random.default_rng(0)
-    encoded = [Encoded(draw.integers(0, 9, length).tolist(), int(draw.integers(1, length))) for length in (2, 9, 4, 7, 3)]
-    tokens = TokenSet.of(encoded, [str(number) for number in range(5)])
-    if both_ways:
-        tokens = dataclasses.replace(tokens, labels=np.arange(5, dtype=np.int32))
-    return fill_rows(tokens, tokens.owners, [[0, 1], [2, 3, 4], []], RowShape(3, 16, 9))
+def tree_rows() -> Rows:
+    """A prefix of 3 tokens with two branches of 2 and 4, the second with two endings of 1 and 2; an example of 5; a row of pads."""
+    places = [(0, 3, 0, 12), (3, 5, 3, 5), (5, 9, 3, 12), (9, 10, 7, 10), (10, 12, 7, 12), (12, 17, 0, 17)]
+    return laid_out(*((0, *place) for place in places), supervised={0: (4, 9, 11, 16)})
+
+
+def ragged_rows() -> Rows:
+    """Examples of 2 and 9 tokens; of 4, 7 and 13, without pads; a row of pads."""
+    places = [(0, 0, 2, 0, 2), (0, 2, 11, 0, 11), (1, 0, 4, 0, 4), (1, 4, 11, 0, 11), (1, 11, 24, 0, 24)]
+    return laid_out(*places, supervised={0: (0, 5, 6), 1: (2, 22, 23)})
 
 
 @pytest.mark.parametrize(
     ("rows", "both_ways"),
-    [(tree_row(), False), (ragged_rows(False), False), (ragged_rows(True), True)],
-    ids=["prefix tree", "ragged rows, one all pad", "an encoder's rows"],
+    [(tree_rows(), False), (ragged_rows(), False), (ragged_rows(), True)],
+    ids=["prefix tree", "ragged rows", "an encoder's ragged rows"],
 )
 def test_work_is_what_the_written_out_mask_shows(rows: Rows, both_ways: bool) -> None:
     of_example = rows.visible_until[:, :, None] == rows.visible_until[:, None, :]
@@ -162,11 +161,10 @@ def test_work_is_what_the_written_out_mask_shows(rows: Rows, both_ways: bool) ->
 
 def test_savings_lead_from_the_padded_run_to_what_is_needed() -> None:
     architecture, lora = architecture_of(ARCHITECTURE, "tiny"), Lora(rank=2)
-    rows, lengths = tree_row(), [5, 8, 9, 5, 7]  # the four leaves of the tree, as whole examples, and one more
+    rows, lengths = tree_rows(), [5, 8, 9, 5]  # the leaves of the tree, as whole examples
     work = work_of(rows, both_ways=False)
     savings = savings_of(work, lengths, architecture, lora)
-    padded = 4 * 9 + 7
-    triangles = 4 * 45 + 28
+    padded, triangles = 4 * 9, 4 * 45
     assert savings[0].before == sum(flops_of(Work(padded, padded, padded, triangles, triangles), architecture, lora).values())
     assert savings[-1].after == sum(flops_of(work, architecture, lora).values())
     assert [one.after for one in savings[:-1]] == [one.before for one in savings[1:]]
