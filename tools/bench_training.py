@@ -551,8 +551,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="rows an update of the packed sides")
     parser.add_argument("--row-length", type=int, default=1024)
     parser.add_argument("--examples", type=int, default=2000, help="of the training split")
-    parser.add_argument("--rounds", type=int, default=None, help="7, or 3 with --quick")
-    parser.add_argument("--seconds", type=float, default=None, help="least length of a turn: 30, or 8 with --quick")
+    parser.add_argument("--rounds", type=int, default=None, help="7, or 2 with --quick")
+    parser.add_argument("--seconds", type=float, default=None, help="least length of a turn: 30, or 5 with --quick")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of base weights and products")
     parser.add_argument("--nf4", action="store_true", help="base weights NF4 in the timed part (needs a GPU and bitsandbytes)")
     parser.add_argument("--compile", action="store_true", help="torch.compile in (b)")
@@ -565,8 +565,8 @@ def main() -> None:
         given = json.loads(settings.worker)
         run_side(given["side"], Path(given["folder"]), argparse.Namespace(**given["settings"]))
         return
-    settings.rounds = settings.rounds or (3 if settings.quick else 7)
-    settings.seconds = settings.seconds or (8.0 if settings.quick else 30.0)
+    settings.rounds = settings.rounds or (2 if settings.quick else 7)
+    settings.seconds = settings.seconds or (5.0 if settings.quick else 30.0)
     settings.prompts = settings.prompts.split(",") if settings.prompts else list(PROMPTS)[: 2 if settings.quick else None]
     settings.sides = [name for given in settings.sides.split(",") for name in (VARIANTS if given == "d" else [given])]
     unknown = [name for name in settings.sides if name not in TOLD and name not in VARIANTS] + [
