@@ -111,6 +111,35 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def profile(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(min=1, help="updates that are timed")] = 10,
+    sweep: Annotated[bool, typer.Option("--sweep", help="time several rows x length at the same batch and print the best")] = False,
+    json: JsonFile = None,
+) -> None:
+    """Counts what a run has to compute, times its updates, and says what bounds it; leaves OUTPUT/NAME-profile, no run folder.
+
+    Example: jaxre profile configs/quickstart.yaml --steps 5
+    """
+    from jaxre.config import load_config
+    from jaxre.profiling.profile import overrides_of, profile_run, profile_table, sweep_rows, sweep_table
+
+    loaded = load_config(config, overrides)
+    if sweep:
+        tried = sweep_rows(loaded, steps)
+        console.print(sweep_table(tried))
+        print(f"the fastest: {overrides_of(tried[0])}")
+        write_json(json, {"sweep": tried})
+        return
+    found = profile_run(loaded, steps)
+    console.print(profile_table(found))
+    console.print(found["verdict"], markup=False, highlight=False)
+    print(found["folder"])
+    write_json(json, found)
+
+
+@app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="run folder, model folder or hub id", metavar="RUN_OR_MODEL_DIR")],
     data: Annotated[str | None, typer.Option(help="dataset name or file; the run's test data if not given", metavar="NAME_OR_FILE")] = None,

@@ -1,0 +1,85 @@
+"""A run brought up to its first step, as the loop does it, without a run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxre.checkpoints.source import compute_dtype, tokenizer_folder
+from jaxre.config import Config
+from jaxre.data.dataset import Dataset, load_dataset, make_plan
+from jaxre.data.packing import Plan, RowShape, Update
+from jaxre.data.rows import Rows
+from jaxre.data.tokens import TokenSet
+from jaxre.training import sharding
+from jaxre.training.initial import Initial, check_tokens, initial_state
+from jaxre.training.loop import compile_updates, prepared
+from jaxre.training.step import Metrics, State, make_optimiser
+
+
+@dataclass
+class Prepared:
+    """`update` runs the next update of the plan; after the last comes the first again.
+
+    `compiled` has the update of each row shape, compiled in `compile_seconds`. `initial.state` is donated by the first update.
+    """
+
+    config: Config
+    dataset: Dataset
+    plan: Plan
+    mesh: jax.sharding.Mesh
+    initial: Initial
+    compiled: dict[RowShape, Any]
+    compile_seconds: float
+    done: int = 0
+    state: State | None = None
+    rows: Iterator[Rows] = field(default_factory=lambda: iter(()))
+
+    def next_rows(self) -> Rows:
+        """The host arrays of the next update."""
+        for rows in self.rows:
+            return rows
+        self.rows = prepared(self.config, self.dataset, self.plan, 0, len(self.plan.updates))
+        return next(self.rows)
+
+    def update(self, rows: Rows) -> Metrics:
+        """Runs the update of `rows`, which `next_rows` gave; does not wait for the device."""
+        shape = self.plan.updates[self.done % len(self.plan.updates)].shape
+        state = self.initial.state if self.state is None else self.state
+        rows = sharding.put_rows(rows, sharding.row_sharding(self.mesh))
+        self.state, metrics = self.compiled[shape](state, self.initial.base, rows)
+        self.done += 1
+        return metrics
+
+
+def prepare(config: Config, dataset: Dataset | None = None, plan_of: Callable[[Config, TokenSet, int], Plan] = make_plan) -> Prepared:
+    """Data, plan, state and compiled updates of a run.
+
+    Args:
+      dataset: the config's own if not given.
+      plan_of: called as `make_plan` is; another plan than the config's is how a benchmark switches a saving off.
+
+    Raises:
+      InputError: anything in the config, data or weights that cannot be used.
+    """
+    sharding.split_cpu(config.mesh.cpu_devices)
+    mesh = sharding.make_mesh(config.mesh)
+    dataset = load_dataset(config, tokenizer_folder(config)) if dataset is None else dataset
+    plan = plan_of(config, dataset.train.tokens, sharding.row_shards(mesh))
+    dtype = compute_dtype(config.model.dtype)
+    optimiser = make_optimiser(config, len(plan.updates))
+    initial = initial_state(config, dtype, optimiser, mesh, dataset)
+    check_tokens(dataset, initial.architecture)
+    began = time.perf_counter()
+    compiled = compile_updates(config, plan, initial, optimiser, dtype, mesh)
+    return Prepared(config, dataset, plan, mesh, initial, compiled, time.perf_counter() - began)
+
+
+def members(update: Update) -> np.ndarray:
+    """The examples of an update, in the order of its rows."""
+    return np.fromiter((example for rows in update.micro for row in rows for example in row), np.int64)

@@ -1,0 +1,122 @@
+"""`jaxre profile`: its figures agree with the plan, it leaves no run folder, nonsense is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from refusals import refusal
+from tiny import tiny_config, write_tiny_model
+
+from jaxre import cli
+from jaxre.checkpoints.source import tokenizer_folder
+from jaxre.config import Config, save_config
+from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.profiling.prepared import members
+from jaxre.profiling.profile import candidates, profile_folder
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+@pytest.fixture
+def quiet(capsys: pytest.CaptureFixture) -> None:
+    """What the command prints is kept out of the report."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: Path) -> Config:
+    return tiny_config(tmp_path, model, data={"validation": None}, train={"epochs": 1})
+
+
+@pytest.fixture
+def jaxre(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`jaxre ARGUMENTS` in this process: the exit code."""
+
+    def call(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["jaxre", *map(str, arguments)])
+        try:
+            cli.main()
+        except SystemExit as stop:
+            return stop.code or 0
+        return 0
+
+    return call
+
+
+def test_a_profile_agrees_with_the_plan_and_leaves_the_run_folder_free(jaxre: Callable[..., int], config: Config, tmp_path: Path) -> None:
+    save_config(config, tmp_path / "config.yaml")
+    assert jaxre("profile", tmp_path / "config.yaml", "--steps", 2, "--json", tmp_path / "found.json") == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    ledger, measured = found["ledger"], found["measured"]
+
+    tokens = load_dataset(config, tokenizer_folder(config)).train.tokens
+    plan = make_plan(config, tokens, shards=1)
+    pad, supervised = plan.fill(tokens.lengths, tokens.supervised)
+    assert ledger["shares"] == pytest.approx({"pad": pad, "supervised": supervised, "shared": ledger["shares"]["shared"]})
+    assert ledger["examples"] == pytest.approx(len(tokens) / len(plan.updates))
+    assert sum(value for part, value in ledger["flops"].items() if part != "total") == pytest.approx(ledger["flops"]["total"])
+    assert ledger["savings"][-1]["after"] == pytest.approx(ledger["flops"]["total"])
+    # The program multiplies pads and masked pairs too, so never less than what is needed.
+    assert ledger["program_flops"] > ledger["flops"]["total"]
+    assert set(ledger["memory"]) == {"base", "trained", "optimiser", "rows", "activations"}
+    assert ledger["memory"]["optimiser"] >= 2 * ledger["memory"]["trained"] > 0
+    assert measured["updates"] == 2 and measured["compilations"] == len(plan.shapes)
+    examples = sum(len(members(plan.updates[number % len(plan.updates)])) for number in (2, 3)) / 2
+    assert measured["examples_per_second"] * measured["seconds"] == pytest.approx(examples)
+    assert measured["mfu"] * ledger["matrix_rate"] == pytest.approx(ledger["flops_per_example"] * measured["examples_per_second"])
+    assert set(measured["split"]) == {"input_wait", "host", "device"} and min(measured["split"].values()) >= 0
+    assert "bounds this run" in found["verdict"]
+
+    left = tmp_path / "runs" / "run-profile"
+    assert json.loads((left / "profile.json").read_text()) == found
+    assert (left / "profile.png").read_bytes().startswith(b"\x89PNG")
+    assert list((left / "trace").rglob("*.xplane.pb"))
+    assert not config.run_folder.exists()
+
+
+def test_a_profile_is_not_mixed_into_a_run_of_its_name(config: Config) -> None:
+    taken = config.run_folder.with_name("run-profile")
+    taken.mkdir(parents=True)
+    (taken / "config.yaml").write_text("{}")
+    assert "run-profile" in refusal(lambda: profile_folder(config))
+
+
+@pytest.mark.parametrize("arguments", [("--steps", "0"), ("lora.rnak=3",), ("train.row_length=8", "train.batch_tokens=64")])
+def test_nonsense_is_refused_and_leaves_nothing(
+    jaxre: Callable[..., int], config: Config, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    save_config(config, tmp_path / "config.yaml")
+    assert jaxre("profile", tmp_path / "config.yaml", *arguments) == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_keeps_the_batch_and_every_example(config: Config) -> None:
+    tried = candidates(config, longest=100, shards=1)  # 2,048 tokens an update in rows of 256
+    assert {"row_length": 256, "accumulation": 1} in tried
+    assert {one["row_length"] for one in tried} == {128, 256, 512, 1024}
+    assert all(2048 % (one["row_length"] * one["accumulation"]) == 0 for one in tried)
+    assert all(2048 // (one["row_length"] * one["accumulation"]) % 4 == 0 for one in candidates(config, longest=100, shards=4))
+
+
+def test_a_sweep_names_the_fastest_first(
+    jaxre: Callable[..., int], config: Config, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jaxre.profiling.profile.ACCUMULATIONS", (2,))
+    save_config(config, tmp_path / "config.yaml")
+    given = ("train.row_length=256", "train.batch_tokens=512")
+    assert jaxre("profile", tmp_path / "config.yaml", "--sweep", "--steps", 1, "--json", tmp_path / "swept.json", *given) == 0
+    tried = json.loads((tmp_path / "swept.json").read_text())["sweep"]
+    assert sorted(tuple(one["shapes"][0][:2]) for one in tried) == [(1, 256), (2, 128)]
+    speeds = [one["examples_per_second"] for one in tried]
+    assert speeds == sorted(speeds, reverse=True)
+    best = " ".join(f"train.{name}={value}" for name, value in tried[0]["settings"].items())
+    assert capsys.readouterr().out.endswith(f"the fastest: {best}\n")
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,129 @@
+"""The benchmark against peers: what it measures is checked first, ratios are of turns side by side, (d) computes what (c) does."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from tiny import tiny_config, write_tiny_model
+
+from jaxre.data.dataset import make_plan
+from jaxre.profiling.prepared import prepare
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_training.py"
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_training", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class FakeSide:
+    """A side with a known loss; its turns take a second."""
+
+    losses: dict[str, float] = {}  # noqa: RUF012
+    examples: dict[str, list[int]] = {}  # noqa: RUF012
+
+    def __init__(self, name: str, *_: object):
+        self.name, self.turns = name, iter(self.examples.get(name, []))
+
+    def ready(self) -> None:
+        pass
+
+    def ask(self, command: str) -> dict:
+        if command == "check":
+            return {"loss": self.losses[self.name], "supervised": 10}
+        if command == "warm":
+            return {"updates": 1}
+        examples = next(self.turns)
+        return {"seconds": 1.0, "examples": examples, "tokens": 100 * examples, "updates": 1, "peak": 2**20}
+
+    def close(self) -> None:
+        pass
+
+
+def settings(*sides: str) -> argparse.Namespace:
+    return argparse.Namespace(sides=list(sides), rounds=3)
+
+
+@pytest.mark.parametrize("loss", [1.001, float("nan")])
+def test_sides_that_compute_different_losses_are_not_measured(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loss: float
+) -> None:
+    monkeypatch.setattr(bench, "Side", FakeSide)
+    monkeypatch.setattr(FakeSide, "losses", {"a": 1.0, "b": 1.00001, "c": loss})
+    with pytest.raises(SystemExit, match="different losses"):
+        bench.bench_prompt("0shot", tmp_path, settings("a", "b", "c"))
+
+
+def test_a_ratio_is_the_median_over_rounds_of_turns_side_by_side(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "Side", FakeSide)
+    monkeypatch.setattr(FakeSide, "losses", {"a": 1.0, "c": 1.00001})
+    # The machine halves its speed after the first round: the sides' own medians would say 20 / 4 = 5.
+    monkeypatch.setattr(FakeSide, "examples", {"a": [8, 4, 4], "c": [32, 20, 16]})
+    found = bench.bench_prompt("0shot", tmp_path, settings("a", "c"))["c"]
+    assert found["ratios"] == [4.0, 5.0, 4.0]
+    assert found["ratio"] == 4.0
+    assert found["examples_per_second"] == 20
+    assert found["relative"] == pytest.approx(1e-5)
+
+
+def test_each_variant_computes_the_loss_of_jaxre(bench: ModuleType, tmp_path: Path) -> None:
+    config = tiny_config(
+        tmp_path,
+        write_tiny_model(tmp_path / "model"),
+        data={"train": {"dataset": "facts", "split": "train", "limit": 13}, "validation": None},
+        train={"epochs": 1, "batch_tokens": 2048},
+    )
+    whole = prepare(config, plan_of=make_plan)
+    loss = float(whole.update(whole.next_rows()).loss)
+    for name, (overrides, plan_of) in bench.VARIANTS.items():
+        assert not overrides
+        run = prepare(config, plan_of=plan_of)
+        assert run.plan.shapes != whole.plan.shapes, name
+        rows = run.next_rows()
+        assert float(run.update(rows).loss) == pytest.approx(loss, rel=1e-5), name
+        assert np.sum(rows.weights) == whole.dataset.train.tokens.supervised.sum(), name
+
+
+def test_an_unknown_side_is_refused(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_training.py", "--sides", "a,e"])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    assert stop.value.code == 2
+    assert "'e'" in capsys.readouterr().err
+
+
+def test_the_table_has_a_row_for_each_side(bench: ModuleType) -> None:
+    side = {
+        "examples_per_second": 2.5,
+        "ratio": 2.0,
+        "ratios": [1.9, 2.0, 2.2],
+        "tokens_per_second": 250.0,
+        "examples_per_update": 8.0,
+        "peak_bytes": 2**30,
+        "relative": 1e-7,
+    }
+    about = {"examples": 9, "tokens": 92.0, "longest": 130, "supervised": 11.0}
+    given = SimpleNamespace(shape="tiny", dtype="float32", nf4=False, row_length=1024, rows=2, rounds=3, seconds=1.0)
+    found = {
+        "date": "2026-01-01",
+        "hardware": "2 cores",
+        "versions": {"jax": "0.10.2"},
+        "settings": vars(given),
+        "inputs": {"parameters": 7, "prompts": {"0shot": about}},
+        "prompts": {"0shot": {"a": side, "c": side}},
+    }
+    lines = list(bench.markdown(found))
+    assert "| (c) jaxre | 2.50 | 2.00 (1.90 to 2.20) | 250 | 8.0 | 1,024 | 1e-07 |" in lines
+    assert len({line.count("|") for line in lines if line.startswith("|")}) == 1

@@ -1,0 +1,607 @@
+"""Training throughput side by side with peers, on the same weights, examples and prompts.
+
+    python tools/bench_training.py --quick                          # within 10 minutes on two CPU cores
+    python tools/bench_training.py --prompts 0shot,2shot,2shot-enumerated --json bench.json
+    python tools/bench_training.py --sides a,c,d                    # jaxre with each saving switched off in turn
+
+Sides: (a) the study's recipe, Hugging Face Trainer + PEFT, batches of 4 x 2 accumulation padded to the longest, gradient
+checkpointing; (a') the same without checkpointing; (b) TRL's SFTTrainer + PEFT with best-fit packing, whose attention
+and loss keep examples apart; (c) jaxre; (d) jaxre with one saving switched off, for each of VARIANTS.
+
+First every side computes the loss of the same examples, without dropout in f32, by the code that it trains with; if one
+differs from (a) by more than 1e-4 relative, nothing is measured (exit code 1). Then the sides take turns of whole
+updates: each is a process of its own that is stopped while another one runs. Needs the `bench` extra, and the data and
+tokenizers of JAXRE_DATA and JAXRE_MODELS (../shared/data and ../shared/models).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib.util
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+CHECKED = 16  # examples of the loss check
+TOLERANCE = 1e-4
+SEED = 42  # the study's
+RANK, ALPHA, DROPOUT, RATE = 16, 32, 0.05, 1e-4
+PROMPTS = {"0shot": {}, "2shot": {"shots": 2}, "2shot-enumerated": {"shots": 2, "enumerate": True}}
+# name -> (folder below the models, changes of its config.json): random weights of that shape, the tokenizer of the folder.
+SMOLLM2_135M = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+SHAPES = {
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-360M-Instruct", SMOLLM2_135M),
+    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M-Instruct", {}),
+    "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", {}),
+    "tiny": ("HuggingFaceTB/SmolLM2-360M-Instruct", SMOLLM2_135M | {"num_hidden_layers": 2}),
+}
+TOLD = {
+    "a": "HF Trainer + PEFT, 4 x 2 padded, gradient checkpointing",
+    "a'": "HF Trainer + PEFT, 4 x 2 padded",
+    "b": "TRL SFTTrainer + PEFT, packed",
+    "c": "jaxre",
+}
+NEEDED = {"a": ("torch", "peft", "accelerate"), "a'": ("torch", "peft", "accelerate"), "b": ("torch", "peft", "accelerate", "trl")}
+
+
+# ---- (d): what each saving is worth ------------------------------------------------------------------
+
+
+def unpacked(config, tokens, shards):
+    """One example a row, rows as long as the longest example, the same examples an update."""
+    from jaxre.data.dataset import make_plan
+    from jaxre.data.packing import RowShape
+
+    plan = make_plan(config, tokens, shards)
+    alone = [tuple(tuple((example,) for row in rows for example in row) for rows in update.micro) for update in plan.updates]
+    most = max(len(rows) for micro in alone for rows in micro)
+    shape = RowShape(-(-most // shards) * shards, -(-int(tokens.lengths.max()) // 8) * 8, -(-int(tokens.supervised.max()) // 8) * 8)
+    updates = [dataclasses.replace(update, shape=shape, micro=micro) for update, micro in zip(plan.updates, alone, strict=True)]
+    return dataclasses.replace(plan, updates=tuple(updates))
+
+
+def full_head(config, tokens, shards):
+    """The vocabulary head, and what else runs at supervised positions only, at every position of a row."""
+    from jaxre.data.dataset import make_plan
+
+    plan = make_plan(config, tokens, shards)
+    whole = [dataclasses.replace(update.shape, supervised=update.shape.length) for update in plan.updates]
+    updates = [dataclasses.replace(update, shape=shape) for update, shape in zip(plan.updates, whole, strict=True)]
+    return dataclasses.replace(plan, updates=tuple(updates))
+
+
+# name -> (settings on top of (c)'s, the plan in place of make_plan's)
+VARIANTS: dict[str, tuple[tuple[str, ...], Callable | None]] = {
+    "d:unpacked": ((), unpacked),
+    "d:full-head": ((), full_head),
+}
+
+
+# ---- a side: a process that answers one line of JSON for each command it is given ---------------------
+
+
+class Talk:
+    """Commands in, answers out; what libraries print goes to standard error."""
+
+    def __init__(self) -> None:
+        self.out = os.fdopen(os.dup(1), "w", buffering=1)
+        os.dup2(2, 1)
+
+    def answer(self, **values: Any) -> None:
+        self.out.write(json.dumps(values) + "\n")
+
+    def command(self) -> str | None:
+        """The next command; None when there is no more to do."""
+        return sys.stdin.readline().strip() or None
+
+
+def run_side(side: str, folder: Path, settings: argparse.Namespace) -> None:
+    talk = Talk()
+    if side == "prepare":
+        talk.answer(**write_inputs(folder, settings))
+    elif side in ("a", "a'", "b"):
+        torch_side(side, folder, settings, talk)
+    else:
+        jaxre_side(side, folder, settings, talk)
+
+
+def run_config(folder: Path, prompt: str, settings: argparse.Namespace, *overrides: str):
+    """The run of (c), from the adapter that every side starts from."""
+    from jaxre.config import load_config
+
+    tree = {
+        "name": f"bench-{prompt}",
+        "output": str(folder / "runs"),
+        "seed": SEED,
+        "model": {"path": str(folder / "adapter"), "dtype": settings.dtype},
+        "data": {
+            "train": {"dataset": "semeval2010_task8", "split": "train", "limit": settings.examples},
+            "cache": str(folder / "cache"),
+            "too_long": "error",
+        },
+        "prompt": PROMPTS[prompt],
+        "lora": {"rank": RANK, "alpha": float(ALPHA), "dropout": DROPOUT},
+        "train": {
+            "epochs": 1,
+            "batch_tokens": settings.rows * settings.row_length,
+            "row_length": settings.row_length,
+            "learning_rate": RATE,
+        },
+    }
+    path = folder / f"config-{prompt}-{os.getpid()}.yaml"
+    path.write_text(json.dumps(tree), encoding="utf-8")  # YAML reads JSON
+    return load_config(path, [*settings.set, *overrides])
+
+
+def write_inputs(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
+    """Model, adapter and examples of the benchmark, once for all sides: random weights, B of every LoRA pair far from zero."""
+    import jax
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from jaxre.checkpoints.huggingface import copy_side_files, hf_tensors
+    from jaxre.checkpoints.peft import save_adapter
+    from jaxre.checkpoints.source import tokenizer_folder
+    from jaxre.config import Lora
+    from jaxre.data.dataset import load_dataset
+    from jaxre.models.architecture import architecture_of
+    from jaxre.models.lora import init_adapter
+    from jaxre.models.module import init_weights
+    from jaxre.models.weights import parameter_count
+
+    below, changes = SHAPES[settings.shape]
+    source = Path(os.environ.get("JAXRE_MODELS", "../shared/models")) / below
+    if not source.is_dir():
+        raise SystemExit(f"{source} is not there; set JAXRE_MODELS to the folder of the models")
+    fields = json.loads((source / "config.json").read_text()) | changes
+    architecture = architecture_of(fields, str(source))
+    base = folder / "model"
+    base.mkdir()
+    copy_side_files(source, base)
+    (base / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    weights = init_weights(architecture, SEED)
+    save_file(dict(hf_tensors(architecture, weights, np.dtype(np.float32))), base / "model.safetensors", metadata={"format": "pt"})
+    lora, draw = Lora(rank=RANK, alpha=float(ALPHA), dropout=DROPOUT), np.random.default_rng(SEED)
+    factors = jax.tree.map(np.array, init_adapter(architecture, lora, jax.random.key(SEED)))
+    for part in factors.values():
+        for pair in part.values():
+            pair["b"] = (0.02 * draw.standard_normal(pair["b"].shape)).astype(np.float32)
+    save_adapter(folder / "adapter", architecture, lora, factors, str(base), base)
+    lengths = {}
+    for prompt in settings.prompts:
+        config = run_config(folder, prompt, settings)
+        tokens = load_dataset(config, tokenizer_folder(config)).train.tokens
+        np.savez(folder / f"{prompt}.npz", tokens=tokens.tokens, starts=tokens.starts, prompt_lengths=tokens.prompt_lengths)
+        lengths[prompt] = {
+            "examples": len(tokens),
+            "tokens": float(tokens.lengths.mean()),
+            "longest": int(tokens.lengths.max()),
+            "supervised": float(tokens.supervised.mean()),
+        }
+    return {"parameters": parameter_count(architecture), "prompts": lengths, "device": str(jax.devices()[0].device_kind)}
+
+
+def updates_in(seconds: float, settings: argparse.Namespace) -> int:
+    """How many updates of this length a turn has."""
+    return max(1, math.ceil(settings.seconds / seconds))
+
+
+# ---- (c), (d) ----------------------------------------------------------------------------------------
+
+
+def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk) -> None:
+    import jax
+    import numpy as np
+
+    from jaxre.checkpoints.source import tokenizer_folder
+    from jaxre.data.dataset import load_dataset, make_plan
+    from jaxre.profiling.memory import peak_memory, reset_resident_peak
+    from jaxre.profiling.prepared import members, prepare
+
+    (prompt,) = settings.prompts
+    overrides, plan_of = VARIANTS.get(side, ((), None))
+    plan_of = plan_of or make_plan
+    config = run_config(folder, prompt, settings, *overrides)
+    dataset = load_dataset(config, tokenizer_folder(config))
+    talk.answer(ready=True)
+
+    talk.command()  # check
+    few = dataset.train.tokens.subset(np.arange(len(dataset.train.tokens)) < CHECKED)
+    exact = run_config(folder, prompt, settings, *overrides, "model.dtype=float32", "lora.dropout=0.0", "train.learning_rate=1e-30")
+    with jax.default_matmul_precision("highest"):
+        run = prepare(exact, dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, tokens=few)), plan_of)
+        total = count = 0.0
+        for _ in run.plan.updates:
+            rows = run.next_rows()
+            weight = float(rows.weights.sum())
+            total, count = total + float(run.update(rows).loss) * weight, count + weight
+    talk.answer(loss=total / count, supervised=count)
+    del run
+
+    talk.command()  # warm
+    if settings.nf4:
+        config = run_config(folder, prompt, settings, *overrides, "model.quantise=nf4")
+    run = prepare(config, dataset, plan_of)
+    jax.block_until_ready(run.update(run.next_rows()))
+    began = time.perf_counter()
+    jax.block_until_ready(run.update(run.next_rows()))
+    count = updates_in(time.perf_counter() - began, settings)
+    shapes = [[len(run.plan.updates[0].micro), *dataclasses.astuple(shape)] for shape in run.plan.shapes]
+    temporary = max(one.memory_analysis().temp_size_in_bytes for one in run.compiled.values())
+    talk.answer(updates=count, compile_seconds=run.compile_seconds, shapes=shapes, temporary=temporary)
+
+    lengths = dataset.train.tokens.lengths
+    while talk.command():
+        chosen = np.concatenate([members(run.plan.updates[n % len(run.plan.updates)]) for n in range(run.done, run.done + count)])
+        reset_resident_peak()
+        began = time.perf_counter()
+        for _ in range(count):
+            metrics = run.update(run.next_rows())
+        jax.block_until_ready(metrics)
+        seconds = time.perf_counter() - began
+        tokens = int(lengths[chosen].sum())
+        talk.answer(seconds=seconds, examples=len(chosen), tokens=tokens, updates=count, peak=peak_memory(jax.devices()[0]))
+
+
+# ---- (a), (a'), (b) ----------------------------------------------------------------------------------
+
+
+def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk) -> None:
+    import torch
+    from transformers import TrainerCallback
+
+    from jaxre.profiling.memory import reset_resident_peak, resident_peak
+
+    (prompt,) = settings.prompts
+    trainer = torch_trainer(side, folder, settings, prompt, "float32")
+    talk.answer(ready=True)
+
+    talk.command()  # check
+    total = count = 0.0
+    trainer.model.eval()
+    with torch.no_grad():
+        for batch in trainer.get_eval_dataloader():
+            batch = trainer._prepare_inputs(batch)
+            supervised = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(trainer.compute_loss(trainer.model, batch)) * supervised
+            count += supervised
+    talk.answer(loss=total / count, supervised=count)
+    if settings.dtype != "float32" or settings.nf4:
+        del trainer
+        trainer = torch_trainer(side, folder, settings, prompt, settings.dtype)
+
+    class Turns(TrainerCallback):
+        """Two updates to warm up, then turns; between them the process waits inside the training loop."""
+
+        began = examples = tokens = until = length = 0
+
+        def on_step_end(self, args, state, control, **_):
+            if torch.cuda.is_available() and state.global_step in (1, 2, self.until):
+                torch.cuda.synchronize()
+            if state.global_step == 1:
+                self.began = time.perf_counter()
+            elif state.global_step == 2:
+                self.length = updates_in(time.perf_counter() - self.began, settings)
+                talk.answer(updates=self.length)
+                self.turn(state, control)
+            elif state.global_step == self.until:
+                seconds, device = time.perf_counter() - self.began, torch.cuda.is_available()
+                talk.answer(
+                    seconds=seconds,
+                    examples=self.examples,
+                    tokens=self.tokens,
+                    updates=self.length,
+                    peak=torch.cuda.max_memory_allocated() if device else resident_peak(),
+                )
+                self.turn(state, control)
+
+        def turn(self, state, control):
+            if not talk.command():
+                control.should_training_stop = True
+            reset_resident_peak()
+            self.examples = self.tokens = 0
+            self.until = state.global_step + self.length
+            self.began = time.perf_counter()
+
+    turns = Turns()
+    step = trainer.training_step
+
+    def counted(model, inputs, *rest):
+        if "attention_mask" in inputs:
+            turns.examples += len(inputs["input_ids"])
+            turns.tokens += int(inputs["attention_mask"].sum())
+        else:  # packed: an example begins at position 0
+            turns.examples += int((inputs["position_ids"] == 0).sum())
+            turns.tokens += inputs["position_ids"].numel()
+        return step(model, inputs, *rest)
+
+    trainer.training_step = counted
+    trainer.add_callback(turns)
+    talk.command()  # warm
+    trainer.train()
+
+
+def torch_trainer(side: str, folder: Path, settings: argparse.Namespace, prompt: str, dtype: str):
+    import numpy as np
+    import torch
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    cuda = torch.cuda.is_available()
+    stored = np.load(folder / f"{prompt}.npz")
+    records = []
+    for i, prompt_length in enumerate(stored["prompt_lengths"].tolist()):
+        ids = stored["tokens"][stored["starts"][i] : stored["starts"][i + 1]].tolist()
+        records.append({"input_ids": ids, "labels": [-100] * prompt_length + ids[prompt_length:]})
+    train, few = Dataset.from_list(records), Dataset.from_list(records[:CHECKED])
+    quantised = {}
+    if settings.nf4 and dtype == settings.dtype:
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        quantised = {"quantization_config": four_bits}
+    flash = side == "b" and cuda and dtype != "float32" and importlib.util.find_spec("flash_attn") is not None
+    attention = "flash_attention_2" if flash else "sdpa"
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    base = AutoModelForCausalLM.from_pretrained(
+        folder / "model", dtype=getattr(torch, dtype), attn_implementation=attention, device_map="cuda" if cuda else None, **quantised
+    )
+    base.config.use_cache = False
+    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
+    eight_bits = cuda and importlib.util.find_spec("bitsandbytes") is not None
+    common = {
+        "output_dir": str(folder / f"trainer-{side[0]}"),
+        "max_steps": 1_000_000,  # stopped by the turns
+        "learning_rate": RATE,
+        "weight_decay": 0.01,
+        "warmup_steps": 0,
+        "lr_scheduler_type": "linear",
+        "optim": "paged_adamw_8bit" if eight_bits else "adamw_torch_fused" if cuda else "adamw_torch",
+        "seed": SEED,
+        "bf16": dtype == "bfloat16",
+        "use_cpu": not cuda,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": cuda,
+        "gradient_checkpointing": side == "a",
+    }
+    if side == "b":
+        from trl import SFTConfig, SFTTrainer
+
+        # Without variable-length attention rows of a batch are flattened into one, whose mask is dense: then one row at a time.
+        rows = (settings.rows, 1) if flash else (1, settings.rows)
+        config = SFTConfig(
+            **common,
+            per_device_train_batch_size=rows[0],
+            per_device_eval_batch_size=rows[0],
+            gradient_accumulation_steps=rows[1],
+            max_length=settings.row_length,
+            packing=True,
+            torch_compile=settings.compile,
+        )
+        return SFTTrainer(model=model, args=config, train_dataset=train, eval_dataset=few, processing_class=tokenizer)
+    args = TrainingArguments(
+        **common,
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=4,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        remove_unused_columns=False,
+    )
+    collate = DataCollatorForSeq2Seq(tokenizer, padding="longest")
+    return Trainer(model=model, args=args, train_dataset=train, eval_dataset=few, data_collator=collate)
+
+
+# ---- the sides take turns ----------------------------------------------------------------------------
+
+
+class Side:
+    """A side's process, stopped unless it is asked something."""
+
+    def __init__(self, name: str, folder: Path, settings: argparse.Namespace, prompt: str | None):
+        self.log = folder / f"{name.replace(':', '-')}-{prompt}.log"
+        given = vars(settings) | {"json": None, "prompts": settings.prompts if prompt is None else [prompt]}
+        command = [sys.executable, __file__, "--worker", json.dumps({"side": name, "folder": str(folder), "settings": given})]
+        # Memory is taken as it is needed, or the sides could not share a device.
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1, env=environment
+            )
+        self.name = name
+
+    def ready(self) -> dict[str, Any]:
+        found = self.answer()
+        self.stop()
+        return found
+
+    def ask(self, command: str) -> dict[str, Any]:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.stdin.write(command + "\n")
+        found = self.answer()
+        self.stop()
+        return found
+
+    def answer(self) -> dict[str, Any]:
+        line = self.process.stdout.readline()
+        if not line:
+            end = self.log.read_text(errors="replace").strip().splitlines()[-12:]
+            raise SystemExit(f"side {self.name} ended with code {self.process.wait()}:\n" + "\n".join(end))
+        return json.loads(line)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+def bench_prompt(prompt: str, folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
+    """Checks the losses of one kind of prompt, then measures in rounds."""
+    with contextlib.ExitStack() as stack:
+        sides = [stack.enter_context(contextlib.closing(Side(name, folder, settings, prompt))) for name in settings.sides]
+        for side in sides:
+            side.ready()
+        losses = {side.name: side.ask("check") for side in sides}
+        reference = losses[settings.sides[0]]["loss"]
+        for name, found in losses.items():
+            found["relative"] = abs(found["loss"] - reference) / abs(reference)
+            print(f"{prompt}: {name} loss {found['loss']:.7f} ({found['relative']:.1e} relative)", file=sys.stderr, flush=True)
+        wrong = [name for name, found in losses.items() if not found["relative"] <= TOLERANCE]
+        if wrong or len({found["supervised"] for found in losses.values()}) > 1:
+            raise SystemExit(f"{prompt}: the sides compute different losses, nothing is measured: {json.dumps(losses)}")
+        warm = {side.name: side.ask("warm") for side in sides}
+        rounds: dict[str, list] = {side.name: [] for side in sides}
+        for number in range(settings.rounds):
+            for side in sides:
+                rounds[side.name].append(side.ask("round"))
+                speed = rounds[side.name][-1]["examples"] / rounds[side.name][-1]["seconds"]
+                print(f"{prompt}: round {number + 1}, {side.name} {speed:.3f} examples/s", file=sys.stderr, flush=True)
+    return {name: losses[name] | warm[name] | summary(rounds[name], rounds[settings.sides[0]]) for name in settings.sides}
+
+
+def summary(rounds: list[dict], first: list[dict]) -> dict[str, Any]:
+    """Medians over the rounds; the ratio is the median of each round's ratio to the first side's turn of that round."""
+
+    def speed(turn: dict, what: str) -> float:
+        return turn[what] / turn["seconds"]
+
+    ratios = [speed(ours, "examples") / speed(theirs, "examples") for ours, theirs in zip(rounds, first, strict=True)]
+    return {
+        "examples_per_second": statistics.median(speed(turn, "examples") for turn in rounds),
+        "tokens_per_second": statistics.median(speed(turn, "tokens") for turn in rounds),
+        "ratio": statistics.median(ratios),
+        "ratios": ratios,
+        "examples_per_update": statistics.fmean(turn["examples"] / turn["updates"] for turn in rounds),
+        "peak_bytes": max(turn["peak"] for turn in rounds),
+        "rounds": rounds,
+    }
+
+
+def markdown(found: dict[str, Any]) -> Iterator[str]:
+    inputs, settings = found["inputs"], found["settings"]
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    yield f"{found['date']}; {found['hardware']}; Python {platform.python_version()}, {versions}"
+    yield ""
+    dtype = settings["dtype"] + (" NF4" if settings["nf4"] else "")
+    yield (
+        f"{settings['shape']} ({inputs['parameters']:,} parameters, random weights), {dtype}, LoRA rank {RANK} on all projections, "
+        f"dropout {DROPOUT}, SemEval-2010 Task 8; {settings['rows']} rows of {settings['row_length']} an update in (b), (c), (d); "
+        f"{settings['rounds']} rounds of at least {settings['seconds']:g} s a side"
+    )
+    for prompt, sides in found["prompts"].items():
+        about = inputs["prompts"][prompt]
+        yield ""
+        yield f"**{prompt}**: {about['tokens']:.0f} tokens an example (longest {about['longest']}), {about['supervised']:.1f} supervised"
+        yield ""
+        yield f"| side | examples/s | x {next(iter(sides))} (rounds) | real tokens/s | examples an update | peak MiB | loss differs by |"
+        yield "|---|---|---|---|---|---|---|"
+        for name, side in sides.items():
+            told = TOLD.get(name, "jaxre, " + name.partition(":")[2])
+            ratio = f"{side['ratio']:.2f} ({min(side['ratios']):.2f} to {max(side['ratios']):.2f})"
+            yield (
+                f"| ({name}) {told} | {side['examples_per_second']:.2f} | {ratio} | {side['tokens_per_second']:,.0f} "
+                f"| {side['examples_per_update']:.1f} | {side['peak_bytes'] / 2**20:,.0f} | {side['relative']:.0e} |"
+            )
+
+
+def hardware(device: str) -> str:
+    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    cpu = f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()}"
+    return cpu if device == "cpu" else f"{device}, {cpu}"
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in ("jax", "torch", "transformers", "peft", "accelerate", "trl", "bitsandbytes"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", default=None, help=f"of {','.join(PROMPTS)}; all if not given, the first two with --quick")
+    parser.add_argument(
+        "--sides", default="a,a',b,c", help="a, a', b, c, d (all of its variants) or one of them; the first is compared with"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--rows", type=int, default=2, help="rows an update of the packed sides")
+    parser.add_argument("--row-length", type=int, default=1024)
+    parser.add_argument("--examples", type=int, default=2000, help="of the training split")
+    parser.add_argument("--rounds", type=int, default=None, help="7, or 2 with --quick")
+    parser.add_argument("--seconds", type=float, default=None, help="least length of a turn: 30, or 5 with --quick")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of base weights and products")
+    parser.add_argument("--nf4", action="store_true", help="base weights NF4 in the timed part (needs a GPU and bitsandbytes)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in (b)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of (c) and (d)")
+    parser.add_argument("--quick", action="store_true", help="fewer, shorter rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    if settings.worker:
+        given = json.loads(settings.worker)
+        run_side(given["side"], Path(given["folder"]), argparse.Namespace(**given["settings"]))
+        return
+    settings.rounds = settings.rounds or (2 if settings.quick else 7)
+    settings.seconds = settings.seconds or (5.0 if settings.quick else 30.0)
+    settings.prompts = settings.prompts.split(",") if settings.prompts else list(PROMPTS)[: 2 if settings.quick else None]
+    settings.sides = [name for given in settings.sides.split(",") for name in (VARIANTS if given == "d" else [given])]
+    unknown = [name for name in settings.sides if name not in TOLD and name not in VARIANTS] + [
+        p for p in settings.prompts if p not in PROMPTS
+    ]
+    if unknown:
+        parser.error(f"{unknown[0]!r} is none of {', '.join([*TOLD, *VARIANTS, *PROMPTS])}")
+    for name in list(settings.sides):
+        missing = [package for package in NEEDED.get(name, ()) if importlib.util.find_spec(package) is None]
+        if missing:
+            print(f"({name}) is left out: {', '.join(missing)} not installed (pip install 'jaxre[bench]')", file=sys.stderr)
+            settings.sides.remove(name)
+    if not settings.sides:
+        parser.error("no side is left to measure")
+    if settings.json and not settings.json.absolute().parent.is_dir():
+        parser.error(f"{settings.json.parent} is not there; name a folder that is")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the sides are ended too
+    folder = Path(tempfile.mkdtemp(prefix="bench-training-"))
+    try:
+        with contextlib.closing(Side("prepare", folder, settings, None)) as worker:
+            inputs = worker.ready()
+        found = {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+            "hardware": hardware(inputs["device"]),
+            "versions": versions(),
+            "settings": {key: value for key, value in vars(settings).items() if key not in ("json", "worker")},
+            "inputs": inputs,
+            "prompts": {prompt: bench_prompt(prompt, folder, settings) for prompt in settings.prompts},
+        }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print("\n".join(markdown(found)))
+    if settings.json:
+        settings.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
