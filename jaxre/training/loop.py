@@ -29,7 +29,7 @@ from jaxre.compilation_cache import use_compilation_cache
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan, supervised_of
 from jaxre.data.loader import updates
-from jaxre.data.packing import Fill, Plan
+from jaxre.data.packing import Plan
 from jaxre.data.rows import Rows
 from jaxre.errors import InputError
 from jaxre.models.quantised import base_bytes, is_nf4
@@ -237,7 +237,7 @@ def describe(
         ("updates", f"{steps:,} ({config.train.epochs} epochs of {plan.epoch_ends[0]:,})"),
         ("rows", ", ".join(f"{len(plan.updates[0].micro)} x {s.rows} x {s.length}, {s.supervised} supervised" for s in plan.shapes)),
         ("pad share", f"{fill.pad:.1%}"),
-        ("shared share", shared_of(plan, fill)),
+        ("shared share", f"{fill.shared:.1%} of real tokens stand in a row for several examples at once"),
         ("supervised share", f"{fill.supervised:.1%} of real tokens ({fill.idle:.1%} of supervised places idle)"),
         *([("head", head_of(dataset, initial))] if config.train.objective == "classify" else []),
         ("devices", where),
@@ -254,12 +254,6 @@ def describe(
     ):
         table.add_row(name, value)
     return table
-
-
-def shared_of(plan: Plan, fill: Fill) -> str:
-    """How much of the examples' tokens is not computed again, and where attention looks."""
-    looks = {f"{shape.prefix} + {shape.span}" if shape.span else "the whole row" for shape in plan.shapes}
-    return f"{fill.shared:.1%} of real tokens share a place; attention looks at {', '.join(sorted(looks))} tokens"
 
 
 def described_base(initial: Initial) -> str:

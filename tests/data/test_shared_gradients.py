@@ -113,7 +113,7 @@ def gradients(trainable, base, rows: Rows, architecture: Architecture, method: s
 def worst(found, reference) -> float:
     """The largest relative difference of loss and gradients."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(reference), strict=True)
-    return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs)
+    return max(float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in pairs if b.size)
 
 
 def planned(tokens: TokenSet, prompt_weight: float = 0.0) -> list[tuple[Rows, RowShape]]:
@@ -144,7 +144,7 @@ def test_shared_loss_and_gradients_equal_one_example_a_row(family: str, method: 
     base = perturbed(init_weights(model, seed=1), 1)
     trainable = base if method == "full" else perturbed(init_adapter(model, settings(method, dropout).lora, jax.random.key(2)), 2)
     reference = gradients(trainable, base, alone(tokens, prompt_weight), model, method, dropout)
-    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(reference))
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(reference) if leaf.size)  # one layer: the stack is empty
     for rows, shape in planned(tokens, prompt_weight):
         found = gradients(trainable, base, rows, model, method, dropout, shape)
         print(f"{family} {method} {dropout} {prompt_weight}: {worst(found, reference):.1e}")

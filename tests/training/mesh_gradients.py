@@ -39,6 +39,7 @@ def gradients(config, model: Path, devices: list, remat: str) -> tuple[float, di
     dataset = load_dataset(config, model)
     plan = make_plan(config, dataset.train.tokens, shards=1)
     tokens = dataset.train.tokens
+    assert plan.fill(tokens.lengths, tokens.supervised).shared > 0
     rows = sharding.put_rows(fill_update(tokens, plan.prefixes, plan.updates[0]), sharding.row_sharding(mesh))
     trainable = jax.tree.map(perturbed, initial.state.trainable)
 
@@ -46,8 +47,8 @@ def gradients(config, model: Path, devices: list, remat: str) -> tuple[float, di
         micro = jax.tree.map(lambda array: array[0], rows)
         keys = dropout_keys(config.seed, jnp.int32(3), micro)
         params, adapter = model_of(trainable, initial.base, config, keys, dtype)
-        total = loss_sum(params, adapter, micro, initial.architecture, sharding.constrain_rows(mesh), remat)
-        return total / jnp.sum(micro.weights)
+        constrain, shape = sharding.constrain_rows(mesh), plan.updates[0].shape
+        return loss_sum(params, adapter, micro, initial.architecture, constrain, shape, remat) / jnp.sum(micro.weights)
 
     value, found = jax.jit(jax.value_and_grad(loss))(trainable)
     return float(value), jax.device_get(found)
