@@ -67,7 +67,7 @@ def unpacked(config, tokens, shards):
     from jaxre.data.dataset import make_plan
     from jaxre.data.packing import RowShape
 
-    plan = make_plan(config, tokens, shards)
+    plan = make_plan(config, tokens, shards, share=False)
     alone = [tuple(tuple((example,) for row in rows for example in row) for rows in update.micro) for update in plan.updates]
     most = max(len(rows) for micro in alone for rows in micro)
     shape = RowShape(-(-most // shards) * shards, -(-int(tokens.lengths.max()) // 8) * 8, -(-int(tokens.supervised.max()) // 8) * 8)
@@ -85,10 +85,29 @@ def full_head(config, tokens, shards):
     return dataclasses.replace(plan, updates=tuple(updates))
 
 
+def unshared(config, tokens, shards):
+    """Every example with a prefix of its own."""
+    from jaxre.data.dataset import make_plan
+
+    return make_plan(config, tokens, shards, share=False)
+
+
+def dense(config, tokens, shards):
+    """Attention to the whole row, masked."""
+    from jaxre.data.dataset import make_plan
+
+    plan = make_plan(config, tokens, shards)
+    updates = [dataclasses.replace(update, shape=dataclasses.replace(update.shape, prefix=0, span=None)) for update in plan.updates]
+    return dataclasses.replace(plan, updates=tuple(updates))
+
+
 # name -> (settings on top of (c)'s, the plan in place of make_plan's)
 VARIANTS: dict[str, tuple[tuple[str, ...], Callable | None]] = {
     "d:unpacked": ((), unpacked),
-    "d:full-head": ((), full_head),
+    "d:unshared": ((), unshared),
+    "d:dense-attention": ((), dense),
+    "d:full-head-and-last-layer": ((), full_head),
+    "d:remat": (("train.remat=block",), None),
 }
 
 
@@ -242,7 +261,7 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
     jax.block_until_ready(run.update(run.next_rows()))
     count = updates_in(time.perf_counter() - began, settings)
     shapes = [[len(run.plan.updates[0].micro), *dataclasses.astuple(shape)] for shape in run.plan.shapes]
-    temporary = max(one.memory_analysis().temp_size_in_bytes for one in run.compiled.values())
+    temporary = max(one.memory_analysis().temp_size_in_bytes for one in run.compiled.updates.values())
     talk.answer(updates=count, compile_seconds=run.compile_seconds, shapes=shapes, temporary=temporary)
 
     lengths = dataset.train.tokens.lengths

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
@@ -13,12 +13,13 @@ import numpy as np
 from jaxre.checkpoints.source import compute_dtype, tokenizer_folder
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan
-from jaxre.data.packing import Plan, RowShape, Update
+from jaxre.data.packing import Plan, Update
 from jaxre.data.rows import Rows
 from jaxre.data.tokens import TokenSet
 from jaxre.training import sharding
+from jaxre.training.compilation import CompiledUpdates, compile_updates
 from jaxre.training.initial import Initial, check_tokens, initial_state
-from jaxre.training.loop import compile_updates, prepared
+from jaxre.training.loop import prepared
 from jaxre.training.step import Metrics, State, make_optimiser
 
 
@@ -34,25 +35,25 @@ class Prepared:
     plan: Plan
     mesh: jax.sharding.Mesh
     initial: Initial
-    compiled: dict[RowShape, Any]
+    compiled: CompiledUpdates
     compile_seconds: float
     done: int = 0
     state: State | None = None
     rows: Iterator[Rows] = field(default_factory=lambda: iter(()))
 
     def next_rows(self) -> Rows:
-        """The host arrays of the next update."""
+        """The rows of the next update, on the device."""
         for rows in self.rows:
             return rows
-        self.rows = prepared(self.config, self.dataset, self.plan, 0, len(self.plan.updates))
+        put = functools.partial(sharding.put_rows, sharding=sharding.row_sharding(self.mesh))
+        self.rows = prepared(self.config, self.dataset, self.plan, 0, len(self.plan.updates), put)
         return next(self.rows)
 
     def update(self, rows: Rows) -> Metrics:
         """Runs the update of `rows`, which `next_rows` gave; does not wait for the device."""
         shape = self.plan.updates[self.done % len(self.plan.updates)].shape
         state = self.initial.state if self.state is None else self.state
-        rows = sharding.put_rows(rows, sharding.row_sharding(self.mesh))
-        self.state, metrics = self.compiled[shape](state, self.initial.base, rows)
+        self.state, metrics = self.compiled.updates[shape](state, self.initial.base, rows)
         self.done += 1
         return metrics
 
@@ -76,7 +77,7 @@ def prepare(config: Config, dataset: Dataset | None = None, plan_of: Callable[[C
     initial = initial_state(config, dtype, optimiser, mesh, dataset)
     check_tokens(dataset, initial.architecture)
     began = time.perf_counter()
-    compiled = compile_updates(config, plan, initial, optimiser, dtype, mesh)
+    compiled = compile_updates(config, plan, initial, optimiser, mesh)
     return Prepared(config, dataset, plan, mesh, initial, compiled, time.perf_counter() - began)
 
 

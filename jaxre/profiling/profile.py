@@ -22,7 +22,7 @@ from rich.table import Table
 
 from jaxre.checkpoints.source import tokenizer_folder
 from jaxre.config import Config, check_config
-from jaxre.data.dataset import load_dataset
+from jaxre.data.dataset import load_dataset, supervised_of
 from jaxre.data.rows import Rows
 from jaxre.errors import InputError
 from jaxre.models.architecture import EncoderArchitecture
@@ -33,7 +33,7 @@ from jaxre.profiling.memory import peak_memory
 from jaxre.profiling.picture import draw
 from jaxre.profiling.prepared import Prepared, members, prepare
 from jaxre.training import sharding
-from jaxre.training.loop import memory_of, prepared
+from jaxre.training.loop import prepared
 from jaxre.training.step import make_optimiser, make_update
 
 COUNTED = 256  # updates whose rows the ledger reads; at 8 examples each, SemEval's mean length is met within 0.3% (one standard error)
@@ -92,9 +92,9 @@ def ledger_of(run: Prepared) -> dict[str, Any]:
     architecture, config = run.initial.architecture, run.config
     lora = config.lora if config.train.method == "lora" else None
     updates = run.plan.updates[: min(COUNTED, run.plan.epoch_ends[0])]
-    work, room = Work(0, 0, 0, 0, 0), 0
+    work, fill = Work(0, 0, 0, 0, 0), run.plan.fill(run.dataset.train.tokens.lengths, supervised_of(config, run.dataset.train.tokens))
     for rows in prepared(config, run.dataset, run.plan, 0, len(updates)):
-        work, room = work + work_of(rows, isinstance(architecture, EncoderArchitecture)), room + rows.tokens.size
+        work += work_of(rows, isinstance(architecture, EncoderArchitecture))
     lengths = run.dataset.train.tokens.lengths
     chosen = np.concatenate([members(update) for update in updates])
     flops = {part: value / len(updates) for part, value in flops_of(work, architecture, lora).items()}
@@ -104,7 +104,7 @@ def ledger_of(run: Prepared) -> dict[str, Any]:
     rate = matrix_rate(architecture, most.rows, most.length, run.initial.dtype, run.mesh)
     bandwidth = copy_rate(run.mesh)
     state = run.initial.state
-    kept, temporary = memory_of(run.compiled)
+    kept, temporary = run.compiled.memory
     memory = {
         "base": bytes_on_device(run.initial.base),
         "trained": bytes_on_device(state.trainable),
@@ -126,11 +126,7 @@ def ledger_of(run: Prepared) -> dict[str, Any]:
             {"name": one.name, "before": one.before / len(updates), "after": one.after / len(updates), "removed": one.removed}
             for one in savings_of(work, lengths[chosen].tolist(), architecture, lora)
         ],
-        "shares": {
-            "pad": 1 - work.tokens / room,
-            "supervised": work.head / work.tokens,
-            "shared": 1 - work.tokens / int(lengths[chosen].sum()),
-        },
+        "shares": {"pad": fill.pad, "supervised": fill.supervised, "shared": fill.shared},
         "memory": memory,
         "matrix_rate": rate,
         "datasheet_rate": datasheet_rate(run.mesh, run.initial.dtype),
@@ -144,14 +140,14 @@ def executed(run: Prepared) -> float:
     """FLOPs of the products of the traced update, the mean over the counted updates' shapes: pads, masked blocks and recomputation too."""
     config, initial = run.config, run.initial
     optimiser = make_optimiser(config, len(run.plan.updates))
-    update = make_update(config, initial.architecture, optimiser, initial.dtype, sharding.constrain_rows(run.mesh))
+    update = make_update(config, initial.architecture, optimiser, initial.dtype, sharding.constrain_rows(run.mesh), run.compiled.remat)
     updates = run.plan.updates[: min(COUNTED, run.plan.epoch_ends[0])]
     flops = {}
     for number, one in enumerate(updates):
         if one.shape not in flops:
             rows = next(iter(prepared(config, run.dataset, run.plan, number, number + 1)))
             rows = Rows(*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in rows))
-            flops[one.shape] = program_flops(jax.make_jaxpr(update)(initial.state, initial.base, rows))
+            flops[one.shape] = program_flops(jax.make_jaxpr(update, static_argnums=3)(initial.state, initial.base, rows, one.shape))
     return sum(flops[one.shape] for one in updates) / len(updates)
 
 
@@ -169,7 +165,7 @@ def measured(run: Prepared, timed: Timed, ledger: dict[str, Any]) -> dict[str, A
         "mfu": rate / ledger["matrix_rate"],
         "mfu_datasheet": rate / sheet if sheet else None,
         "compile_seconds": run.compile_seconds,
-        "compilations": len(run.compiled),
+        "compilations": len(run.compiled.updates),
         "peak_memory": peak_memory(run.mesh.devices.flat[0]),
     }
 
@@ -225,7 +221,7 @@ def sweep_rows(config: Config, steps: int = 5) -> list[dict[str, Any]]:
             continue
         found |= {"shapes": [[shape.rows, shape.length, shape.supervised] for shape in run.plan.shapes]}
         found |= {"examples_per_second": timed.examples_per_second, "tokens_per_second": timed.tokens_per_second}
-        tried.append(found | {"compile_seconds": run.compile_seconds, "memory": sum(memory_of(run.compiled))})
+        tried.append(found | {"compile_seconds": run.compile_seconds, "memory": sum(run.compiled.memory)})
         del run  # before the next one takes as much
     return sorted(tried, key=lambda one: -one.get("examples_per_second", 0.0))
 

@@ -181,7 +181,9 @@ def check_finite(losses: list[Metrics], step: int, run: Path) -> None:
                 )
 
 
-def prepared(config: Config, dataset: Dataset, plan: Plan, start: int, steps: int, put: Callable[[Rows], Rows]) -> Iterator[Rows]:
+def prepared(
+    config: Config, dataset: Dataset, plan: Plan, start: int, steps: int, put: Callable[[Rows], Rows] = lambda rows: rows
+) -> Iterator[Rows]:
     """The rows of the updates after `start`, up to `steps`, already where `put` brings them."""
     return itertools.islice(updates(dataset.train.tokens, plan, start, config.train.prompt_weight, put), steps - start)
 

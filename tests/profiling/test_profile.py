@@ -59,8 +59,8 @@ def test_a_profile_agrees_with_the_plan_and_leaves_the_run_folder_free(jaxre: Ca
 
     tokens = load_dataset(config, tokenizer_folder(config)).train.tokens
     plan = make_plan(config, tokens, shards=1)
-    pad, supervised = plan.fill(tokens.lengths, tokens.supervised)
-    assert ledger["shares"] == pytest.approx({"pad": pad, "supervised": supervised, "shared": ledger["shares"]["shared"]})
+    fill = plan.fill(tokens.lengths, tokens.supervised)
+    assert ledger["shares"] == pytest.approx({"pad": fill.pad, "supervised": fill.supervised, "shared": fill.shared})
     assert ledger["examples"] == pytest.approx(len(tokens) / len(plan.updates))
     assert sum(value for part, value in ledger["flops"].items() if part != "total") == pytest.approx(ledger["flops"]["total"])
     assert ledger["savings"][-1]["after"] == pytest.approx(ledger["flops"]["total"])

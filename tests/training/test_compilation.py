@@ -47,7 +47,7 @@ def prepare(config: Config, model: Path) -> tuple:
         for leaf, old in zip(jax.tree.leaves(drawn), jax.tree.leaves(initial.state.trainable), strict=True):
             assert leaf.shape == old.shape
         initial.state.trainable.update(jax.tree.map(jnp.asarray, drawn))
-    rows = put_rows(fill_update(tokens, tokens.owners, plan.updates[0]), row_sharding(mesh))
+    rows = put_rows(fill_update(tokens, plan.prefixes, plan.updates[0]), row_sharding(mesh))
     return (config, plan, initial, optimiser, mesh), rows
 
 
@@ -155,7 +155,7 @@ def test_updates_come_in_order_and_on_the_device(tiny_model: Path, tmp_path: Pat
     assert len(found) == len(plan.updates) - 3 > 4
     for ours, update in zip(found, plan.updates[3:], strict=True):
         assert all(isinstance(array, jax.Array) and array.sharding == sharding for array in ours)
-        jax.tree.map(np.testing.assert_array_equal, ours, fill_update(tokens, tokens.owners, update))
+        jax.tree.map(np.testing.assert_array_equal, ours, fill_update(tokens, plan.prefixes, update))
 
 
 # ---- the persistent cache ----------------------------------------------------------------------
