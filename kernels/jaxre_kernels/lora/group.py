@@ -8,6 +8,10 @@ that are x and the narrow L; autodiff would keep x' and its mask too, which are 
 counters. With dLi = c dYi Bi^T, side by side in dL:
 
     dBi = Li^T dYi,    [dA1 dA2 ...] = x'^T dL,    dx = sum_i dYi Wi^T + mask (dL [A1 A2 ...]^T)
+
+On two CPU cores this takes 0.67 of the processor time of autodiff, projection by projection (the seven projections of
+a layer of 576 channels and 1,536 in the MLP, rank 16, 2 x 1,024 tokens, f32, dropout 0.05; 2026-11-21). So does
+[x, Li] [Wi; Bi] as one product, forwards and backwards or backwards alone (0.67 to 0.68), which would copy every W.
 """
 
 from __future__ import annotations
