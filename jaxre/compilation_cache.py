@@ -50,8 +50,6 @@ def use_compilation_cache(say: Callable[[str], object]) -> str:
 def _tell_unreadable(folder: str, say: Callable[[str], object]) -> None:
     """Entries that cannot be read, each of which JAX compiles again with a warning, are told once for all."""
     show, told = warnings.showwarning, []
-    if show.__module__ == __name__:
-        return
 
     def show_others(message: Warning | str, *place: Any, **more: Any) -> None:
         if not str(message).startswith(UNREADABLE):
