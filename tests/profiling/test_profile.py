@@ -109,12 +109,12 @@ def test_a_sweep_keeps_the_batch_and_every_example(config: Config) -> None:
 def test_a_sweep_names_the_fastest_first(
     jaxre: Callable[..., int], config: Config, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jaxre.profiling.profile.ACCUMULATIONS", (2,))
+    monkeypatch.setattr("jaxre.profiling.profile.ACCUMULATIONS", (1,))
     save_config(config, tmp_path / "config.yaml")
     given = ("train.row_length=256", "train.batch_tokens=512")
     assert jaxre("profile", tmp_path / "config.yaml", "--sweep", "--steps", 1, "--json", tmp_path / "swept.json", *given) == 0
     tried = json.loads((tmp_path / "swept.json").read_text())["sweep"]
-    assert sorted(tuple(one["shapes"][0][:2]) for one in tried) == [(1, 256), (2, 128)]
+    assert sorted(tuple(one["shapes"][0][:2]) for one in tried) == [(1, 512), (2, 256)]
     speeds = [one["examples_per_second"] for one in tried]
     assert speeds == sorted(speeds, reverse=True)
     best = " ".join(f"train.{name}={value}" for name, value in tried[0]["settings"].items())
