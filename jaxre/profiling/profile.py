@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 import platform
 import shutil
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from jaxre.config import Config, check_config
 from jaxre.data.dataset import load_dataset, supervised_of
 from jaxre.data.rows import Rows
 from jaxre.errors import InputError
+from jaxre.evaluation.evaluate import write_json
 from jaxre.models.architecture import EncoderArchitecture
 from jaxre.models.weights import parameter_count
 from jaxre.profiling.ledger import Work, bytes_on_device, flops_of, program_flops, savings_of, work_of
@@ -67,7 +67,7 @@ def profile_run(config: Config, steps: int = 10) -> dict[str, Any]:
     }
     found["verdict"] = verdict(found)
     draw(found, folder / "profile.png")
-    (folder / "profile.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "profile.json", found)
     return found
 
 

@@ -109,7 +109,7 @@ def test_a_sweep_keeps_the_batch_and_every_example(config: Config) -> None:
 def test_a_sweep_names_the_fastest_first(
     jaxre: Callable[..., int], config: Config, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jaxre.profiling.profile.ACCUMULATIONS", (2,))
+    monkeypatch.setattr("jaxre.profiling.profile.ACCUMULATIONS", (1,))
     save_config(config, tmp_path / "config.yaml")
     given = ("train.row_length=512", "train.batch_tokens=1024")
     assert jaxre("profile", tmp_path / "config.yaml", "--sweep", "--steps", 1, "--json", tmp_path / "swept.json", *given) == 0
