@@ -4,9 +4,10 @@ Work and memory grow with T x (prefix + back + Q), not with T x T. All blocks of
 product, and one softmax runs over both parts. The backward pass keeps q, k, v and, per query and head, the highest
 score m and the sum l, and forms the weights again (FlashAttention, Dao et al. 2022, algorithm 4). The log-sum-exp
 m + log l alone would do, but it is rounded as a score is, not as a difference of scores: in a network with large
-scores that doubled the f32 error of the gradients. With P = exp(s Q K' - m) / l, dP = dO V', dS = P (dP - rowsum(P dP)):
+scores that doubled the f32 error of the gradients. With E = exp(s Q K' - m), dE = (dO / l) V' and
+dS = E (dE - rowsum(E dE) / l):
 
-    dV = P' dO,    dQ = s dS K,    dK = s dS' Q
+    dV = E' (dO / l),    dQ = s dS K,    dK = s dS' Q
 
 Letters: B rows, T tokens in a row, H query heads, K key/value heads, G = H/K, C head channels,
 N blocks of Q queries, U keys of a part (near: Q + back; shared: prefix).
