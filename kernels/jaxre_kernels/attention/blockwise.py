@@ -4,9 +4,10 @@ Work and memory grow with T x (prefix + back + Q), not with T x T. All blocks of
 product, and one softmax runs over both parts. The backward pass keeps q, k, v and, per query and head, the highest
 score m and the sum l, and forms the weights again (FlashAttention, Dao et al. 2022, algorithm 4). The log-sum-exp
 m + log l alone would do, but it is rounded as a score is, not as a difference of scores: in a network with large
-scores that doubled the f32 error of the gradients. With P = exp(s Q K' - m) / l, dP = dO V', dS = P (dP - rowsum(P dP)):
+scores that doubled the f32 error of the gradients. With E = exp(s Q K' - m), dE = (dO / l) V' and
+dS = E (dE - rowsum(E dE) / l):
 
-    dV = P' dO,    dQ = s dS K,    dK = s dS' Q
+    dV = E' (dO / l),    dQ = s dS K,    dK = s dS' Q
 
 Letters: B rows, T tokens in a row, H query heads, K key/value heads, G = H/K, C head channels,
 N blocks of Q queries, U keys of a part (near: Q + back; shared: prefix).
@@ -60,17 +61,18 @@ def _forward(q, k, v, visible_until, blocks):
 
 def _backward(blocks, kept, dout):
     q, k, v, visible_until, highest, total = kept
-    queries, dcontext = (_cut_queries(array, k.shape[2], blocks) for array in (q, dout))
+    queries = _cut_queries(q, k.shape[2], blocks)
+    dsums = (_cut_queries(dout, k.shape[2], blocks) / total).astype(q.dtype)  # dividing dO is less work than dividing weights
     parts, join_keys = jax.vjp(partial(_cut_keys, blocks=blocks), k, v)
-    weights = [jnp.exp(s - highest) / total for s in _scores(queries, parts, visible_until, blocks)]
-    dweights = [_product(f"bknqgc,{part}->bknqgu", dcontext, values) for part, (_, values) in zip(_PARTS, parts, strict=False)]
-    mean = _over_parts(jnp.add, [(w * dw).sum(-1, keepdims=True) for w, dw in zip(weights, dweights, strict=True)])
+    weights = [jnp.exp(s - highest) for s in _scores(queries, parts, visible_until, blocks)]
+    dweights = [_product(f"bknqgc,{part}->bknqgu", dsums, values) for part, (_, values) in zip(_PARTS, parts, strict=False)]
+    mean = _over_parts(jnp.add, [(w * dw).sum(-1, keepdims=True) for w, dw in zip(weights, dweights, strict=True)]) / total
     dqueries, dparts = [], []
     for part, (keys, _), w, dw in zip(_PARTS, parts, weights, dweights, strict=False):
         dscores = (w * (dw - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
         dqueries.append(_product(f"bknqgu,{part}->bknqgc", dscores, keys))
         dkeys = _product(f"bknqgu,bknqgc->{part}", dscores, queries)
-        dvalues = _product(f"bknqgu,bknqgc->{part}", w.astype(q.dtype), dcontext)
+        dvalues = _product(f"bknqgu,bknqgc->{part}", w.astype(q.dtype), dsums)
         dparts.append((dkeys.astype(k.dtype), dvalues.astype(v.dtype)))
     return _join_queries(_over_parts(jnp.add, dqueries), q), *join_keys(dparts), None
 
