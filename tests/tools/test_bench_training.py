@@ -22,6 +22,7 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_training.py"
 def bench() -> ModuleType:
     spec = importlib.util.spec_from_file_location("bench_training", TOOL)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their annotations
     spec.loader.exec_module(module)
     return module
 
