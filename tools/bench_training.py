@@ -62,12 +62,30 @@ NEEDED = {"a": ("torch", "peft", "accelerate"), "a'": ("torch", "peft", "acceler
 # ---- (d): what each saving is worth ------------------------------------------------------------------
 
 
-def unpacked(config, tokens, shards):
-    """One example a row, rows as long as the longest example, the same examples an update."""
+def changed(shape_of: Callable) -> Callable:
+    """`make_plan` with every row shape changed."""
+
+    def plan_of(config, tokens, shards):
+        from jaxre.data.dataset import make_plan
+
+        plan = make_plan(config, tokens, shards)
+        return dataclasses.replace(plan, updates=tuple(dataclasses.replace(one, shape=shape_of(one.shape)) for one in plan.updates))
+
+    return plan_of
+
+
+def unshared(config, tokens, shards):
+    """No two examples share a prefix."""
     from jaxre.data.dataset import make_plan
+
+    return make_plan(config, tokens, shards, share=False)
+
+
+def unpacked(config, tokens, shards):
+    """One example a row, rows as long as the longest example, the examples of an update without shared prefixes."""
     from jaxre.data.packing import RowShape
 
-    plan = make_plan(config, tokens, shards, share=False)
+    plan = unshared(config, tokens, shards)
     alone = [tuple(tuple((example,) for row in rows for example in row) for rows in update.micro) for update in plan.updates]
     most = max(len(rows) for micro in alone for rows in micro)
     shape = RowShape(-(-most // shards) * shards, -(-int(tokens.lengths.max()) // 8) * 8, -(-int(tokens.supervised.max()) // 8) * 8)
@@ -75,39 +93,35 @@ def unpacked(config, tokens, shards):
     return dataclasses.replace(plan, updates=tuple(updates))
 
 
-def full_head(config, tokens, shards):
-    """The vocabulary head, and what else runs at supervised positions only, at every position of a row."""
-    from jaxre.data.dataset import make_plan
+def plain_lora(x, weights, factors, words, scale, rate):
+    """`jaxre_kernels.lora.lora_group` as it is written down, each projection by itself, differentiated by JAX."""
+    import jax.numpy as jnp
+    from jaxre_kernels.lora.dropout import keep_channels
 
-    plan = make_plan(config, tokens, shards)
-    whole = [dataclasses.replace(update.shape, supervised=update.shape.length) for update in plan.updates]
-    updates = [dataclasses.replace(update, shape=shape) for update, shape in zip(plan.updates, whole, strict=True)]
-    return dataclasses.replace(plan, updates=tuple(updates))
-
-
-def unshared(config, tokens, shards):
-    """Every example with a prefix of its own."""
-    from jaxre.data.dataset import make_plan
-
-    return make_plan(config, tokens, shards, share=False)
+    dropped = jnp.where(keep_channels(words, x.shape[-1], rate), x * jnp.asarray(1 / (1 - rate), x.dtype), 0) if rate else x
+    return [
+        x @ w if pair is None else x @ w + (dropped @ pair.a.astype(x.dtype) * jnp.asarray(scale, x.dtype)) @ pair.b.astype(x.dtype)
+        for w, pair in zip(weights, factors, strict=True)
+    ]
 
 
-def dense(config, tokens, shards):
-    """Attention to the whole row, masked."""
-    from jaxre.data.dataset import make_plan
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """`settings` on top of (c)'s; `plan_of` in place of `make_plan`; `lora_group` in place of the fused one."""
 
-    plan = make_plan(config, tokens, shards)
-    updates = [dataclasses.replace(update, shape=dataclasses.replace(update.shape, prefix=0, span=None)) for update in plan.updates]
-    return dataclasses.replace(plan, updates=tuple(updates))
+    settings: tuple[str, ...] = ()
+    plan_of: Callable | None = None
+    lora_group: Callable | None = None
 
 
-# name -> (settings on top of (c)'s, the plan in place of make_plan's)
-VARIANTS: dict[str, tuple[tuple[str, ...], Callable | None]] = {
-    "d:unpacked": ((), unpacked),
-    "d:unshared": ((), unshared),
-    "d:dense-attention": ((), dense),
-    "d:full-head-and-last-layer": ((), full_head),
-    "d:remat": (("train.remat=block",), None),
+VARIANTS = {
+    "d:unpacked": Variant(plan_of=unpacked),
+    "d:unshared": Variant(plan_of=unshared),
+    # Last layer and head at every position of a row.
+    "d:full-head-and-last-layer": Variant(plan_of=changed(lambda shape: dataclasses.replace(shape, supervised=shape.length))),
+    "d:dense-attention": Variant(plan_of=changed(lambda shape: dataclasses.replace(shape, prefix=0, span=None))),
+    "d:plain-lora": Variant(lora_group=plain_lora),
+    "d:remat": Variant(settings=("train.remat=block",)),
 }
 
 
@@ -229,12 +243,15 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
 
     from jaxre.checkpoints.source import tokenizer_folder
     from jaxre.data.dataset import load_dataset, make_plan
+    from jaxre.models import decoder
     from jaxre.profiling.memory import peak_memory, reset_resident_peak
     from jaxre.profiling.prepared import members, prepare
 
     (prompt,) = settings.prompts
-    overrides, plan_of = VARIANTS.get(side, ((), None))
-    plan_of = plan_of or make_plan
+    variant = VARIANTS.get(side, Variant())
+    overrides, plan_of = variant.settings, variant.plan_of or make_plan
+    if variant.lora_group:
+        decoder.lora_group = variant.lora_group  # this process is the variant's own
     config = run_config(folder, prompt, settings, *overrides)
     dataset = load_dataset(config, tokenizer_folder(config))
     talk.answer(ready=True)
@@ -261,8 +278,8 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
     jax.block_until_ready(run.update(run.next_rows()))
     count = updates_in(time.perf_counter() - began, settings)
     shapes = [[len(run.plan.updates[0].micro), *dataclasses.astuple(shape)] for shape in run.plan.shapes]
-    temporary = max(one.memory_analysis().temp_size_in_bytes for one in run.compiled.updates.values())
-    talk.answer(updates=count, compile_seconds=run.compile_seconds, shapes=shapes, temporary=temporary)
+    _, temporary = run.compiled.memory
+    talk.answer(updates=count, compile_seconds=run.compile_seconds, remat=run.compiled.remat, shapes=shapes, temporary=temporary)
 
     lengths = dataset.train.tokens.lengths
     while talk.command():

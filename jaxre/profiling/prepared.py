@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -11,13 +12,14 @@ import jax
 import numpy as np
 
 from jaxre.checkpoints.source import compute_dtype, tokenizer_folder
+from jaxre.compilation_cache import use_compilation_cache
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan
 from jaxre.data.packing import Plan, Update
 from jaxre.data.rows import Rows
 from jaxre.data.tokens import TokenSet
 from jaxre.training import sharding
-from jaxre.training.compilation import CompiledUpdates, compile_updates
+from jaxre.training.compilation import Compilations, CompiledUpdates, compile_updates
 from jaxre.training.initial import Initial, check_tokens, initial_state
 from jaxre.training.loop import prepared
 from jaxre.training.step import Metrics, State, make_optimiser
@@ -27,7 +29,8 @@ from jaxre.training.step import Metrics, State, make_optimiser
 class Prepared:
     """`update` runs the next update of the plan; after the last comes the first again.
 
-    `compiled` has the update of each row shape, compiled in `compile_seconds`. `initial.state` is donated by the first update.
+    `compiled` has the update of each row shape, compiled in `compile_seconds`, `cached` of all programs from the compilation
+    cache. `initial.state` is donated by the first update.
     """
 
     config: Config
@@ -37,6 +40,7 @@ class Prepared:
     initial: Initial
     compiled: CompiledUpdates
     compile_seconds: float
+    cached: int
     done: int = 0
     state: State | None = None
     rows: Iterator[Rows] = field(default_factory=lambda: iter(()))
@@ -69,6 +73,7 @@ def prepare(config: Config, dataset: Dataset | None = None, plan_of: Callable[[C
       InputError: anything in the config, data or weights that cannot be used.
     """
     sharding.split_cpu(config.mesh.cpu_devices)
+    use_compilation_cache(warnings.warn)
     mesh = sharding.make_mesh(config.mesh)
     dataset = load_dataset(config, tokenizer_folder(config)) if dataset is None else dataset
     plan = plan_of(config, dataset.train.tokens, sharding.row_shards(mesh))
@@ -77,8 +82,9 @@ def prepare(config: Config, dataset: Dataset | None = None, plan_of: Callable[[C
     initial = initial_state(config, dtype, optimiser, mesh, dataset)
     check_tokens(dataset, initial.architecture)
     began = time.perf_counter()
-    compiled = compile_updates(config, plan, initial, optimiser, mesh)
-    return Prepared(config, dataset, plan, mesh, initial, compiled, time.perf_counter() - began)
+    with Compilations() as seen:
+        compiled = compile_updates(config, plan, initial, optimiser, mesh)
+    return Prepared(config, dataset, plan, mesh, initial, compiled, time.perf_counter() - began, seen.read)
 
 
 def members(update: Update) -> np.ndarray:

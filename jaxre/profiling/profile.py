@@ -92,9 +92,9 @@ def ledger_of(run: Prepared) -> dict[str, Any]:
     architecture, config = run.initial.architecture, run.config
     lora = config.lora if config.train.method == "lora" else None
     updates = run.plan.updates[: min(COUNTED, run.plan.epoch_ends[0])]
-    work, fill = Work(0, 0, 0, 0, 0), run.plan.fill(run.dataset.train.tokens.lengths, supervised_of(config, run.dataset.train.tokens))
-    for rows in prepared(config, run.dataset, run.plan, 0, len(updates)):
-        work += work_of(rows, isinstance(architecture, EncoderArchitecture))
+    work, room = Work(0, 0, 0, 0, 0), 0
+    for rows in prepared(config, run.dataset, run.plan, 0, len(updates), lambda rows: rows):
+        work, room = work + work_of(rows, isinstance(architecture, EncoderArchitecture)), room + rows.tokens.size
     lengths = run.dataset.train.tokens.lengths
     chosen = np.concatenate([members(update) for update in updates])
     flops = {part: value / len(updates) for part, value in flops_of(work, architecture, lora).items()}
@@ -126,7 +126,11 @@ def ledger_of(run: Prepared) -> dict[str, Any]:
             {"name": one.name, "before": one.before / len(updates), "after": one.after / len(updates), "removed": one.removed}
             for one in savings_of(work, lengths[chosen].tolist(), architecture, lora)
         ],
-        "shares": {"pad": fill.pad, "supervised": fill.supervised, "shared": fill.shared},
+        "shares": {
+            "pad": 1 - work.tokens / room,
+            "supervised": int(supervised_of(config, run.dataset.train.tokens)[chosen].sum()) / int(lengths[chosen].sum()),
+            "shared": 1 - work.tokens / int(lengths[chosen].sum()),
+        },
         "memory": memory,
         "matrix_rate": rate,
         "datasheet_rate": datasheet_rate(run.mesh, run.initial.dtype),
@@ -145,7 +149,7 @@ def executed(run: Prepared) -> float:
     flops = {}
     for number, one in enumerate(updates):
         if one.shape not in flops:
-            rows = next(iter(prepared(config, run.dataset, run.plan, number, number + 1)))
+            rows = next(iter(prepared(config, run.dataset, run.plan, number, number + 1, lambda rows: rows)))
             rows = Rows(*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in rows))
             flops[one.shape] = program_flops(jax.make_jaxpr(update, static_argnums=3)(initial.state, initial.base, rows, one.shape))
     return sum(flops[one.shape] for one in updates) / len(updates)
@@ -166,6 +170,8 @@ def measured(run: Prepared, timed: Timed, ledger: dict[str, Any]) -> dict[str, A
         "mfu_datasheet": rate / sheet if sheet else None,
         "compile_seconds": run.compile_seconds,
         "compilations": len(run.compiled.updates),
+        "from_cache": run.cached,
+        "remat": run.compiled.remat,
         "peak_memory": peak_memory(run.mesh.devices.flat[0]),
     }
 
@@ -290,7 +296,11 @@ def profile_table(found: dict[str, Any]) -> Table:
         ("speed", f"{timing['examples_per_second']:,.4g} examples/s, {timing['tokens_per_second']:,.4g} real tokens/s"),
         ("MFU, needed FLOPs against the measured rate", f"{timing['mfu']:.1%}"),
         *([("MFU against the datasheet's rate", f"{timing['mfu_datasheet']:.1%}")] if timing["mfu_datasheet"] else []),
-        ("compilation", f"{timing['compile_seconds']:.3g} s for {timing['compilations']} row shapes"),
+        (
+            "compilation",
+            f"{timing['compile_seconds']:.3g} s for {timing['compilations']} row shapes ({timing['from_cache']} from the cache)",
+        ),
+        ("rematerialisation", timing["remat"]),
         ("peak memory", f"{timing['peak_memory'] / 2**20:,.0f} MiB"),
     ):
         table.add_row(name, value)

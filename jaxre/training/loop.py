@@ -222,7 +222,7 @@ def describe(
     fill = plan.fill(tokens.lengths, supervised_of(config, tokens))
     trained = sum(leaf.size for leaf in jax.tree.leaves(initial.state.trainable))
     total = parameter_count(initial.architecture)
-    attention, why = choose_attention()
+    attention = dict.fromkeys(" (".join(choose_attention(s.length, s.prefix, s.span)) + ")" for s in plan.shapes)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     where = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({axes})"
     kept, temporary = (size / 2**20 for size in compiled.memory)
@@ -243,7 +243,7 @@ def describe(
         ("supervised share", f"{fill.supervised:.1%} of real tokens ({fill.idle:.1%} of supervised places idle)"),
         *([("head", head_of(dataset, initial))] if config.train.objective == "classify" else []),
         ("devices", where),
-        ("attention", f"{attention} ({why})" if config.train.objective != "classify" else "xla (the only one of encoders)"),
+        ("attention", "; ".join(attention) if config.train.objective != "classify" else "xla (the only one of encoders)"),
         *([("base", described_base(initial))] if config.train.method == "lora" else []),
         *([("LoRA", "xla (the only implementation there is)")] if config.train.method == "lora" else []),
         ("compilations", f"{len(compiled.updates)}, one a row shape"),

@@ -111,7 +111,7 @@ def test_a_sweep_names_the_fastest_first(
 ) -> None:
     monkeypatch.setattr("jaxre.profiling.profile.ACCUMULATIONS", (1,))
     save_config(config, tmp_path / "config.yaml")
-    given = ("train.row_length=512", "train.batch_tokens=1024")
+    given = ("train.row_length=256", "train.batch_tokens=512")
     assert jaxre("profile", tmp_path / "config.yaml", "--sweep", "--steps", 1, "--json", tmp_path / "swept.json", *given) == 0
     tried = json.loads((tmp_path / "swept.json").read_text())["sweep"]
     assert sorted(tuple(one["shapes"][0][:2]) for one in tried) == [(1, 512), (2, 256)]
