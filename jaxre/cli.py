@@ -33,8 +33,8 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the re
 def script() -> None:
     """`main` in a process of its own, without torch.
 
-    Where torch is installed, transformers imports it for nothing we use: 1.7 of the 4.2 s of CPU that the imports of
-    `jaxre train` take, and 8 of 12 s when it has to come from disk (2026-11-21).
+    Where torch is installed, transformers imports it for nothing we use: 1.7 of the 4.2 s of CPU that a process takes to import
+    what `jaxre train` needs (2026-11-21).
     """
     sys.modules.setdefault("torch", None)
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would tell each time that there is no torch
