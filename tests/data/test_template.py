@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from refusals import refusal
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jaxre.config import Prompt, Source
 from jaxre.data import template as template_module
@@ -192,7 +193,8 @@ def test_a_token_that_takes_the_space_before_it_is_not_cut_from_it(tiny_model: P
     for token in tree["added_tokens"]:
         token["lstrip"] = token["content"] == "<|im_start|>"
     path.write_text(json.dumps(tree))
-    chat = ChatTemplate(on(load_tokenizer(tmp_path / "eating"), MESSAGES + GENERATION), DATE, "eating")
+    eating = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(path)))  # from a folder transformers resets lstrip
+    chat = ChatTemplate(on(eating, MESSAGES + GENERATION), DATE, "eating")
     prompts = [chat.render([SYSTEM, {"role": "user", "content": f"number {n}"}], generation=True) for n in range(5)]
     assert chat.tokenize_prompts(prompts) == chat.tokenize(prompts)
     start = prompts[0][: prompts[0].index("<|im_start|>user")]
