@@ -162,7 +162,7 @@ class Train(Settings):
     epsilon: Float = Field(1e-8, gt=0.0)
     prompt_weight: Float = Field(0.0, ge=0.0, le=1.0, description="weight of the prompt's tokens in the training loss; the answer's is 1")
     clip_norm: Float = Field(1.0, gt=0.0)
-    remat: Literal["auto", "none", "attention", "block"] = Field(
+    remat: Literal["auto", "none", "block"] = Field(
         "auto", description="what the backward pass computes again to save memory; auto: the first that fits a device"
     )
     memory_gb: Float | None = Field(

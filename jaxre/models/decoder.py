@@ -78,7 +78,7 @@ def forward(
       chosen: [B, S] int32, the row positions that are asked for; all if not given. The last layer then computes keys
         and values everywhere and all else at these positions only.
       prefix, span: where attention looks, see `jaxre_kernels.attention`.
-      remat: what the backward pass computes again: `none`, `attention` (from q, k and v) or `block` (from a layer's input).
+      remat: what the backward pass computes again: `none` or `block` (from a layer's input).
 
     Returns:
       [B, T, D] of the weights' dtype, or [B, S, D] of the chosen positions.
@@ -92,8 +92,6 @@ def forward(
         mask = (index <= chosen[..., None]) & (chosen[..., None] < visible_until[:, None, :])  # B S T
         return masked_attention(q, k, v, mask), cache
 
-    if remat == "attention":
-        attend, attend_last = jax.checkpoint(attend), jax.checkpoint(attend_last)
     # Its attention is dense, S x T scores: where most of a row is supervised (language modelling), the whole layer is cheaper.
     pruned = chosen is not None and 2 * chosen.shape[1] <= tokens.shape[1]
     last = Chosen(chosen, attend_last) if pruned else None

@@ -50,7 +50,7 @@ def classify(
       keys: [B, T] uint32 dropout keys of the tokens; None switches dropout off. Attention weights are never
         dropped (transformers drops them too while training).
       constrain: applied to the [B, T, D] activations, to keep them sharded over rows.
-      remat: what the backward pass computes again: `none`, `attention` (from q, k and v) or `block` (from a layer's input).
+      remat: what the backward pass computes again: `none` or `block` (from a layer's input).
 
     Returns:
       [B, S, N] f32 logits.
@@ -66,11 +66,9 @@ def classify(
         x = constrain(drop(x, keys, architecture.layers, 0, architecture.dropout))
     mask = visible_until[:, :, None] == visible_until[:, None, :]  # B T T
 
-    attend = jax.checkpoint(masked_attention) if remat == "attention" else masked_attention
-
     def step(x: jax.Array, layer: tuple[Tree, jax.Array]) -> tuple[jax.Array, None]:
         weights, index = layer
-        return constrain(run_layer(weights, x, x, mask, index, architecture, keys, attend)), None
+        return constrain(run_layer(weights, x, x, mask, index, architecture, keys)), None
 
     if architecture.layers > 1:
         scanned = jax.checkpoint(step, prevent_cse=False) if remat == "block" else step
@@ -89,14 +87,12 @@ def run_layer(
     index: jax.Array | int,
     architecture: EncoderArchitecture,
     keys: jax.Array | None,
-    attend: Callable[..., jax.Array] = masked_attention,
 ) -> jax.Array:
     """One layer: norm(x + attention(x)), then norm(x + mlp(x)).
 
     Args:
       x: [B, S, D] the states to update; context: [B, T, D] those they attend to; mask: [B, S, T] bool.
       index: of the layer, for dropout; keys: [B, S] uint32 or None.
-      attend: `masked_attention`, which a caller may have wrapped.
     """
 
     def heads(array: jax.Array) -> jax.Array:
@@ -108,7 +104,7 @@ def run_layer(
 
     with jax.named_scope("attention"):
         q, k, v = (heads(linear(weights, name, array)) for name, array in (("q", x), ("k", context), ("v", context)))
-        attended = attend(q, k, v, mask).reshape(x.shape)
+        attended = masked_attention(q, k, v, mask).reshape(x.shape)
         x = finish(x, linear(weights, "o", attended), "attention_norm", AFTER_ATTENTION)
     with jax.named_scope("mlp"):
         hidden = jax.nn.gelu(linear(weights, "up", x), approximate=False)  # B S F

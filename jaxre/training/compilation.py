@@ -1,7 +1,8 @@
 """The updates of a run, compiled before its first step: what they rematerialise to fit the device, and that none is compiled twice.
 
-A policy says what the backward pass computes again in place of reading it from memory: `none`, `attention`
-(scores and softmax) or `block` (everything inside a layer but the last). Loss and gradients are the same in each.
+A policy says what the backward pass computes again in place of reading it from memory: `none` or `block` (everything inside a
+layer but the last). Loss and gradients are the same in each. There is none between them for attention alone: a decoder's
+scores, softmax, SwiGLU and norms are never kept (`jaxre_kernels.attention.blockwise`, `jaxre.models.decoder`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jaxre.training import sharding
 from jaxre.training.initial import Initial
 from jaxre.training.step import Metrics, make_update
 
-POLICIES = ("none", "attention", "block")
+POLICIES = ("none", "block")
 
 CompileOne = Callable[[RowShape, int, str], jax.stages.Compiled]
 

