@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from pathlib import Path
@@ -28,17 +27,6 @@ console = Console()
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top of the file", metavar="[KEY=VALUE ...]")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", metavar="FILE")]
-
-
-def script() -> None:
-    """`main` in a process of its own, without torch.
-
-    Where torch is installed, transformers imports it for nothing we use: 1.7 of the 4.2 s of CPU that a process takes to import
-    what `jaxre train` needs (2026-11-21).
-    """
-    sys.modules.setdefault("torch", None)
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would tell each time that there is no torch
-    main()
 
 
 def main() -> None:
@@ -236,4 +224,4 @@ def write_json(path: Path | None, value: dict) -> None:
 
 
 if __name__ == "__main__":
-    script()
+    main()
