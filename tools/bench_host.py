@@ -20,8 +20,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-sys.modules.setdefault("torch", None)  # as in cli.script
-
 Phases = dict[str, tuple[float, float]]  # name -> wall, CPU seconds
 
 
