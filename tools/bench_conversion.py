@@ -1,6 +1,6 @@
 """Time and memory of `jaxre convert` on a random bf16 model of full size, beside `cp` of the same folder.
 
-    python tools/bench_conversion.py ../shared/models/Qwen/Qwen2.5-3B-Instruct /tmp/conversion --rounds 3 --json conversion.json
+    python tools/bench_conversion.py ../shared/models/Qwen/Qwen2.5-3B-Instruct runs/conversion --rounds 3 --json conversion.json
 
 Every round runs each command once, in a process of its own, in turn; a time ends when the disk has the data (sync). Memory is
 the process's largest resident set. What comes back from our store is compared byte by byte with what went in. Needs room
