@@ -187,7 +187,7 @@ def write_inputs(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from jaxre.checkpoints.huggingface import copy_side_files, hf_tensors
+    from jaxre.checkpoints.huggingface import copy_side_files, hf_tensors, side_files_of
     from jaxre.checkpoints.peft import save_adapter
     from jaxre.checkpoints.source import tokenizer_folder
     from jaxre.config import Lora
@@ -205,7 +205,7 @@ def write_inputs(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
     architecture = architecture_of(fields, str(source))
     base = folder / "model"
     base.mkdir()
-    copy_side_files(source, base)
+    copy_side_files(side_files_of(source), base)
     (base / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     weights = init_weights(architecture, SEED)
     save_file(dict(hf_tensors(architecture, weights, np.dtype(np.float32))), base / "model.safetensors", metadata={"format": "pt"})

@@ -81,7 +81,9 @@ def _backward(scale, rate, kept, dys):
     dlow = jnp.concatenate([_product(dy, factor.b.astype(dy.dtype).T) for dy, factor in targeted], axis=-1)
     dlow = (dlow * (scale / (1 - rate))).astype(x.dtype)
     dx += _dropped(dlow @ _joined_a(factors, x.dtype).T, words, rate)
-    das = _split(_over_tokens(_dropped(x, words, rate), dlow), factors)
+    # As [R, I]: on a CPU the first operand of a sum over tokens is transposed in memory, and dL is the narrow one. Without
+    # the barrier the compiler would turn the product around again.
+    das = _split(jax.lax.optimization_barrier(_over_tokens(dlow, _dropped(x, words, rate))).T, factors)
     dbs = [_over_tokens(part, dy) for part, (dy, _) in zip(_split(low, factors), targeted, strict=True)]
     gradients = iter(Factors(da.astype(f.a.dtype), db.astype(f.b.dtype)) for da, db, (_, f) in zip(das, dbs, targeted, strict=True))
     return dx, None, [None if factor is None else next(gradients) for factor in factors], None
