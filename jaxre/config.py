@@ -255,14 +255,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such config file")
+        raise InputError(f"{path}: no such config file; give the path of a YAML file, such as configs/quickstart.yaml")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: a config is a mapping of keys to values")
+        raise InputError(f"{path}: a config is a mapping of keys to values; write lines such as `name: mine`")
     for override in overrides or []:
         _apply_override(tree, override)
     return check_config(_interpolate(tree, str(path)), str(path))
@@ -337,9 +337,9 @@ def parse_yaml(text: str, place: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{place}{line}: not valid YAML: {problem}") from None
+        raise InputError(f"{place}{line}: not valid YAML: {problem}; correct it, or put the value in quotes") from None
     except RecursionError:
-        raise InputError(f"{place}: not a config: nested too deep") from None
+        raise InputError(f"{place}: not a config: nested too deep; take some brackets out") from None
 
 
 def _apply_override(tree: dict, override: str) -> None:
@@ -377,7 +377,7 @@ def _interpolate(tree: dict, place: str) -> dict:
     except OmegaConfBaseException as error:
         raise InputError(f"{place}: {str(error).splitlines()[0]}; write \\${{ for a literal ${{") from None
     except RecursionError:
-        raise InputError(f"{place}: a value refers to itself") from None
+        raise InputError(f"{place}: a value refers to itself; write the value itself") from None
 
 
 def _map_strings(tree: Any, change: Callable[[str], str]) -> Any:

@@ -41,15 +41,15 @@ def read_cache(path: str | Path, examples: Sequence[Example] | None = None) -> C
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such cache of predictions")
+        raise InputError(f"{path}: no such cache of predictions; correct the path of CACHE")
     if not needs_examples(path):
         return _read_long(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a JSON file: {error}") from None
+        raise InputError(f"{path}: not a JSON file: {error}; download it again") from None
     if not document:
-        raise InputError(f"{path}: the cache is empty")
+        raise InputError(f"{path}: the cache is empty; give one with answers")
     for adapter in (chatgpt_semeval, gpt_conll04):
         if adapter.recognises(document):
             if not examples:

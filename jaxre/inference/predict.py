@@ -138,7 +138,9 @@ def _predict_labels(
         raise InputError(f"{loaded.name}: an encoder has no {mode} mode; leave --mode out")
     if set(labels) != set(architecture.labels):
         known = ", ".join(architecture.labels) or "none: it has no head yet, train it with train.objective=classify"
-        raise InputError(f"{loaded.name}: the labels of its head ({known}) are not those of the schema ({', '.join(labels)})")
+        raise InputError(
+            f"{loaded.name}: the labels of its head ({known}) are not those of the schema ({', '.join(labels)}); give the config it was trained with"
+        )
     tokenizer = load_tokenizer(loaded.folder)
     known = markers_in(tokenizer)
     texts = [marked_text(example, known) for example in examples]

@@ -56,7 +56,7 @@ def read_hub(
         raise InputError(f"{place}: cannot be loaded: {_one_line(error)}; {mend}") from error
     table = splits[check_split(place, split, list(splits))]
     if len(table) == 0:
-        raise InputError(f"{place}: split {split} has no records")
+        raise InputError(f"{place}: split {split} has no records; choose another split")
     column = resolve(columns or {}, table.column_names, place, labelled)
     dataset = f"{name}/{subset}" if subset else name
     return read_records(_records(table, f"{place}/{split}"), column, dataset, split, labelled, must_occur=False)

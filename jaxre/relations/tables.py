@@ -51,7 +51,7 @@ def read_table(
     else:
         raise InputError(f"{path}: unknown kind of file; convert it to one of {', '.join(SUFFIXES)}")
     if not records:
-        raise InputError(f"{path}: the file has no records")
+        raise InputError(f"{path}: the file has no records; give one with at least one")
     names = dict.fromkeys(name for _, record in records for name in record)
     column = resolve(columns or {}, names, str(path), labelled)
     return read_records(records, column, dataset or path.stem, split, labelled)
@@ -106,9 +106,11 @@ def _parquet(path: Path) -> list[Record]:
     import pyarrow.parquet
 
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file; correct the path")
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}; write it again, or give JSONL or CSV"
+        ) from None
     return [(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]
