@@ -222,3 +222,14 @@ def test_scores_of_a_comparison_are_those_of_the_joined_rows():
     rows = ours(("a", "a"), ("b", "a"), ("none", "b"), ("a", "a"))
     result = compare(rows, cache(*(by_id(i, "a") for i in range(3))))
     assert result.ours.f1 == score(["a", "b", "none"], ["a", "a", "b"]).f1 == result.difference.first
+
+
+@pytest.mark.parametrize("content", [None, "{broken", "[]"])
+def test_a_cache_that_cannot_be_read_is_blamed_and_not_the_predictions(tmp_path, content):
+    predictions, _ = write_predictions(tmp_path / "ours", [replace(row, example_id="elsewhere") for row in ours(("a", "a"))])
+    path = tmp_path / "cache.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError) as error:
+        compare_files(predictions, path)
+    assert str(error.value).startswith(f"{path}: ") and "; " in str(error.value)
