@@ -105,7 +105,7 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise InputError(
-                f"{self.place}: the chat template refuses these turns ({_line(error)}); change prompt.system or prompt.shots, or mend the template"
+                f"{self.place}: the chat template refuses these turns ({_line(error)}); change prompt.system or prompt.shots"
             ) from None
 
     def split(self, turns: Sequence[Turn], answer: str) -> tuple[str, str]:

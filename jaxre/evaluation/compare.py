@@ -87,7 +87,7 @@ def covered_examples(rows: Sequence[Prediction], place: str) -> list[Example]:
     """
     dataset = rows[0].eval_dataset_name
     splits = {row.example_id.removeprefix(f"{dataset}/").split("/")[0] for row in rows}
-    if len(splits) != 1 or not all(row.example_id.startswith(f"{dataset}/{min(splits)}/") for row in rows):
+    if not dataset or len(splits) != 1 or not all(row.example_id.startswith(f"{dataset}/{min(splits)}/") for row in rows):
         raise InputError(
             f"{place}: this cache covers one split of one benchmark, and example {rows[0].example_id!r} does not say which "
             f"({dataset}/SPLIT/...); predict with --data and --split of it"

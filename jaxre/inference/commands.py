@@ -180,6 +180,8 @@ def source_of(config: Config, data: str | None, split: str | None) -> Source:
         if config.data.test is None:
             raise InputError(f"{config.name}: its config has no data.test; say what to predict with --data")
         return config.data.test if split is None else config.data.test.model_copy(update={"split": split, "part": (0.0, 1.0)})
+    if not data:
+        raise InputError("--data: is empty; give a dataset name or a file, or leave it out")
     is_file = _kind(data) == "file"
     if is_file and split is not None:
         raise InputError(f"{data}: a file has no splits; leave --split {split} out")

@@ -64,6 +64,10 @@ def test_a_file_with_other_columns_is_told_what_predict_can_do(tmp_path: Path) -
     assert load_source(run_on(tmp_path, test=mapped), str(path), None)[1][0].head == "Ada"  # the config that was told of
 
 
+def test_data_without_a_name_is_refused(tmp_path: Path) -> None:
+    assert refusal(lambda: load_source(run_on(tmp_path), "", None)).startswith("--data: ")
+
+
 @pytest.mark.parametrize("fields", [{"subj": "Dora"}, {"sentence": "Bob."}])
 def test_a_record_that_cannot_be_used_is_named_whatever_the_mapping(tmp_path: Path, fields: dict) -> None:
     assert refusal(lambda: load_source(run_on(tmp_path), written(tmp_path / "new.jsonl", **fields), None)).startswith(
