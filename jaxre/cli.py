@@ -47,7 +47,7 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:  # a name that is too long, a folder that may not be read
         reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{reason}", file=sys.stderr)
+        print(f"error: {InputError(f'{error.filename}: {reason}' if error.filename else reason)}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -152,7 +152,7 @@ def test_a_broken_file_is_refused_with_its_place(tmp_path: Path, text: str | byt
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path):
-        assert refusal(lambda path=path: load_config(path)) .startswith(f"{path}: no such config file; ")
+        assert refusal(lambda path=path: load_config(path)).startswith(f"{path}: no such config file; ")
 
 
 RESOLVERS = ["${oc.env:HOME}", "a ${oc.env:HOME} b", "${ oc.env:HOME}", "${oc.env:${name}}", "${${name}:HOME}", "${oc.decode:'${name}'}"]
