@@ -14,10 +14,10 @@ from rich.console import Console
 from jaxre.errors import InputError
 
 # What a command needs is imported inside it: jax and the readers take seconds to load.
+# `\b` before an example: its lines are not wrapped, so that they can be pasted.
 
 app = typer.Typer(
     help="Fine-tunes small language models for relation extraction.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -36,13 +36,18 @@ def main() -> None:
     # As an exception, so that unfinished folders are removed; 128 + 15, as shells have it.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except typer.TyperException as error:  # an unknown command or option, a missing argument, a bad value
+        problem = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
+        context = getattr(error, "ctx", None)
+        print(f"error: {problem}; see `{context.command_path if context else 'jaxre'} --help`", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:  # a name that is too long, a folder that may not be read
         reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
-        print(f"error: {f'{error.filename}: ' if error.filename else ''}{reason}", file=sys.stderr)
+        print(f"error: {InputError(f'{error.filename}: {reason}' if error.filename else reason)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -50,6 +55,7 @@ def main() -> None:
 def quickstart(output: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/quickstart")) -> None:
     """The whole main job on what the project ships: train, predict, evaluate, compare, export.
 
+    \b
     Example: jaxre quickstart
     """
     from jaxre.quickstart import quickstart
@@ -61,6 +67,7 @@ def quickstart(output: Annotated[Path, typer.Option(help="folder of the run")] =
 def doctor() -> None:
     """Versions, devices, and what would be chosen here and why.
 
+    \b
     Example: jaxre doctor
     """
     from jaxre.profiling.doctor import diagnose
@@ -72,6 +79,7 @@ def doctor() -> None:
 def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     """Shows the data of a run: counts, lengths, packing, and three examples with the supervised part marked.
 
+    \b
     Example: jaxre prepare configs/quickstart.yaml prompt.shots=2
     """
     from jaxre.checkpoints.source import tokenizer_folder
@@ -86,7 +94,8 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
 def train(config: ConfigFile, overrides: Overrides = None) -> None:
     """Trains, or continues where it stopped, and writes the run folder OUTPUT/NAME.
 
-    Example: jaxre train configs/quickstart.yaml lora.rank=32 train.learning_rate=2e-4
+    \b
+    Example: jaxre train configs/quickstart.yaml name=mine lora.rank=32 train.learning_rate=2e-4
     """
     from jaxre.config import load_config
     from jaxre.training.loop import train
@@ -108,6 +117,7 @@ def profile(
 ) -> None:
     """Counts what a run has to compute, times its updates, and says what bounds it; leaves OUTPUT/NAME-profile, no run folder.
 
+    \b
     Example: jaxre profile configs/quickstart.yaml --steps 5
     """
     from jaxre.config import load_config
@@ -139,6 +149,7 @@ def predict(
 ) -> None:
     """Predicts relations, with exact label probabilities.
 
+    \b
     Example: jaxre predict runs/quickstart --text "<e1>Paris</e1> is the capital of <e2>France</e2>."
     """
     from jaxre.compilation_cache import use_compilation_cache
@@ -161,6 +172,7 @@ def evaluate(
 ) -> None:
     """Scores a predictions file: positive-class micro-F1, macro-F1, accuracy, per class.
 
+    \b
     Example: jaxre evaluate runs/quickstart/predictions/facts-test-score.parquet --json scores.json
     """
     from jaxre.evaluation.evaluate import evaluate_file, evaluation_table
@@ -180,8 +192,10 @@ def compare(
 ) -> None:
     """Compares predictions with cached ones on the same examples: F1, difference with interval, McNemar.
 
-    Example: jaxre compare runs/semeval-small/predictions/semeval2010_task8-test-score.parquet
-    ../shared/data/frontier_predictions/semeval2010_chatgpt/SemEval_All_ans.json --labels configs/labels/semeval-undirected.yaml
+    \b
+    Example: jaxre compare runs/semeval-small/predictions/semeval2010_task8-test-score.parquet \\
+      ../shared/data/frontier_predictions/semeval2010_chatgpt/SemEval_All_ans.json \\
+      --labels configs/labels/semeval-undirected.yaml
     """
     from jaxre.evaluation.compare import compare_files, comparison_table
 
@@ -203,6 +217,7 @@ def convert(
 ) -> None:
     """Converts weights from and to Hugging Face and PEFT.
 
+    \b
     Example: jaxre convert runs/quickstart exported --to hf --merge --verify
     """
     from jaxre.checkpoints.convert import convert, verification_table

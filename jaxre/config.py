@@ -21,7 +21,18 @@ from typing import Annotated, Any, Literal
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    Strict,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from jaxre.errors import InputError
 
@@ -48,7 +59,9 @@ Proportion = Annotated[Float, Field(ge=0.0, le=1.0)]
 class Source(Settings):
     """One split of one dataset."""
 
-    dataset: str = Field(description="a benchmark (facts, semeval2010_task8, conll04), a file (.jsonl, .csv, .parquet), or hub:OWNER/NAME")
+    dataset: str = Field(
+        min_length=1, description="a benchmark (facts, semeval2010_task8, conll04), a file (.jsonl, .csv, .parquet), or hub:OWNER/NAME"
+    )
     split: str | None = Field(None, description="split of the benchmark or hub dataset; a file has none")
     subset: str | None = Field(None, description="configuration name of a hub dataset")
     columns: dict[str, str] = Field(default_factory=dict, description="our field -> column of the file or hub dataset")
@@ -57,6 +70,18 @@ class Source(Settings):
     negatives: Float = Field(
         1.0, ge=0.0, description="unrelated entity pairs drawn per related pair, where a benchmark states none (conll04)"
     )
+    _columns_key: str = PrivateAttr("columns")
+
+    @property
+    def columns_key(self) -> str:
+        """What a user writes for `columns`, such as data.train.columns: for messages."""
+        return self._columns_key
+
+    def with_columns_key(self, key: str) -> Source:
+        """The same source, whose messages name its columns so."""
+        copy = self.model_copy()
+        copy._columns_key = key
+        return copy
 
     @model_validator(mode="after")
     def _ordered(self) -> Source:
@@ -82,6 +107,11 @@ class Data(Settings):
     labels: tuple[Label, ...] | None = Field(None, description="the schema; the labels of the training split if not given")
     too_long: Literal["drop", "error"] = Field("drop", description="an example longer than a row: drop (counted, listed) or stop")
     cache: str = Field("~/.cache/jaxre/tokens", min_length=1, description="folder (or gs:// bucket) of the token cache")
+
+    @field_validator("train", "validation", "test")
+    @classmethod
+    def _keyed(cls, source: Source | None, info: ValidationInfo) -> Source | None:
+        return source and source.with_columns_key(f"data.{info.field_name}.columns")
 
     @field_validator("labels")
     @classmethod
@@ -255,14 +285,14 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such config file")
+        raise InputError(f"{path}: no such config file; give the path of a YAML file, such as configs/quickstart.yaml")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: a config is a mapping of keys to values")
+        raise InputError(f"{path}: a config is a mapping of keys to values; write lines such as `name: mine`")
     for override in overrides or []:
         _apply_override(tree, override)
     return check_config(_interpolate(tree, str(path)), str(path))
@@ -337,9 +367,9 @@ def parse_yaml(text: str, place: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InputError(f"{place}{line}: not valid YAML: {problem}") from None
+        raise InputError(f"{place}{line}: not valid YAML: {problem}; correct it, or put the value in quotes") from None
     except RecursionError:
-        raise InputError(f"{place}: not a config: nested too deep") from None
+        raise InputError(f"{place}: not a config: nested too deep; take some brackets out") from None
 
 
 def _apply_override(tree: dict, override: str) -> None:
@@ -377,7 +407,7 @@ def _interpolate(tree: dict, place: str) -> dict:
     except OmegaConfBaseException as error:
         raise InputError(f"{place}: {str(error).splitlines()[0]}; write \\${{ for a literal ${{") from None
     except RecursionError:
-        raise InputError(f"{place}: a value refers to itself") from None
+        raise InputError(f"{place}: a value refers to itself; write the value itself") from None
 
 
 def _map_strings(tree: Any, change: Callable[[str], str]) -> Any:

@@ -6,5 +6,9 @@ class InputError(Exception):
 
     The message is one line that names the place and the mend, such as
     `data/dev.jsonl:17: no "tail"; add the column or map it with data.train.columns.tail=NAME`.
+    A line end or control character in it (of an id, a label, a path) is shown as its escape.
     The command line prints it and exits with code 2; nothing is half-written.
     """
+
+    def __init__(self, message: str):
+        super().__init__("".join(one if one.isprintable() else repr(one)[1:-1] for one in message))

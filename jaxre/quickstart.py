@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,11 +91,19 @@ def quickstart(run: Path, console: Console, config_path: Path = CONFIG) -> dict:
     console.print(f"picture     {pictures[0]}\nrun folder  {run}\n", markup=False)
     console.print(
         "next, your own data (JSONL, CSV or Parquet with text, head, tail, relation):\n"
-        f"  jaxre train {config_path} name=mine data.train.dataset=train.jsonl data.train.split=null "
+        f"  {typed_command()} train {config_path} name=mine data.train.dataset=train.jsonl data.train.split=null "
         "data.validation=null data.test=null",
         soft_wrap=True,
     )
     return summary
+
+
+def typed_command() -> str:
+    """What a user types for `jaxre` here: its path in the environment that runs this, unless the shell finds that one by name."""
+    script = Path(sys.executable).with_name("jaxre")
+    if not script.is_file() or shutil.which("jaxre") == str(script):
+        return "jaxre"
+    return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
 
 
 def clear(run: Path, config: Config, console: Console) -> None:
@@ -118,7 +127,12 @@ def baseline_rows(name: str, labels: Sequence[str], test: Sequence[Example]) -> 
 
 
 def summarise(run: Path, systems: Sequence[System]) -> dict:
-    """What scripts read: scores, and the run's own figures from its log."""
+    """What scripts read: scores, and the run's own figures from its log.
+
+    `f1` is the fine-tuned model's, `baselines` maps the name of each other system to its own. `rows` lists the shapes of the
+    packed rows: [rows, tokens of a row, supervised positions of a row] each. The shares are of all tokens (pad) and of real ones
+    (supervised).
+    """
     records = {record["kind"]: record for record in read_log(run)}
     end = records["end"]
     return {

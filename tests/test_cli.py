@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import ARCHITECTURE, tiny_config, write_tiny_model
+from typer.main import get_command
 
 from jaxre import cli
 from jaxre.checkpoints.huggingface import atomic_folder
-from jaxre.config import save_config
+from jaxre.config import load_config, save_config
 from jaxre.evaluation.predictions import Prediction, write_predictions
 
+ROOT = Path(__file__).resolve().parents[1]
 RECORD = {"id": "1", "text": "Ada wrote Notes.", "head": "Ada", "tail": "Notes", "relation": "author_of"}
 OTHER = {"id": "2", "text": "Bob met Carl.", "head": "Bob", "tail": "Carl", "relation": "none"}
 
@@ -144,7 +147,7 @@ def test_what_the_system_refuses_is_one_line(run: Callable, tmp_path: Path, mode
 
 
 def test_a_command_that_is_terminated_leaves_no_unfinished_folder(run: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def app() -> None:
+    def app(*_: object, **__: object) -> None:
         with atomic_folder(tmp_path / "new") as partial:
             (partial / "half").write_text("half")
             os.kill(os.getpid(), signal.SIGTERM)
@@ -198,10 +201,48 @@ def test_predict_needs_a_config_for_a_model_that_is_no_run(run: Callable, model:
     refused(run("predict", model, "--data", "facts"), "--config")
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "evaluate", "compare", "convert", "prepare", "doctor", "quickstart"])
-def test_help_shows_an_example(run: Callable, command: str) -> None:
+COMMANDS = ["train", "predict", "evaluate", "compare", "convert", "prepare", "profile", "doctor", "quickstart"]
+
+
+def example_of(help_text: str) -> list[str]:
+    """The words of the example in a help text, as a shell reads them when it is pasted."""
+    pasted = help_text.partition("Example: ")[2].replace("\\\n", " ")
+    return shlex.split(pasted.splitlines()[0])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example_that_can_be_pasted(run: Callable, command: str) -> None:
     code, out, _ = run(command, "--help")
-    assert code == 0 and f"Example: jaxre {command}" in " ".join(out.split())
+    name, of, *arguments = example_of(out)
+    assert (code, name, of) == (0, "jaxre", command)
+    get_command(cli.app).commands[command].make_context(command, arguments)  # raises for what the command does not take
+    assert all((ROOT / argument).is_file() for argument in arguments if argument.startswith("configs/"))
+    assert not any(argument.endswith("-") for argument in arguments)  # a path that was wrapped at its hyphen
+
+
+def test_the_example_of_train_is_another_run_than_the_quickstart(run: Callable) -> None:
+    _, _, config, *overrides = example_of(run("train", "--help")[1])
+    assert load_config(ROOT / config, overrides).run_folder != load_config(ROOT / config).run_folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["convert", "a", "b", "--to", "zz"], ["--to", "'zz'", "'peft'", "convert --help"]),
+        (["predict", "a", "--mode", "foo"], ["--mode", "'foo'", "predict --help"]),
+        (["profile", "a.yaml", "--steps", "0"], ["--steps", "1", "profile --help"]),
+        (["train"], ["CONFIG", "train --help"]),
+        (["evaluate", "a", "--jsno", "b"], ["--jsno", "--json", "evaluate --help"]),
+        (["trian"], ["'trian'", "'train'", "--help"]),
+    ],
+)
+def test_a_bad_command_line_is_one_line(run: Callable, arguments: list[str], parts: list[str]) -> None:
+    refused(run(*arguments), *parts)
+
+
+def test_no_command_at_all_shows_the_help(run: Callable) -> None:
+    code, out, _ = run()
+    assert code == 0 and all(command in out for command in COMMANDS)
 
 
 def test_the_main_job_by_commands(run: Callable, tmp_path: Path, model: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from tiny import tiny_config, write_tiny_model
 
 from jaxre.config import load_config, save_config, shipped
 from jaxre.errors import InputError
-from jaxre.quickstart import quickstart
+from jaxre.quickstart import quickstart, typed_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,7 +47,7 @@ def test_quickstart_runs_the_whole_job_twice_over(config_path: Path, tmp_path: P
         ):
             assert (run / made).is_file(), made
         text = said.getvalue()
-        assert "summary.png" in text and str(run) in text and "jaxre train" in text
+        assert "summary.png" in text and str(run) in text and f"{typed_command()} train" in text
 
 
 def test_quickstart_does_not_remove_what_is_not_its_own(config_path: Path, tmp_path: Path) -> None:
@@ -68,3 +69,19 @@ def test_the_shipped_base_is_small_and_has_its_tokenizer() -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files)
     assert sum(files.values()) <= 20e6
     assert json.loads((shipped("facts-base") / "config.json").read_text())["model_type"] == "qwen2"
+
+
+def test_the_next_command_can_be_typed_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a plain machine jaxre is in the project's .venv and not on the path."""
+    scripts = tmp_path / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    (scripts / "jaxre").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(scripts / "python"))
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.chdir(tmp_path)
+    assert typed_command() == ".venv/bin/jaxre"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert typed_command() == str(scripts / "jaxre")
+    monkeypatch.setenv("PATH", str(scripts))
+    assert typed_command() == "jaxre"

@@ -54,7 +54,23 @@ def main(folder: str) -> None:
     table.add_row("ChatGPT, zero-shot, 2023 (cached)", f"{cached.value:.3f}", f"{cached.low:.3f} to {cached.high:.3f}", "-")
     result["chatgpt"] = {"undirected": cached.value}
     console.print(table)
+    for line in told_ahead(result, f"{run.name} (this run)"):
+        console.print(line)
     write_json(run / "report" / "semeval.json", result)
+
+
+def told_ahead(result: dict[str, dict[str, float]], ours: str) -> list[str]:
+    """A line for each system that ours does not beat, by either figure; `result` holds the F1 of each system by name."""
+    lines = []
+    for name, scores in result.items():
+        ahead = [
+            f"{what} ({result[ours][key]:.3f} against {scores[key]:.3f})"
+            for key, what in (("undirected", "direction ignored"), ("directed", "with direction"))
+            if name != ours and key in scores and scores[key] >= result[ours][key]
+        ]
+        if ahead:
+            lines.append(f"{ours} does not beat {name}: {', '.join(ahead)}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -324,7 +324,7 @@ def _check(source: str, found: Located, to: str, merge: bool, dtype: str | None,
     if dtype is not None and to == "peft":
         raise InputError(f"--dtype {dtype}: an adapter is stored in float32; leave it out")
     if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: not one of {', '.join(DTYPES)}")
+        raise InputError(f"--dtype {dtype}: no such type; choose one of {', '.join(DTYPES)}")
     if quantise not in (None, "nf4"):
         raise InputError(f"--quantise {quantise}: not a form of weights that is known; nf4 is")
     if quantise and to != "jaxre":
@@ -366,7 +366,9 @@ def _check_tokenizer(found: Located) -> None:
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception)
-            raise InputError(f"{path}: the tokenizer does not load ({next(iter(str(error).splitlines()), type(error).__name__)})") from None
+            raise InputError(
+                f"{path}: the tokenizer does not load ({next(iter(str(error).splitlines()), type(error).__name__)}); download it again"
+            ) from None
         try:
             check_vocabulary(highest, architecture)
         except InputError as error:

@@ -80,8 +80,8 @@ def resolve_model(path: str) -> Path:
     if folder.is_file():
         why = f"holds pickled weights, which are never read; {MEND_PICKLED}" if is_pickled(folder.name) else "is a file; give its folder"
         raise InputError(f"{path}: {why}")
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
-        raise InputError(f"{path}: no such model folder; give a folder, a hub id OWNER/NAME, or the shipped facts-base")
+    if path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")) or folder.parent.is_dir():
+        raise InputError(f"{path}: no such run or model folder; give a folder, a hub id OWNER/NAME, or the shipped facts-base")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -123,7 +123,7 @@ def folder_tensors(folder: Path) -> dict[str, Stored | str]:
         raise InputError(f"{folder}: only pickled weights ({pickled[0]}), which are never read; {MEND_PICKLED}")
     # Of a hub's model the pickled files are not downloaded, so what it has of them is not known here.
     hub = f"; if it has pickled weights, which are never read, {MEND_PICKLED}" if folder.parent.name == "snapshots" else ""
-    raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json{hub}")
+    raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json; give a folder that holds its weights{hub}")
 
 
 def open_base(folder: Path) -> Tensors:
@@ -420,11 +420,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path}: cannot be read ({error.strerror}); give a file that is there and may be read") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+        raise InputError(f"{path}: not valid JSON ({error}); correct it or download it again") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: must hold one JSON object")
+        raise InputError(f"{path}: must hold one JSON object; correct it or download it again")
     return value
 
 

@@ -168,10 +168,12 @@ def _read_settings(folder: Path, architecture: Architecture) -> Lora:
             rslora=settings.get("use_rslora", False),
         )
     except KeyError as error:
-        raise InputError(f"{path}: the field {error.args[0]} is missing") from None
+        raise InputError(f"{path}: the field {error.args[0]} is missing; add it or save the adapter again") from None
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
-        raise InputError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']} (given: {problem['input']!r})") from None
+        raise InputError(
+            f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']} (given: {problem['input']!r}); correct it"
+        ) from None
 
 
 def _unsupported(settings: dict[str, Any]) -> list[str]:
@@ -202,7 +204,7 @@ def _target_names(wanted: Any, architecture: Architecture, path: Path) -> tuple[
         try:
             rules = [re.compile(wanted)]
         except re.error as error:
-            raise InputError(f"{path}: target_modules is not a regular expression ({error})") from None
+            raise InputError(f"{path}: target_modules is not a regular expression ({error}); correct it or list the modules") from None
     elif isinstance(wanted, list) and wanted and all(isinstance(ending, str) for ending in wanted):
         rules = [re.compile(rf"(.*\.)?{re.escape(ending)}") for ending in wanted]
     else:

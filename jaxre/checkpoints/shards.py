@@ -59,7 +59,7 @@ class Stored:
         try:
             data = np.fromfile(self.path, np.uint8, self.bytes, offset=self.start)
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror})") from None
+            raise InputError(f"{self.path}: cannot be read ({error.strerror}); give a file that may be read") from None
         if data.size < self.bytes:
             raise InputError(f"{self.path}: became shorter while it was read; download it again")
         return data.view(self.dtype).reshape(self.shape)

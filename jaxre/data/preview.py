@@ -11,10 +11,12 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxre.config import Config
-from jaxre.data.dataset import Dataset, Split, load_dataset, make_plan, supervised_of
+from jaxre.data.dataset import Dataset, load_dataset, make_plan, supervised_of
 from jaxre.data.tokens import TokenSet
+from jaxre.errors import InputError
 from jaxre.relations import sources
-from jaxre.relations.schema import is_negative, label_counts
+from jaxre.relations.hub import PREFIX
+from jaxre.relations.schema import Example, is_negative, label_counts
 
 SHOWN = 3
 LISTED = 10
@@ -32,15 +34,36 @@ def preview(config: Config, folder: Path) -> Group:
       InputError: as `load_dataset`.
     """
     dataset = load_dataset(config, folder)
-    parts = [_counts(config, dataset)]
+    test = sources.load(config.data.test) if config.data.test and dataset.schema else []
+    parts = [_counts(config, dataset, test)]
     if dataset.schema is not None:
-        parts += [_labels(dataset), _leakage(config, dataset)]
+        parts += [_labels(dataset), _leakage(dataset, test)]
     parts += [_histogram(dataset.train.tokens, config.train.row_length), _packing(config, dataset.train.tokens)]
     parts += [_shown(dataset, number) for number in range(min(SHOWN, len(dataset.train.tokens)))]
     return Group(*parts)
 
 
-def _counts(config: Config, dataset: Dataset) -> Table:
+def told_leaks(config: Config, dataset: Dataset) -> str:
+    """One line on how many held-out examples have a text of train; "" where there are none to look at.
+
+    A test split on the hub is left out, for training should not wait for it; one that does not load is said to be so.
+    """
+    told = []
+    for name, examples in (("validation", lambda: dataset.validation.examples), ("test", lambda: sources.load(config.data.test))):
+        source = getattr(config.data, name)
+        if source is None or dataset.schema is None or (name == "test" and source.dataset.startswith(PREFIX)):
+            continue
+        try:
+            held_out = examples()
+        except InputError as error:
+            told.append(f"{name} not read ({error})")
+            continue
+        found = sources.overlap(dataset.train.examples, held_out)
+        told.append(f"{len(found.same_text):,} of {len(held_out):,} in {name} ({len(found.same_pair):,} with the same pair)")
+    return f"examples whose text also occurs in train: {', '.join(told)}" if told else ""
+
+
+def _counts(config: Config, dataset: Dataset, test: list[Example]) -> Table:
     table = Table(title=f"data of {config.name}", title_justify="left")
     for column in ("split", "examples", "tokens", "supervised", "longest", "too long", "token cache"):
         table.add_column(column, justify="left" if column in ("split", "token cache") else "right")
@@ -50,6 +73,8 @@ def _counts(config: Config, dataset: Dataset) -> Table:
         tokens = split.tokens
         row = (len(tokens), tokens.tokens.size, int(tokens.supervised.sum()), int(tokens.lengths.max()), len(split.dropped))
         table.add_row(name, *(f"{value:,}" for value in row), "read" if split.from_cache else "written")
+    if test:
+        table.add_row("test", f"{len(test):,}")
     return table
 
 
@@ -64,14 +89,9 @@ def _labels(dataset: Dataset) -> Table:
     return table
 
 
-def _leakage(config: Config, dataset: Dataset) -> Text:
+def _leakage(dataset: Dataset, test: list[Example]) -> Text:
     lines = []
-    splits: list[tuple[str, Split | None, list]] = [
-        ("validation", dataset.validation, dataset.validation.examples if dataset.validation else [])
-    ]
-    if config.data.test is not None:
-        splits.append(("test", None, sources.load(config.data.test)))
-    for name, _, examples in splits:
+    for name, examples in (("validation", dataset.validation.examples if dataset.validation else []), ("test", test)):
         if examples:
             found = sources.overlap(dataset.train.examples, examples)
             texts, pairs = len(found.same_text), len(found.same_pair)

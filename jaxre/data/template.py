@@ -46,7 +46,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception)
-        raise InputError(f"{folder}: the tokenizer does not load ({_line(error)})") from None
+        raise InputError(f"{folder}: the tokenizer does not load ({_line(error)}); download it again") from None
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -104,7 +104,9 @@ class ChatTemplate:
                 date_string=datetime.date.fromisoformat(self.date).strftime("%d %b %Y"),
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise InputError(f"{self.place}: the chat template refuses these turns ({_line(error)})") from None
+            raise InputError(
+                f"{self.place}: the chat template refuses these turns ({_line(error)}); change prompt.system or prompt.shots"
+            ) from None
 
     def split(self, turns: Sequence[Turn], answer: str) -> tuple[str, str]:
         """(prompt text, supervised text) of turns answered by `answer`. Raises InputError for a faulty template."""

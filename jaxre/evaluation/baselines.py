@@ -75,7 +75,7 @@ def _fit(train: Sequence[Example], test: Sequence[Example], features: Callable[[
 
 def _check(train: Sequence[Example], test: Sequence[Example]) -> None:
     if not train or not test:
-        raise InputError(f"a baseline needs examples: {len(train)} to train on, {len(test)} to predict")
+        raise InputError(f"a baseline needs examples: {len(train)} to train on, {len(test)} to predict; give splits that have some")
 
 
 def _sentence_features(example: Example) -> Iterator[str]:

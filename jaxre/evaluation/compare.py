@@ -22,7 +22,7 @@ from rich.text import Text
 from jaxre.config import Source
 from jaxre.errors import InputError
 from jaxre.evaluation.cache import Answer, Cache
-from jaxre.evaluation.frontier import needs_examples, read_cache
+from jaxre.evaluation.frontier import read_cache
 from jaxre.evaluation.label_map import LabelMap, read_label_map
 from jaxre.evaluation.metrics import Scores, score
 from jaxre.evaluation.predictions import Prediction, read_predictions
@@ -77,8 +77,7 @@ def compare_files(predictions: str | Path, cache: str | Path, labels: str | Path
     """`compare` from paths; loads the examples of the predicted split where the cache is joined by text and entities."""
     rows = read_predictions(predictions)
     label_map = None if labels is None else read_label_map(labels)
-    examples = covered_examples(rows, str(predictions)) if needs_examples(cache) else None
-    return compare(rows, read_cache(cache, examples), label_map, model)
+    return compare(rows, read_cache(cache, lambda: covered_examples(rows, str(predictions))), label_map, model)
 
 
 def covered_examples(rows: Sequence[Prediction], place: str) -> list[Example]:
@@ -88,7 +87,7 @@ def covered_examples(rows: Sequence[Prediction], place: str) -> list[Example]:
     """
     dataset = rows[0].eval_dataset_name
     splits = {row.example_id.removeprefix(f"{dataset}/").split("/")[0] for row in rows}
-    if len(splits) != 1 or not all(row.example_id.startswith(f"{dataset}/{min(splits)}/") for row in rows):
+    if not dataset or len(splits) != 1 or not all(row.example_id.startswith(f"{dataset}/{min(splits)}/") for row in rows):
         raise InputError(
             f"{place}: this cache covers one split of one benchmark, and example {rows[0].example_id!r} does not say which "
             f"({dataset}/SPLIT/...); predict with --data and --split of it"

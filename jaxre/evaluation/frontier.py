@@ -9,7 +9,7 @@ The shape is told from the content: the study's long format (a table with `promp
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jaxre.errors import InputError
@@ -24,34 +24,31 @@ EXPECTED = (
 )
 
 
-def needs_examples(path: str | Path) -> bool:
-    """Whether `read_cache` must be given the examples: a JSON cache names texts and entities, a table ids or hashes."""
-    return Path(path).suffix == ".json"
-
-
-def read_cache(path: str | Path, examples: Sequence[Example] | None = None) -> Cache:
+def read_cache(path: str | Path, examples: Sequence[Example] | Callable[[], Sequence[Example]] | None = None) -> Cache:
     """Reads cached answers and, for the JSON formats, joins them to examples.
 
     Args:
       path: .parquet, .csv or .json.
-      examples: the whole split that the cache covers, in file order; all entity pairs for CoNLL04.
+      examples: the whole split that the cache covers, in file order; all entity pairs for CoNLL04;
+        or what loads it, which is called once the cache is known to need it (a JSON cache names texts and entities).
 
     Raises:
       InputError: no such file, an unknown shape (names what was expected), a broken entry, no examples.
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such cache of predictions")
-    if not needs_examples(path):
+        raise InputError(f"{path}: no such cache of predictions; correct the path of CACHE")
+    if path.suffix != ".json":
         return _read_long(path)
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a JSON file: {error}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: not a JSON file: {error}; download it again") from None
     if not document:
-        raise InputError(f"{path}: the cache is empty")
+        raise InputError(f"{path}: the cache is empty; give one with answers")
     for adapter in (chatgpt_semeval, gpt_conll04):
         if adapter.recognises(document):
+            examples = examples() if callable(examples) else examples
             if not examples:
                 raise InputError(f"{path}: this cache is joined by text and entities; give the examples of the split it covers")
             return adapter.read(document, examples, str(path))

@@ -139,7 +139,7 @@ def _cases(document: dict, place: str) -> list[_Case]:
         except (KeyError, TypeError, ValueError):
             raise InputError(
                 f"{place}: case {number!r}: expected a document number with {{text, true, pred}}, "
-                "true and pred being lists of [head:type, relation, tail:type]"
+                "true and pred being lists of [head:type, relation, tail:type]; correct it or remove the case"
             ) from None
     return sorted(cases, key=lambda case: case.number)
 

@@ -54,7 +54,7 @@ def read_label_map(path: str | Path) -> LabelMap:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such label map")
+        raise InputError(f"{path}: no such label map; correct the path after --labels (configs/labels has some)")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -72,7 +72,7 @@ def read_label_map(path: str | Path) -> LabelMap:
 def _yaml_pairs(text: str, path: Path) -> list[tuple[str, str]]:
     tree = parse_yaml(text, str(path))  # JSON is YAML
     if not isinstance(tree, dict):
-        raise InputError(f"{path}: a label map is a mapping `our label: common label`")
+        raise InputError(f"{path}: not a label map; write one `our label: common label` per line")
     for ours, theirs in tree.items():
         for label in (ours, theirs):
             if not isinstance(label, str | int | float) or isinstance(label, bool):

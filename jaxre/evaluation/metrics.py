@@ -178,7 +178,7 @@ def confusion_matrix(gold: Sequence[str], predicted: Sequence[str], labels: Sequ
     rows = np.array([row_of.get(name, outside) for name in coded.names])
     if (rows[coded.gold] == outside).any():
         stray = coded.spelled[coded.gold[rows[coded.gold] == outside][0]]
-        raise InputError(f"gold label {stray!r} is not among the labels of the confusion matrix ({', '.join(labels)})")
+        raise InputError(f"gold label {stray!r} is not among the labels of the confusion matrix ({', '.join(labels)}); add it")
     counts = np.bincount(rows[coded.gold] * (outside + 1) + rows[coded.predicted], minlength=(outside + 1) ** 2)
     counts = counts.reshape(outside + 1, outside + 1)[:outside]
     if not counts[:, outside].any():

@@ -117,15 +117,15 @@ def read_predictions(path: str | Path) -> list[Prediction]:
 def read_table(path: Path) -> list[dict[str, Any]]:
     """Rows of a .parquet or .csv file as plain dicts, at least one; CSV cells are text. Raises InputError."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file; give the .parquet or .csv that `jaxre predict` wrote")
     if path.suffix == ".csv":
         rows = _read_csv(path)
     elif path.suffix == ".parquet":
         rows = _read_parquet(path)
     else:
-        raise InputError(f"{path}: a table is a .parquet or a .csv file")
+        raise InputError(f"{path}: not a table; give a .parquet or a .csv file")
     if not rows:
-        raise InputError(f"{path}: the table has no rows")
+        raise InputError(f"{path}: the table has no rows; predict a split that has examples")
     return rows
 
 
@@ -196,7 +196,7 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
                     raise InputError(f"{path}:{reader.line_num}: more or fewer cells than the header has; quote cells that hold commas")
                 rows.append(row)
     except (csv.Error, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a CSV file in UTF-8: {error}") from None
+        raise InputError(f"{path}: not a CSV file in UTF-8: {error}; save it as such") from None
     return rows
 
 
@@ -204,7 +204,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         return pq.read_table(path).to_pylist(maps_as_pydicts="lossy")
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}; give the .csv beside it, or predict again") from None
 
 
 def _prediction(row: dict[str, Any], place: str) -> Prediction:
@@ -224,7 +224,7 @@ def _cell(value: Any, read: Callable[[Any], Any], name: str, place: str) -> Any:
     try:
         return read(value)
     except (TypeError, ValueError, AttributeError):
-        raise InputError(f"{place}: {name} cannot be read from {str(value)[:60]!r}") from None
+        raise InputError(f"{place}: {name} cannot be read from {str(value)[:60]!r}; correct the cell or leave it empty") from None
 
 
 def _probabilities(value: Any) -> dict[str, float]:

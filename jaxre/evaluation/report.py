@@ -72,7 +72,7 @@ def draw_report(
     Returns the paths. Raises InputError without systems.
     """
     if not systems:
-        raise InputError("a report needs at least one system to show")
+        raise InputError("a report needs at least one system to show; give one")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = [_save(_summary(systems, train_loss, validation_loss, title), folder / "summary.png")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from jaxre.evaluation.predictions import Prediction, write_predictions
 from jaxre.inference.predict import predict_examples
 from jaxre.models.architecture import EncoderArchitecture
 from jaxre.relations import sources
+from jaxre.relations.columns import NoColumn
+from jaxre.relations.hub import PREFIX
 from jaxre.relations.prompts import parse_marked
 from jaxre.relations.schema import Example, Schema
 from jaxre.relations.tables import SUFFIXES
@@ -109,8 +112,7 @@ def predict_data(
       InputError: unknown data, labels outside of the schema, prompts that do not fit.
     """
     task = open_task(model, config_path)
-    source = source_of(task.config, data, split)
-    examples = sources.load(source, labelled=False)
+    source, examples = load_source(task.config, data, split)
     gold = sum(bool(example.relation) for example in examples)
     labelled = gold == len(examples)
     if labelled:
@@ -143,17 +145,47 @@ def untyped_notice(loaded: Loaded, examples: list[Example]) -> str | None:
     )
 
 
+def load_source(config: Config, data: str | None, split: str | None) -> tuple[Source, list[Example]]:
+    """What `source_of` names, and its examples.
+
+    Data that the config does not name is read with the column mapping of the config's first source of the same kind (file or
+    hub) whose columns it has, with or without that of the relation; with the usual columns if there is none such.
+    """
+    source, known = source_of(config, data, split), _known(config)
+    if not any(source.dataset == one.dataset for one in known):
+        kind = _kind(source.dataset)
+        for mapping in (one.columns for one in known if one.columns and kind and _kind(one.dataset) == kind):
+            for columns in (mapping, {field: name for field, name in mapping.items() if field != "relation"}):
+                mapped = source.model_copy(update={"columns": columns})
+                with contextlib.suppress(NoColumn):
+                    return mapped, sources.load(mapped, labelled=False)
+        source = source.with_columns_key("--config CONFIG, in it data.test.columns")
+    return source, sources.load(source, labelled=False)
+
+
+def _known(config: Config) -> list[Source]:
+    return [source for source in (config.data.test, config.data.validation, config.data.train) if source]
+
+
+def _kind(dataset: str) -> str | None:
+    """Of data whose columns may be mapped."""
+    if dataset.startswith(PREFIX):
+        return "hub"
+    return "file" if Path(dataset).suffix.lower() in SUFFIXES else None
+
+
 def source_of(config: Config, data: str | None, split: str | None) -> Source:
     """What `--data` and `--split` name; the settings of the config's source of the same dataset are kept."""
-    known = [source for source in (config.data.test, config.data.validation, config.data.train) if source]
     if data is None:
         if config.data.test is None:
             raise InputError(f"{config.name}: its config has no data.test; say what to predict with --data")
         return config.data.test if split is None else config.data.test.model_copy(update={"split": split, "part": (0.0, 1.0)})
-    is_file = Path(data).suffix.lower() in SUFFIXES
+    if not data:
+        raise InputError("--data: is empty; give a dataset name or a file, or leave it out")
+    is_file = _kind(data) == "file"
     if is_file and split is not None:
         raise InputError(f"{data}: a file has no splits; leave --split {split} out")
-    like = next((source for source in known if source.dataset == data), None)
+    like = next((source for source in _known(config) if source.dataset == data), None)
     if like is None:
         return Source(dataset=data, split=None if is_file else split or "test")
     return like.model_copy(update={"split": None if is_file else split or "test", "part": (0.0, 1.0), "limit": None})

@@ -8,7 +8,6 @@ write_predictions("runs/quickstart/predictions/test", rows)
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxre.checkpoints.huggingface import read_json
 from jaxre.checkpoints.source import Loaded
 from jaxre.config import Predict, Prompt
 from jaxre.data.markers import encode_marked, marked_text, markers_in
@@ -138,7 +138,9 @@ def _predict_labels(
         raise InputError(f"{loaded.name}: an encoder has no {mode} mode; leave --mode out")
     if set(labels) != set(architecture.labels):
         known = ", ".join(architecture.labels) or "none: it has no head yet, train it with train.objective=classify"
-        raise InputError(f"{loaded.name}: the labels of its head ({known}) are not those of the schema ({', '.join(labels)})")
+        raise InputError(
+            f"{loaded.name}: the labels of its head ({known}) are not those of the schema ({', '.join(labels)}); use its own config"
+        )
     tokenizer = load_tokenizer(loaded.folder)
     known = markers_in(tokenizer)
     texts = [marked_text(example, known) for example in examples]
@@ -179,6 +181,9 @@ def stop_ids(template: ChatTemplate, question: Sequence[Turn], folder: Path) -> 
         stops.add(template.tokenizer.eos_token_id)
     path = folder / "generation_config.json"
     if path.is_file():
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        stops |= set(np.atleast_1d(listed).tolist()) if listed is not None else set()
+        listed = read_json(path).get("eos_token_id")
+        ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+            raise InputError(f"{path}: eos_token_id is {listed!r}; write a token id or a list of them")
+        stops |= set(ids)
     return stops

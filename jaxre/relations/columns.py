@@ -30,9 +30,14 @@ FIELDS = (
 USUAL = {"head": "entity1", "tail": "entity2", "head_type": "entity1Type", "tail_type": "entity2Type", "text": "sentence"}
 
 Columns = Mapping[str, str]  # our field -> column
+KEY = "columns"  # what a user writes for the mapping, where nothing else is known
 
 
-def resolve(mapping: Columns, names: Collection[str], place: str, labelled: bool = True) -> dict[str, str]:
+class NoColumn(InputError):
+    """The records have other columns than the mapping, or the task, needs."""
+
+
+def resolve(mapping: Columns, names: Collection[str], place: str, labelled: bool = True, key: str = KEY) -> dict[str, str]:
     """Which column holds which field.
 
     Args:
@@ -40,15 +45,16 @@ def resolve(mapping: Columns, names: Collection[str], place: str, labelled: bool
       names: the columns there are.
       place: file or dataset, for errors.
       labelled: whether `relation` must be there.
+      key: what a user writes for the mapping, for errors.
     Raises:
-      InputError: the mapping names an unknown field or column; there is no column for the text,
-        or (with `labelled`) the relation.
+      InputError: the mapping names an unknown field; as NoColumn, an unknown column, or there is no
+        column for the text, or (with `labelled`) the relation.
     """
     for field, name in mapping.items():
         if field not in FIELDS:
-            raise InputError(f"{place}: columns.{field}: no such field; the nearest is {nearest(field, FIELDS)}")
+            raise InputError(f"{place}: {key}.{field}: no such field; the nearest is {nearest(field, FIELDS)}")
         if name and name not in names:
-            raise InputError(f"{place}: columns.{field}={name}: no such column; {_there_are(name, names)}")
+            raise NoColumn(f"{place}: {key}.{field}={name}: no such column; {_there_are(name, names)}")
     column = {}
     for field in FIELDS:
         candidates = [mapping[field]] if field in mapping else [field, USUAL.get(field, field)]
@@ -57,7 +63,7 @@ def resolve(mapping: Columns, names: Collection[str], place: str, labelled: bool
             column[field] = present[0]
     for field in ("text", "relation") if labelled else ("text",):
         if field not in column:
-            raise _no_column(place, field, names)
+            raise _no_column(place, field, names, key)
     return column
 
 
@@ -65,9 +71,9 @@ def _there_are(wanted: str, names: Collection[str]) -> str:
     return f"the nearest of {', '.join(names)} is {nearest(wanted, names)}" if names else "there are no columns"
 
 
-def _no_column(place: str, field: str, names: Collection[str]) -> InputError:
+def _no_column(place: str, field: str, names: Collection[str], key: str) -> NoColumn:
     marks = " (or mark the entities in the text: <e1>head</e1>, <e2>tail</e2>)" if field in ("head", "tail") else ""
-    return InputError(f'{place}: no column for "{field}"; {_there_are(field, names)}; map it with columns.{field}=NAME{marks}')
+    return NoColumn(f'{place}: no column for "{field}"; {_there_are(field, names)}; map it with {key}.{field}=NAME{marks}')
 
 
 def read_records(
@@ -77,6 +83,7 @@ def read_records(
     split: str,
     labelled: bool = True,
     must_occur: bool = True,
+    key: str = KEY,
 ) -> list[Example]:
     """One example per record, in order.
 
@@ -88,18 +95,19 @@ def read_records(
       labelled: whether every record must have a relation; if not, a missing one is "".
       must_occur: whether an entity that does not occur in its text is an error. Some published
         sets name entities in other words than the text; such an example then has no span.
+      key: as in `resolve`.
     Raises:
       InputError: as the module says; the first record that cannot be used.
     """
     examples: list[Example] = []
     place_of: dict[str, str] = {}
     for number, (place, record) in enumerate(records, start=1):
-        values = _Record(place, record, column)
+        values = _Record(place, record, column, key)
         own = values.text("id") if "id" in column else str(number)
         if own is None:
-            raise InputError(f'{place}: no "id"; add it, or number the records with columns.id=""')
+            raise InputError(f'{place}: no "id"; add it, or number the records with {key}.id=""')
         if own in place_of:
-            raise InputError(f'{place}: id {own!r} is that of {place_of[own]}; correct it, or number the records with columns.id=""')
+            raise InputError(f'{place}: id {own!r} is that of {place_of[own]}; correct it, or number the records with {key}.id=""')
         place_of[own] = place
         prefix = f"{dataset}/{split}/" if split else f"{dataset}/"
         examples.append(_example(values, prefix + own, dataset, split, labelled, must_occur))
@@ -150,7 +158,7 @@ def _entity(values: _Record, side: str, text: str, marked: Span | None, must_occ
             raise InputError(f"{values.place}: {side}_span [{start}, {end}] spells {_short(spelled)}, the {side} is {_short(name)}; {hint}")
         return spelled, span
     if not values.places(side):
-        raise _no_column(values.place, side, list(values.record))
+        raise _no_column(values.place, side, list(values.record), values.key)
     if name is None:
         raise InputError(f'{values.place}: no "{values.column.get(side, side)}"; add it or remove the record')
     found = occurrences(text, name)
@@ -166,8 +174,8 @@ def _short(text: str) -> str:
 class _Record:
     """The values of one record by our field names; a missing column, null, NaN or blank is None."""
 
-    def __init__(self, place: str, record: Mapping[str, Any], column: Columns):
-        self.place, self.record, self.column = place, record, column
+    def __init__(self, place: str, record: Mapping[str, Any], column: Columns, key: str):
+        self.place, self.record, self.column, self.key = place, record, column, key
 
     def places(self, side: str) -> bool:
         """Whether there is a column that says what or where the head or tail is."""

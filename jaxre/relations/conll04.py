@@ -135,9 +135,9 @@ def _unified_sentences(path: Path) -> Iterator[Sentence]:
     try:
         array = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}; download it again") from None
     if not isinstance(array, list):
-        raise InputError(f"{path}: not an array of sentences")
+        raise InputError(f"{path}: not an array of sentences; download it again")
     for number, record in enumerate(array):
         place = f"{path}: sentence {number}"
         try:
@@ -204,7 +204,9 @@ def _token(place: str, line: str, index: int) -> tuple[str, str, list[str], list
     except (ValueError, SyntaxError, TypeError):
         fits = False
     if not fits or not cells[1]:
-        raise InputError(f"{place}: relations {cells[3]} and tails {cells[4]} must be lists of one length, such as ['Kill'] and [15]")
+        raise InputError(
+            f"{place}: relations {cells[3]} and tails {cells[4]} must be lists of one length, such as ['Kill'] and [15]; correct the record"
+        )
     return cells[1], cells[2], labels, tails
 
 

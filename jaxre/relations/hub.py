@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxre.errors import InputError
-from jaxre.relations.columns import Columns, read_records, resolve
+from jaxre.relations import semeval
+from jaxre.relations.columns import KEY, Columns, read_records, resolve
 from jaxre.relations.files import check_split
 from jaxre.relations.schema import Example
 
@@ -19,12 +20,22 @@ if TYPE_CHECKING:
     import datasets
 
 PREFIX = "hub:"
+# Benchmarks that we read from files too: their name there, and by split the number of items and of the first one. The hub's
+# rows are the items in file order, without their numbers.
+KNOWN = {"SemEvalWorkshop/sem_eval_2010_task_8": (semeval.NAME, {"train": (8000, 1), "test": (2717, 8001)})}
 
 
 def read_hub(
-    name: str, split: str | None, subset: str | None = None, columns: Columns | None = None, labelled: bool = True
+    name: str,
+    split: str | None,
+    subset: str | None = None,
+    columns: Columns | None = None,
+    labelled: bool = True,
+    key: str = KEY,
 ) -> list[Example]:
     """One split of a hub dataset, in order, with ids such as `Despina/conll04/train/17`.
+
+    A benchmark that we read from files too gives the same examples, ids and dataset name included.
 
     An entity that does not occur in its text is no error here: the study's copies name some
     entities in other words than the text, and a reader of a published set cannot mend it. Such an
@@ -36,6 +47,7 @@ def read_hub(
       subset: its configuration, where it has several.
       columns: our field -> column, where the names differ.
       labelled: False lets a dataset without relations through (relation "").
+      key: what a user writes for `columns`, for errors.
     Raises:
       InputError: the hub cannot be reached; no such dataset, subset or split; columns as in `columns`.
     """
@@ -56,10 +68,15 @@ def read_hub(
         raise InputError(f"{place}: cannot be loaded: {_one_line(error)}; {mend}") from error
     table = splits[check_split(place, split, list(splits))]
     if len(table) == 0:
-        raise InputError(f"{place}: split {split} has no records")
-    column = resolve(columns or {}, table.column_names, place, labelled)
-    dataset = f"{name}/{subset}" if subset else name
-    return read_records(_records(table, f"{place}/{split}"), column, dataset, split, labelled, must_occur=False)
+        raise InputError(f"{place}: split {split} has no records; choose another split")
+    column = resolve(columns or {}, table.column_names, place, labelled, key)
+    dataset, items = KNOWN.get(name, (f"{name}/{subset}" if subset else name, {}))
+    count, first = items.get(split, (None, 1))
+    records = _records(table, f"{place}/{split}")
+    if len(table) == count and "id" not in column:
+        column = {**column, "id": "id"}
+        records = ((at, {**record, "id": number}) for number, (at, record) in enumerate(records, first))
+    return read_records(records, column, dataset, split, labelled, must_occur=False, key=key)
 
 
 def _records(table: datasets.Dataset, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -56,11 +56,11 @@ def _read(source: config.Source, labelled: bool) -> list[Example]:
     if source.columns and not (is_hub or is_file):
         raise InputError(f"{name}: only a file or a hub dataset has columns; remove columns")
     if is_hub:
-        return hub.read_hub(name.removeprefix(hub.PREFIX), split, source.subset, source.columns, labelled)
+        return hub.read_hub(name.removeprefix(hub.PREFIX), split, source.subset, source.columns, labelled, source.columns_key)
     if is_file:
         if split is not None:
             raise InputError(f"{name}: a file has no splits; remove split={split} and give each split its own file")
-        return tables.read_table(Path(name).expanduser(), source.columns, labelled=labelled)
+        return tables.read_table(Path(name).expanduser(), source.columns, labelled=labelled, key=source.columns_key)
     if name == FACTS:
         folder = config.shipped("corpus")
         files = {path.stem: path.name for path in sorted(folder.glob("*.jsonl"))}

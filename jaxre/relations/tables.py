@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxre.errors import InputError
-from jaxre.relations.columns import Columns, read_records, resolve
+from jaxre.relations.columns import KEY, Columns, read_records, resolve
 from jaxre.relations.files import read_lines, read_text
 from jaxre.relations.schema import Example
 
@@ -27,7 +27,12 @@ Record = tuple[str, dict[str, Any]]  # place for errors, values by column
 
 
 def read_table(
-    path: Path, columns: Columns | None = None, dataset: str | None = None, split: str = "", labelled: bool = True
+    path: Path,
+    columns: Columns | None = None,
+    dataset: str | None = None,
+    split: str = "",
+    labelled: bool = True,
+    key: str = KEY,
 ) -> list[Example]:
     """The records of a file, in order.
 
@@ -37,6 +42,7 @@ def read_table(
       dataset: name for the examples; the file's name without suffix if not given.
       split: split for the examples.
       labelled: False lets a file without relations through (relation ""), for prediction.
+      key: what a user writes for `columns`, for errors.
     Raises:
       InputError: missing, empty or broken file, or a record that cannot be used (`columns`);
         names the line (Parquet: the row) and the mend.
@@ -51,10 +57,10 @@ def read_table(
     else:
         raise InputError(f"{path}: unknown kind of file; convert it to one of {', '.join(SUFFIXES)}")
     if not records:
-        raise InputError(f"{path}: the file has no records")
+        raise InputError(f"{path}: the file has no records; give one with at least one")
     names = dict.fromkeys(name for _, record in records for name in record)
-    column = resolve(columns or {}, names, str(path), labelled)
-    return read_records(records, column, dataset or path.stem, split, labelled)
+    column = resolve(columns or {}, names, str(path), labelled, key)
+    return read_records(records, column, dataset or path.stem, split, labelled, key=key)
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
@@ -69,6 +75,8 @@ def _json_lines(path: Path) -> Iterator[Record]:
             raise InputError(
                 f"{path}:{number}: not valid JSON (character {error.pos + 1}: {error.msg}); write one object per line"
             ) from None
+        except RecursionError:
+            raise InputError(f"{path}:{number}: nested too deep; write one flat object per line") from None
         if not isinstance(record, dict):
             raise InputError(f"{path}:{number}: not a JSON object; write one object per line")
         yield f"{path}:{number}", record
@@ -106,9 +114,11 @@ def _parquet(path: Path) -> list[Record]:
     import pyarrow.parquet
 
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
+        raise InputError(f"{path}: no such file; correct the path")
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
+        raise InputError(
+            f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}; write it again, or give JSONL or CSV"
+        ) from None
     return [(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]

@@ -30,6 +30,7 @@ from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan, supervised_of
 from jaxre.data.loader import updates
 from jaxre.data.packing import Plan
+from jaxre.data.preview import told_leaks
 from jaxre.data.rows import Rows
 from jaxre.errors import InputError
 from jaxre.models.quantised import base_bytes, is_nf4
@@ -64,6 +65,8 @@ def train(config: Config, console: Console | None = None) -> Path:
     mesh = sharding.make_mesh(config.mesh)
     dataset = load_dataset(config, folder)
     plan = make_plan(config, dataset.train.tokens, sharding.row_shards(mesh))
+    if leaks := told_leaks(config, dataset):
+        say(leaks)
     steps = min(len(plan.updates), config.train.max_steps or len(plan.updates))
     epoch_steps = plan.epoch_ends[0]
 

@@ -40,7 +40,7 @@ def run_folder(config: Config, first_process: bool) -> Iterator[Path]:
         except InputError as error:
             refused = error
     if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.int32(refused is not None)):
-        raise refused or InputError(f"{run}: refused by the first process")
+        raise refused or InputError(f"{run}: refused by the first process; see what that one says")
     if refused:
         raise refused
     try:

@@ -586,7 +586,7 @@ def test_disk_that_fills_while_writing_leaves_nothing(run, tmp_path, to, merge):
 
 
 def test_source_that_is_missing_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no such model folder"):
+    with pytest.raises(InputError, match="no such run or model folder"):
         convert(tmp_path / "none", tmp_path / "target", "hf")
 
 

@@ -393,7 +393,16 @@ def test_folder_without_weights_or_config_is_refused(folder):
 
 @pytest.mark.parametrize("path", ["no-such-folder", "./missing", "/nowhere/model", "a/b/c", "~/none/x/y"])
 def test_model_that_is_no_folder_is_refused(path):
-    with pytest.raises(InputError, match="no such model folder; give a folder, a hub id OWNER/NAME"):
+    with pytest.raises(InputError, match="no such run or model folder; give a folder, a hub id OWNER/NAME"):
+        resolve_model(path)
+
+
+@pytest.mark.parametrize("path", ["runs/nowhere", "models/mine"])
+def test_a_name_below_a_local_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, path):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *arguments, **settings: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match=f"{path}: no such run or model folder; give a folder"):
         resolve_model(path)
 
 

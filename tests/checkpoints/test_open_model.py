@@ -113,7 +113,7 @@ def test_adapter_whose_base_is_gone_is_refused(tiny_base, tmp_path):
     architecture, _ = load_base(base)
     save_adapter(tmp_path / "adapter", architecture, LORA, random_factors(architecture, LORA), str(base), base)
     shutil.rmtree(base)
-    with pytest.raises(InputError, match=r"adapter: its base does not open: .* no such model folder"):
+    with pytest.raises(InputError, match=r"adapter: its base does not open: .* no such run or model folder"):
         open_model(tmp_path / "adapter", FLOAT32)
 
 

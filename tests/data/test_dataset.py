@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxre.config import Config, Prompt, Source, Text
 from jaxre.data.dataset import ask, load_dataset, load_schema, make_plan
-from jaxre.data.preview import preview
+from jaxre.data.preview import preview, told_leaks
 from jaxre.data.template import ChatTemplate, Encoded, load_tokenizer
 from jaxre.data.tokens import TokenSet, demonstrator, encode_texts, read_texts, texts_digest
 from jaxre.relations.prompts import by_label, choose_demonstrations
@@ -34,6 +35,11 @@ def written(folder: Path, relations: list[str], texts: list[str] | None = None, 
     path = folder / "data.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def run_on(folder: Path, model: Path, path: Path, **changes: dict) -> Config:
@@ -317,6 +323,21 @@ def test_prepare_shows_counts_lengths_packing_and_marked_examples(tiny_model: Pa
     assert shown.count("⟦") == 6  # three titles, three answers
     lines = [line for line in shown.splitlines() if "█" in line]
     assert sum(int(line.strip("│ ").split()[-1].replace(",", "")) for line in lines) == len(tokens)
+
+
+def test_prepare_and_train_tell_the_sentences_that_splits_share(tiny_model: Path, tmp_path: Path) -> None:
+    train = written(tmp_path, ["met", "saw"], ["Ada met Bob.", "Ada saw Bob."])
+    test = written(made(tmp_path / "test"), ["met", "saw", "saw"], ["Ada  met Bob.", "Ada heard Bob.", "Bob saw Ada."])
+    config = run_on(tmp_path, tiny_model, train, data={"test": {"dataset": str(test)}, "validation": {"dataset": str(train)}})
+    shown = preview_of(config, tiny_model)
+    assert "validation: 2 examples have a text of train, 2 also the same pair (data/n0, data/n1)" in shown
+    assert "test: 1 examples have a text of train, 1 also the same pair (data/n0)" in shown
+    assert re.search(r"│ test +│ +3 │", shown)
+    dataset = load_dataset(config, tiny_model)
+    told = "examples whose text also occurs in train: 2 of 2 in validation (2 with the same pair), "
+    assert told_leaks(config, dataset) == told + "1 of 3 in test (1 with the same pair)"
+    test.unlink()  # training does not need it
+    assert told_leaks(config, dataset).startswith(told + "test not read (")
 
 
 def test_ids_with_brackets_are_shown_as_they_are(tiny_model: Path, tmp_path: Path) -> None:

@@ -222,3 +222,22 @@ def test_scores_of_a_comparison_are_those_of_the_joined_rows():
     rows = ours(("a", "a"), ("b", "a"), ("none", "b"), ("a", "a"))
     result = compare(rows, cache(*(by_id(i, "a") for i in range(3))))
     assert result.ours.f1 == score(["a", "b", "none"], ["a", "a", "b"]).f1 == result.difference.first
+
+
+def test_predictions_of_no_dataset_are_told_to_name_one(tmp_path):
+    row = replace(ours(("a", "a"))[0], example_id="/test/1", eval_dataset_name="")
+    (tmp_path / "cache.json").write_text(json.dumps([{"headEntity": "a", "tailEntity": "b", "groundTruth": "a", "closePred": "a"}]))
+    predictions, _ = write_predictions(tmp_path / "ours", [row])
+    with pytest.raises(InputError, match="does not say which"):
+        compare_files(predictions, tmp_path / "cache.json")
+
+
+@pytest.mark.parametrize("content", [None, "{broken", "[]"])
+def test_a_cache_that_cannot_be_read_is_blamed_and_not_the_predictions(tmp_path, content):
+    predictions, _ = write_predictions(tmp_path / "ours", [replace(row, example_id="elsewhere") for row in ours(("a", "a"))])
+    path = tmp_path / "cache.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError) as error:
+        compare_files(predictions, path)
+    assert str(error.value).startswith(f"{path}: ") and "; " in str(error.value)

@@ -5,6 +5,7 @@ import pytest
 
 from jaxre.errors import InputError
 from jaxre.relations.hub import read_hub
+from jaxre.relations.semeval import read_semeval
 
 STUDY = {"text": ["Ada saw London."] * 2, "entity1": ["Ada"] * 2, "entity2": ["London"] * 2, "relation": ["no", "NA"]}
 STUDY |= {"entity1Type": ["PER", "None"], "entity2Type": ["LOC", None], "prompt_0_shot": ["?", "?"]}
@@ -117,3 +118,24 @@ def test_code_of_a_dataset_is_never_run(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_hub("o/n", "train", subset="subsampled")[0].id == "o/n/subsampled/train/1"
     assert seen == [(("o/n", "subsampled"), {})]
+
+
+@pytest.mark.parametrize(("split", "file"), [("train", "TRAIN_FILE.TXT"), ("test", "TEST_FILE_FULL.TXT")])
+def test_semeval_from_the_hub_gives_the_examples_of_its_files(shared_data, monkeypatch, split, file):
+    """Ids and dataset name too, so that caches join and the official score is computed."""
+    (path,) = (shared_data / "semeval2010_task8").rglob(file)
+    items = [item.splitlines() for item in path.read_text(encoding="utf-8").replace("\r", "").strip().split("\n\n")]
+    labels = sorted({item[1] for item in items})
+    features = datasets.Features({"sentence": datasets.Value("string"), "relation": datasets.ClassLabel(names=labels)})
+    rows = {"sentence": [item[0].partition("\t")[2].strip()[1:-1] for item in items]}
+    rows["relation"] = [labels.index(item[1]) for item in items]
+    hub = {split: datasets.Dataset.from_dict(rows, features=features)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: hub)
+    assert read_hub("SemEvalWorkshop/sem_eval_2010_task_8", split) == read_semeval(shared_data / "semeval2010_task8", split)
+
+
+def test_a_part_of_semeval_on_the_hub_is_not_numbered_like_the_whole(monkeypatch):
+    hub = {"test": datasets.Dataset.from_dict({"sentence": ["A <e1>b</e1> <e2>c</e2>"], "relation": ["Other"]})}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: hub)
+    (example,) = read_hub("SemEvalWorkshop/sem_eval_2010_task_8", "test")
+    assert (example.id, example.dataset) == ("semeval2010_task8/test/1", "semeval2010_task8")

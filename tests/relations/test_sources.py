@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 
 import pytest
 
@@ -75,7 +76,25 @@ def test_a_file_loads_by_its_ending_with_its_columns(tmp_path):
 def test_the_hub_gets_name_split_subset_and_columns(monkeypatch):
     monkeypatch.setattr(hub, "read_hub", lambda *arguments: [example(repr(arguments))])
     (one,) = load(Source(dataset="hub:o/n", split="test", subset="small", columns={"head": "h"}))
-    assert one.id == repr(("o/n", "test", "small", {"head": "h"}, True))
+    assert one.id == repr(("o/n", "test", "small", {"head": "h"}, True, "columns"))
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_missing_column_names_the_setting_that_maps_it(tmp_path, split):
+    """What the message says to type is a setting of the run, and mends it."""
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"text": "a b", "subj": "a", "tail": "b", "relation": "no"}\n')
+    data = {"train": {"dataset": str(path)}, split: {"dataset": str(path)}}
+    tree = {"name": "run", "model": {"path": "m"}, "data": data, "train": {"batch_examples": 1}}
+    with pytest.raises(InputError) as error:
+        load(getattr(config.check_config(tree, "test").data, split))
+    key = re.search(r"map it with ([\w.]+)=NAME", str(error.value)).group(1)
+    assert key == f"data.{split}.columns.head"
+    data[split]["columns"] = {key.rpartition(".")[2]: "subj"}
+    assert len(load(getattr(config.check_config(tree, "test").data, split))) == 1
+    data[split]["columns"] = {"hed": "subj"}
+    with pytest.raises(InputError, match=rf"data\.{split}\.columns\.hed: no such field; the nearest is head"):
+        load(getattr(config.check_config(tree, "test").data, split))
 
 
 @pytest.mark.parametrize(

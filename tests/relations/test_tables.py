@@ -235,6 +235,7 @@ def test_a_repeated_id_names_both_places(tmp_path, kind):
         ("a.csv", b"text,head,tail,relation\n", ": the file has no records"),
         ("a.jsonl", b'{"text": 1}\n{"text": ', r":2: not valid JSON \(character 10: .*\); write one object per line"),
         ("a.jsonl", b'["text"]\n', ":1: not a JSON object"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, ":1: nested too deep; write one flat object per line"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "caf\xe9"}', ":2: byte 0xe9 is not UTF-8; save the file as UTF-8"),
         ("a.csv", b"text,text\n1,2\n", ":1: the header names a column twice"),
         ("a.csv", b'text,head\n"a\nb",c\nx,y,z\n', ":4: 3 cells under 2 columns; quote"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import signal
 import subprocess
@@ -70,7 +71,9 @@ def test_what_was_chosen_is_printed_before_the_first_step(finished: Path, said: 
     before, _, during = said.file.getvalue().partition("validation loss")
     for line in ("trained", "frozen", "pad share", "supervised share", "attention", "LoRA", "compilations", "compiled memory", "MiB"):
         assert line in before, line
-    assert "examples/s" in during and "tokens/s" in during
+    left = r"(-:--:--|\d+:\d\d:\d\d)"
+    assert re.search(rf"loss \d+\.\d{{4}}  \d+\.\d examples/s  \d+ tokens/s +{left}", during)
+    assert "examples whose text also occurs in train: 0 of 16 in validation" in before
 
 
 def test_the_loss_falls(finished: Path) -> None:

@@ -45,8 +45,9 @@ def train_in_processes(config_path: Path, devices: int, processes: int = 1) -> N
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)
 
 
-def losses(run: Path) -> dict[int, float]:
-    return {record["step"]: record["loss"] for record in read_log(run) if record["kind"] == "train"}
+def curve(run: Path) -> dict[int, tuple[float, float]]:
+    """Loss and gradient norm of each step."""
+    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in read_log(run) if record["kind"] == "train"}
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "qlora"])
@@ -60,7 +61,7 @@ def test_gradients_on_every_mesh_equal_one_device(tiny_model: Path, tmp_path: Pa
         assert one["loss"] < TOLERANCE and one["gradient"] < TOLERANCE, one
 
 
-def test_two_processes_give_one_process_losses_and_resume_on_another_mesh(tiny_model: Path, tmp_path: Path) -> None:
+def test_two_processes_give_one_process_losses_and_gradients_and_resume_on_another_mesh(tiny_model: Path, tmp_path: Path) -> None:
     def write(name: str, **mesh: int) -> Path:
         path = tmp_path / f"{name}.yaml"
         save_config(config(name, **mesh), path)
@@ -71,7 +72,7 @@ def test_two_processes_give_one_process_losses_and_resume_on_another_mesh(tiny_m
 
     train(config("one"))
     train_in_processes(write("two", data=2, fsdp=2, tensor=2), devices=4, processes=2)
-    expected, found = losses(tmp_path / "runs" / "one"), losses(tmp_path / "runs" / "two")
+    expected, found = curve(tmp_path / "runs" / "one"), curve(tmp_path / "runs" / "two")
     assert list(found) == list(expected) and len(found) >= 3
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=TOLERANCE)
 
@@ -82,6 +83,6 @@ def test_two_processes_give_one_process_losses_and_resume_on_another_mesh(tiny_m
             shutil.rmtree(checkpoint)
     (run / "log.jsonl").unlink()
     train_in_processes(write("two", data=1, fsdp=4, tensor=1), devices=4)
-    resumed = losses(run)
+    resumed = curve(run)
     assert min(resumed) == 3
     np.testing.assert_allclose([resumed[step] for step in resumed], [expected[step] for step in resumed], rtol=TOLERANCE)

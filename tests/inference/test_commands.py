@@ -1,0 +1,75 @@
+"""Which data `jaxre predict` reads, and how."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from refusals import refusal
+
+from jaxre.config import Config, check_config
+from jaxre.inference.commands import load_source
+
+MAPPING = {"text": "sentence", "head": "subj", "tail": "obj", "relation": "label"}
+
+
+def written(path: Path, **fields: str) -> str:
+    """A file of one record, by default with the columns of MAPPING."""
+    record = {"sentence": "Ada saw Bob.", "subj": "Ada", "obj": "Bob", "label": "met"} | fields
+    path.write_text(json.dumps({name: value for name, value in record.items() if value}) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def run_on(folder: Path, **data: dict) -> Config:
+    train = {"dataset": written(folder / "train.jsonl"), "columns": MAPPING}
+    return check_config({"name": "run", "model": {"path": "m"}, "data": {"train": train, **data}, "train": {"batch_examples": 1}}, "test")
+
+
+def test_another_file_with_the_columns_of_the_run_needs_no_mapping(tmp_path: Path) -> None:
+    source, (example,) = load_source(run_on(tmp_path), written(tmp_path / "new.jsonl", subj="Bob", obj="Ada"), None)
+    assert (example.head, example.tail, example.relation, example.id) == ("Bob", "Ada", "met", "new/1")
+    assert source.columns == MAPPING
+
+
+def test_a_file_without_labels_takes_the_rest_of_the_mapping(tmp_path: Path) -> None:
+    _, (example,) = load_source(run_on(tmp_path), written(tmp_path / "new.jsonl", label=""), None)
+    assert (example.head, example.relation) == ("Ada", "")
+
+
+def test_the_first_source_whose_columns_are_there_gives_the_mapping(tmp_path: Path) -> None:
+    """Test before train; the columns of a hub dataset say nothing of a file's."""
+    other = {"dataset": "other.csv", "columns": MAPPING | {"head": "obj", "tail": "subj"}}
+    hub = {"dataset": "hub:o/n", "columns": MAPPING | {"head": "obj", "tail": "subj"}}
+    path = written(tmp_path / "new.jsonl")
+    assert load_source(run_on(tmp_path, test=other), path, None)[1][0].head == "Bob"
+    assert load_source(run_on(tmp_path, test=hub), path, None)[1][0].head == "Ada"
+    other["columns"]["tail"] = "nowhere"
+    assert load_source(run_on(tmp_path, test=other), path, None)[1][0].head == "Ada"
+
+
+def test_a_file_with_the_usual_columns_needs_no_mapping(tmp_path: Path) -> None:
+    path = tmp_path / "new.jsonl"
+    path.write_text('{"text": "Ada saw Bob.", "head": "Ada", "tail": "Bob"}\n')
+    source, (example,) = load_source(run_on(tmp_path), str(path), None)
+    assert (example.head, example.tail, source.columns) == ("Ada", "Bob", {})
+
+
+def test_a_file_with_other_columns_is_told_what_predict_can_do(tmp_path: Path) -> None:
+    path = tmp_path / "new.jsonl"
+    path.write_text('{"words": "Ada saw Bob.", "from": "Ada", "to": "Bob"}\n')
+    message = refusal(lambda: load_source(run_on(tmp_path), str(path), None))
+    assert 'no column for "text"' in message and "map it with --config CONFIG, in it data.test.columns.text=NAME" in message
+    mapped = {"dataset": str(path), "columns": {"text": "words", "head": "from", "tail": "to"}}
+    assert load_source(run_on(tmp_path, test=mapped), str(path), None)[1][0].head == "Ada"  # the config that was told of
+
+
+def test_data_without_a_name_is_refused(tmp_path: Path) -> None:
+    assert refusal(lambda: load_source(run_on(tmp_path), "", None)).startswith("--data: ")
+
+
+@pytest.mark.parametrize("fields", [{"subj": "Dora"}, {"sentence": "Bob."}])
+def test_a_record_that_cannot_be_used_is_named_whatever_the_mapping(tmp_path: Path, fields: dict) -> None:
+    assert refusal(lambda: load_source(run_on(tmp_path), written(tmp_path / "new.jsonl", **fields), None)).startswith(
+        f"{tmp_path / 'new.jsonl'}:1: "
+    )
