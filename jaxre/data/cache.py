@@ -12,6 +12,7 @@ import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -47,6 +48,32 @@ def cached_tokens(cache: str, digest: str, make: Callable[[], TokenSet]) -> tupl
     except (ValueError, OSError) as error:
         raise _unusable(cache, error) from None
     return made, False
+
+
+def read_note(cache: str, key: str) -> dict[str, Any] | None:
+    """What `write_note` left under `key`, None if there is nothing or it is damaged. Raises InputError as `cached_tokens`."""
+    try:
+        read = ts.KvStore.open(location(cache, key)).result().read("note.json").result()
+    except (ValueError, OSError) as error:
+        raise _unusable(cache, error) from None
+    try:
+        note = json.loads(read.value)
+        return note["value"] if note["checksum"] == _checksum(note["value"]) else None
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def write_note(cache: str, key: str, value: dict[str, Any]) -> None:
+    """Keeps a small JSON value. Raises InputError as `cached_tokens`."""
+    note = json.dumps({"value": value, "checksum": _checksum(value)})
+    try:
+        ts.KvStore.open(location(cache, key)).result().write("note.json", note.encode()).result()
+    except (ValueError, OSError) as error:
+        raise _unusable(cache, error) from None
+
+
+def _checksum(value: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 def location(cache: str, digest: str, name: str = "") -> str | dict[str, str]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from jaxre.config import Config
-from jaxre.data.cache import cached_tokens
+from jaxre.data.cache import cached_tokens, read_note, write_note
 from jaxre.data.markers import add_markers, encode_marked, marked_digest, marked_text, markers_in
 from jaxre.data.packing import Plan, plan_by_examples, plan_by_tokens
 from jaxre.data.prefixes import find_prefixes
@@ -33,16 +36,26 @@ from jaxre.relations.schema import Example, Schema
 
 @dataclass(frozen=True)
 class Split:
-    """One split: its examples with their questions, and those that fit a row as tokens.
+    """One split: its examples that fit a row as tokens, and on request what they were made from.
 
-    `examples` and `questions` go together; `tokens` leaves out the examples whose ids are in `dropped`.
+    `examples` and `questions` go together and are read when they are first asked for; `tokens` leaves out the examples
+    whose ids are in `dropped`; `digest` is that of the token cache.
     """
 
-    examples: list[Example]
-    questions: list[list[Turn]]
     tokens: TokenSet
     dropped: list[str]
     from_cache: bool
+    read: Callable[[], list[Example]] = list
+    ask: Callable[[], list[list[Turn]]] = list
+    digest: str = ""
+
+    @property
+    def examples(self) -> list[Example]:
+        return self.read()
+
+    @property
+    def questions(self) -> list[list[Turn]]:
+        return self.ask()
 
 
 @dataclass(frozen=True)
@@ -77,15 +90,35 @@ def load_dataset(config: Config, folder: Path) -> Dataset:
     if config.train.objective == "classify":
         return _load_marked(config, tokenizer)
     template = ChatTemplate(tokenizer, config.prompt.date, str(folder))
-    examples = sources.load(config.data.train)
-    schema = schema_of(config, examples)
-    train = tokenise(config, examples, schema, template, examples, "data.train")
+    read = functools.cache(lambda: sources.load(config.data.train))
+    recipe = recipe_of(config, template)
+    known = recipe and read_note(config.data.cache, recipe)
+    schema = Schema(tuple(known["labels"])) if known else schema_of(config, read())
+    train = tokenise(config, read, schema, template, read, "data.train", known["digest"] if known else None)
+    if recipe and not known:
+        write_note(config.data.cache, recipe, {"labels": schema.labels, "digest": train.digest})
     validation = None
     if config.data.validation:
         held_out = sources.load(config.data.validation)
         schema.check(held_out, "data.validation")
-        validation = tokenise(config, held_out, schema, template, examples, "data.validation")
+        validation = tokenise(config, lambda: held_out, schema, template, read, "data.validation")
     return Dataset(train, validation, schema, template, tokenizer)
+
+
+def recipe_of(config: Config, template: ChatTemplate) -> str | None:
+    """Digest of what the training split's tokens are made from: bytes of its files, settings, template, and our code that reads them.
+
+    None where a source has no local files to tell by (the hub); it is read every time.
+    """
+    files = sources.digest_of(config.data.train)
+    if files is None:
+        return None
+    code = hashlib.sha256()
+    for package in ("data", "relations"):
+        for path in sorted((Path(__file__).parents[1] / package).glob("*.py")):
+            code.update(path.read_bytes())
+    settings = [config.data.train.model_dump(), config.prompt.model_dump(), config.data.labels, config.seed, config.train.row_length]
+    return hashlib.sha256(json.dumps([files, code.hexdigest(), template.digest, *settings]).encode()).hexdigest()
 
 
 def schema_of(config: Config, train: Sequence[Example]) -> Schema:
@@ -111,15 +144,26 @@ def ask(config: Config, examples: Sequence[Example], schema: Schema, train: Sequ
 
 
 def tokenise(
-    config: Config, examples: list[Example], schema: Schema, template: ChatTemplate, train: Sequence[Example], place: str
+    config: Config,
+    read: Callable[[], list[Example]],
+    schema: Schema,
+    template: ChatTemplate,
+    read_train: Callable[[], list[Example]],
+    place: str,
+    digest: str | None = None,
 ) -> Split:
-    """Examples as tokens, from the cache where it has them."""
-    questions = ask(config, examples, schema, train)
+    """Examples as tokens, from the cache where it has them.
+
+    Args:
+      read, read_train: give the examples, and the training ones for demonstrations.
+      digest: of the tokens, if it is known; then nothing is read unless the cache does not have them.
+    """
+    questions = functools.cache(lambda: ask(config, read(), schema, read_train() if config.prompt.shots else []))
     row_length = config.train.row_length
-    digest = examples_digest(questions, examples, template, row_length)
-    tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_examples(examples, questions, template))
+    digest = digest or examples_digest(questions(), read(), template, row_length)
+    tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_examples(read(), questions(), template))
     fitting, dropped = tokens.fitting(row_length, config.data.too_long, place)
-    return Split(examples, questions, fitting, dropped, cached)
+    return Split(fitting, dropped, cached, read, questions, digest)
 
 
 def _load_marked(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -137,7 +181,7 @@ def _load_marked(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_marked(examples, texts, tokenizer))
         labels = np.array([number[example.relation] for example in examples], np.int32)
         fitting, dropped = dataclasses.replace(tokens, labels=labels).fitting(config.train.row_length, config.data.too_long, place)
-        return Split(examples, [], fitting, dropped, cached)
+        return Split(fitting, dropped, cached, lambda: examples)
 
     validation = None if held_out is None else split(held_out, "data.validation")
     return Dataset(split(train, "data.train"), validation, schema, None, tokenizer, new_tokens)
@@ -149,7 +193,7 @@ def _load_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Spl
     digest = texts_digest(documents, tokenizer, row_length)
     tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_texts(documents, tokenizer, row_length))
     train, held_out = tokens.held_out(text.holdout)
-    return Split([], [], train, [], cached), Split([], [], held_out, [], cached) if len(held_out) else None
+    return Split(train, [], cached), Split(held_out, [], cached) if len(held_out) else None
 
 
 def supervised_of(config: Config, tokens: TokenSet) -> np.ndarray:

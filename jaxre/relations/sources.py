@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,6 +47,28 @@ def load(source: config.Source, labelled: bool = True) -> list[Example]:
         split = f" split {source.split}" if source.split else ""
         raise InputError(f"{source.dataset}:{split} none of its {len(examples)} examples is left after part={list(source.part)}; widen it")
     return draw(kept, source.limit, LIMIT_SEED) if source.limit else kept
+
+
+def digest_of(source: config.Source) -> str | None:
+    """Digest of the bytes of the files that a source is read from; None for the hub, and where there is none (`load` says why)."""
+    name = source.dataset
+    if Path(name).suffix.lower() in tables.SUFFIXES:
+        files = [Path(name).expanduser()]
+    elif name == FACTS:
+        files = sorted(config.shipped("corpus").glob("*.jsonl"))
+    elif name in BENCHMARKS:
+        folder = config.data_root() / (semeval.NAME if name == semeval.NAME else conll04.UNIFIED)
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+    else:
+        files = []
+    digest = hashlib.sha256()
+    for path in files:
+        if not path.is_file():
+            return None
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest() if files else None
 
 
 def _read(source: config.Source, labelled: bool) -> list[Example]:

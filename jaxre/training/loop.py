@@ -65,7 +65,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     mesh = sharding.make_mesh(config.mesh)
     dataset = load_dataset(config, folder)
     plan = make_plan(config, dataset.train.tokens, sharding.row_shards(mesh))
-    if leaks := told_leaks(config, dataset):
+    if not dataset.train.from_cache and (leaks := told_leaks(config, dataset)):  # else the examples would be read for this alone
         say(leaks)
     steps = min(len(plan.updates), config.train.max_steps or len(plan.updates))
     epoch_steps = plan.epoch_ends[0]

@@ -357,3 +357,52 @@ def test_questions_do_not_hang_on_the_gold_label() -> None:
 def test_prompts_of_a_dataset_are_rendered_by_its_own_template(tiny_model: Path, tmp_path: Path) -> None:
     dataset = load_dataset(tiny_config(tmp_path, tiny_model), tiny_model)
     assert isinstance(dataset.template, ChatTemplate) and dataset.template.date == "2026-01-01"
+
+
+# ---- a second start -----------------------------------------------------------------------------
+
+
+def test_a_second_start_reads_no_training_example(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200,000 of them take longer to read than all else; what is asked for later is read then, and is the same."""
+    config = run_on(tmp_path, tiny_model, written(tmp_path, ["met", "none", "met"]))
+    first = load_dataset(config, tiny_model)
+    examples, questions = first.train.examples, first.train.questions
+
+    def never(*_: object) -> list:
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxre.data.dataset.sources.load", never)
+        second = load_dataset(config, tiny_model)
+        assert second.train.from_cache and not first.train.from_cache
+        assert second.schema == first.schema
+        np.testing.assert_array_equal(second.train.tokens.tokens, first.train.tokens.tokens)
+        with pytest.raises(AssertionError, match="read again"):
+            second.train.examples  # noqa: B018
+    assert (second.train.examples, second.train.questions) == (examples, questions)
+
+
+def test_whatever_the_tokens_hang_on_is_read_again(tiny_model: Path, tmp_path: Path) -> None:
+    path = written(tmp_path, ["met", "none", "met"])
+    config = run_on(tmp_path, tiny_model, path)
+    load_dataset(config, tiny_model)
+    asked = run_on(tmp_path, tiny_model, path, prompt={"system": "Which one?"})
+    assert not load_dataset(asked, tiny_model).train.from_cache
+    written(tmp_path, ["met", "none", "none"])  # as many bytes of another content would do: the content counts
+    changed = load_dataset(config, tiny_model)
+    assert not changed.train.from_cache
+    assert [example.relation for example in changed.train.examples] == ["met", "none", "none"]
+    labelled = run_on(tmp_path, tiny_model, path, data={"labels": ["met"]})
+    assert "none" in refusal(lambda: load_dataset(labelled, tiny_model))
+
+
+def test_what_is_known_of_tokens_that_are_gone_makes_them_again(tiny_model: Path, tmp_path: Path) -> None:
+    config = run_on(tmp_path, tiny_model, written(tmp_path, ["met", "none"]))
+    first = load_dataset(config, tiny_model).train
+    shutil.rmtree(Path(config.data.cache) / first.digest)
+    again = load_dataset(config, tiny_model).train
+    assert not again.from_cache
+    np.testing.assert_array_equal(again.tokens.tokens, first.tokens.tokens)
+    for note in Path(config.data.cache).rglob("note.json"):
+        note.write_text(note.read_text(encoding="utf-8").replace("none", "nine"), encoding="utf-8")
+    assert load_dataset(config, tiny_model).schema.labels == ("met", "none")
