@@ -101,7 +101,7 @@ def bench_data(work: Path, model: Path, count: int) -> Phases:
 def bench_start(work: Path, model: Path, count: int, dtype: str) -> Phases:
     """Two starts in processes of their own; the second finds the tokens and the compiled update."""
     folder = random_weights(work, model)
-    tree = settings(work, folder, write_examples(work, count), row_length=128, batch_tokens=128, max_steps=1)
+    tree = settings(work, folder, write_examples(work, count), row_length=1024, batch_tokens=1024, max_steps=1)
     tree["model"]["dtype"] = dtype
     phases: Phases = {}
     for turn in ("first", "second"):

@@ -103,25 +103,18 @@ def find_prefixes(tokens: TokenSet) -> Prefixes:
 
     Examples to classify share nothing: an encoder's token sees all of its example.
     """
-    n, starts, prompts = len(tokens), tokens.starts.tolist(), tokens.prompt_lengths.tolist()
+    n = len(tokens)
     owners = np.repeat(tokens.owners, tokens.lengths)
     if tokens.labels is not None:
         return Prefixes.nothing(n, owners)
     # Words with the high byte first sort as bytes do.
     words = memoryview(tokens.tokens.astype(">u4").tobytes())
-    keys = [bytes(words[4 * start : 4 * (start + prompt)]) for start, prompt in zip(starts, prompts, strict=False)]
-    order = sorted(range(n), key=keys.__getitem__)
+    bounds = zip((4 * tokens.starts).tolist(), (4 * (tokens.starts[:-1] + tokens.prompt_lengths)).tolist(), strict=False)
+    keys = [bytes(words[start:end]) for start, end in bounds]
+    order = np.array(sorted(range(n), key=keys.__getitem__), np.int64)
     neighbours = np.zeros(n, np.int32)
-    for place, (one, other) in enumerate(itertools.pairwise(order), 1):
-        if keys[one] == keys[other]:
-            neighbours[place] = prompts[one]
-            continue
-        length = min(prompts[one], prompts[other])
-        here, there = starts[one], starts[other]
-        differ = tokens.tokens[here : here + length] != tokens.tokens[there : there + length]
-        first = int(differ.argmax()) if length else 0
-        neighbours[place] = first if length and differ[first] else length
-    found = Prefixes.of(np.array(order, np.int64), neighbours, owners)
+    neighbours[1:] = _in_common(tokens, order[:-1], order[1:])
+    found = Prefixes.of(order, neighbours, owners)
     shareable = np.maximum(neighbours, np.append(neighbours[1:], 0).astype(np.int32))[found.rank] if n else neighbours
     for some in np.array_split(np.arange(n), max(1, int(shareable.sum()) // DIGESTED)):
         counts = shareable[some].astype(np.int64)
@@ -129,6 +122,24 @@ def find_prefixes(tokens: TokenSet) -> Prefixes:
         index = np.repeat(tokens.starts[some], counts) + place
         owners[index] = digests(tokens.tokens[index], place)
     return found
+
+
+def _in_common(tokens: TokenSet, some: np.ndarray, others: np.ndarray, width: int = 32) -> np.ndarray:
+    """[m] leading tokens that the prompts of examples `some` [m] and `others` [m] have in common, `width` of all pairs at a time."""
+    most = np.minimum(tokens.prompt_lengths[some], tokens.prompt_lengths[others]).astype(np.int64)
+    common = np.zeros(len(some), np.int64)
+    alike, depth = np.arange(len(some)), 0
+    while len(alike):
+        place = depth + np.arange(width)
+        # Behind the last token of all anything will do: it is beyond `most`.
+        one, other = (
+            tokens.tokens[np.minimum(tokens.starts[chosen[alike], None] + place, len(tokens.tokens) - 1)] for chosen in (some, others)
+        )
+        same = (one == other) & (place < most[alike, None])
+        whole = same.all(axis=1)
+        common[alike] = depth + np.where(whole, width, same.argmin(axis=1))
+        alike, depth = alike[whole], depth + width
+    return common
 
 
 def digests(tokens: np.ndarray, place: np.ndarray) -> np.ndarray:

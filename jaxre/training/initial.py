@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +42,52 @@ class Initial:
     fresh: tuple[str, ...] = ()
 
 
+def start_reading(config: Config, dtype: np.dtype) -> Callable[[], Loaded | None]:
+    """Reads what `model.path` names beside what the caller does next; the result waits for it, and raises what it raised."""
+    found: list[Loaded | None] = []
+    raised: list[Exception] = []
+
+    def read() -> None:
+        try:
+            found.append(read_model(config, dtype))
+        except Exception as error:  # noqa: BLE001 (raised where it is asked for)
+            raised.append(error)
+
+    # A daemon: a run that is refused meanwhile ends without waiting for it.
+    thread = threading.Thread(target=read, name="weights", daemon=True)
+    thread.start()
+
+    def result() -> Loaded | None:
+        thread.join()
+        if raised:
+            raise raised[0]
+        return found.pop()
+
+    return result
+
+
+def read_model(config: Config, dtype: np.dtype) -> Loaded | None:
+    """What `model.path` names, on the host; None where `model.architecture` asks for random weights."""
+    if config.model.architecture is not None:
+        return None
+    return open_model(config.model.path, np.dtype(np.float32) if config.train.method == "full" else dtype, config.model.quantise)
+
+
 def initial_state(
-    config: Config, dtype: np.dtype, optimiser: optax.GradientTransformation, mesh: jax.sharding.Mesh, dataset: Dataset | None = None
+    config: Config,
+    dtype: np.dtype,
+    optimiser: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    dataset: Dataset | None = None,
+    read: Callable[[], Loaded | None] | None = None,
 ) -> Initial:
     """Weights are found in this order: `model.architecture` (random, from the run's seed), else what `model.path` names.
 
     A path with an adapter (a LoRA run, a PEFT folder) is continued: its factors are where training starts.
     An encoder gets the labels and the entity markers of the `dataset`.
+
+    Args:
+      read: of `start_reading`, if it was started.
 
     Raises:
       InputError: weights that do not fit their config.json, an adapter that is not of the config's `lora` settings,
@@ -60,7 +101,7 @@ def initial_state(
         architecture = architecture_of(config.model.architecture, "model.architecture")
         params = jax.tree.map(np.asarray, init_weights(architecture, config.seed))
     else:
-        loaded = open_model(config.model.path, np.dtype(np.float32) if full else dtype, config.model.quantise)
+        loaded = read() if read else read_model(config, dtype)
         architecture, params, factors = loaded.architecture, loaded.base, loaded.factors
         if factors is not None:
             check_continues(config, loaded)

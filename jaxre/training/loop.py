@@ -37,7 +37,7 @@ from jaxre.models.quantised import base_bytes, is_nf4
 from jaxre.models.weights import AnyArchitecture, parameter_count
 from jaxre.training import sharding
 from jaxre.training.compilation import Compilations, CompiledUpdates, compile_updates
-from jaxre.training.initial import Initial, check_tokens, initial_state
+from jaxre.training.initial import Initial, check_tokens, initial_state, start_reading
 from jaxre.training.log import RunLog
 from jaxre.training.run_folder import run_folder
 from jaxre.training.step import Metrics, State, make_optimiser, make_schedule
@@ -63,6 +63,8 @@ def train(config: Config, console: Console | None = None) -> Path:
     # ---- data -------------------------------------------------------------------------------
     folder = tokenizer_folder(config)
     mesh = sharding.make_mesh(config.mesh)
+    dtype = compute_dtype(config.model.dtype)
+    read = start_reading(config, dtype)  # on one core, while the other one prepares the data
     dataset = load_dataset(config, folder)
     plan = make_plan(config, dataset.train.tokens, sharding.row_shards(mesh))
     if not dataset.train.from_cache and (leaks := told_leaks(config, dataset)):  # else the examples would be read for this alone
@@ -71,9 +73,8 @@ def train(config: Config, console: Console | None = None) -> Path:
     epoch_steps = plan.epoch_ends[0]
 
     # ---- model and state --------------------------------------------------------------------
-    dtype = compute_dtype(config.model.dtype)
     optimiser = make_optimiser(config, steps)
-    initial = initial_state(config, dtype, optimiser, mesh, dataset)
+    initial = initial_state(config, dtype, optimiser, mesh, dataset, read)
     state, base, architecture = initial.state, initial.base, initial.architecture
     check_tokens(dataset, architecture)
     validate = LabelValidation if config.train.objective == "classify" else Validation
