@@ -226,7 +226,7 @@ def test_bounds_that_are_not_given_change_nothing_but_where_one_looks():
         until[start : start + own] = start + own
         start += own
     until[:40], until[start:] = start, np.arange(start, 640) + 1
-    assert blocks_of(640, 40, 100) == Blocks(64, 128, 40) and blocks_of(640) == Blocks(640)
+    assert blocks_of(640, 40, 100) == Blocks(128, 128, 40) and blocks_of(640) == Blocks(640)
     q, k, v, _ = map(jnp.asarray, draws(2, 1, 1, 640))
     visible_until = jnp.asarray(until[None])
     dense = attention(q, k, v, visible_until)
@@ -238,10 +238,10 @@ def test_bounds_that_are_not_given_change_nothing_but_where_one_looks():
     ("bounds", "blocks", "words"),
     [
         ((1024, 0, None), Blocks(1024), "dense, a token may see any of 1,024"),
-        ((1024, 26, 120), Blocks(64, 128, 26), "64 queries at a time look at 192 near and 26 shared keys of 1,024"),
-        ((1024, 0, 129), Blocks(64, 128, 0), "64 queries at a time look at 192 near and 0 shared keys of 1,024"),
+        ((1024, 26, 120), Blocks(128, 128, 26), "128 queries at a time look at 256 near and 26 shared keys of 1,024"),
+        ((1024, 0, 129), Blocks(128, 128, 0), "128 queries at a time look at 256 near and 0 shared keys of 1,024"),
         ((256, 64, 100), Blocks(256), "dense"),
-        ((4096, 0, 1), Blocks(64, 0, 0), "64 near"),
+        ((4096, 0, 1), Blocks(128, 0, 0), "128 near"),
         ((128, 0, 40), Blocks(128), "dense"),
     ],
     ids=str,

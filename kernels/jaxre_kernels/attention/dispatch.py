@@ -10,9 +10,9 @@ IMPLEMENTATIONS = {"xla": blockwise_attention}
 # cuDNN's public entry, `jax.nn.dot_product_attention`, isolates packed examples only by a dense T x T bias, and the static
 # facts of a plan do not say that every row holds one example: it is left out.
 
-# Of a block. Processor time of forward and backward on two CPU cores, as a share of dense autodiff's, with blocks of 64, 128 and 256:
-# 0.17, 0.23 and 0.30 (T 1,024, examples of about 100 tokens below a prefix of 26, 9 and 3 heads of 64 channels, f32; 2026-11-21).
-QUERIES = 64
+# Of a block. On two CPU cores blocks of 64, 128 and 256 took 1.03, 1.00 and 1.51 (prefix 32, span 144, two rows of 1,024), and 1.04, 1.00
+# and 1.08 (prefix 352, span 208, one row of 2,048) of the processor time (9 and 3 heads of 64 channels, f32; 2026-11-21).
+QUERIES = 128
 NEAR_MULTIPLE = 32  # keys behind a block, rounded up
 
 
