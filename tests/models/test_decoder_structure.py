@@ -106,7 +106,7 @@ def test_where_attention_looks_changes_no_hidden_state_and_no_gradient():
 
         return jax.value_and_grad(loss, has_aux=True)(factors)
 
-    assert decoder.attention is attention and blocks_of(300, 40, 50) == Blocks(64, 64, 40)
+    assert decoder.attention is attention and blocks_of(300, 40, 50) == Blocks(128, 64, 40)
     with jax.enable_x64(True):
         params, factors = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (params, factors))
         (_, dense), dense_gradients = run(params, factors)

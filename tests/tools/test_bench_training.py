@@ -96,6 +96,29 @@ def test_each_variant_computes_the_loss_of_jaxre(bench: ModuleType, tmp_path: Pa
         assert np.sum(rows.weights) == whole.dataset.train.tokens.supervised.sum(), name
 
 
+@pytest.mark.usefixtures("shared_data")
+def test_all_sides_start_from_one_model_one_adapter_and_the_same_tokens(
+    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_models: Path
+) -> None:
+    folder, shape = bench.SHAPES["tiny"]
+    small = shape | {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3, "num_key_value_heads": 1}
+    monkeypatch.setitem(bench.SHAPES, "tiny", (folder, small))
+    monkeypatch.setenv("JAXRE_MODELS", str(shared_models))
+    given = argparse.Namespace(
+        shape="tiny", prompts=["0shot", "2shot"], dtype="float32", examples=20, rows=1, row_length=1024, set=[], nf4=False
+    )
+    told = bench.write_inputs(tmp_path, given)["prompts"]
+    for prompt in given.prompts:
+        run = prepare(bench.run_config(tmp_path, prompt, given))
+        stored, tokens = np.load(tmp_path / f"{prompt}.npz"), run.dataset.train.tokens
+        np.testing.assert_array_equal(stored["tokens"], tokens.tokens)
+        np.testing.assert_array_equal(stored["prompt_lengths"], tokens.prompt_lengths)
+        assert told[prompt]["examples"] == len(tokens) == 20
+        # B is far from zero, so that a side that leaves the adapter out computes another loss.
+        assert min(np.abs(pair["b"]).max() for pair in run.initial.state.trainable["layers"].values()) > 0.01
+        assert np.isfinite(float(run.update(run.next_rows()).loss))
+
+
 def test_an_unknown_side_is_refused(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["bench_training.py", "--sides", "a,e"])
     with pytest.raises(SystemExit) as stop:

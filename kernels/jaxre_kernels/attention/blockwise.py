@@ -47,7 +47,7 @@ def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible_until:
 
 
 def _forward(q, k, v, visible_until, blocks):
-    keys, values, until = (_lay_out(array, blocks) for array in (k, v, visible_until[..., None, None]))
+    keys, values, until, zero = _lay_all_out(k, v, visible_until, blocks)
 
     def block(n, queries):
         scores = _scores(queries, _at(keys, n, blocks), _visible(until, n, queries, blocks))
@@ -57,13 +57,13 @@ def _forward(q, k, v, visible_until, blocks):
         sums = _product("bkmu,bkuc->bkmc", weights.astype(q.dtype), _at(values, n, blocks))
         return n + 1, ((sums / total).astype(q.dtype), highest, total)
 
-    _, (out, highest, total) = jax.lax.scan(block, 0, _cut_queries(q, k.shape[2], blocks))
+    _, (out, highest, total) = jax.lax.scan(block, zero, _cut_queries(q, k.shape[2], blocks))
     return _join_queries(out, blocks, q), (q, k, v, visible_until, highest, total)
 
 
 def _backward(blocks, kept, dout):
     q, k, v, visible_until, highest, total = kept
-    keys, values, until = (_lay_out(array, blocks) for array in (k, v, visible_until[..., None, None]))
+    keys, values, until, zero = _lay_all_out(k, v, visible_until, blocks)
 
     def block(carry, one):
         n, dkeys, dvalues = carry
@@ -79,7 +79,7 @@ def _backward(blocks, kept, dout):
 
     zeros = jnp.zeros(keys.shape, jnp.promote_types(q.dtype, jnp.float32))
     each = (*(_cut_queries(array, k.shape[2], blocks) for array in (q, dout)), highest, total)
-    (_, dkeys, dvalues), dqueries = jax.lax.scan(block, (0, zeros, zeros), each)
+    (_, dkeys, dvalues), dqueries = jax.lax.scan(block, (zero, zeros, zeros), each)
     dk, dv = (
         array[:, :, blocks.back : blocks.back + k.shape[1]].transpose(0, 2, 1, 3).astype(like.dtype)
         for array, like in ((dkeys, k), (dvalues, v))
@@ -123,6 +123,15 @@ def _join_queries(array, blocks, like):
     B, T, H, C = like.shape
     whole = array.reshape(*array.shape[:3], blocks.queries, -1, C).transpose(1, 0, 3, 2, 4, 5)
     return whole.reshape(B, -1, H, C)[:, :T]
+
+
+def _lay_all_out(k, v, visible_until, blocks):
+    """Keys, values and `visible_until` laid out, and the number of the first block.
+
+    A mask hangs on no layer: without the barrier JAX would form those of all blocks before a scan over layers, and keep them.
+    """
+    k, visible_until, zero = jax.lax.optimization_barrier((k, visible_until, jnp.int32(0)))
+    return *(_lay_out(array, blocks) for array in (k, v, visible_until[..., None, None])), zero
 
 
 def _lay_out(array, blocks):
