@@ -45,6 +45,9 @@ def main() -> None:
         context = getattr(error, "ctx", None)
         print(f"error: {problem}; see `{context.command_path if context else 'jaxre'} --help`", file=sys.stderr)
         sys.exit(2)
+    except typer.Abort:
+        print("error: stopped", file=sys.stderr)
+        sys.exit(1)
     except OSError as error:  # a name that is too long, a folder that may not be read
         reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
         print(f"error: {InputError(f'{error.filename}: {reason}' if error.filename else reason)}", file=sys.stderr)

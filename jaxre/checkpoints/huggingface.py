@@ -80,7 +80,7 @@ def resolve_model(path: str) -> Path:
     if folder.is_file():
         why = f"holds pickled weights, which are never read; {MEND_PICKLED}" if is_pickled(folder.name) else "is a file; give its folder"
         raise InputError(f"{path}: {why}")
-    if path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")) or folder.parent.is_dir():
+    if path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):
         raise InputError(f"{path}: no such run or model folder; give a folder, a hub id OWNER/NAME, or the shipped facts-base")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -8,6 +8,7 @@ several processes may write an entry at once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections.abc import Callable
@@ -36,10 +37,7 @@ def cached_tokens(cache: str, digest: str, make: Callable[[], TokenSet]) -> tupl
     Raises:
       InputError: the cache cannot be opened or written.
     """
-    try:
-        found = _read_entry(cache, digest)
-    except (ValueError, OSError) as error:
-        raise _unusable(cache, error) from None
+    found = stored_tokens(cache, digest)
     if found is not None:
         return found, True
     made = make()
@@ -48,6 +46,14 @@ def cached_tokens(cache: str, digest: str, make: Callable[[], TokenSet]) -> tupl
     except (ValueError, OSError) as error:
         raise _unusable(cache, error) from None
     return made, False
+
+
+def stored_tokens(cache: str, digest: str) -> TokenSet | None:
+    """The entry of `digest`, None if there is none or it is damaged. Raises InputError as `cached_tokens`."""
+    try:
+        return _read_entry(cache, digest)
+    except (ValueError, OSError) as error:
+        raise _unusable(cache, error) from None
 
 
 def read_note(cache: str, key: str) -> dict[str, Any] | None:
@@ -64,12 +70,10 @@ def read_note(cache: str, key: str) -> dict[str, Any] | None:
 
 
 def write_note(cache: str, key: str, value: dict[str, Any]) -> None:
-    """Keeps a small JSON value. Raises InputError as `cached_tokens`."""
+    """Keeps a small JSON value, unless the cache cannot be written: what a note tells can be found out again."""
     note = json.dumps({"value": value, "checksum": _checksum(value)})
-    try:
+    with contextlib.suppress(ValueError, OSError):
         ts.KvStore.open(location(cache, key)).result().write("note.json", note.encode()).result()
-    except (ValueError, OSError) as error:
-        raise _unusable(cache, error) from None
 
 
 def _checksum(value: dict[str, Any]) -> int:

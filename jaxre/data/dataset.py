@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 from transformers import PreTrainedTokenizerBase
 
+from jaxre import __version__
 from jaxre.config import Config
-from jaxre.data.cache import cached_tokens, read_note, write_note
+from jaxre.data.cache import cached_tokens, read_note, stored_tokens, write_note
 from jaxre.data.markers import add_markers, encode_marked, marked_digest, marked_text, markers_in
 from jaxre.data.packing import Plan, plan_by_examples, plan_by_tokens
 from jaxre.data.prefixes import find_prefixes
@@ -63,7 +65,7 @@ class Dataset:
     """What a run trains and validates on.
 
     `template` is None for the language-model objective and for classification. `new_tokens` are the entity
-    markers that classification gave the tokenizer, as `add_markers` returns them.
+    markers that classification gave the tokenizer, as `add_markers` returns them. `recipe` is that of `recipe_of`.
     """
 
     train: Split
@@ -72,6 +74,7 @@ class Dataset:
     template: ChatTemplate | None
     tokenizer: PreTrainedTokenizerBase
     new_tokens: Mapping[int, list[int]] = field(default_factory=dict)
+    recipe: str | None = None
 
 
 def load_dataset(config: Config, folder: Path) -> Dataset:
@@ -93,16 +96,18 @@ def load_dataset(config: Config, folder: Path) -> Dataset:
     read = functools.cache(lambda: sources.load(config.data.train))
     recipe = recipe_of(config, template)
     known = recipe and read_note(config.data.cache, recipe)
-    schema = Schema(tuple(known["labels"])) if known else schema_of(config, read())
-    train = tokenise(config, read, schema, template, read, "data.train", known["digest"] if known else None)
-    if recipe and not known:
+    stored = known and stored_tokens(config.data.cache, known["digest"])
+    schema = Schema(tuple(known["labels"])) if stored else schema_of(config, read())
+    train = tokenise(config, read, schema, template, read, "data.train", (known["digest"], stored) if stored else None)
+    # Not where a file changed between its digest and its reading.
+    if recipe and not stored and recipe == recipe_of(config, template):
         write_note(config.data.cache, recipe, {"labels": schema.labels, "digest": train.digest})
     validation = None
     if config.data.validation:
         held_out = sources.load(config.data.validation)
         schema.check(held_out, "data.validation")
         validation = tokenise(config, lambda: held_out, schema, template, read, "data.validation")
-    return Dataset(train, validation, schema, template, tokenizer)
+    return Dataset(train, validation, schema, template, tokenizer, recipe=recipe)
 
 
 def recipe_of(config: Config, template: ChatTemplate) -> str | None:
@@ -113,7 +118,7 @@ def recipe_of(config: Config, template: ChatTemplate) -> str | None:
     files = sources.digest_of(config.data.train)
     if files is None:
         return None
-    code = hashlib.sha256()
+    code = hashlib.sha256(f"{__version__} {pyarrow.__version__}".encode())
     for package in ("data", "relations"):
         for path in sorted((Path(__file__).parents[1] / package).glob("*.py")):
             code.update(path.read_bytes())
@@ -150,18 +155,21 @@ def tokenise(
     template: ChatTemplate,
     read_train: Callable[[], list[Example]],
     place: str,
-    digest: str | None = None,
+    stored: tuple[str, TokenSet] | None = None,
 ) -> Split:
     """Examples as tokens, from the cache where it has them.
 
     Args:
       read, read_train: give the examples, and the training ones for demonstrations.
-      digest: of the tokens, if it is known; then nothing is read unless the cache does not have them.
+      stored: digest and tokens, if they are known; then nothing is read.
     """
     questions = functools.cache(lambda: ask(config, read(), schema, read_train() if config.prompt.shots else []))
     row_length = config.train.row_length
-    digest = digest or examples_digest(questions(), read(), template, row_length)
-    tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_examples(read(), questions(), template))
+    if stored:
+        (digest, tokens), cached = stored, True
+    else:
+        digest = examples_digest(questions(), read(), template, row_length)
+        tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_examples(read(), questions(), template))
     fitting, dropped = tokens.fitting(row_length, config.data.too_long, place)
     return Split(fitting, dropped, cached, read, questions, digest)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxre.config import Config
+from jaxre.data.cache import read_note, write_note
 from jaxre.data.dataset import Dataset, load_dataset, make_plan, supervised_of
 from jaxre.data.tokens import TokenSet
 from jaxre.errors import InputError
@@ -47,11 +50,17 @@ def told_leaks(config: Config, dataset: Dataset) -> str:
     """One line on how many held-out examples have a text of train; "" where there are none to look at.
 
     A test split on the hub is left out, for training should not wait for it; one that does not load is said to be so.
+    The line is kept in the token cache, so that a second start need not read the training examples for it.
     """
+    given = {name: getattr(config.data, name) for name in ("validation", "test") if getattr(config.data, name)}
+    compared = [dataset.recipe, *(sources.digest_of(source) for source in given.values())]
+    settings = {name: source.model_dump() for name, source in given.items()}
+    key = None if None in compared else hashlib.sha256(json.dumps(["leaks", compared, settings]).encode()).hexdigest()
+    if key and (note := read_note(config.data.cache, key)):
+        return note["told"]
     told = []
     for name, examples in (("validation", lambda: dataset.validation.examples), ("test", lambda: sources.load(config.data.test))):
-        source = getattr(config.data, name)
-        if source is None or dataset.schema is None or (name == "test" and source.dataset.startswith(PREFIX)):
+        if name not in given or dataset.schema is None or (name == "test" and given[name].dataset.startswith(PREFIX)):
             continue
         try:
             held_out = examples()
@@ -60,7 +69,10 @@ def told_leaks(config: Config, dataset: Dataset) -> str:
             continue
         found = sources.overlap(dataset.train.examples, held_out)
         told.append(f"{len(found.same_text):,} of {len(held_out):,} in {name} ({len(found.same_pair):,} with the same pair)")
-    return f"examples whose text also occurs in train: {', '.join(told)}" if told else ""
+    line = f"examples whose text also occurs in train: {', '.join(told)}" if told else ""
+    if key:
+        write_note(config.data.cache, key, {"told": line})
+    return line
 
 
 def _counts(config: Config, dataset: Dataset, test: list[Example]) -> Table:

@@ -50,21 +50,27 @@ def load(source: config.Source, labelled: bool = True) -> list[Example]:
 
 
 def digest_of(source: config.Source) -> str | None:
-    """Digest of the bytes of the files that a source is read from; None for the hub, and where there is none (`load` says why)."""
-    name = source.dataset
+    """Digest of the bytes of the files that a source is read from; None for the hub, and where one cannot be read (`load` says why)."""
+    try:
+        return _digest_of_files(_files_of(source.dataset))
+    except OSError:
+        return None
+
+
+def _files_of(name: str) -> list[Path]:
     if Path(name).suffix.lower() in tables.SUFFIXES:
-        files = [Path(name).expanduser()]
-    elif name == FACTS:
-        files = sorted(config.shipped("corpus").glob("*.jsonl"))
-    elif name in BENCHMARKS:
+        return [Path(name).expanduser()]
+    if name == FACTS:
+        return sorted(config.shipped("corpus").glob("*.jsonl"))
+    if name in BENCHMARKS:
         folder = config.data_root() / (semeval.NAME if name == semeval.NAME else conll04.UNIFIED)
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-    else:
-        files = []
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    return []
+
+
+def _digest_of_files(files: list[Path]) -> str | None:
     digest = hashlib.sha256()
     for path in files:
-        if not path.is_file():
-            return None
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

@@ -45,12 +45,12 @@ class Initial:
 def start_reading(config: Config, dtype: np.dtype) -> Callable[[], Loaded | None]:
     """Reads what `model.path` names beside what the caller does next; the result waits for it, and raises what it raised."""
     found: list[Loaded | None] = []
-    raised: list[Exception] = []
+    raised: list[BaseException] = []
 
     def read() -> None:
         try:
             found.append(read_model(config, dtype))
-        except Exception as error:  # noqa: BLE001 (raised where it is asked for)
+        except BaseException as error:  # noqa: BLE001 (raised where it is asked for; a panic of a Rust library is no Exception)
             raised.append(error)
 
     # A daemon: a run that is refused meanwhile ends without waiting for it.

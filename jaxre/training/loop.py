@@ -67,7 +67,7 @@ def train(config: Config, console: Console | None = None) -> Path:
     read = start_reading(config, dtype)  # on one core, while the other one prepares the data
     dataset = load_dataset(config, folder)
     plan = make_plan(config, dataset.train.tokens, sharding.row_shards(mesh))
-    if not dataset.train.from_cache and (leaks := told_leaks(config, dataset)):  # else the examples would be read for this alone
+    if leaks := told_leaks(config, dataset):
         say(leaks)
     steps = min(len(plan.updates), config.train.max_steps or len(plan.updates))
     epoch_steps = plan.epoch_ends[0]

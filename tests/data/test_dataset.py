@@ -7,9 +7,11 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tensorstore as ts
 from refusals import refusal
 from rich.console import Console
 from tiny import TEMPLATE, tiny_config
@@ -380,6 +382,56 @@ def test_a_second_start_reads_no_training_example(tiny_model: Path, tmp_path: Pa
         with pytest.raises(AssertionError, match="read again"):
             second.train.examples  # noqa: B018
     assert (second.train.examples, second.train.questions) == (examples, questions)
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_remembered(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next start would take the labels and tokens of the other content for those of this one."""
+    path = written(tmp_path, ["met", "none"])
+    config = run_on(tmp_path, tiny_model, path)
+    before = path.read_bytes()
+
+    def changed(*given: object) -> list:
+        written(tmp_path, ["met", "left"])
+        return load(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxre.data.dataset.sources.load", changed)
+        assert load_dataset(config, tiny_model).schema.labels == ("left", "met")
+    path.write_bytes(before)
+    assert load_dataset(config, tiny_model).schema.labels == ("met", "none")
+
+
+def test_a_cache_that_has_the_tokens_need_not_be_writable(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = run_on(tmp_path, tiny_model, written(tmp_path, ["met", "none"]))
+    load_dataset(config, tiny_model)
+    for note in Path(config.data.cache).rglob("note.json"):
+        note.unlink()
+
+    class ReadOnly:
+        def __init__(self, store: object):
+            self.read = store.read
+
+        def write(self, *_: object) -> None:
+            raise ValueError("PERMISSION_DENIED")
+
+    opened = ts.KvStore.open
+    monkeypatch.setattr(
+        "jaxre.data.cache.ts.KvStore.open", lambda *given: SimpleNamespace(result=lambda: ReadOnly(opened(*given).result()))
+    )
+    assert load_dataset(config, tiny_model).train.from_cache
+
+
+def test_leaks_are_told_at_every_start_and_counted_once(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = made(tmp_path / "held")
+    data = {"test": {"dataset": str(written(held, ["met"], ["Ada met Bob on day 1."]))}}
+    config = run_on(tmp_path, tiny_model, written(tmp_path, ["met", "none"]), data=data)
+    line = told_leaks(config, load_dataset(config, tiny_model))
+    assert "1 of 1 in test" in line
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxre.relations.sources.overlap", lambda *_: pytest.fail("counted again"))
+        assert told_leaks(config, load_dataset(config, tiny_model)) == line
+    written(held, ["met"], ["Ada met Bob elsewhere."])
+    assert "0 of 1 in test" in told_leaks(config, load_dataset(config, tiny_model))
 
 
 def test_whatever_the_tokens_hang_on_is_read_again(tiny_model: Path, tmp_path: Path) -> None:

@@ -134,8 +134,8 @@ def test_semeval_from_the_hub_gives_the_examples_of_its_files(shared_data, monke
     assert read_hub("SemEvalWorkshop/sem_eval_2010_task_8", split) == read_semeval(shared_data / "semeval2010_task8", split)
 
 
-def test_a_part_of_semeval_on_the_hub_is_not_numbered_like_the_whole(monkeypatch):
+def test_a_part_of_semeval_on_the_hub_does_not_pass_for_the_benchmark(monkeypatch):
     hub = {"test": datasets.Dataset.from_dict({"sentence": ["A <e1>b</e1> <e2>c</e2>"], "relation": ["Other"]})}
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: hub)
     (example,) = read_hub("SemEvalWorkshop/sem_eval_2010_task_8", "test")
-    assert (example.id, example.dataset) == ("semeval2010_task8/test/1", "semeval2010_task8")
+    assert (example.id, example.dataset) == ("SemEvalWorkshop/sem_eval_2010_task_8/test/1", "SemEvalWorkshop/sem_eval_2010_task_8")
