@@ -22,7 +22,8 @@ GROUP_ROWS = 8
 # Fewer tokens in common than these do not bring examples together in a row, so that it stays a random sample. On SemEval
 # (25 tokens in common of 92) rows of sentences with the same first words too would hold 4% fewer tokens.
 WORTH = 8
-DIGESTED = 4_000_000  # tokens at a time, of 8 bytes in a few arrays
+COMPARED = 32  # tokens of a pair of prompts at a time
+AT_ONCE = 4_000_000  # tokens that are compared or digested at a time, of 8 bytes in a few arrays
 # Attention to so many keys costs as much as the rest of a token's layers: 3,072 in SmolLM2-135M, 8,300 in Qwen2.5-0.5B.
 KEYS_A_TOKEN = 4096
 
@@ -113,10 +114,11 @@ def find_prefixes(tokens: TokenSet) -> Prefixes:
     keys = [bytes(words[start:end]) for start, end in bounds]
     order = np.array(sorted(range(n), key=keys.__getitem__), np.int64)
     neighbours = np.zeros(n, np.int32)
-    neighbours[1:] = _in_common(tokens, order[:-1], order[1:])
+    for pairs in np.array_split(np.arange(1, n), max(1, n * COMPARED // AT_ONCE)):
+        neighbours[pairs] = _in_common(tokens, order[pairs - 1], order[pairs])
     found = Prefixes.of(order, neighbours, owners)
     shareable = np.maximum(neighbours, np.append(neighbours[1:], 0).astype(np.int32))[found.rank] if n else neighbours
-    for some in np.array_split(np.arange(n), max(1, int(shareable.sum()) // DIGESTED)):
+    for some in np.array_split(np.arange(n), max(1, int(shareable.sum()) // AT_ONCE)):
         counts = shareable[some].astype(np.int64)
         place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         index = np.repeat(tokens.starts[some], counts) + place
@@ -124,21 +126,21 @@ def find_prefixes(tokens: TokenSet) -> Prefixes:
     return found
 
 
-def _in_common(tokens: TokenSet, some: np.ndarray, others: np.ndarray, width: int = 32) -> np.ndarray:
-    """[m] leading tokens that the prompts of examples `some` [m] and `others` [m] have in common, `width` of all pairs at a time."""
+def _in_common(tokens: TokenSet, some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """[m] int64 leading tokens that the prompts of examples `some` [m] and `others` [m] have in common."""
     most = np.minimum(tokens.prompt_lengths[some], tokens.prompt_lengths[others]).astype(np.int64)
     common = np.zeros(len(some), np.int64)
     alike, depth = np.arange(len(some)), 0
     while len(alike):
-        place = depth + np.arange(width)
+        place = depth + np.arange(COMPARED)
         # Behind the last token of all anything will do: it is beyond `most`.
         one, other = (
             tokens.tokens[np.minimum(tokens.starts[chosen[alike], None] + place, len(tokens.tokens) - 1)] for chosen in (some, others)
         )
         same = (one == other) & (place < most[alike, None])
         whole = same.all(axis=1)
-        common[alike] = depth + np.where(whole, width, same.argmin(axis=1))
-        alike, depth = alike[whole], depth + width
+        common[alike] = depth + np.where(whole, COMPARED, same.argmin(axis=1))
+        alike, depth = alike[whole], depth + COMPARED
     return common
 
 

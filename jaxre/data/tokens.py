@@ -157,7 +157,7 @@ def read_texts(text: Text) -> list[tuple[str, str]]:
         try:
             documents += [(file.name, file.read_text(encoding="utf-8-sig")) for file in files]
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+            raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
     for source in text.sources:
         examples = sources.load(source)
         for repeat in range(text.repeat_sources):

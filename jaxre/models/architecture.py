@@ -142,9 +142,9 @@ def read_architecture(folder: Path) -> Architecture | EncoderArchitecture:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+        raise InputError(f"{path}: not valid JSON ({error}); download the model again") from None
     if not isinstance(config, dict):
-        raise InputError(f"{path}: must hold one JSON object")
+        raise InputError(f"{path}: must hold one JSON object; download the model again")
     return architecture_of(config, str(path))
 
 
@@ -185,11 +185,13 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
             initializer_range=float(config.get("initializer_range", 0.02)),
         )
     except KeyError as error:
-        raise InputError(f"{place}: the field {error.args[0]} is missing") from None
+        raise InputError(f"{place}: the field {error.args[0]} is missing; download the model again, or add it") from None
     except (TypeError, ValueError) as error:
-        raise InputError(f"{place}: a field has the wrong type ({error})") from None
+        raise InputError(f"{place}: a field has the wrong type ({error}); download the model again, or correct it") from None
     if heads % architecture.kv_heads:
-        raise InputError(f"{place}: num_attention_heads {heads} is not a multiple of num_key_value_heads {architecture.kv_heads}")
+        raise InputError(
+            f"{place}: num_attention_heads {heads} is not a multiple of num_key_value_heads {architecture.kv_heads}; correct them"
+        )
     if architecture.head_channels % 2:
         raise InputError(f"{place}: head_dim {architecture.head_channels} is odd; rotary positions turn pairs of channels")
     return architecture
@@ -197,22 +199,22 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
 
 def _refuse_unsupported(config: dict[str, Any], place: str) -> None:
     if config.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{place}: hidden_act {config['hidden_act']!r} is not supported; the decoders here use silu")
+        raise InputError(f"{place}: hidden_act {config['hidden_act']!r} is not supported; take a decoder with silu")
     for field in ("attention_bias", "mlp_bias"):
         if config.get(field):
-            raise InputError(f"{place}: {field} is set, which no supported decoder has")
+            raise InputError(f"{place}: {field} is set, which no supported decoder has; take another model")
     if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-        raise InputError(f"{place}: sliding-window attention is set, which is not supported")
+        raise InputError(f"{place}: sliding-window attention is set, which is not supported; take another model")
     rope = _rope_of(config)
     if (config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise InputError(f"{place}: partial_rotary_factor is set, which is not supported; every channel rotates here")
+        raise InputError(f"{place}: partial_rotary_factor is set, which is not supported; take a model whose channels all rotate")
     if config.get("quantization_config"):
         raise InputError(f"{place}: the weights are quantised (quantization_config); give the unquantised model")
 
 
 def _size(value: Any, field: str, place: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{place}: {field} is {value!r}, not a positive whole number")
+        raise InputError(f"{place}: {field} is {value!r}, not a positive whole number; correct it")
     return value
 
 
@@ -224,7 +226,7 @@ def _rotary_layers(config: dict[str, Any], kind: Kind, layers: int, place: str) 
         interval = _size(config.get("no_rope_layer_interval") or kind.rotary_pauses, "no_rope_layer_interval", place)
         listed = [(layer + 1) % interval != 0 for layer in range(layers)]
     if len(listed) < layers:
-        raise InputError(f"{place}: no_rope_layers lists {len(listed)} of {layers} layers")
+        raise InputError(f"{place}: no_rope_layers lists {len(listed)} of {layers} layers; list each")
     return tuple(bool(flag) for flag in listed[:layers])
 
 
@@ -243,7 +245,7 @@ def _rope_scaling(config: dict[str, Any], rope: dict[str, Any], place: str) -> R
     if kind == "default":
         return None
     if kind != "llama3":
-        raise InputError(f"{place}: rope scaling {kind!r} is not supported; default and llama3 are")
+        raise InputError(f"{place}: rope scaling {kind!r} is not supported; take a model with default or llama3")
     return RopeScaling(
         float(rope["factor"]),
         float(rope["low_freq_factor"]),
@@ -265,7 +267,7 @@ def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
         ("is_decoder", False),
     ):
         if config.get(field) not in (None, supported):
-            raise InputError(f"{place}: {field} {config[field]!r} is not supported; encoders here have {supported!r}")
+            raise InputError(f"{place}: {field} {config[field]!r} is not supported; take an encoder with {supported!r}")
     kind = config["model_type"]
     try:
         sizes = {
@@ -295,16 +297,20 @@ def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
             initializer_range=float(config.get("initializer_range", 0.02)),
         )
     except KeyError as error:
-        raise InputError(f"{place}: the field {error.args[0]} is missing") from None
+        raise InputError(f"{place}: the field {error.args[0]} is missing; download the model again, or add it") from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{place}: a field has the wrong type ({error})") from None
+        raise InputError(f"{place}: a field has the wrong type ({error}); download the model again, or correct it") from None
     if architecture.embedding % architecture.heads:
-        raise InputError(f"{place}: hidden_size {architecture.embedding} is not a multiple of num_attention_heads {architecture.heads}")
+        raise InputError(
+            f"{place}: hidden_size {architecture.embedding} is not a multiple of num_attention_heads {architecture.heads}; correct them"
+        )
     for field, rate in (("hidden_dropout_prob", architecture.dropout), ("classifier_dropout", architecture.head_dropout)):
         if not 0 <= rate < 1:
-            raise InputError(f"{place}: {field} is {rate}, not in [0, 1)")
+            raise InputError(f"{place}: {field} is {rate}, not in [0, 1); correct it")
     if architecture.max_length < 1:
-        raise InputError(f"{place}: max_position_embeddings {architecture.position_rows} leaves no position after the pad token's")
+        raise InputError(
+            f"{place}: max_position_embeddings {architecture.position_rows} leaves no position after the pad token's; correct it"
+        )
     if len(set(architecture.labels)) < len(architecture.labels):
         raise InputError(f"{place}: id2label names a label twice; give each its own name")
     return architecture

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PREFIX = "hub:"
 # Benchmarks that we read from files too: their name there, and by split the number of items and of the first one. The hub's
-# rows are the items in file order, without their numbers.
+# rows are taken for the items in file order, which they do not number (not checked against the hub itself).
 KNOWN = {"SemEvalWorkshop/sem_eval_2010_task_8": (semeval.NAME, {"train": (8000, 1), "test": (2717, 8001)})}
 
 
