@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,16 +15,23 @@ from tiny import tiny_config, write_tiny_model
 from jaxre.data.dataset import make_plan
 from jaxre.profiling.prepared import prepare
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_training.py"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def tool(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(TOOLS)  # where Python finds the module of a script's own folder
+        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_training", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look up their annotations
-    spec.loader.exec_module(module)
-    return module
+    return tool("bench_training")
+
+
+@pytest.fixture(scope="module")
+def sides() -> ModuleType:
+    return tool("bench_sides")
 
 
 class FakeSide:
@@ -79,12 +86,12 @@ def test_a_ratio_is_the_median_over_rounds_of_turns_side_by_side(
     assert found["relative"] == pytest.approx(1e-5)
 
 
-def test_each_variant_computes_the_loss_of_jaxre(bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_variant_computes_the_loss_of_jaxre(sides: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"data": {"train": {"dataset": "facts", "split": "train", "limit": 13}, "validation": None}}
     config = tiny_config(tmp_path, write_tiny_model(tmp_path / "model"), **changes, train={"epochs": 1, "batch_tokens": 2048})
     whole = prepare(config)
     loss = float(whole.update(whole.next_rows()).loss)
-    for name, variant in bench.VARIANTS.items():
+    for name, variant in sides.VARIANTS.items():
         key, _, value = "".join(variant.settings).partition("=")
         given = {"epochs": 1, "batch_tokens": 2048} | ({key.removeprefix("train."): value} if key else {})
         if variant.lora_group:
@@ -98,18 +105,18 @@ def test_each_variant_computes_the_loss_of_jaxre(bench: ModuleType, tmp_path: Pa
 
 @pytest.mark.usefixtures("shared_data")
 def test_all_sides_start_from_one_model_one_adapter_and_the_same_tokens(
-    bench: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_models: Path
+    sides: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_models: Path
 ) -> None:
-    folder, shape = bench.SHAPES["tiny"]
+    folder, shape = sides.SHAPES["tiny"]
     small = shape | {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3, "num_key_value_heads": 1}
-    monkeypatch.setitem(bench.SHAPES, "tiny", (folder, small))
+    monkeypatch.setitem(sides.SHAPES, "tiny", (folder, small))
     monkeypatch.setenv("JAXRE_MODELS", str(shared_models))
     given = argparse.Namespace(
         shape="tiny", prompts=["0shot", "2shot"], dtype="float32", examples=20, rows=1, row_length=1024, set=[], nf4=False
     )
-    told = bench.write_inputs(tmp_path, given)["prompts"]
+    told = sides.write_inputs(tmp_path, given)["prompts"]
     for prompt in given.prompts:
-        run = prepare(bench.run_config(tmp_path, prompt, given))
+        run = prepare(sides.run_config(tmp_path, prompt, given))
         stored, tokens = np.load(tmp_path / f"{prompt}.npz"), run.dataset.train.tokens
         np.testing.assert_array_equal(stored["tokens"], tokens.tokens)
         np.testing.assert_array_equal(stored["prompt_lengths"], tokens.prompt_lengths)
