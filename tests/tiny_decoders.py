@@ -20,7 +20,7 @@ import pytest
 from jaxre.models import decoder
 from jaxre.models.architecture import Architecture
 
-_SIZES = {
+SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,
@@ -65,7 +65,7 @@ def build(fields: dict, folder: Path, seed: int = 0, dtype: str = "float32", **s
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    fields = {**_SIZES, **fields}
+    fields = {**SIZES, **fields}
     config = AutoConfig.for_model(**fields)
     with no_init_weights():  # every parameter is drawn below; theirs takes 13 s for 200 million
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)

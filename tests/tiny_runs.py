@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+from safetensors.numpy import load_file
 from tiny_decoders import random_factors
 
 from jaxre.checkpoints.huggingface import save_base
@@ -16,6 +17,15 @@ LORA = Lora(rank=4, alpha=10.0, targets=("q", "down"))
 
 def equal(one, other) -> bool:
     return jax.tree.structure(one) == jax.tree.structure(other) and jax.tree.all(jax.tree.map(np.array_equal, one, other))
+
+
+def bits(folder) -> dict:
+    """name -> (dtype, shape, bytes) of every tensor of a Hugging Face folder."""
+    return {
+        name: (value.dtype, value.shape, value.tobytes())
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(path).items()
+    }
 
 
 def make_run(folder, base, method: str, result: bool = True, **model):

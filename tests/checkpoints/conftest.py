@@ -22,3 +22,11 @@ def tiny_base(tmp_path_factory, shared_models):
         if source.is_file():
             shutil.copyfile(source, folder / name)
     return folder
+
+
+@pytest.fixture
+def run(tiny_base, tmp_path):
+    """A run of LoRA on that base."""
+    from tiny_runs import make_run
+
+    return make_run(tmp_path / "run", tiny_base, "lora")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_decoders import CONFIGS
+from tiny_decoders import CONFIGS, SIZES
 from tiny_prefixes import begin_alike
 
 from jaxre.config import Config, check_config
@@ -26,19 +26,6 @@ from jaxre.models.module import init_weights
 from jaxre.training.step import State, dropout_keys, loss_sum, make_update, model_of
 
 ROW, STEP, TOLERANCE = 96, 5, 1e-5
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 97,
-    "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
 NAMES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM", "smollm3": "SmolLM3ForCausalLM"}
 FAMILIES = (
     "qwen2 tied, biases, grouped heads",
@@ -50,7 +37,7 @@ FAMILIES = (
 
 
 def architecture(family: str) -> Architecture:
-    fields = SIZES | CONFIGS[family]
+    fields = SIZES | {"rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True} | CONFIGS[family]
     return architecture_of(fields | {"architectures": [NAMES[fields["model_type"]]]}, "tiny")
 
 

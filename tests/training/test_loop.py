@@ -28,7 +28,7 @@ from jaxre.config import load_config, save_config
 from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.errors import InputError
 from jaxre.training.compilation import compile_updates
-from jaxre.training.initial import initial_state
+from jaxre.training.initial import initial_state, start_reading
 from jaxre.training.log import read_log
 from jaxre.training.loop import check_finite, prepared, train
 from jaxre.training.run_folder import first_difference
@@ -283,6 +283,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model: Path, tmp_path: Pat
     with pytest.raises(InputError, match=r"train\.learning_rate"):
         train(config)
     assert not (config.run_folder / "model").exists()
+
+
+def test_weights_that_do_not_load_are_refused_where_they_are_asked_for(tmp_path: Path) -> None:
+    """They are read in a thread of their own, beside the data."""
+    read = start_reading(tiny_config(tmp_path, tmp_path / "absent"), np.dtype(np.float32))
+    assert "absent" in refusal(read)
 
 
 def test_examples_longer_than_a_row_are_listed_in_the_log(tiny_model: Path, tmp_path: Path) -> None:
