@@ -40,7 +40,7 @@ def choose(length: int | None = None, prefix: int = 0, span: int | None = None, 
     if blocks.queries == length:
         return name, f"{reason}; dense, a token may see any of {length:,}"
     near = blocks.back + blocks.queries
-    return name, f"{reason}; {blocks.queries} queries at a time look at {near} near and {prefix} shared keys of {length:,}"
+    return name, f"{reason}; {blocks.queries} queries at a time look at up to {near} near and {prefix} shared keys of {length:,}"
 
 
 def attention(
