@@ -69,7 +69,8 @@ class Side:
 
     def ask(self, command: str) -> dict[str, Any]:
         self.process.send_signal(signal.SIGCONT)
-        self.process.stdin.write(command + "\n")
+        with contextlib.suppress(BrokenPipeError):  # it has ended, which `answer` tells
+            self.process.stdin.write(command + "\n")
         found = self.answer()
         self.stop()
         return found
@@ -78,7 +79,9 @@ class Side:
         line = self.process.stdout.readline()
         if not line:
             end = self.log.read_text(errors="replace").strip().splitlines()[-12:]
-            raise SystemExit(f"side {self.name} ended with code {self.process.wait()}:\n" + "\n".join(end))
+            code = self.process.wait()
+            told = " (killed; for want of memory? Sides keep theirs: measure fewer at a time)" if code == -signal.SIGKILL else ""
+            raise SystemExit(f"side {self.name} ended with code {code}{told}:\n" + "\n".join(end))
         return json.loads(line)
 
     def stop(self) -> None:
@@ -133,7 +136,7 @@ def summary(rounds: list[dict], first: list[dict]) -> dict[str, Any]:
     }
 
 
-def markdown(found: dict[str, Any]) -> Iterator[str]:
+def heading(found: dict[str, Any]) -> Iterator[str]:
     inputs, settings = found["inputs"], found["settings"]
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     yield f"{found['date']}; {found['hardware']}; Python {platform.python_version()}, {versions}"
@@ -144,20 +147,22 @@ def markdown(found: dict[str, Any]) -> Iterator[str]:
         f"dropout {DROPOUT}, SemEval-2010 Task 8; {settings['rows']} rows of {settings['row_length']} an update in (b), (c), (d); "
         f"{settings['rounds']} rounds of at least {settings['seconds']:g} s a side"
     )
-    for prompt, sides in found["prompts"].items():
-        about = inputs["prompts"][prompt]
-        yield ""
-        yield f"**{prompt}**: {about['tokens']:.0f} tokens an example (longest {about['longest']}), {about['supervised']:.1f} supervised"
-        yield ""
-        yield f"| side | examples/s | x {next(iter(sides))} (rounds) | real tokens/s | examples an update | peak MiB | loss differs by |"
-        yield "|---|---|---|---|---|---|---|"
-        for name, side in sides.items():
-            told = TOLD.get(name, "jaxre, " + name.partition(":")[2])
-            ratio = f"{side['ratio']:.2f} ({min(side['ratios']):.2f} to {max(side['ratios']):.2f})"
-            yield (
-                f"| ({name}) {told} | {side['examples_per_second']:.2f} | {ratio} | {side['tokens_per_second']:,.0f} "
-                f"| {side['examples_per_update']:.1f} | {side['peak_bytes'] / 2**20:,.0f} | {side['relative']:.0e} |"
-            )
+
+
+def table(found: dict[str, Any], prompt: str) -> Iterator[str]:
+    about, sides = found["inputs"]["prompts"][prompt], found["prompts"][prompt]
+    yield ""
+    yield f"**{prompt}**: {about['tokens']:.0f} tokens an example (longest {about['longest']}), {about['supervised']:.1f} supervised"
+    yield ""
+    yield f"| side | examples/s | x {next(iter(sides))} (rounds) | real tokens/s | examples an update | peak MiB | loss differs by |"
+    yield "|---|---|---|---|---|---|---|"
+    for name, side in sides.items():
+        told = TOLD.get(name, "jaxre, " + name.partition(":")[2])
+        ratio = f"{side['ratio']:.2f} ({min(side['ratios']):.2f} to {max(side['ratios']):.2f})"
+        yield (
+            f"| ({name}) {told} | {side['examples_per_second']:.2f} | {ratio} | {side['tokens_per_second']:,.0f} "
+            f"| {side['examples_per_update']:.1f} | {side['peak_bytes'] / 2**20:,.0f} | {side['relative']:.0e} |"
+        )
 
 
 def hardware(device: str) -> str:
@@ -222,13 +227,17 @@ def main() -> None:
             "versions": versions(),
             "settings": {key: value for key, value in vars(settings).items() if key != "json"},
             "inputs": inputs,
-            "prompts": {prompt: bench_prompt(prompt, folder, settings) for prompt in settings.prompts},
+            "prompts": {},
         }
+        print("\n".join(heading(found)))
+        for prompt in settings.prompts:
+            # Told and kept at once: a later prompt may need more memory than there is.
+            found["prompts"][prompt] = bench_prompt(prompt, folder, settings)
+            print("\n".join(table(found, prompt)), flush=True)
+            if settings.json:
+                settings.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print("\n".join(markdown(found)))
-    if settings.json:
-        settings.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

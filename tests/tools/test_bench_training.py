@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -134,26 +136,50 @@ def test_an_unknown_side_is_refused(bench: ModuleType, monkeypatch: pytest.Monke
     assert "'e'" in capsys.readouterr().err
 
 
+SIDE = {
+    "examples_per_second": 2.5,
+    "ratio": 2.0,
+    "ratios": [1.9, 2.0, 2.2],
+    "tokens_per_second": 250.0,
+    "examples_per_update": 8.0,
+    "peak_bytes": 2**30,
+    "relative": 1e-7,
+}
+ABOUT = {"examples": 9, "tokens": 92.0, "longest": 130, "supervised": 11.0}
+
+
 def test_the_table_has_a_row_for_each_side(bench: ModuleType) -> None:
-    side = {
-        "examples_per_second": 2.5,
-        "ratio": 2.0,
-        "ratios": [1.9, 2.0, 2.2],
-        "tokens_per_second": 250.0,
-        "examples_per_update": 8.0,
-        "peak_bytes": 2**30,
-        "relative": 1e-7,
-    }
-    about = {"examples": 9, "tokens": 92.0, "longest": 130, "supervised": 11.0}
-    given = SimpleNamespace(shape="tiny", dtype="float32", nf4=False, row_length=1024, rows=2, rounds=3, seconds=1.0)
-    found = {
-        "date": "2026-01-01",
-        "hardware": "2 cores",
-        "versions": {"jax": "0.10.2"},
-        "settings": vars(given),
-        "inputs": {"parameters": 7, "prompts": {"0shot": about}},
-        "prompts": {"0shot": {"a": side, "c": side}},
-    }
-    lines = list(bench.markdown(found))
+    lines = list(bench.table({"inputs": {"prompts": {"0shot": ABOUT}}, "prompts": {"0shot": {"a": SIDE, "c": SIDE}}}, "0shot"))
     assert "| (c) jaxre | 2.50 | 2.00 (1.90 to 2.20) | 250 | 8.0 | 1,024 | 1e-07 |" in lines
     assert len({line.count("|") for line in lines if line.startswith("|")}) == 1
+
+
+def test_what_was_measured_stays_when_a_later_prompt_fails(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    inputs = {"parameters": 7, "device": "cpu", "prompts": {"0shot": ABOUT, "2shot": ABOUT}}
+
+    def measured(prompt: str, *_: object) -> dict:
+        if prompt == "2shot":
+            raise SystemExit("side c ended with code -9")
+        return {"c": SIDE}
+
+    monkeypatch.setattr(bench, "Side", lambda *_: SimpleNamespace(ready=lambda: inputs, close=lambda: None))
+    monkeypatch.setattr(bench, "bench_prompt", measured)
+    monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
+    given = ["--prompts", "0shot,2shot", "--sides", "c", "--json", str(tmp_path / "found.json")]
+    monkeypatch.setattr(sys, "argv", ["bench_training.py", *given])
+    with pytest.raises(SystemExit, match="ended with code -9"):
+        bench.main()
+    assert json.loads((tmp_path / "found.json").read_text())["prompts"] == {"0shot": {"c": SIDE}}
+    assert "| (c) jaxre | 2.50 |" in capsys.readouterr().out
+
+
+def test_a_side_that_was_killed_is_named(bench: ModuleType, tmp_path: Path) -> None:
+    process = subprocess.Popen(["sh", "-c", "kill -KILL $$"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process.wait()
+    side = bench.Side.__new__(bench.Side)
+    side.process, side.name, side.log = process, "b", tmp_path / "b.log"
+    side.log.write_text("its last words\n")
+    with pytest.raises(SystemExit, match=r"side b ended with code -9 \(killed; for want of memory\?.*\n.*last words"):
+        side.ask("round")
