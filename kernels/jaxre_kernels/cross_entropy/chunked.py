@@ -115,6 +115,6 @@ def _sums(x, head, targets, weights, positions, shards, wanted=(False, False)):
         return dhead, (dx, losses)
 
     start = jnp.zeros((G, D, V), wide) if want_head else None
-    dhead, (dx, losses) = jax.lax.scan(chunk, start, (cut(x), cut(jnp.where(weights == 0, 0, targets)), cut(weights)))
+    dhead, (dx, losses) = jax.lax.scan(chunk, start, (cut(x), cut(jnp.clip(targets, 0, V - 1)), cut(weights)))
     losses = joined(losses)
     return jnp.sum(weights * losses), joined(dx) if want_x else None, dhead.sum(0).T if want_head else None, losses

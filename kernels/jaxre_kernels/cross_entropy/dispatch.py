@@ -16,13 +16,14 @@ TOKENS = 1024  # at a time on a device
 
 
 def positions_at_once(tokens: tuple[int, ...], shards: int = 1) -> int:
-    """Of each row's positions, at how many at a time the head runs, so that a device has TOKENS at most; all where they are as few.
+    """At how many of each row's positions at a time the head runs, so that a device has at most TOKENS; all where they are as few.
 
     Args:
       tokens: shape [..., S] of the targets; shards: over how many devices the rows are split, along the first axis.
     """
     *rows, positions = tokens
-    return max(1, min(positions, TOKENS * shards // max(1, math.prod(rows))))
+    most = max(1, min(positions, TOKENS * shards // math.prod(rows)))
+    return -(-positions // -(-positions // most))  # in parts of equal size
 
 
 def choose(
@@ -71,7 +72,7 @@ def linear_cross_entropy(
       ValueError: an implementation that does not exist.
     """
     choose(implementation=implementation)
-    targets = jnp.where(weights == 0, 0, targets)
+    targets = jnp.clip(targets, 0, head.shape[0] - 1)
     positions = positions_at_once(targets.shape, shards)
     if positions == targets.shape[-1]:
         return dense_cross_entropy(x, head, targets, weights)
