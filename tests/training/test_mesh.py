@@ -50,7 +50,7 @@ def curve(run: Path) -> dict[int, tuple[float, float]]:
     return {record["step"]: (record["loss"], record["gradient_norm"]) for record in read_log(run) if record["kind"] == "train"}
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "qlora"])
+@pytest.mark.parametrize("method", ["lora", "full", "qlora", "full-lm", "lora-lm"])
 def test_gradients_on_every_mesh_equal_one_device(tiny_model: Path, tmp_path: Path, method: str) -> None:
     command = [sys.executable, str(HERE / "mesh_gradients.py"), str(tiny_model), str(tmp_path), method]
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=300)

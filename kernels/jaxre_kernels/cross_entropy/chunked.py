@@ -3,11 +3,7 @@
     Z = x head^T,    loss = sum_n w_n (log sum_v exp Z_nv - Z_n,target)
     dZ_nv = w_n (softmax(Z_n)_v - [v = target_n]),    dx = dZ head,    dhead = dZ^T x
 
-The loss is one number, so its cotangent g is one factor of all gradients: dx and dhead for g = 1 are formed in the forward pass
-while a chunk's Z is there, and the backward pass multiplies them by g. A backward pass of its own would compute Z again: three
-products in place of two for a frozen head, four in place of three for a trained one. (Liger does so too; Hsu et al. 2024,
-section 3.2.) Where no gradient is asked for, the loss alone is computed; that of a head which is not differentiated (a frozen
-one) is not formed, and neither is a zero of its size.
+dx and dhead are formed in the forward pass, while a chunk's Z is there (`gradients.py`).
 
 Memory, n tokens at a time of N, in bytes of f32: 4 n V for the logits in place of 4 N V for each of logits and their gradient;
 kept for the backward pass are dx [N, D] in f32, so that g rounds once, and in place of x, and dhead [V, D].
@@ -30,16 +26,22 @@ Letters: G groups of rows, B rows of a group, S positions in a row, D embedding,
 from __future__ import annotations
 
 import math
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
+from jaxre_kernels.cross_entropy.gradients import with_gradients
 from jaxre_kernels.cross_entropy.reference import logits_of
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+class Chunks(NamedTuple):
+    """Positions of each row at a time, at most; over how many devices the rows are split, along the first axis."""
+
+    positions: int
+    shards: int = 1
+
+
 def chunked_cross_entropy(
     x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, positions: int, shards: int = 1
 ) -> jax.Array:
@@ -54,35 +56,16 @@ def chunked_cross_entropy(
     Returns:
       [] f32 (f64 for f64).
     """
-    return _sums(x, head, targets, weights, positions, shards)[0]
+    return _op(x, head, targets, weights, Chunks(positions, shards))
 
 
-def _forward(x, head, targets, weights, positions, shards):
-    wanted = x.perturbed, head.perturbed
-    loss, dx, dhead, losses = _sums(x.value, head.value, targets.value, weights.value, positions, shards, wanted)
-    # Dtypes are no arrays, so an empty array of each stands for it.
-    likes = [jnp.empty(0, one.value.dtype) for one in (x, head, weights)]
-    return loss, ((dx, dhead, losses if weights.perturbed else None), likes)
-
-
-def _backward(positions, shards, kept, dloss):
-    if isinstance(dloss, SymbolicZero):
-        return None, None, None, None
-    dx, dhead, dweights = (one if one is None else (one * dloss).astype(like.dtype) for one, like in zip(*kept, strict=True))
-    return dx, dhead, None, dweights
-
-
-# With symbolic zeros `_forward` is told which arguments are differentiated at all.
-chunked_cross_entropy.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-def _sums(x, head, targets, weights, positions, shards, wanted=(False, False)):
-    """The loss, its gradients by x and head in f32 (at least), None where they are not wanted, and the loss of each token."""
+def _sums(x, head, targets, weights, how, wanted):
+    """See `with_gradients`."""
     want_x, want_head = wanted
     shape, (V, D) = x.shape, head.shape
     S, rows = shape[-2], math.prod(shape[:-2])
-    G = shards if rows % shards == 0 else 1
-    chunks = -(-S // min(S, positions))
+    G = how.shards if rows % how.shards == 0 else 1
+    chunks = -(-S // min(S, how.positions))
     wide = jnp.promote_types(x.dtype, jnp.float32)
     entries = jnp.arange(V, dtype=targets.dtype)
 
@@ -118,3 +101,6 @@ def _sums(x, head, targets, weights, positions, shards, wanted=(False, False)):
     dhead, (dx, losses) = jax.lax.scan(chunk, start, (cut(x), cut(jnp.clip(targets, 0, V - 1)), cut(weights)))
     losses = joined(losses)
     return jnp.sum(weights * losses), joined(dx) if want_x else None, dhead.sum(0).T if want_head else None, losses
+
+
+_op = with_gradients(_sums)
