@@ -71,8 +71,9 @@ def gradients(op, inputs: Inputs):
     return loss, *back(jnp.asarray(COTANGENT, loss.dtype))
 
 
+@partial(jax.jit, static_argnames=("positions", "shards"))
 def ours(inputs: Inputs, positions: int, shards: int = 1):
-    return jax.jit(lambda inputs: gradients(partial(chunked_cross_entropy, positions=positions, shards=shards), inputs))(inputs)
+    return gradients(partial(chunked_cross_entropy, positions=positions, shards=shards), inputs)
 
 
 dense = jax.jit(partial(gradients, dense_cross_entropy))
@@ -281,11 +282,11 @@ def test_few_tokens_are_dense_and_many_go_in_chunks(monkeypatch):
 
 def test_what_is_chosen_is_told_with_its_memory(monkeypatch):
     monkeypatch.setattr(dispatch, "TOKENS", 1024)
-    assert choose() == ("xla", "the only implementation there is")
+    assert choose() == ("xla", "the default; pallas_tpu is to be asked for, it has not run on a TPU yet")
     assert choose((8, 128), 4096)[1].endswith("all logits at once, 16.0 MiB a device")
     assert choose((16, 512), 4096, 2)[1].endswith("128 of a row's 512 positions at a time, logits of 16.0 of 64.0 MiB a device")
 
 
 def test_an_implementation_that_does_not_exist_is_refused_by_name():
-    with pytest.raises(ValueError, match="'liger' does not exist; there is xla"):
+    with pytest.raises(ValueError, match="'liger' does not exist; there is xla, pallas_tpu"):
         linear_cross_entropy(*draws((3,), 8, 11), implementation="liger")
