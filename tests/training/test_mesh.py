@@ -56,7 +56,7 @@ def test_gradients_on_every_mesh_equal_one_device(tiny_model: Path, tmp_path: Pa
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 5
+    assert len(found) == (2 if method.endswith("lm") else 5)
     for one in found:
         assert one["loss"] < TOLERANCE and one["gradient"] < TOLERANCE, one
 
