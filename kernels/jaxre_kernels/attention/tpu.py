@@ -190,10 +190,11 @@ def _forward(q, k, v, bounds, tiling):
 def _backward(tiling, kept, dout):
     q, k, v, bounds, out, statistics = kept
     count = _brought_back(statistics[:, 1:], q[..., :1])  # B T H 1
-    dsums = dout.astype(jnp.float32) / count
-    mean = (dsums * out.astype(jnp.float32)).sum(-1, keepdims=True)
+    dsums = (dout.astype(jnp.float32) / count).astype(q.dtype)
+    # Of the rounded dO~, as in the kernels: what cancels in dS cancels here too.
+    mean = (dsums.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     statistics = jnp.concatenate([statistics[:, :1], _lay(mean, tiling.block, multiple=1)], axis=1)
-    laid = [_lay(array, tiling.block) for array in (q, k, v, dsums.astype(q.dtype))]
+    laid = [_lay(array, tiling.block) for array in (q, k, v, dsums)]
     arrays = (*laid[:3], _joined(bounds), laid[3], statistics)
     call = _Call(q.shape[2] // k.shape[2], laid[0].shape, tiling, q.shape[3] ** -0.5)
 
