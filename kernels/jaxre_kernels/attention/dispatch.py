@@ -63,7 +63,7 @@ def choose(
     name = "xla" if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {name!r} does not exist; there is {', '.join(IMPLEMENTATIONS)}")
-    reason = "the default; pallas_tpu is to be asked for, it has not run on a TPU yet" if implementation is None else "asked for"
+    reason = "the default; pallas_tpu is opt-in, unverified" if implementation is None else "asked for"
     if name == "pallas_tpu":
         return name, f"{reason}; {_told_tpu(length, prefix, span, heads)}"
     if length is None:
