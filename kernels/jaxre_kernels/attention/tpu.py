@@ -14,7 +14,10 @@ f32 error of gradients in a network with large scores (`blockwise.py`). With P =
     dV = P' dO = E' dO~,    dP = dO V',    dS = P (dP - rowsum(P dP)) = E (dO~ V' - r),    dQ = s dS K,    dK = s dS' Q
     r = rowsum(P dP) / l = rowsum(dO~ O),  because rowsum(P (dO V')) = rowsum(dO (P V)) = rowsum(dO O)
 
-dO~ and r are formed once, outside of the kernels; one kernel sums dQ over blocks of keys, one dK and dV over those of queries.
+dO~ and r are formed once, outside of the kernels; one kernel sums dQ over blocks of keys, one dK and dV over those of queries. The
+r of a bf16 O carries its rounding. A row of dS adds up to zero, so what it does add up to in the first kernel corrects r for the
+second; and any one key c may be taken from all keys in dQ = s dS (K - c): with the mean of a near block for c, rounding dS to
+bf16 does no harm through what keys have in common (keys of noise + 4: half of the XLA implementation's distance to f32).
 
 Which block pairs. The grid of a kernel is (groups of key heads, block pairs): step s works on pair s of a list that holds
 exactly the pairs with a visible token pair (`pairs.py`). Its length is a number on the device, found from `visible_until`. A
@@ -179,8 +182,8 @@ def _forward(q, k, v, bounds, tiling):
         _pairs(bounds, tiling),
         (*laid, _joined(bounds)),
         [call.queries(own=True), call.keys(own=False), call.keys(own=False), call.bounds(own=False)],
-        (call.like_queries(q.dtype), call.like_statistics()),
-        [call.queries(own=True), call.statistics(own=True)],
+        (call.like_queries(q.dtype), call.like_statistics(2)),
+        [call.queries(own=True), call.statistics(2, own=True)],
         [call.query_sums(), call.query_numbers(), call.query_numbers()],
     )
     out = _brought_back(out, q)
@@ -193,7 +196,7 @@ def _backward(tiling, kept, dout):
     dsums = (dout.astype(jnp.float32) / count).astype(q.dtype)
     # Of the rounded dO~, as in the kernels: what cancels in dS cancels here too.
     mean = (dsums.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
-    statistics = jnp.concatenate([statistics[:, :1], _lay(mean, tiling.block, multiple=1)], axis=1)
+    statistics = jnp.concatenate([statistics, _lay(mean, tiling.block, multiple=1)], axis=1)
     laid = [_lay(array, tiling.block) for array in (q, k, v, dsums)]
     arrays = (*laid[:3], _joined(bounds), laid[3], statistics)
     call = _Call(q.shape[2] // k.shape[2], laid[0].shape, tiling, q.shape[3] ** -0.5)
@@ -201,24 +204,24 @@ def _backward(tiling, kept, dout):
     def specs(own):
         """Of the arrays, for a list whose own blocks are those of queries, or of keys."""
         keys = call.keys(not own)
-        return [call.queries(own), keys, keys, call.bounds(not own), call.queries(own), call.statistics(own)]
+        return [call.queries(own), keys, keys, call.bounds(not own), call.queries(own), call.statistics(3, own)]
 
-    (dq,) = call.run(
+    dq, mean = call.run(
         "attention_dq",
         dq_kernel,
         _pairs(bounds, tiling),
         arrays,
         specs(own=True),
-        (call.like_queries(q.dtype),),
-        [call.queries(own=True)],
-        [call.query_sums()],
+        (call.like_queries(q.dtype), call.like_statistics(1)),
+        [call.queries(own=True), call.statistics(1, own=True)],
+        [call.query_sums(), call.query_numbers(), call.query_numbers(), call.key_middle()],
     )
     dk, dv = call.run(
         "attention_dkv",
         dkv_kernel,
         _pairs(bounds, tiling, transposed=True),
-        arrays,
-        specs(own=False),
+        (*arrays, mean),
+        [*specs(own=False), call.statistics(1, own=False)],
         (call.like_keys(k.dtype),) * 2,
         [call.keys(own=True)] * 2,
         [call.key_sums()] * 2,
@@ -262,8 +265,8 @@ class _Call(NamedTuple):
     def keys(self, own):
         return self._spec(self.tiling.kv_heads, self.shape[1], own)
 
-    def statistics(self, own):
-        return self._spec(self.group * self.tiling.kv_heads, 2, own)
+    def statistics(self, rows, own):
+        return self._spec(self.group * self.tiling.kv_heads, rows, own)
 
     def bounds(self, own):
         return pl.BlockSpec((8, self.tiling.block), lambda heads, step, mine, other, total: (0, (mine if own else other)[step]))
@@ -278,8 +281,8 @@ class _Call(NamedTuple):
     def like_keys(self, dtype):
         return jax.ShapeDtypeStruct((self.shape[0] // self.group, *self.shape[1:]), dtype)
 
-    def like_statistics(self):
-        return jax.ShapeDtypeStruct((self.shape[0], 2, self.shape[2]), jnp.float32)
+    def like_statistics(self, rows):
+        return jax.ShapeDtypeStruct((self.shape[0], rows, self.shape[2]), jnp.float32)
 
     def query_sums(self):
         return self._scratch(self.shape[1], self.group * self.tiling.block)
@@ -289,6 +292,9 @@ class _Call(NamedTuple):
 
     def key_sums(self):
         return self._scratch(self.tiling.block, self.shape[1])
+
+    def key_middle(self):
+        return self._scratch(self.shape[1], 1)
 
     def _scratch(self, *shape):
         return pltpu.VMEM((self.tiling.kv_heads, *shape), jnp.float32)

@@ -47,28 +47,68 @@ def forward_kernel(own, other, total, q_ref, k_ref, v_ref, bounds_ref, out_ref, 
             _store_grouped(statistics_ref, head, group, jnp.concatenate([highest[head], count[head]], axis=0))
 
 
-def dq_kernel(own, other, total, q_ref, k_ref, v_ref, bounds_ref, dsums_ref, statistics_ref, dq_ref, dq, *, group, scale):
-    """Adds what a block of keys gives to the gradient of a block of queries. `dq` is [heads, C, M]."""
+def dq_kernel(
+    own,
+    other,
+    total,
+    q_ref,
+    k_ref,
+    v_ref,
+    bounds_ref,
+    dsums_ref,
+    statistics_ref,
+    dq_ref,
+    mean_ref,
+    dq,
+    slack,
+    rounded,
+    middle,
+    *,
+    group,
+    scale,
+):
+    """Adds what a block of keys gives to the gradient of a block of queries. `dq` is [heads, C, M].
+
+    The gradients of a query's scores add up to zero, but not with a `mean` from a rounded output, nor once they are rounded.
+    What they add up to is kept: `slack` [heads, 1, M], before rounding, corrects `mean` for the other kernel; `rounded`, after
+    it, takes the middle of the keys out of `dq`. `middle` [heads, C, 1] is that of the queries' own block: keys have a large
+    common part where their projection has a bias.
+    """
     step = pl.program_id(1)
     heads = range(k_ref.shape[0])
 
     @pl.when(_is_first(own, step))
     def _():
         dq[...] = jnp.zeros_like(dq)
+        slack[...] = jnp.zeros_like(slack)
+        rounded[...] = jnp.zeros_like(rounded)
+
+    @pl.when(own[step] == other[step])
+    def _():
+        for head in heads:
+            middle[head] = k_ref[head].astype(jnp.float32).mean(1, keepdims=True)
 
     hidden = _hidden(own, step, bounds_ref, group)
     for head in heads:
         queries, dsums = _grouped(q_ref, head, group), _grouped(dsums_ref, head, group)
-        _, dscores = _formed_again(queries, k_ref[head], v_ref[head], dsums, _grouped(statistics_ref, head, group), hidden, scale)
+        highest, _, mean = _rows(_grouped(statistics_ref, head, group))
+        _, dscores = _formed_again(queries, k_ref[head], v_ref[head], dsums, highest, mean, hidden, scale)
+        slack[head] += dscores.sum(0, keepdims=True)
+        dscores = dscores.astype(queries.dtype)
+        rounded[head] += dscores.astype(jnp.float32).sum(0, keepdims=True)
         dq[head] += _product(k_ref[head], dscores, (1, 0))  # C M
 
     @pl.when(_is_last(own, total, step))
     def _():
         for head in heads:
-            _store_grouped(dq_ref, head, group, dq[head])
+            _store_grouped(dq_ref, head, group, (dq[head] - middle[head] * rounded[head]) * scale)
+            _, count, mean = _rows(_grouped(statistics_ref, head, group))
+            _store_grouped(mean_ref, head, group, mean + slack[head] / count)
 
 
-def dkv_kernel(own, other, total, q_ref, k_ref, v_ref, bounds_ref, dsums_ref, statistics_ref, dk_ref, dv_ref, dk, dv, *, group, scale):
+def dkv_kernel(
+    own, other, total, q_ref, k_ref, v_ref, bounds_ref, dsums_ref, statistics_ref, mean_ref, dk_ref, dv_ref, dk, dv, *, group, scale
+):
     """Adds what a block of queries, all of a group, gives to the gradients of a block of keys. `dk` and `dv` are [heads, U, C].
 
     As [U, C] the large factor of their products is the one that streams through the matrix unit as it lies.
@@ -84,23 +124,23 @@ def dkv_kernel(own, other, total, q_ref, k_ref, v_ref, bounds_ref, dsums_ref, st
     hidden = _hidden(other, step, bounds_ref, group)
     for head in heads:
         queries, dsums = _grouped(q_ref, head, group), _grouped(dsums_ref, head, group)
-        weights, dscores = _formed_again(queries, k_ref[head], v_ref[head], dsums, _grouped(statistics_ref, head, group), hidden, scale)
-        dk[head] += _product(dscores, queries, (1, 1))  # U C
-        dv[head] += _product(weights, dsums, (1, 1))
+        highest, _, _ = _rows(_grouped(statistics_ref, head, group))
+        statistics = highest, _grouped(mean_ref, head, group)
+        weights, dscores = _formed_again(queries, k_ref[head], v_ref[head], dsums, *statistics, hidden, scale)
+        dk[head] += _product(dscores.astype(queries.dtype), queries, (1, 1))  # U C
+        dv[head] += _product(weights.astype(queries.dtype), dsums, (1, 1))
 
     @pl.when(_is_last(own, total, step))
     def _():
         for head in heads:
-            dk_ref[head] = dk[head].T.astype(dk_ref.dtype)
+            dk_ref[head] = (dk[head] * scale).T.astype(dk_ref.dtype)
             dv_ref[head] = dv[head].T.astype(dv_ref.dtype)
 
 
-def _formed_again(queries, keys, values, dsums, statistics, hidden, scale):
-    """Weights and gradients of the scores, both [U, M] of the dtype of the queries, from statistics [2, M]: highest score and mean."""
-    weights = jnp.exp(_product(keys, queries, (0, 0)) * scale + hidden - statistics[:1])
-    dweights = _product(values, dsums, (0, 0))
-    dscores = weights * (dweights - statistics[1:]) * scale
-    return weights.astype(queries.dtype), dscores.astype(queries.dtype)
+def _formed_again(queries, keys, values, dsums, highest, mean, hidden, scale):
+    """Weights and gradients of the scaled scores, both [U, M] f32, from highest score and mean [1, M]."""
+    weights = jnp.exp(_product(keys, queries, (0, 0)) * scale + hidden - highest)
+    return weights, weights * (_product(values, dsums, (0, 0)) - mean)
 
 
 def _product(one, other, contracted):
@@ -126,6 +166,11 @@ def _hidden(query_blocks, step, bounds_ref, group):
     query = query_blocks[step] * block + jax.lax.broadcasted_iota(jnp.int32, (block, block), 1)
     hidden = jnp.where((bounds[:, 0:1] <= query) & (query < bounds[:, 1:2]), 0.0, HIDDEN)
     return jnp.concatenate([hidden] * group, axis=1)
+
+
+def _rows(statistics):
+    """[3, M] -> three of [1, M]: highest score, sum of weights, mean of the weights' gradients."""
+    return statistics[0:1], statistics[1:2], statistics[2:3]
 
 
 def _grouped(ref, head, group):
