@@ -49,7 +49,8 @@ of 256 that holds for all but dK/dV on v6e. A step of a grid costs about 0.35 us
 heads of 64 channels at 128 x 128 tokens are 38 MFLOP forward, 0.4 us on a v5e whose matrix unit is half used at 64 channels. So
 all heads that fit share a step, and blocks are larger where examples may be long.
 
-Sharding: like every Pallas TPU kernel it runs inside `shard_map` (rows or heads split), not under automatic partitioning.
+Sharding: like every Pallas TPU kernel it runs inside `shard_map(..., check_vma=False)`, rows or heads split, not under
+automatic partitioning.
 """
 
 from __future__ import annotations
@@ -157,8 +158,8 @@ def _kv_heads_of_a_step(kv_heads: int, group: int, block: int) -> int:
 def _vmem_bytes(block: int, kv_heads: int, group: int, channels: int, dtype: jnp.dtype) -> int:
     """About what a step of the dK/dV kernel holds, the largest of the three."""
     channels = channels + -channels % CHANNEL_MULTIPLE
-    # What comes or goes has two buffers: q and dO, k and v and their gradients, statistics and bounds in tiles of 8.
-    buffers = 2 * kv_heads * block * ((2 * group + 4) * channels * dtype.itemsize + group * 8 * 4) + 2 * 8 * block * 4
+    # What comes or goes has two buffers: q and dO, k and v and their gradients, statistics, mean and bounds in tiles of 8.
+    buffers = 2 * kv_heads * block * ((2 * group + 4) * channels * dtype.itemsize + group * 2 * 8 * 4) + 2 * 8 * block * 4
     sums = 2 * kv_heads * block * max(channels, LANES) * 4
     scores = 6 * group * block * block * 4  # scores, weights, their gradients and the mask, of one key head
     return buffers + sums + scores
