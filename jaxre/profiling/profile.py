@@ -144,7 +144,8 @@ def executed(run: Prepared) -> float:
     """FLOPs of the products of the traced update, the mean over the counted updates' shapes: pads, masked blocks and recomputation too."""
     config, initial = run.config, run.initial
     optimiser = make_optimiser(config, len(run.plan.updates))
-    update = make_update(config, initial.architecture, optimiser, initial.dtype, sharding.constrain_rows(run.mesh), run.compiled.remat)
+    placed = sharding.constrain_rows(run.mesh), run.compiled.remat, sharding.row_shards(run.mesh)
+    update = make_update(config, initial.architecture, optimiser, initial.dtype, *placed)
     updates = run.plan.updates[: min(COUNTED, run.plan.epoch_ends[0])]
     flops = {}
     for number, one in enumerate(updates):

@@ -97,7 +97,8 @@ def compile_update(
     remat: str,
 ) -> jax.stages.Compiled:
     """The update for `micro` micro-batches of one row shape, with the state donated."""
-    update = make_update(config, initial.architecture, optimiser, initial.dtype, sharding.constrain_rows(mesh), remat)
+    placed = sharding.constrain_rows(mesh), remat, sharding.row_shards(mesh)
+    update = make_update(config, initial.architecture, optimiser, initial.dtype, *placed)
     outputs = (jax.tree.map(lambda leaf: leaf.sharding, initial.state), Metrics(*(sharding.replicated(mesh),) * 2))
     row_sharding = sharding.row_sharding(mesh)
     rows = Rows(*(jax.ShapeDtypeStruct((micro, *array.shape), array.dtype, sharding=row_sharding) for array in empty_rows(shape)))

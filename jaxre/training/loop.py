@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxre_kernels.attention import choose as choose_attention
+from jaxre_kernels.cross_entropy import choose as choose_cross_entropy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -226,7 +227,10 @@ def describe(
     fill = plan.fill(tokens.lengths, supervised_of(config, tokens))
     trained = sum(leaf.size for leaf in jax.tree.leaves(initial.state.trainable))
     total = parameter_count(initial.architecture)
+    classifies = config.train.objective == "classify"
     attention = dict.fromkeys(" (".join(choose_attention(s.length, s.prefix, s.span)) + ")" for s in plan.shapes)
+    shards, entries = sharding.row_shards(mesh), 0 if classifies else initial.architecture.vocabulary
+    losses = dict.fromkeys(" (".join(choose_cross_entropy((s.rows, s.supervised), entries, shards)) + ")" for s in plan.shapes)
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     where = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({axes})"
     kept, temporary = (size / 2**20 for size in compiled.memory)
@@ -245,9 +249,10 @@ def describe(
         ("pad share", f"{fill.pad:.1%}"),
         ("shared share", f"{fill.shared:.1%} of real tokens stand in a row for several examples at once"),
         ("supervised share", f"{fill.supervised:.1%} of real tokens ({fill.idle:.1%} of supervised places idle)"),
-        *([("head", head_of(dataset, initial))] if config.train.objective == "classify" else []),
+        *([("head", head_of(dataset, initial))] if classifies else []),
         ("devices", where),
-        ("attention", "; ".join(attention) if config.train.objective != "classify" else "xla (the only one of encoders)"),
+        ("attention", "; ".join(attention) if not classifies else "xla (the only one of encoders)"),
+        ("cross-entropy", "; ".join(losses) if not classifies else "xla (the only one of encoders)"),
         *([("base", described_base(initial))] if config.train.method == "lora" else []),
         *([("LoRA", "xla (the only implementation there is)")] if config.train.method == "lora" else []),
         ("compilations", f"{len(compiled.updates)}, one a row shape"),

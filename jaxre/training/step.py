@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxre_kernels.cross_entropy import cross_entropy, linear_cross_entropy
 from jaxre_kernels.lora import token_keys
 
 from jaxre.config import Config
@@ -42,12 +43,6 @@ class Metrics(NamedTuple):
         return {"loss": float(self.loss), "gradient_norm": float(self.gradient_norm)}
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """Weighted sum of -log softmax(logits)[target]: [..., V] f32, [...] int32, [...] f32 -> [] f32."""
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - chosen))
-
-
 def loss_sum(
     params: Tree,
     adapter: decoder.Adapter | None,
@@ -56,18 +51,20 @@ def loss_sum(
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
     shape: RowShape | None = None,
     remat: str = "none",
+    shards: int = 1,
 ) -> jax.Array:
     """Sum of the weighted cross-entropy of one micro-batch; last layer and head run at supervised positions only.
 
     Args:
       shape: of the rows, where attention must look; the whole row if not given.
+      shards: the devices that share the rows, each of which has memory for logits.
     """
     look = {"prefix": shape.prefix, "span": shape.span} if shape else {}
     given = (rows.tokens, rows.positions, rows.visible_until)
     x = decoder.forward(params, *given, architecture, adapter, constrain, chosen=rows.supervised, remat=remat, **look)  # B S D
     with jax.named_scope("head"):
-        logits = decoder.head(params, x, architecture)  # B S V
-    return cross_entropy(logits, rows.targets, rows.weights)
+        normed, table = decoder.head_factors(params, x, architecture)
+        return linear_cross_entropy(normed, table, rows.targets, rows.weights, shards=shards)
 
 
 def classification_loss_sum(
@@ -125,11 +122,13 @@ def make_update(
     dtype: jnp.dtype,
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
     remat: str = "none",
+    shards: int = 1,
 ) -> Callable[[State, Tree, Rows, RowShape], tuple[State, Metrics]]:
     """The update function, to be jitted with the state donated and the shape static.
 
     Args:
       remat: what the backward pass computes again: `none` or `block` (see compilation.py).
+      shards: the devices that share the rows.
 
     Its rows have a leading axis A, the micro-batches of the update ([A, B, T], [A, B, S]).
     """
@@ -146,7 +145,7 @@ def make_update(
             if config.train.method == "lora" and config.lora.dropout:
                 keys = dropout_keys(config.seed, state.step, micro)
             params, adapter = model_of(trainable, base, config, keys, dtype)
-            return loss_sum(params, adapter, micro, architecture, constrain, shape, remat) / count
+            return loss_sum(params, adapter, micro, architecture, constrain, shape, remat, shards) / count
 
         def accumulate(carry: tuple[jax.Array, Tree], micro: Rows) -> tuple[tuple[jax.Array, Tree], None]:
             loss, gradients = jax.value_and_grad(micro_loss)(state.trainable, micro)

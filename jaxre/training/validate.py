@@ -74,7 +74,7 @@ class Validation:
 
         def batch_loss(trainable: Tree, base: Tree, rows: Rows) -> jax.Array:
             params, adapter = model_of(trainable, base, config, None, dtype)
-            return loss_sum(params, adapter, rows, architecture, constrain, shape)
+            return loss_sum(params, adapter, rows, architecture, constrain, shape, shards=shards)
 
         self.batch_loss = jax.jit(batch_loss, out_shardings=sharding.replicated(mesh))
 

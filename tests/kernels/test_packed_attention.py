@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from forests import LAYOUTS, T, fitted, row_of, span_of, trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxre_kernels.attention import Blocks, attention, blocks_of, blockwise_attention, choose, masked_attention, visible_mask
@@ -105,40 +106,6 @@ def test_an_implementation_that_does_not_exist_is_refused_by_name():
 
 # ---- where to look ----------------------------------------------------------------------------
 
-# Nested lists are forests: a node is (tokens of its own, nodes below it).
-LAYOUTS = {
-    "one example": [(37, [])],
-    "packed": [(11, []), (9, []), (1, []), (1, []), (15, [])],
-    "shared prefix": [(9, [(7, []), (8, []), (1, []), (12, [])])],
-    "nested prefixes": [(6, [(4, [(5, []), (3, [])]), (2, [(6, []), (6, [])]), (5, [])])],
-    "two roots": [(5, [(8, []), (4, [])]), (3, [(7, []), (6, []), (4, [])])],
-    "pads behind": [(4, [(6, []), (3, [])])],
-    "all pad": [],
-    "tokens of length one": [(1, [])] * 37,
-}
-T = 37
-
-
-def row_of(forest) -> np.ndarray:
-    """[T] `visible_until`; what the forest leaves over is pad."""
-    until = np.arange(1, T + 1)
-
-    def lay(nodes, start):
-        for own, below in nodes:
-            end = lay(below, start + own)
-            until[start : start + own] = end
-            start = end
-        return start
-
-    assert lay(forest, 0) <= T
-    return until
-
-
-def span_of(visible_until: np.ndarray, prefix: int) -> int:
-    """The smallest span with which every visible pair has i - j < span or j < prefix."""
-    key = np.arange(T)
-    return int(np.where(key < prefix, 1, np.atleast_2d(visible_until) - key).max())
-
 
 def relative(ours, reference) -> float:
     ours, reference = (np.asarray(value, np.float64) for value in (ours, reference))
@@ -177,22 +144,6 @@ def test_bounds_of_each_layout_cover_what_is_seen(layout):
     for ours, reference in zip(*both_jitted(*map(jnp.asarray, draws(3, 1, 1, T)), jnp.asarray(row), blocks), strict=True):
         # Where a token sees itself alone, the gradients of q and k are zero.
         assert float(jnp.abs(ours - reference).max()) < CLOSE * (float(jnp.abs(reference).max()) or 1.0)
-
-
-def trees(depth: int):
-    """Forests of any shape; `fitted` cuts them to the row."""
-    below = st.just([]) if depth == 0 else st.lists(trees(depth - 1), max_size=4)
-    return st.tuples(st.integers(1, 9), below)
-
-
-def fitted(forest, room):
-    """The forest with nodes left out that no longer fit, and the room that is left."""
-    kept = []
-    for own, below in forest:
-        if own <= room:
-            below, room = fitted(below, room - own)
-            kept.append((own, below))
-    return kept, room
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxre_kernels.cross_entropy import cross_entropy
 from jaxre_kernels.lora import token_keys
 from tiny_decoders import ground_truth, relative
 from tiny_encoders import CONFIGS, LABELS, build, fields_of, minilm, our_logits, their_logits, tokens_of
@@ -20,7 +21,6 @@ from jaxre.models.architecture import architecture_of
 from jaxre.models.encoder import classify, for_task
 from jaxre.models.module import Encoder, init_weights, plain_weights
 from jaxre.models.weights import parameter_count, places, tree_of
-from jaxre.training.step import cross_entropy
 
 # The design's promise for f32. Measured: 1e-6 at most, which sums in another order account for.
 PARITY = 1e-4

@@ -1,6 +1,6 @@
 """Run by test_mesh.py on 8 simulated devices: loss and gradients of one update on one device and on several meshes.
 
-python mesh_gradients.py MODEL_FOLDER WORK_FOLDER METHOD  -> one JSON line per mesh; METHOD is lora, full or qlora
+python mesh_gradients.py MODEL_FOLDER WORK_FOLDER METHOD  -> one JSON line per mesh; METHOD is lora, full, qlora, or full-lm, lora-lm
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxre_kernels.cross_entropy import dispatch
 from tiny import tiny_config
 
 from jaxre.data.dataset import load_dataset, make_plan
@@ -39,7 +40,7 @@ def gradients(config, model: Path, devices: list, remat: str) -> tuple[float, di
     dataset = load_dataset(config, model)
     plan = make_plan(config, dataset.train.tokens, shards=1)
     tokens = dataset.train.tokens
-    assert plan.fill(tokens.lengths, tokens.supervised).shared > 0
+    assert config.train.objective == "lm" or plan.fill(tokens.lengths, tokens.supervised).shared > 0
     rows = sharding.put_rows(fill_update(tokens, plan.prefixes, plan.updates[0]), sharding.row_sharding(mesh))
     trainable = jax.tree.map(perturbed, initial.state.trainable)
 
@@ -47,8 +48,8 @@ def gradients(config, model: Path, devices: list, remat: str) -> tuple[float, di
         micro = jax.tree.map(lambda array: array[0], rows)
         keys = dropout_keys(config.seed, jnp.int32(3), micro)
         params, adapter = model_of(trainable, initial.base, config, keys, dtype)
-        constrain, shape = sharding.constrain_rows(mesh), plan.updates[0].shape
-        return loss_sum(params, adapter, micro, initial.architecture, constrain, shape, remat) / jnp.sum(micro.weights)
+        constrain, shape, shards = sharding.constrain_rows(mesh), plan.updates[0].shape, sharding.row_shards(mesh)
+        return loss_sum(params, adapter, micro, initial.architecture, constrain, shape, remat, shards) / jnp.sum(micro.weights)
 
     value, found = jax.jit(jax.value_and_grad(loss))(trainable)
     return float(value), jax.device_get(found)
@@ -62,8 +63,14 @@ def perturbed(leaf: jax.Array) -> jax.Array:
 
 def main(model: str, work: str, method: str) -> None:
     reference = None
-    for axes, remat in MESHES:
-        config = tiny_config(Path(work), Path(model), mesh=axes, train={"method": "full" if method == "full" else "lora"})
+    for axes, remat in (MESHES[0], MESHES[-1]) if method.endswith("lm") else MESHES:
+        settings = {"train": {"method": "full" if method.startswith("full") else "lora"}}
+        if method.endswith("lm"):
+            settings["data"] = {"text": {"sources": [{"dataset": "facts", "split": "train", "limit": 96}], "holdout": 0.1}}
+            settings["train"] |= {"objective": "lm"}
+            # One device takes all logits at once, each of the others 4 to 14 of its positions at a time.
+            dispatch.TOKENS = 14 if axes else 1 << 20
+        config = tiny_config(Path(work), Path(model), mesh=axes, **settings)
         if method == "qlora":
             config = config.model_copy(update={"model": config.model.model_copy(update={"quantise": "nf4"})})
         found = gradients(config, Path(model), jax.devices() if axes else jax.devices()[:1], remat)

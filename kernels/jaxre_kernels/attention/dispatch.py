@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-import jax
+from typing import NamedTuple
 
+import jax
+from jax.typing import DTypeLike
+
+from jaxre_kernels.attention import tpu
 from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
 
-IMPLEMENTATIONS = {"xla": blockwise_attention}
+
+def _xla(q, k, v, visible_until, prefix, span):
+    return blockwise_attention(q, k, v, visible_until, blocks_of(q.shape[1], prefix, span))
+
+
+def _pallas_tpu(q, k, v, visible_until, prefix, span):
+    return tpu.packed_attention(q, k, v, visible_until, prefix=prefix, span=span)
+
+
+IMPLEMENTATIONS = {"xla": _xla, "pallas_tpu": _pallas_tpu}
 # cuDNN's public entry, `jax.nn.dot_product_attention`, isolates packed examples only by a dense T x T bias, and the static
 # facts of a plan do not say that every row holds one example: it is left out.
 
@@ -24,16 +37,35 @@ def blocks_of(length: int, prefix: int = 0, span: int | None = None) -> Blocks:
     return Blocks(QUERIES, back, prefix)
 
 
-def choose(length: int | None = None, prefix: int = 0, span: int | None = None, *, implementation: str | None = None) -> tuple[str, str]:
+class Heads(NamedTuple):
+    """What an implementation has to know of q, k and v besides the length of their rows."""
+
+    rows: int
+    heads: int
+    kv_heads: int
+    channels: int
+    dtype: DTypeLike
+
+
+def choose(
+    length: int | None = None,
+    prefix: int = 0,
+    span: int | None = None,
+    *,
+    heads: Heads | None = None,
+    implementation: str | None = None,
+) -> tuple[str, str]:
     """The implementation that `attention` runs for such rows (for any, without a length), and the reason in words.
 
     Raises:
-      ValueError: an implementation that does not exist.
+      ValueError: an implementation that does not exist, or that does not take these `heads`.
     """
     name = "xla" if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"attention implementation {name!r} does not exist; there is {', '.join(IMPLEMENTATIONS)}")
-    reason = "the only implementation there is" if implementation is None else "asked for"
+    reason = "the default; pallas_tpu is opt-in, unverified" if implementation is None else "asked for"
+    if name == "pallas_tpu":
+        return name, f"{reason}; {_told_tpu(length, prefix, span, heads)}"
     if length is None:
         return name, reason
     blocks = blocks_of(length, prefix, span)
@@ -41,6 +73,17 @@ def choose(length: int | None = None, prefix: int = 0, span: int | None = None, 
         return name, f"{reason}; dense, a token may see any of {length:,}"
     near = blocks.back + blocks.queries
     return name, f"{reason}; {blocks.queries} queries at a time look at up to {near} near and {prefix} shared keys of {length:,}"
+
+
+def _told_tpu(length: int | None, prefix: int, span: int | None, heads: Heads | None) -> str:
+    unverified = "unverified, it has not run on a TPU"
+    if length is None or heads is None:
+        return unverified
+    refusal = tpu.unsupported(length, prefix, span, *heads)
+    if refusal is not None:
+        raise ValueError(f"attention implementation 'pallas_tpu' does not run here: {refusal}; leave it out, or ask for 'xla'")
+    block = tpu.block_of(length, span, heads.heads // heads.kv_heads)
+    return f"{unverified}; pairs of blocks of {block} tokens of {length:,} where one sees another"
 
 
 def attention(
@@ -65,7 +108,8 @@ def attention(
       [B, T, H, C] of q's dtype.
 
     Raises:
-      ValueError: an implementation that does not exist.
+      ValueError: an implementation that does not exist, or that does not take such arrays.
     """
-    name, _ = choose(implementation=implementation)
-    return IMPLEMENTATIONS[name](q, k, v, visible_until, blocks_of(q.shape[1], prefix, span))
+    B, T, H, C = q.shape
+    name, _ = choose(T, prefix, span, heads=Heads(B, H, k.shape[2], C, q.dtype), implementation=implementation)
+    return IMPLEMENTATIONS[name](q, k, v, visible_until, prefix, span)

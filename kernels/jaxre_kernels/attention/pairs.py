@@ -1,0 +1,95 @@
+"""Which blocks of a row have to meet: the list of block pairs that hold a visible token pair.
+
+A row is cut into N blocks of tokens, for queries and for keys alike. Key j is seen by the queries of one stretch,
+[visible_from[j], visible_until[j]), with visible_from[j] = j where attention is causal. Queries of block m and keys of block n
+have a visible pair exactly when
+
+    least visible_from of n < end of m    and    largest visible_until of n > start of m.
+
+That two different keys could meet the two conditions does no harm, for a causal row nor for isolated segments:
+
+- m behind n: causal, every key of n starts before m, and the second condition alone decides. Segments: both bounds grow with
+  the key, so the key with the largest bound is the last one of n, and its stretch starts no later than itself, before m.
+- m ahead of n: causal, no key of n starts before the end of m. Segments: the key with the least start is the first of n, and its stretch
+  ends behind itself, behind m.
+- m = n: every token sees itself.
+
+The blocks of all rows are numbered through, so that a list names a row and a place in it by one number.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Reach(NamedTuple):
+    """What is known of a row before it is seen, in blocks: it bounds the length of a list.
+
+    Block m of queries has visible keys in blocks of [m - back, m + ahead] and of [0, prefix) alone.
+    """
+
+    back: int
+    ahead: int = 0
+    prefix: int = 0
+
+    def allowed(self, blocks: int) -> jax.Array:
+        """[N, N] bool, queries by keys."""
+        query, key = jnp.arange(blocks)[:, None], jnp.arange(blocks)[None, :]
+        near = (query - key <= self.back) & (key - query <= self.ahead)
+        return near | ((key < self.prefix) & (key <= query))
+
+    def bound(self, blocks: int) -> int:
+        """The number of block pairs of a row that are allowed."""
+        near = sum(min(m, self.back) + 1 + min(blocks - 1 - m, self.ahead) for m in range(blocks))
+        return near + sum(min(max(m - self.back, 0), self.prefix) for m in range(blocks))
+
+
+def reach_of(length: int, block: int, prefix: int = 0, span: int | None = None, *, causal: bool = True) -> Reach:
+    """The reach of rows of `length` whose visible pairs (i, j) have i - j < span or j < prefix; j - i < span if not causal."""
+    blocks = -(-length // block)
+    # The first query of a block sees span - 1 tokens back.
+    back = blocks - 1 if span is None else min(blocks - 1, -(-(span - 1) // block))
+    return Reach(back, 0 if causal else back, -(-prefix // block))
+
+
+class Pairs(NamedTuple):
+    """Block pairs, one step of a kernel each: those of one block of the result follow one another.
+
+    own [S] int32: the block of the result; other [S] int32: the block that it meets; total [1] int32: how many there are.
+    Places from `total` on repeat a valid pair and mean nothing.
+    """
+
+    own: jax.Array
+    other: jax.Array
+    total: jax.Array
+
+
+def meeting(visible_from: jax.Array, visible_until: jax.Array, block: int, reach: Reach) -> jax.Array:
+    """[B, N, N] bool: whether queries of a block (second axis) see keys of a block (third).
+
+    Args:
+      visible_from, visible_until: [B, N x block] int32.
+    """
+    blocks = visible_from.shape[1] // block
+    start = jnp.arange(blocks) * block
+    least = visible_from.reshape(-1, 1, blocks, block).min(-1)  # B 1 N
+    largest = visible_until.reshape(-1, 1, blocks, block).max(-1)
+    seen = (least < start[:, None] + block) & (largest > start[:, None])
+    # A block always meets itself, whatever the bounds say: no block of a result is left unwritten.
+    return (seen | jnp.eye(blocks, dtype=bool)) & reach.allowed(blocks)
+
+
+def listed(meets: jax.Array, reach: Reach) -> Pairs:
+    """[B, N, N] bool, the blocks of the result on the second axis -> the pairs, in order.
+
+    Sorting numbers is what a TPU does well; the scatter behind `jnp.nonzero` it does one by one.
+    """
+    B, N, _ = meets.shape
+    number = jnp.arange(B * N * N, dtype=jnp.int32)
+    first = jnp.sort(jnp.where(meets.reshape(-1), number, B * N * N))[: B * reach.bound(N)]
+    first = jnp.where(first < B * N * N, first, 0)
+    own = first // N
+    return Pairs(own, own // N * N + first % N, meets.sum(dtype=jnp.int32)[None])
