@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Before JAX is imported: no test reads what an earlier one compiled, or writes to the user's cache.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
+# Most of the time goes to compiling programs that run once on little data.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 
 def _shared(name: str, variable: str) -> Path:

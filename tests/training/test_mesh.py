@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 
 def environment(devices: int, **more: str) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     fixed = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parent)}
     return inherited | fixed | more
 
