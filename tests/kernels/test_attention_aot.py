@@ -17,7 +17,10 @@ import pytest
 
 pytestmark = [
     pytest.mark.aot,
-    pytest.mark.skipif(find_spec("libtpu") is None, reason="libtpu is not installed; tools/test --aot installs it"),
+    # Where CI is set it fails instead, so that no pipeline is green because nothing was compiled.
+    pytest.mark.skipif(
+        find_spec("libtpu") is None and not os.environ.get("CI"), reason="libtpu is not installed; tools/test --aot installs it"
+    ),
 ]
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

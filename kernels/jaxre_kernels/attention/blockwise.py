@@ -120,7 +120,7 @@ def _widths(visible_until, blocks):
 
 
 def _looking_back(run, width, blocks, *operands):
-    """`run(back, *operands)` with `back = blocks.backs[width]` on a CPU. Elsewhere the widest: a GPU's branch waits for the host."""
+    """`run(back, *operands)` with `back = blocks.backs[width]` on a CPU. Elsewhere the widest: not measured there."""
     if len(blocks.backs) == 1:
         return run(blocks.back, *operands)
 

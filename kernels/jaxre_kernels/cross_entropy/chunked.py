@@ -20,7 +20,7 @@ its digits where the target has nearly all of the softmax. For dhead dZ is round
 root mean square of dx's error is 1.00 of that of the dense op, which multiplies f32 dZ by bf16, and dhead's 1.1 to 1.2.
 dhead is summed in f32 over the chunks, as [D, V]: the first operand of a sum over tokens is
 transposed in memory on a CPU, and x is the narrow one (0.78 of dense autodiff's processor time in place of 0.86: 1,024
-tokens, 256 channels, 4,096 entries, 512 at a time, trained; two cores, f32; 2026-11-21).
+tokens, 256 channels, 4,096 entries, 512 at a time, trained, when loss and dx still took an exponential each; two cores, f32; 2026-11-21).
 
 On a mesh nothing but a sharded head's gathering and what a sharded vocabulary has to sum crosses devices: tokens are cut along S, so rows
 that are split over devices stay where they are, and dhead is summed apart for each of the G groups of rows that lie on one
