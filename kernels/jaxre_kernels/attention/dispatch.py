@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 
 from jaxre_kernels.attention import tpu
 from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
+from jaxre_kernels.implementations import named
 
 
 def _xla(q, k, v, visible_until, prefix, span):
@@ -60,14 +61,11 @@ def choose(
     Raises:
       ValueError: an implementation that does not exist, or that does not take these `heads`.
     """
-    name = "xla" if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attention implementation {name!r} does not exist; there is {', '.join(IMPLEMENTATIONS)}")
-    reason = "the default; pallas_tpu is opt-in, unverified" if implementation is None else "asked for"
+    name, reason = named("attention", implementation, IMPLEMENTATIONS)
+    if length is None or (name == "pallas_tpu" and heads is None):
+        return name, reason
     if name == "pallas_tpu":
         return name, f"{reason}; {_told_tpu(length, prefix, span, heads)}"
-    if length is None:
-        return name, reason
     blocks = blocks_of(length, prefix, span)
     if blocks.queries == length:
         return name, f"{reason}; dense, a token may see any of {length:,}"
@@ -75,15 +73,12 @@ def choose(
     return name, f"{reason}; {blocks.queries} queries at a time look at up to {near} near and {prefix} shared keys of {length:,}"
 
 
-def _told_tpu(length: int | None, prefix: int, span: int | None, heads: Heads | None) -> str:
-    unverified = "unverified, it has not run on a TPU"
-    if length is None or heads is None:
-        return unverified
+def _told_tpu(length: int, prefix: int, span: int | None, heads: Heads) -> str:
     refusal = tpu.unsupported(length, prefix, span, *heads)
     if refusal is not None:
         raise ValueError(f"attention implementation 'pallas_tpu' does not run here: {refusal}; leave it out, or ask for 'xla'")
     block = tpu.block_of(length, span, heads.heads // heads.kv_heads)
-    return f"{unverified}; pairs of blocks of {block} tokens of {length:,} where one sees another"
+    return f"pairs of blocks of {block} tokens of {length:,} where one sees another"
 
 
 def attention(

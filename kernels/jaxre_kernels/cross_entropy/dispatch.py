@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxre_kernels.cross_entropy import tpu
 from jaxre_kernels.cross_entropy.chunked import chunked_cross_entropy
 from jaxre_kernels.cross_entropy.reference import dense_cross_entropy
+from jaxre_kernels.implementations import named
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu")
 
@@ -52,10 +53,7 @@ def choose(
     Raises:
       ValueError: an implementation that does not exist, or that does not take these `channels` or `shards`.
     """
-    name = "xla" if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"cross-entropy implementation {name!r} does not exist; there is {', '.join(IMPLEMENTATIONS)}")
-    reason = "the default; pallas_tpu is to be asked for, it has not run on a TPU yet" if implementation is None else "asked for"
+    name, reason = named("cross-entropy", implementation, IMPLEMENTATIONS)
     if name == "pallas_tpu":
         return name, f"{reason}; {_told_tpu(shards, channels)}"
     if tokens is None:
