@@ -202,7 +202,10 @@ def write_inputs(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def updates_in(seconds: float, settings: argparse.Namespace) -> int:
-    """How many updates of this length a turn has."""
+    """How many updates of this length a turn has, after one that is not timed.
+
+    While a side was stopped the system took memory and files from it that it had not touched lately; its first update gets them back.
+    """
     return max(1, math.ceil(settings.seconds / seconds))
 
 
@@ -255,6 +258,7 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
 
     lengths = dataset.train.tokens.lengths
     while talk.command():
+        jax.block_until_ready(run.update(run.next_rows()))  # not timed, as `updates_in` says
         chosen = np.concatenate([members(run.plan.updates[n % len(run.plan.updates)]) for n in range(run.done, run.done + count)])
         reset_resident_peak()
         began = time.perf_counter()
@@ -296,10 +300,10 @@ def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
     class Turns(TrainerCallback):
         """Two updates to warm up, then turns; between them the process waits inside the training loop."""
 
-        began = examples = tokens = until = length = 0
+        began = examples = tokens = start = until = length = 0
 
         def on_step_end(self, args, state, control, **_):
-            if torch.cuda.is_available() and state.global_step in (1, 2, self.until):
+            if torch.cuda.is_available() and state.global_step in (1, 2, self.start, self.until):
                 torch.cuda.synchronize()
             if state.global_step == 1:
                 self.began = time.perf_counter()
@@ -307,6 +311,9 @@ def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
                 self.length = updates_in(time.perf_counter() - self.began, settings)
                 talk.answer(updates=self.length)
                 self.turn(state, control)
+            elif state.global_step == self.start:
+                self.examples = self.tokens = 0
+                self.began = time.perf_counter()
             elif state.global_step == self.until:
                 seconds, device = time.perf_counter() - self.began, torch.cuda.is_available()
                 talk.answer(
@@ -322,9 +329,8 @@ def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
             if not talk.command():
                 control.should_training_stop = True
             reset_resident_peak()
-            self.examples = self.tokens = 0
-            self.until = state.global_step + self.length
-            self.began = time.perf_counter()
+            self.start = state.global_step + 1
+            self.until = self.start + self.length
 
     turns = Turns()
     step = trainer.training_step

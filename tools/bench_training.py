@@ -10,8 +10,8 @@ and loss keep examples apart; (c) jaxre; (d) jaxre with one saving switched off,
 
 First every side computes the loss of the same examples, without dropout in f32, by the code that it trains with; if one
 differs from (a) by more than 1e-4 relative, nothing is measured (exit code 1). Then the sides take turns of whole
-updates: each is a process of its own that is stopped while another one runs. Needs the `bench` extra, and the data and
-tokenizers of JAXRE_DATA and JAXRE_MODELS (../shared/data and ../shared/models).
+updates: each is a process of its own that is stopped while another one runs, and the first update of a turn is not timed.
+Needs the `bench` extra, and the data and tokenizers of JAXRE_DATA and JAXRE_MODELS (../shared/data and ../shared/models).
 """
 
 from __future__ import annotations
