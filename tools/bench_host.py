@@ -226,6 +226,7 @@ def bench_step(work: Path, steps: int) -> Phases:
     total, count = time.thread_time() - began, steps - counted
     parts["take the rows"] = total - parts["dispatch the update"]
     parts["prepare and put the rows (other thread)"] = (thread[-1] - thread[counted]) * count / (len(thread) - 1 - counted)
+    (work / "log").mkdir(exist_ok=True)
     log = RunLog(work / "log", 0)
     before = time.thread_time()
     for step in range(count):
