@@ -6,13 +6,14 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import jax
-from jaxre_kernels.attention import choose as choose_attention
-from jaxre_kernels.cross_entropy import choose as choose_cross_entropy
+from jaxre_kernels.implementations import verdict
 from rich.table import Table
 
 from jaxre.checkpoints.source import compute_dtype
 from jaxre.config import data_root, shipped
 
+# As they are shown, and as the table of implementations names them.
+OPS = {"attention": "attention", "linear cross-entropy": "cross_entropy", "fused LoRA": "lora", "NF4": "nf4"}
 PACKAGES = (
     "jaxre",
     "jax",
@@ -44,12 +45,8 @@ def diagnose() -> Table:
     table.add_row(
         "model.dtype=auto", f"{dtype.name}: " + ("an accelerator is there" if dtype.name == "bfloat16" else "no accelerator is there")
     )
-    name, why = choose_attention()
-    table.add_row("attention", f"{name}: {why}")
-    name, why = choose_cross_entropy()
-    table.add_row("linear cross-entropy", f"{name}: {why}")
-    table.add_row("fused LoRA", "xla: the only implementation there is")
-    table.add_row("NF4", "xla: the only implementation there is")
+    for shown, op in OPS.items():
+        table.add_row(shown, verdict(op, devices[0].device_kind))
     table.add_section()
     root = data_root()
     table.add_row("benchmarks", f"{root}" if root.is_dir() else f"{root} is not there; set JAXRE_DATA to the folder of the benchmarks")

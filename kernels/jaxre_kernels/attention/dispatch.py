@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -9,11 +10,11 @@ from jax.typing import DTypeLike
 
 from jaxre_kernels.attention import tpu
 from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
-from jaxre_kernels.implementations import named
+from jaxre_kernels.implementations import Entry, measured, named, tiles_of
 
 
-def _xla(q, k, v, visible_until, prefix, span):
-    return blockwise_attention(q, k, v, visible_until, blocks_of(q.shape[1], prefix, span))
+def _xla(q, k, v, visible_until, prefix, span, queries=None):
+    return blockwise_attention(q, k, v, visible_until, blocks_of(q.shape[1], prefix, span, queries))
 
 
 def _pallas_tpu(q, k, v, visible_until, prefix, span):
@@ -27,15 +28,20 @@ IMPLEMENTATIONS = {"xla": _xla, "pallas_tpu": _pallas_tpu}
 # Of a block. On two CPU cores blocks of 64, 128 and 256 took 1.03, 1.00 and 1.51 (prefix 32, span 144, two rows of 1,024), and 1.04, 1.00
 # and 1.08 (prefix 352, span 208, one row of 2,048) of the processor time (9 and 3 heads of 64 channels, f32; 2026-11-21).
 QUERIES = 128
+TILES = {"xla": [{"queries": queries} for queries in (64, 128, 256, 512)]}  # what `tools/tune_kernels.py` tries
 NEAR_MULTIPLE = 32  # keys behind a block, rounded up
 
 
-def blocks_of(length: int, prefix: int = 0, span: int | None = None) -> Blocks:
-    """Where the queries of a row of `length` look, from the bounds of `attention`: dense where blocks would look at no fewer keys."""
+def blocks_of(length: int, prefix: int = 0, span: int | None = None, queries: int | None = None) -> Blocks:
+    """Where the queries of a row of `length` look, from the bounds of `attention`: dense where blocks would look at no fewer keys.
+
+    `queries` of a block are QUERIES if not given.
+    """
+    queries = QUERIES if queries is None else queries
     back = -(-((length if span is None else span) - 1) // NEAR_MULTIPLE) * NEAR_MULTIPLE
-    if prefix + back + QUERIES >= length:
+    if prefix + back + queries >= length:
         return Blocks(length)
-    return Blocks(QUERIES, back, prefix)
+    return Blocks(queries, back, prefix)
 
 
 class Heads(NamedTuple):
@@ -55,22 +61,37 @@ def choose(
     *,
     heads: Heads | None = None,
     implementation: str | None = None,
+    device_kind: str | None = None,
 ) -> tuple[str, str]:
     """The implementation that `attention` runs for such rows (for any, without a length), and the reason in words.
+
+    The table is asked where rows, `heads` and `device_kind` are given (see `jaxre_kernels.implementations`).
 
     Raises:
       ValueError: an implementation that does not exist, or that does not take these `heads`.
     """
-    name, reason = named("attention", implementation, IMPLEMENTATIONS)
+    entry = _measured(length, prefix, span, heads, device_kind)
+
+    def unsupported(name: str) -> str | None:
+        return tpu.unsupported(length, prefix, span, *heads) if name == "pallas_tpu" else None
+
+    name, reason = named("attention", implementation, IMPLEMENTATIONS, entry, unsupported)
     if length is None or (name == "pallas_tpu" and heads is None):
         return name, reason
     if name == "pallas_tpu":
         return name, f"{reason}; {_told_tpu(length, prefix, span, heads)}"
-    blocks = blocks_of(length, prefix, span)
+    blocks = blocks_of(length, prefix, span, **tiles_of(entry, name))
     if blocks.queries == length:
         return name, f"{reason}; dense, a token may see any of {length:,}"
     near = blocks.back + blocks.queries
     return name, f"{reason}; {blocks.queries} queries at a time look at up to {near} near and {prefix} shared keys of {length:,}"
+
+
+def _measured(length: int | None, prefix: int, span: int | None, heads: Heads | None, device_kind: str | None) -> Entry | None:
+    if length is None or heads is None:
+        return None
+    sizes = {"length": length, "prefix": prefix, "span": length if span is None else span, **heads._asdict()}
+    return measured("attention", device_kind, sizes.pop("dtype"), sizes)
 
 
 def _told_tpu(length: int, prefix: int, span: int | None, heads: Heads) -> str:
@@ -90,6 +111,8 @@ def attention(
     prefix: int = 0,
     span: int | None = None,
     implementation: str | None = None,
+    device_kind: str | None = None,
+    tiles: Mapping[str, int] | None = None,
 ) -> jax.Array:
     """Attention in which each token sees its own ancestors and nothing else: i sees j exactly when `j <= i < visible_until[j]`.
 
@@ -98,6 +121,8 @@ def attention(
     Args:
       q: [B, T, H, C] float; k, v: [B, T, K, C] of q's dtype; visible_until: [B, T] int32.
       prefix, span: every visible pair (i, j) has i - j < span or j < prefix; no bound on the span if it is None.
+      device_kind: of the device that the program is for, to ask the table; "xla" runs where neither is given.
+      tiles: of the implementation that is asked for (`TILES`); the table's, else its own, if not given.
 
     Returns:
       [B, T, H, C] of q's dtype.
@@ -106,5 +131,8 @@ def attention(
       ValueError: an implementation that does not exist, or that does not take such arrays.
     """
     B, T, H, C = q.shape
-    name, _ = choose(T, prefix, span, heads=Heads(B, H, k.shape[2], C, q.dtype), implementation=implementation)
-    return IMPLEMENTATIONS[name](q, k, v, visible_until, prefix, span)
+    heads = Heads(B, H, k.shape[2], C, q.dtype)
+    name, _ = choose(T, prefix, span, heads=heads, implementation=implementation, device_kind=device_kind)
+    if tiles is None:
+        tiles = tiles_of(_measured(T, prefix, span, heads, device_kind), name)
+    return IMPLEMENTATIONS[name](q, k, v, visible_until, prefix, span, **tiles)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxre_kernels.cross_entropy import tpu
 from jaxre_kernels.cross_entropy.chunked import chunked_cross_entropy
 from jaxre_kernels.cross_entropy.reference import dense_cross_entropy
-from jaxre_kernels.implementations import named
+from jaxre_kernels.implementations import Entry, measured, named, tiles_of
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu")
 
@@ -20,16 +21,18 @@ IMPLEMENTATIONS = ("xla", "pallas_tpu")
 # 4,096 tokens at a time took 0.75, 0.71 and 0.78 of the dense op's processor time (256 channels, 4,096 entries, frozen head, f32, with
 # one exponential more than now; 2026-11-21). Not measured on an accelerator.
 TOKENS = 1024
+TILES = {"xla": [{"at_most": tokens} for tokens in (512, 1024, 2048, 4096, 8192)]}  # what `tools/tune_kernels.py` tries
 
 
-def positions_at_once(tokens: tuple[int, ...], shards: int = 1) -> int:
-    """At how many of each row's positions at a time the head runs, so that a device has at most TOKENS; all where they are as few.
+def positions_at_once(tokens: tuple[int, ...], shards: int = 1, at_most: int | None = None) -> int:
+    """At how many of each row's positions at a time the head runs, so that a device has `at_most` tokens; all where they are as few.
 
     Args:
       tokens: shape [..., S] of the targets; shards: over how many devices the rows are split, along the first axis.
+      at_most: TOKENS if not given.
     """
     *rows, positions = tokens
-    most = max(1, min(positions, TOKENS * shards // math.prod(rows)))
+    most = max(1, min(positions, (TOKENS if at_most is None else at_most) * shards // math.prod(rows)))
     return -(-positions // -(-positions // most))  # in parts of equal size
 
 
@@ -47,32 +50,53 @@ def choose(
     *,
     channels: Channels | None = None,
     implementation: str | None = None,
+    device_kind: str | None = None,
 ) -> tuple[str, str]:
     """The implementation that `linear_cross_entropy` runs for such targets (for any, without a shape), and the reason in words.
+
+    The table is asked where a shape, `channels` and `device_kind` are given (see `jaxre_kernels.implementations`).
 
     Raises:
       ValueError: an implementation that does not exist, or that does not take these `channels` or `shards`.
     """
-    name, reason = named("cross-entropy", implementation, IMPLEMENTATIONS)
+    entry = _measured(tokens, vocabulary, shards, channels, device_kind)
+
+    def unsupported(name: str) -> str | None:
+        return _unsupported_tpu(shards, channels) if name == "pallas_tpu" else None
+
+    name, reason = named("cross-entropy", implementation, IMPLEMENTATIONS, entry, unsupported)
     if name == "pallas_tpu":
         return name, f"{reason}; {_told_tpu(shards, channels)}"
     if tokens is None:
         return name, reason
-    at_once, size = positions_at_once(tokens, shards), 4 * vocabulary * math.prod(tokens) / shards / 2**20
+    at_once, size = positions_at_once(tokens, shards, **tiles_of(entry, name)), 4 * vocabulary * math.prod(tokens) / shards / 2**20
     if at_once == tokens[-1]:
         return name, f"{reason}; all logits at once, {size:,.1f} MiB a device"
     part = size * at_once / tokens[-1]
     return name, f"{reason}; {at_once} of a row's {tokens[-1]:,} positions at a time, logits of {part:,.1f} of {size:,.1f} MiB a device"
 
 
+def _measured(
+    tokens: tuple[int, ...] | None, vocabulary: int, shards: int, channels: Channels | None, device_kind: str | None
+) -> Entry | None:
+    if tokens is None or channels is None:
+        return None
+    sizes = {"tokens": math.prod(tokens) // shards, "vocabulary": vocabulary, "channels": channels.channels}
+    return measured("cross_entropy", device_kind, channels.dtype, sizes)
+
+
+def _unsupported_tpu(shards: int, channels: Channels | None) -> str | None:
+    if shards > 1:
+        return f"pallas_tpu takes the tokens of one device, these are on {shards}: call it inside of shard_map"
+    return None if channels is None else tpu.unsupported(*channels)
+
+
 def _told_tpu(shards: int, channels: Channels | None) -> str:
     """What `pallas_tpu` does. Raises ValueError where it does not run."""
-    if shards > 1:
-        raise ValueError(f"pallas_tpu takes the tokens of one device, these are on {shards}: call it inside of shard_map")
+    if refusal := _unsupported_tpu(shards, channels):
+        raise ValueError(f"linear cross-entropy for TPUs does not run here: {refusal}")
     if channels is None:
         return "no logits leave the chip"
-    if refusal := tpu.unsupported(*channels):
-        raise ValueError(f"linear cross-entropy for TPUs does not run here: {refusal}")
     tokens, entries = tpu.blocks_of(*channels)
     return f"{tokens} tokens and {entries} entries at a time, no logits leave the chip"
 
@@ -85,6 +109,8 @@ def linear_cross_entropy(
     *,
     shards: int = 1,
     implementation: str | None = None,
+    device_kind: str | None = None,
+    tiles: Mapping[str, int] | None = None,
 ) -> jax.Array:
     """sum_n weights_n (logsumexp_v(x_n . head_v) - x_n . head_target_n), products and sums in f32 (at least).
 
@@ -94,6 +120,8 @@ def linear_cross_entropy(
       x: [..., S, D] float; head: [V, D] of x's dtype.
       targets: [..., S] int32 in [0, V); one of weight 0 may be anything. weights: [..., S] f32.
       shards: over how many devices the rows are split, along the first axis.
+      device_kind: of the device that the program is for, to ask the table; "xla" runs where neither is given.
+      tiles: of the implementation that is asked for (`TILES`); the table's, else its own, if not given.
 
     Returns:
       [] f32 (f64 for f64).
@@ -101,10 +129,13 @@ def linear_cross_entropy(
     Raises:
       ValueError: what `choose` says.
     """
-    name, _ = choose(targets.shape, head.shape[0], shards, channels=Channels(x.shape[-1], x.dtype), implementation=implementation)
+    channels = Channels(x.shape[-1], x.dtype)
+    name, _ = choose(targets.shape, head.shape[0], shards, channels=channels, implementation=implementation, device_kind=device_kind)
     if name == "pallas_tpu":
         return tpu.pallas_cross_entropy(x, head, targets, weights)
-    positions = positions_at_once(targets.shape, shards)
+    if tiles is None:
+        tiles = tiles_of(_measured(targets.shape, head.shape[0], shards, channels, device_kind), name)
+    positions = positions_at_once(targets.shape, shards, **tiles)
     if positions == targets.shape[-1]:
         return dense_cross_entropy(x, head, jnp.clip(targets, 0, head.shape[0] - 1), weights)
     return chunked_cross_entropy(x, head, targets, weights, positions, shards)

@@ -1,0 +1,269 @@
+"""The hardware check: what is wrong is found, a section that fails costs the others nothing; the table takes right and faster kernels."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jaxre_kernels.attention import dispatch
+from jaxre_kernels.implementations import Entry, implementations_of
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+
+
+def tool(name: str) -> ModuleType:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(TOOLS)  # where Python finds the modules of a script's own folder
+        return importlib.import_module(name)
+
+
+check, report, sections, timing, cases, tune = (
+    tool(f"{name}") for name in ("hardware_check", "hardware_report", "hardware_sections", "kernel_timing", "kernel_cases", "tune_kernels")
+)
+DRY = argparse.Namespace(dry=True, sweep=True)
+
+
+def records_of(run, *args, deadline: float = float("inf")) -> list[dict]:
+    """What a section emits, as its file would hold it."""
+    found = []
+    run(lambda **record: found.append(json.loads(json.dumps(record))), deadline, DRY, *args)
+    return found
+
+
+# ---- what is run -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", check.OPS)
+def test_every_implementation_is_checked_against_f32(op):
+    found = [one for one in records_of(sections.check_op, op) if "case" in one]
+    assert {one["implementation"] for one in found} == set(implementations_of(op))
+    assert {one["dtype"] for one in found} == {"float32", "bfloat16"}
+    ran = [one for one in found if "left_out" not in one]
+    assert ran and all(one["passed"] for one in ran), ran
+    assert all("alone" in one["left_out"] for one in found if one not in ran)
+
+
+def test_a_timing_tells_each_variant_and_how_it_stands_to_the_goal(monkeypatch):
+    monkeypatch.setattr(dispatch, "TILES", {"xla": [{"queries": 64}]})
+    found = records_of(sections.time_op, "attention")
+    variants = {one["variant"]: one for one in found if "variant" in one}
+    for name in ("xla", "xla, queries 64", "xla, narrow blocks", "dense mask"):
+        assert variants[name]["passed"] and variants[name]["seconds"] > 0, variants[name]
+    assert variants["xla, queries 64"]["tiles"] == {"queries": 64}
+    for name in ("cuDNN, dense mask", "cuDNN, packed"):
+        assert variants[name]["left_out"] == "runs on a GPU alone"
+    (goal,) = (one for one in found if "target" in one)
+    assert goal["against"] == "dense mask" and goal["ours"].startswith("xla")
+    assert goal["ratio"] == pytest.approx(variants["dense mask"]["seconds"] / variants[goal["ours"]]["seconds"])
+
+
+def test_nothing_is_begun_when_the_time_is_over():
+    found = [one for one in records_of(sections.time_op, "nf4", deadline=time.monotonic()) if "case" in one]
+    assert found and all(one["left_out"] == sections.LATE for one in found)
+
+
+def test_narrow_blocks_narrow_the_backward_pass_too():
+    (case,) = cases.attention_timings("cpu", True, False)
+    plain, narrow = (str(jax.make_jaxpr(case.variants[name].run)(*case.inputs(0))) for name in ("xla", "xla, narrow blocks"))
+    assert plain.count("platform_index") > 0 and narrow.count("platform_index") == 0
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Sets implementations of attention that are chosen by their names alone."""
+
+    def pretend(**kernels):
+        for name, kernel in kernels.items():
+            monkeypatch.setitem(dispatch.IMPLEMENTATIONS, name, kernel)
+        monkeypatch.setattr(dispatch, "choose", lambda *_, implementation=None, **__: (implementation or "xla", "pretended"))
+
+    return pretend
+
+
+def test_a_new_implementation_is_picked_up_from_its_dispatch(pretended, monkeypatch):
+    plain = dispatch.IMPLEMENTATIONS["xla"]
+
+    def kernel(q, k, v, visible_until, prefix, span, warps=1):
+        return plain(q, k, v, visible_until, prefix, span)
+
+    pretended(pallas_gpu=kernel)
+    monkeypatch.setitem(dispatch.TILES, "pallas_gpu", [{"warps": 4}])
+    (case,) = cases.attention_timings("gpu", True, True)
+    assert case.variants["pallas_gpu, warps 4"].tiles == {"warps": 4}
+    inputs = case.inputs(0)
+    assert timing.Oracle(case, inputs).judge(jax.jit(case.variants["pallas_gpu, warps 4"].run)(*inputs))["passed"]
+    (elsewhere,) = cases.attention_timings("cpu", True, True)
+    assert elsewhere.variants["pallas_gpu"].left_out == "runs on a GPU alone"
+
+
+def test_a_kernel_that_refuses_is_left_out_and_one_that_breaks_has_failed(pretended, monkeypatch):
+    def refusing(*_):
+        raise ValueError("attention implementation 'pallas_gpu' does not run here: it is too wide")
+
+    def breaking(*_):
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    def wrong(q, *_):
+        return q
+
+    pretended(refusing=refusing, breaking=breaking, wrong=wrong)
+    monkeypatch.delitem(dispatch.IMPLEMENTATIONS, "xla")
+    found = {one["implementation"]: one for one in records_of(sections.check_op, "attention") if "case" in one}
+    assert "it is too wide" in found["refusing"]["left_out"] and "passed" not in found["refusing"]
+    assert found["breaking"]["passed"] is False and "ILLEGAL_ADDRESS" in found["breaking"]["problem"]
+    assert found["wrong"]["passed"] is False and found["wrong"]["error"] > found["wrong"]["limit"]
+    run = {"sections": {"check attention": {"outcome": "done", "records": list(found.values())}}}
+    told = report.failures(run)
+    assert len(told) == 2 and ", breaking: RuntimeError" in told[0] and ", wrong: error" in told[1]
+
+
+def double(x):
+    return {"y": 2 * x, "z": x.sum()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wrong", "passed"),
+    [
+        ("float32", lambda x: x, True),
+        ("float32", lambda x: x * (1 + 1e-4), False),
+        ("bfloat16", lambda x: x * (1 + 1e-4), True),
+        ("bfloat16", lambda x: x * 1.05, False),
+        ("float32", lambda x: x.at[3].set(jnp.nan), False),
+        ("float32", lambda x: x.at[3].set(jnp.inf), False),
+    ],
+    ids=str,
+)
+def test_a_kernel_that_differs_from_f32_fails(dtype, wrong, passed):
+    case = timing.Case("op", "case", dtype, lambda seed: (timing.normal(seed, 0, (64,), dtype),), double, {})
+    inputs = case.inputs(0)
+    found = timing.Oracle(case, inputs).judge({**double(*inputs), "y": wrong(double(*inputs)["y"])})
+    assert found["passed"] == passed
+    json.dumps(found, allow_nan=False)
+
+
+# ---- sections are processes --------------------------------------------------------------------
+
+SCRIPT = """
+import json, os, subprocess, sys, time
+section, records = sys.argv[1:3]
+with open(records, "a") as out:
+    out.write(json.dumps({"about": {"kind": "pretended"}}) + "\\n")
+    if section == "check attention":
+        about = {"case": "c", "dtype": "float32", "implementation": "xla"}
+        out.write(json.dumps({**about, "error": 1.0, "limit": 0.1, "passed": False}) + "\\n")
+    elif section == "check lora":
+        out.write('{"left_out": "half", "n": 1}\\n{"case": "cut sh')
+        out.flush()
+        print("its last words", flush=True)
+        os.abort()
+    elif section == "time attention":
+        out.flush()
+        subprocess.Popen(["sleep", "97.5"])
+        time.sleep(60)
+    elif section == "step":
+        out.write(json.dumps({"left_out": "pydantic is not installed"}) + "\\n")
+"""
+
+
+def test_sections_that_crash_hang_or_lack_something_leave_the_others_their_results(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "sections.py"
+    script.write_text(SCRIPT)
+    monkeypatch.setattr(check, "SECTIONS", script)
+    monkeypatch.setattr(check, "GRACE", 0.5)
+    monkeypatch.setattr(check, "SHARES", {"time attention": 0.1, "time lora": 3.0, "step": 3.0})
+    options = argparse.Namespace(out=tmp_path / "out", minutes=0.5, dry=True, sweep=False)
+    check.run_all(["attention", "lora", "step"], options)
+    found = json.loads((tmp_path / "out" / "hardware_check.json").read_text())
+    outcomes = {name: one["outcome"] for name, one in found["sections"].items()}
+    assert outcomes["check attention"] == outcomes["time lora"] == "done"
+    assert outcomes["check lora"] == "ended with code -6" and "its last words" in found["sections"]["check lora"]["log"]
+    assert found["sections"]["check lora"]["records"] == [{"about": {"kind": "pretended"}}, {"left_out": "half", "n": 1}]
+    assert outcomes["time attention"].startswith("stopped after")
+    assert outcomes["step"] == "left out: pydantic is not installed"
+    assert found["device"] == {"kind": "pretended"} and found["versions"]["jax"] == jax.__version__
+    assert report.failures(found) == ["check attention: c, float32, xla: error 1.0e+00, allowed 1.0e-01", "check lora: ended with code -6"]
+    told = (tmp_path / "out" / "hardware_check.md").read_text()
+    assert "FAILED: check attention" in told and "| step | left out: pydantic is not installed |" in told
+    # What a section started ends with it.
+    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert b"sleep\x0097.5\x00" not in running
+
+
+def test_the_command_names_a_part_that_it_does_not_have():
+    command = [TOOLS / "hardware_check", "--only", "lora,nonsense"]
+    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHON": sys.executable})
+    assert found.returncode == 2 and "'nonsense' is none of attention" in found.stderr
+
+
+# ---- the table ---------------------------------------------------------------------------------
+
+
+def timed(variant: str, seconds: float, **changes) -> dict:
+    implementation = variant.split(",")[0]
+    spread = {"least": 0.99 * seconds, "most": 1.01 * seconds, "error": 4e-3, "passed": True}
+    about = {"case": "c", "dtype": "bfloat16", "variant": variant, "implementation": implementation, "tiles": {}}
+    return about | {"covers": {"length": [1, 9]}, "seconds": seconds} | spread | changes
+
+
+def run_of(*variants: dict, checked: tuple[dict, ...] = (), outcome: str = "done", dry: bool = False) -> dict:
+    checks = [{"case": "k", "dtype": "bfloat16", "implementation": name, "passed": True} for name in ("xla", "pallas_gpu")]
+    return {
+        "date": "2026-11-22T01:00+00:00",
+        "device": {"kind": "NVIDIA H200"},
+        "settings": {"dry": dry},
+        "sections": {
+            "check attention": {"outcome": outcome, "records": [*checks, *checked]},
+            "time attention": {"outcome": "done", "records": list(variants)},
+        },
+    }
+
+
+OLD = Entry("attention", "NVIDIA H200", "bfloat16", {"length": (1, 9)}, "pallas_gpu", {}, "2026-01-01", 2.0, 1e-3)
+WRONG = {"case": "k2", "dtype": "bfloat16", "implementation": "pallas_gpu", "passed": False}
+
+
+def test_the_fastest_right_kernel_gets_the_entry():
+    found = run_of(
+        timed("xla", 3.0),
+        timed("xla, queries 64", 2.0, tiles={"queries": 64}),
+        timed("pallas_gpu", 1.0),
+        timed("pallas_gpu, block 64", 0.5, tiles={"block": 64}, passed=False),
+    )
+    (entry,) = tune.tuned((OLD,), found)
+    assert entry == OLD._replace(date="2026-11-22", gain=3.0, error=4e-3)
+    other = OLD._replace(device_kind="TPU v5e")
+    assert set(map(str, tune.tuned((other,), found))) == {str(entry), str(other)}
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        run_of(timed("xla", 3.0), timed("pallas_gpu", 3.5)),
+        run_of(timed("xla", 3.0), timed("pallas_gpu", 2.0, most=2.98)),
+        run_of(timed("xla", 3.0, least=2.99), timed("pallas_gpu", 2.95, most=2.96)),
+        run_of(timed("xla", 3.0), timed("pallas_gpu", 1.0), checked=(WRONG,)),
+        run_of(timed("xla", 3.0), timed("pallas_gpu", 1.0), outcome="stopped after 70 s"),
+        run_of(timed("xla", 3.0), timed("pallas_gpu", 1.0, passed=False)),
+    ],
+    ids=["slower", "within the spread", "too small a gain", "wrong in a check", "checks did not end", "wrong at this size"],
+)
+def test_a_kernel_that_is_not_faster_and_right_gets_none_and_loses_its_old_one(found):
+    assert tune.tuned((OLD,), found) == ()
+
+
+def test_what_was_not_measured_stays_and_overlaps_are_refused():
+    assert tune.tuned((OLD,), run_of()) == (OLD,)
+    with pytest.raises(ValueError, match="overlaps"):
+        tune.tuned((OLD._replace(sizes={"length": (5, 20)}),), run_of(timed("xla", 3.0), timed("pallas_gpu", 1.0)))
+    with pytest.raises(ValueError, match="dry run"):
+        tune.tuned((), run_of(dry=True))
