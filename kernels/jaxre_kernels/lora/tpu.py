@@ -251,7 +251,7 @@ def _forward(x, weights, factors, words, scale, rate, tiling):
             ],
         ),
         ([call.like(outputs) for outputs in projections.outputs], _if(a, call.like_low)),
-        ([call.block(width, moves=True) for width in widths], _if(a, call.lanes_block)),
+        ([call.block(width, moves=True) for width in widths], _if(a, call.once)),
         (_values(laid, shapes, x.dtype), _if(a, call.lows)),
     )
     outputs = [y[: projections.tokens].reshape(*x.shape[:-1], -1) for y in ys]
@@ -351,6 +351,12 @@ class _Call(NamedTuple):
         """Of [R, padded], for all rows of `array`."""
         steps = self.grid[2]
         return pl.BlockSpec((array.shape[0], self.blocks.tokens), lambda t, part, s: (0, t * steps + s))
+
+    def once(self, array):
+        """Of [R, padded], each written with the first part: then it stays at the last one, for no block may be visited twice."""
+        steps = self.grid[2]
+        at = lambda t, part, s: (0, t * steps + jnp.where(part == 0, s, steps - 1))  # noqa: E731
+        return pl.BlockSpec((array.shape[0], self.blocks.tokens), at)
 
     def like(self, width):
         return jax.ShapeDtypeStruct((self.padded, width), self.projections.dtype)

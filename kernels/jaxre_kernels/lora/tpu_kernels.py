@@ -29,10 +29,10 @@ def forward_kernel(words_ref, x_ref, a_ref, weights, bs, ys, low_ref, values, lo
 
         @pl.when(part == 0)
         def _():
-            lows[step] = (_low(words_ref, x_ref, a_ref, rate, chunk) * scale).astype(lows.dtype)
+            low_ref[...] = (_low(words_ref, x_ref, a_ref, rate, chunk) * scale).astype(low_ref.dtype)
+            lows[step] = low_ref[...]
 
         low = lows[step]
-        low_ref[...] = low
     first = 0
     for weight, value, b, y in zip(weights, values, bs, ys, strict=True):
         total = _product(x_ref[...], (weight if value is None else value)[...], 1, 0)  # n o

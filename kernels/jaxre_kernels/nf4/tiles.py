@@ -46,11 +46,11 @@ def tiled(weight: NF4Weight) -> NF4Tiles:
     outputs, inputs = weight.shape
     if inputs % BLOCK:
         raise ValueError(f"NF4 for TPUs takes a multiple of {BLOCK} inputs, not {inputs}")
-    codes = jnp.asarray(weight.codes)
-    values = jnp.stack([codes >> 4, codes & 15], axis=-1).reshape(outputs, -1, BLOCK)  # O G 64
-    packed = values[..., :HALF] << 4 | values[..., HALF:]  # O G 32
+    codes = jnp.asarray(weight.codes).reshape(outputs, -1, HALF).transpose(1, 2, 0)  # G 32 O
+    values = jnp.stack([codes >> 4, codes & 15], axis=2).reshape(-1, BLOCK, outputs)
+    packed = values[:, :HALF] << 4 | values[:, HALF:]
     absmax = block_absmax(weight).reshape(outputs, -1)
-    return NF4Tiles(packed.transpose(1, 2, 0).reshape(-1, outputs), absmax.T)
+    return NF4Tiles(packed.reshape(-1, outputs), absmax.T)
 
 
 def dequantise_tiles(tiles: NF4Tiles, dtype: jnp.dtype) -> jax.Array:
