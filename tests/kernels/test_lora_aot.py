@@ -24,6 +24,9 @@ pytestmark = [
 ]
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# Bytes. On v6e, XLA brings x, W and dY of the backward kernel into the vector memory that the kernels leave, 80 of 128 MiB, while the
+# forward kernel runs, and counts it.
+REST = {"v5e": 8 * 2**20, "v5p": 8 * 2**20, "v6e": 88 * 2**20}
 
 PROGRAM = """
 import json, sys, time
@@ -95,8 +98,12 @@ def test_compiles_and_forms_nothing_wide(chip):
     peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PEAK")]
     assert len(peaks) == len(CASES)
     for case, peak in zip(CASES, peaks, strict=True):
-        tokens, inputs, outputs, _, form, dtype, _ = case
+        tokens, inputs, outputs, ranks, form, dtype, _ = case
         size = 2 if dtype == "bfloat16" else 4
         passing = 2 * tokens * (inputs + sum(outputs)) * size  # x, dx, y and dY
-        weights = inputs * sum(outputs) * (size if form == "dense" else 9 / 16)
-        assert peak < passing + weights + 16 * 2**20, (case, peak, passing, weights)
+        # Packed for the kernels, NF4 has 9/16 byte a parameter; the stored form another half, and what packing it takes.
+        weights = inputs * sum(outputs) * {"dense": size, "tiles": 9 / 16, "stored": 9 / 16 + 1.6}[form]
+        # Of A and B: masters, their cast and padded form, gradients of two spans, their sum, and that over devices.
+        factors = 24 * sum(rank * (inputs + o) for rank, o in zip(ranks, outputs, strict=True))
+        bound = passing + weights + factors + REST[chip]
+        assert peak < bound, (case, peak, bound)
