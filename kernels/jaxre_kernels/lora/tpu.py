@@ -24,7 +24,9 @@ that fill no span are zeros.
 
 dtypes: x, W, dY and results bf16 or f32, A and B cast to it; sums, dA and dB f32; L and dL rounded to x's dtype, as in `group.py`.
 
-Memory: kept for the backward pass are x and L, R numbers a token. Neither x', the mask, Li Bi nor a decoded W is ever in HBM.
+Memory: kept for the backward pass are x and L, R numbers a token. Neither x', the mask, Li Bi nor a decoded W is ever in HBM. Packing an
+`NF4Weight` takes up to 9 bytes a parameter for a while. Refused is what does not fit vector memory: the f32 sums of dB of all outputs
+do not at rank 128 for gate and up of 11,008 (64 fits), nor, in f32, any rank of these.
 
 Roofline, of one part and block, w bytes a number; W is read once a span, 2,048 tokens: 1,024 FLOPs a byte read in f32, more in less.
 
