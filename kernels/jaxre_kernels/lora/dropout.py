@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: consecutive counters land far apart
 
 
 def _mix(word: jax.Array) -> jax.Array:
     word = word ^ (word >> 16)
-    word = word * jnp.uint32(0x85EBCA6B)
+    word = word * np.uint32(0x85EBCA6B)
     word = word ^ (word >> 13)
-    word = word * jnp.uint32(0xC2B2AE35)
+    word = word * np.uint32(0xC2B2AE35)
     return word ^ (word >> 16)
 
 
@@ -60,8 +61,12 @@ def keep_channels(words: jax.Array, channels: int, rate: float) -> jax.Array:
       channels: width of the projection's input.
       rate: probability of a drop, in [0, 1).
     """
-    channel = jnp.arange(channels, dtype=jnp.uint32) * jnp.uint32(_GOLDEN)
-    return _mix(words[..., None] + channel) >= jnp.uint32(int(rate * 2**32))
+    return is_kept(words[..., None], jnp.arange(channels, dtype=jnp.uint32), rate)
+
+
+def is_kept(words: jax.Array, channel: jax.Array, rate: float) -> jax.Array:
+    """Whether a channel of a token is kept; `words` and `channel` are uint32 and broadcast. Pallas kernels call it too."""
+    return _mix(words + channel * np.uint32(_GOLDEN)) >= np.uint32(int(rate * 2**32))
 
 
 def keep_mask(keys: jax.Array, layer: jax.Array | int, group: int, channels: int, rate: float) -> jax.Array:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxre_kernels.lora.dropout import keep_channels
-from jaxre_kernels.nf4 import NF4Weight, dequantise
+from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, dequantise, dequantise_tiles
 
 
 class Factors(NamedTuple):
@@ -35,29 +35,15 @@ class Factors(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def lora_group(
+def joined_lora_group(
     x: jax.Array,
-    weights: Sequence[jax.Array | NF4Weight],
+    weights: Sequence[jax.Array | NF4Weight | NF4Tiles],
     factors: Sequence[Factors | None],
     words: jax.Array | None,
     scale: float,
     rate: float,
 ) -> list[jax.Array]:
-    """x W + scale (dropout(x) A) B of every projection of one input; all see the same dropout mask.
-
-    Differentiable in x and the factors; the weights are frozen.
-
-    Args:
-      x: [..., I] compute dtype.
-      weights: each [I, O] of x's dtype, or an `NF4Weight` (O, I).
-      factors: one for each weight, None where LoRA does not target it; cast to x's dtype in the products.
-      words: [...] uint32 of `group_words`, the counters of the dropout mask; may be None where rate is 0.
-      scale: alpha / rank, or alpha / sqrt(rank).
-      rate: probability that a channel is dropped, in [0, 1); 0 switches dropout off.
-
-    Returns:
-      [..., O] of x's dtype for each weight. The gradients of the factors are summed in f32.
-    """
+    """As `lora_group`, with the narrow product of all projections as one."""
     return _forward(x, weights, factors, words, scale, rate)[0]
 
 
@@ -89,15 +75,19 @@ def _backward(scale, rate, kept, dys):
     return dx, None, [None if factor is None else next(gradients) for factor in factors], None
 
 
-lora_group.defvjp(_forward, _backward)
+joined_lora_group.defvjp(_forward, _backward)
 
 
-def _times(x: jax.Array, weight: jax.Array | NF4Weight) -> jax.Array:
-    return x @ (dequantise(weight, x.dtype).T if isinstance(weight, NF4Weight) else weight)
+def _times(x: jax.Array, weight: jax.Array | NF4Weight | NF4Tiles) -> jax.Array:
+    return x @ (dequantise(weight, x.dtype).T if isinstance(weight, NF4Weight) else _dense(weight, x.dtype))
 
 
-def _times_transposed(dy: jax.Array, weight: jax.Array | NF4Weight) -> jax.Array:
-    return dy @ (dequantise(weight, dy.dtype) if isinstance(weight, NF4Weight) else weight.T)
+def _times_transposed(dy: jax.Array, weight: jax.Array | NF4Weight | NF4Tiles) -> jax.Array:
+    return dy @ (dequantise(weight, dy.dtype) if isinstance(weight, NF4Weight) else _dense(weight, dy.dtype).T)
+
+
+def _dense(weight: jax.Array | NF4Tiles, dtype: jnp.dtype) -> jax.Array:
+    return dequantise_tiles(weight, dtype) if isinstance(weight, NF4Tiles) else weight
 
 
 def _dropped(x: jax.Array, words: jax.Array | None, rate: float) -> jax.Array:

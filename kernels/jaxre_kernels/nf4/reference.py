@@ -11,14 +11,18 @@ from jaxre_kernels.nf4.weight import BLOCK, DYNAMIC, NESTED_BLOCK, NF4, NF4Weigh
 def dequantise(weight: NF4Weight, dtype: jnp.dtype) -> jax.Array:
     """[O, I] of `dtype`: formed in f32, bit for bit as bitsandbytes does, then rounded once."""
     outputs, inputs = weight.shape
+    codes = jnp.stack([weight.codes >> 4, weight.codes & 15], axis=-1).reshape(-1)[: outputs * inputs]
+    values = _blocks(jnp.asarray(NF4)[codes], BLOCK) * block_absmax(weight)[:, None]
+    return values.reshape(-1)[: outputs * inputs].reshape(outputs, inputs).astype(dtype)
+
+
+def block_absmax(weight: NF4Weight) -> jax.Array:
+    """[M] f32, the absmax of each block, bit for bit as bitsandbytes dequantises it."""
     nested, levels = weight.nested_absmax[:, None], _blocks(weight.absmax, NESTED_BLOCK)
     # The highest level is 1. Choosing it apart keeps XLA from contracting product and sum into a fused
     # multiply-add, which rounds once where bitsandbytes rounds twice (an optimization barrier does not: CPU, jax 0.10).
-    scales = jnp.where(levels == DYNAMIC.size - 1, nested, jnp.asarray(DYNAMIC)[levels] * nested)
-    scales = scales.reshape(-1)[: weight.absmax.size] + weight.offset
-    codes = jnp.stack([weight.codes >> 4, weight.codes & 15], axis=-1).reshape(-1)[: outputs * inputs]
-    values = _blocks(jnp.asarray(NF4)[codes], BLOCK) * scales[:, None]
-    return values.reshape(-1)[: outputs * inputs].reshape(outputs, inputs).astype(dtype)
+    absmax = jnp.where(levels == DYNAMIC.size - 1, nested, jnp.asarray(DYNAMIC)[levels] * nested)
+    return absmax.reshape(-1)[: weight.absmax.size] + weight.offset
 
 
 def _blocks(values: jax.Array, length: int) -> jax.Array:

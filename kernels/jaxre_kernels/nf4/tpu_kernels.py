@@ -1,0 +1,41 @@
+"""Decoding NF4 in a TPU's vector memory, as a step of a Pallas kernel. Unverified: has not run on a TPU.
+
+About 30 vector operations a parameter (two shifts and masks, four comparisons, 15 selections, a product, a rounding), so a kernel does
+it once for as many tokens as it can.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jaxre_kernels.nf4.tiles import HALF
+from jaxre_kernels.nf4.weight import BLOCK, NF4
+
+
+def decode(codes_ref, absmax_ref, values_ref, first: jax.Array | int = 0) -> None:
+    """Writes values of `NF4Tiles`, each rounded once from f32: codes [I / 2, O] uint8, absmax [>= I / 64, O] f32 -> values [I, O].
+
+    `first` is the row of absmax that belongs to the first block of codes. Blocks beyond the last row get the last one's: they are
+    beyond the end of the matrix.
+    """
+
+    def block(g, carry):
+        codes = codes_ref[pl.ds(pl.multiple_of(g * HALF, HALF), HALF), :].astype(jnp.int32)
+        absmax = absmax_ref[pl.ds(jnp.minimum(first + g, absmax_ref.shape[0] - 1), 1), :]
+        for half, shift in ((0, 4), (1, 0)):
+            rows = pl.ds(pl.multiple_of(g * BLOCK + half * HALF, HALF), HALF)
+            values_ref[rows, :] = (_levels(codes >> shift) * absmax).astype(values_ref.dtype)
+        return carry
+
+    jax.lax.fori_loop(0, values_ref.shape[0] // BLOCK, block, 0)
+
+
+def _levels(codes: jax.Array) -> jax.Array:
+    """NF4[codes & 15] f32 by selection, bit by bit: a table look-up would be a gather."""
+    levels = list(NF4)
+    for bit in range(4):
+        taken = (codes & (1 << bit)) != 0
+        levels = [jnp.where(taken, high, low) for low, high in zip(levels[::2], levels[1::2], strict=True)]
+    return levels[0]
