@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-UNVERIFIED = {"pallas_tpu": "it has not run on a TPU"}
+UNVERIFIED = {"pallas_tpu": "it has not run on a TPU", "pallas_gpu": "it has not run on a GPU"}
 
 
 def named(op: str, implementation: str | None, there: Collection[str]) -> tuple[str, str]:

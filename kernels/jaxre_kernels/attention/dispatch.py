@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 from jax.typing import DTypeLike
 
-from jaxre_kernels.attention import tpu
+from jaxre_kernels.attention import gpu, tpu
 from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
 from jaxre_kernels.implementations import named
 
@@ -20,7 +20,11 @@ def _pallas_tpu(q, k, v, visible_until, prefix, span):
     return tpu.packed_attention(q, k, v, visible_until, prefix=prefix, span=span)
 
 
-IMPLEMENTATIONS = {"xla": _xla, "pallas_tpu": _pallas_tpu}
+def _pallas_gpu(q, k, v, visible_until, prefix, span):
+    return gpu.packed_attention(q, k, v, visible_until, prefix=prefix, span=span)
+
+
+IMPLEMENTATIONS = {"xla": _xla, "pallas_tpu": _pallas_tpu, "pallas_gpu": _pallas_gpu}
 # cuDNN's public entry, `jax.nn.dot_product_attention`, isolates packed examples only by a dense T x T bias, and the static
 # facts of a plan do not say that every row holds one example: it is left out.
 
@@ -62,10 +66,10 @@ def choose(
       ValueError: an implementation that does not exist, or that does not take these `heads`.
     """
     name, reason = named("attention", implementation, IMPLEMENTATIONS)
-    if length is None or (name == "pallas_tpu" and heads is None):
+    if length is None or (name != "xla" and heads is None):
         return name, reason
-    if name == "pallas_tpu":
-        return name, f"{reason}; {_told_tpu(length, prefix, span, heads)}"
+    if name != "xla":
+        return name, f"{reason}; {_told(name, length, prefix, span, heads)}"
     blocks = blocks_of(length, prefix, span)
     if blocks.queries == length:
         return name, f"{reason}; dense, a token may see any of {length:,}"
@@ -73,11 +77,12 @@ def choose(
     return name, f"{reason}; {blocks.queries} queries at a time look at up to {near} near and {prefix} shared keys of {length:,}"
 
 
-def _told_tpu(length: int, prefix: int, span: int | None, heads: Heads) -> str:
-    refusal = tpu.unsupported(length, prefix, span, *heads)
+def _told(name: str, length: int, prefix: int, span: int | None, heads: Heads) -> str:
+    kernels = {"pallas_tpu": tpu, "pallas_gpu": gpu}[name]
+    refusal = kernels.unsupported(length, prefix, span, *heads)
     if refusal is not None:
-        raise ValueError(f"attention implementation 'pallas_tpu' does not run here: {refusal}; leave it out, or ask for 'xla'")
-    block = tpu.block_of(length, span, heads.heads // heads.kv_heads)
+        raise ValueError(f"attention implementation {name!r} does not run here: {refusal}; leave it out, or ask for 'xla'")
+    block = kernels.block_of(length, span, heads.heads // heads.kv_heads)
     return f"pairs of blocks of {block} tokens of {length:,} where one sees another"
 
 
