@@ -89,9 +89,10 @@ def relative(ours, reference) -> float:
     ("heads", "kv_heads", "channels"), [(1, 1, 64), (3, 1, 128), (4, 1, 64), (7, 1, 80), (16, 2, 24)], ids=lambda value: str(value)
 )
 def test_output_and_gradients_equal_dense_attention_in_f64(heads, kv_heads, channels):
-    """Ratios of 1, 3, 4, 7 and 8 query heads a key head. Every layout is a row of the batch; the row is no multiple of the block."""
-    arrays = draws(heads, kv_heads, channels)
-    for ours, reference in zip(kernel(*arrays, ROWS), in_f64(*arrays, visible_mask(ROWS)), strict=True):
+    """Ratios of 1, 3, 4, 7 and 8 query heads a key head, rows that are no multiple of the block, widths that are padded."""
+    rows = np.stack([row_of(LAYOUTS[layout]) for layout in ("packed", "nested prefixes", "pads behind")]).astype(np.int32)
+    arrays = draws(heads, kv_heads, channels, rows=len(rows))
+    for ours, reference in zip(kernel(*arrays, rows), in_f64(*arrays, visible_mask(rows)), strict=True):
         assert ours.dtype == jnp.float32
         assert relative(ours, reference) < CLOSE
 
