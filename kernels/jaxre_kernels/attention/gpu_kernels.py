@@ -8,8 +8,8 @@ came, so all that it waits for is arrival:
     wait for the slot -> products of the slot, waited for -> ask for what the step after next needs, into the same slot
 
 A copy starts behind a barrier of the warpgroup (that of `commit_smem`, and one that Mosaic GPU puts there by itself, as
-`CompilerParams.unsafe_no_auto_barriers` is off), so no warp still reads the slot. Latency is hidden by the thread blocks that share a processor, not by more slots: where
-examples are short a list has two or three entries, and a deeper pipeline would not fill.
+`CompilerParams.unsafe_no_auto_barriers` is off), so no warp still reads the slot. Latency is hidden by the thread blocks that share a
+processor, not by more slots: where examples are short a list has two or three entries, and a deeper pipeline would not fill.
 
 Arrays in global memory: q, dO~, O and dQ [B, S, H, C], k, v, dK and dV [B, S, K, C], `bounds` [2, B, S] int32 (visible from, until),
 `statistics` [2, B, H, S] f32. `others` [B x N, N] and `total` [B x N] int32: the blocks of its row that a block meets, and their
