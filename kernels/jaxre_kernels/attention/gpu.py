@@ -1,5 +1,8 @@
 """Packed-sequence attention for Hopper GPUs (Pallas Mosaic GPU), forward and backward. unverified: has not run on a GPU
 
+It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). Pallas's interpreter takes no product with a
+factor in registers: there these four are ordinary products (`gpu_kernels._added`). What is said of speed is arithmetic.
+
 What is computed. Query i sees key j exactly when visible_from[j] <= i < visible_until[j]. Causal rows have
 visible_from[j] = j; isolated segments that are seen both ways (encoders) have the start of j's segment. Forward (Dao et al.
 2022, algorithm 1), block of keys by block of keys, s = C**-0.5:
@@ -43,9 +46,12 @@ Roofline of one block pair and query head, in bf16, beside 4,096 exponentials ea
     dQ        6 U U C   (S, dP, dQ)               4 U C    (K, V)                              96
     dK, dV    8 U U C   (S, dP, dK, dV)           4 U C    (Q, dO~)                            128
 
-An H200 has 989 TFLOP/s and 4.8 TB/s by its datasheet, 206 FLOP a byte of its memory; a block of keys is read from memory once and
-from the cache by the G heads and the blocks of queries that see it. Of 16 and 2 heads of 128 channels, 8,192 tokens in examples of
-150 are 3.5, 5.3 and 7.1 GFLOP x 2 and 90 to 180 MB of queries and results: memory bounds, not products.
+An H200 has 989 TFLOP/s and 4.8 TB/s by its datasheet, 206 FLOP a byte of its memory; a block of keys is read from memory once, and
+from the cache by the G heads and the blocks of queries that see it. With 16 and 2 heads of 128 channels, 8,192 tokens in examples of
+150 are 14, 21 and 28 GFLOP and 75, 109 and 84 MB: 16, 23 and 28 us at the least. A list of three entries is short, and starting a
+thread block, waiting for its first copies and leaving its results are not in that.
+
+Sharding: inside `shard_map(..., check_vma=False)`, rows or heads split, not under automatic partitioning.
 """
 
 from __future__ import annotations
