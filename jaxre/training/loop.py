@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxre_kernels.attention import choose as choose_attention
 from jaxre_kernels.cross_entropy import choose as choose_cross_entropy
+from jaxre_kernels.lora import choose as choose_lora
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -254,7 +255,7 @@ def describe(
         ("attention", "; ".join(attention) if not classifies else "xla (the only one of encoders)"),
         ("cross-entropy", "; ".join(losses) if not classifies else "xla (the only one of encoders)"),
         *([("base", described_base(initial))] if config.train.method == "lora" else []),
-        *([("LoRA", "xla (the only implementation there is)")] if config.train.method == "lora" else []),
+        *([("LoRA", "{} ({})".format(*choose_lora()))] if config.train.method == "lora" else []),
         ("compilations", f"{len(compiled.updates)}, one a row shape"),
         ("compilation cache", cache),
         ("rematerialisation", compiled.told_remat()),
@@ -273,7 +274,7 @@ def described_base(initial: Initial) -> str:
     whole, quantised = (f"{base_bytes(part) / 2**20:,.1f} MiB" for part in (initial.base, projections))
     if not projections:
         return f"{whole} ({initial.dtype})"
-    return f"{whole} (projections NF4, {quantised}, dequantised by xla, the only implementation there is; the rest {initial.dtype})"
+    return f"{whole} (projections NF4, {quantised}, dequantised by xla; the rest {initial.dtype})"
 
 
 def head_of(dataset: Dataset, initial: Initial) -> str:

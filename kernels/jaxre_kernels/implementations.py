@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-UNVERIFIED = {"pallas_tpu": "it has not run on a TPU"}
+UNVERIFIED = {"pallas_tpu": "it has not run on a TPU", "pallas_gpu": "it has not run on a GPU"}
 TABLE = Path(__file__).with_name("table.json")
 
 
@@ -140,7 +140,7 @@ def named(
                 return entry.implementation, f"the table's: {entry.told()}"
             return "xla", f"the table's {entry.implementation} does not take this: {refusal}"
         opt_in = [name for name in there if name in UNVERIFIED]
-        return "xla", f"the default; {', '.join(opt_in)} is opt-in, unverified" if opt_in else "the only implementation there is"
+        return "xla", f"the default; opt-in, unverified: {', '.join(opt_in)}" if opt_in else "the only implementation there is"
     if implementation not in there:
         raise ValueError(f"{op} implementation {implementation!r} does not exist; there is {', '.join(there)}")
     if entry is not None and entry.implementation == implementation:

@@ -119,7 +119,7 @@ def test_an_empty_table_leaves_every_op_as_it_is(tmp_path):
     write_table(tmp_path / "table.json", [])
     assert read_table(tmp_path / "table.json") == ()
     assert named("attention", None, ("xla",)) == ("xla", "the only implementation there is")
-    assert named("attention", None, THERE) == ("xla", "the default; pallas_tpu is opt-in, unverified")
+    assert named("attention", None, THERE) == ("xla", "the default; opt-in, unverified: pallas_gpu, pallas_tpu")
     assert set(implementations_of("attention")) >= {"xla", "pallas_tpu"} and implementations_of("nf4")[0] == "xla"
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from jax.typing import DTypeLike
 
-from jaxre_kernels.attention import tpu
+from jaxre_kernels.attention import gpu, tpu
 from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
 from jaxre_kernels.implementations import Entry, measured, named, tiles_of
 
@@ -21,7 +21,12 @@ def _pallas_tpu(q, k, v, visible_until, prefix, span):
     return tpu.packed_attention(q, k, v, visible_until, prefix=prefix, span=span)
 
 
-IMPLEMENTATIONS = {"xla": _xla, "pallas_tpu": _pallas_tpu}
+def _pallas_gpu(q, k, v, visible_until, prefix, span):
+    return gpu.packed_attention(q, k, v, visible_until, prefix=prefix, span=span)
+
+
+IMPLEMENTATIONS = {"xla": _xla, "pallas_tpu": _pallas_tpu, "pallas_gpu": _pallas_gpu}
+KERNELS = {"pallas_tpu": tpu, "pallas_gpu": gpu}
 # cuDNN's public entry, `jax.nn.dot_product_attention`, isolates packed examples only by a dense T x T bias, and the static
 # facts of a plan do not say that every row holds one example: it is left out.
 
@@ -73,13 +78,13 @@ def choose(
     entry = _measured(length, prefix, span, heads, device_kind)
 
     def unsupported(name: str) -> str | None:
-        return tpu.unsupported(length, prefix, span, *heads) if name == "pallas_tpu" else None
+        return KERNELS[name].unsupported(length, prefix, span, *heads) if name in KERNELS else None
 
     name, reason = named("attention", implementation, IMPLEMENTATIONS, entry, unsupported)
-    if length is None or (name == "pallas_tpu" and heads is None):
+    if length is None or (name in KERNELS and heads is None):
         return name, reason
-    if name == "pallas_tpu":
-        return name, f"{reason}; {_told_tpu(length, prefix, span, heads)}"
+    if name in KERNELS:
+        return name, f"{reason}; {_told(name, length, prefix, span, heads)}"
     blocks = blocks_of(length, prefix, span, **tiles_of(entry, name))
     if blocks.queries == length:
         return name, f"{reason}; dense, a token may see any of {length:,}"
@@ -94,11 +99,12 @@ def _measured(length: int | None, prefix: int, span: int | None, heads: Heads | 
     return measured("attention", device_kind, sizes.pop("dtype"), sizes)
 
 
-def _told_tpu(length: int, prefix: int, span: int | None, heads: Heads) -> str:
-    refusal = tpu.unsupported(length, prefix, span, *heads)
+def _told(name: str, length: int, prefix: int, span: int | None, heads: Heads) -> str:
+    kernels = KERNELS[name]
+    refusal = kernels.unsupported(length, prefix, span, *heads)
     if refusal is not None:
-        raise ValueError(f"attention implementation 'pallas_tpu' does not run here: {refusal}; leave it out, or ask for 'xla'")
-    block = tpu.block_of(length, span, heads.heads // heads.kv_heads)
+        raise ValueError(f"attention implementation {name!r} does not run here: {refusal}; leave it out, or ask for 'xla'")
+    block = kernels.block_of(length, span, heads.heads // heads.kv_heads)
     return f"pairs of blocks of {block} tokens of {length:,} where one sees another"
 
 
