@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -147,6 +148,14 @@ def named(
         return implementation, f"asked for; {entry.told()}"
     unverified = f"; unverified, {UNVERIFIED[implementation]}" if implementation in UNVERIFIED else ""
     return implementation, f"asked for{unverified}"
+
+
+def kernels_of(op: str, name: str) -> ModuleType:
+    """The module that holds `name`, "pallas_tpu" or "pallas_gpu", of an op, imported only where it is meant.
+
+    Pallas takes half a second to import, and much of it is experimental: what does not use it must not fail with it.
+    """
+    return importlib.import_module(f"jaxre_kernels.{op}.{name.removeprefix('pallas_')}")
 
 
 def tiles_of(entry: Entry | None, name: str) -> dict[str, Any]:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -197,3 +201,11 @@ def test_cross_entropy_asks_the_table(table):
     np.testing.assert_allclose(found, dense_cross_entropy(x, head, targets, weights), rtol=1e-6)
     name, why = choose_cross_entropy((2, 16), 33, channels=Channels(8, jnp.float16), device_kind=KIND)
     assert name == "xla" and "not float16" in why
+
+
+def test_what_does_not_ask_for_a_kernel_does_not_import_it():
+    program = "import sys, jaxre_kernels.attention, jaxre_kernels.cross_entropy, jaxre_kernels.lora\n"
+    program += "print([name for name in sys.modules if name.endswith(('.tpu', '.gpu')) and name.startswith('jaxre_kernels')])"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "kernels")}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -8,25 +8,10 @@ from typing import NamedTuple
 import jax
 from jax.typing import DTypeLike
 
-from jaxre_kernels.attention import gpu, tpu
 from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
-from jaxre_kernels.implementations import Entry, measured, named, tiles_of
+from jaxre_kernels.implementations import Entry, kernels_of, measured, named, tiles_of
 
-
-def _xla(q, k, v, visible_until, prefix, span, queries=None):
-    return blockwise_attention(q, k, v, visible_until, blocks_of(q.shape[1], prefix, span, queries))
-
-
-def _pallas_tpu(q, k, v, visible_until, prefix, span):
-    return tpu.packed_attention(q, k, v, visible_until, prefix=prefix, span=span)
-
-
-def _pallas_gpu(q, k, v, visible_until, prefix, span):
-    return gpu.packed_attention(q, k, v, visible_until, prefix=prefix, span=span)
-
-
-IMPLEMENTATIONS = {"xla": _xla, "pallas_tpu": _pallas_tpu, "pallas_gpu": _pallas_gpu}
-KERNELS = {"pallas_tpu": tpu, "pallas_gpu": gpu}
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 # cuDNN's public entry, `jax.nn.dot_product_attention`, isolates packed examples only by a dense T x T bias, and the static
 # facts of a plan do not say that every row holds one example: it is left out.
 
@@ -78,12 +63,12 @@ def choose(
     entry = _measured(length, prefix, span, heads, device_kind)
 
     def unsupported(name: str) -> str | None:
-        return KERNELS[name].unsupported(length, prefix, span, *heads) if name in KERNELS else None
+        return None if name == "xla" else kernels_of("attention", name).unsupported(length, prefix, span, *heads)
 
     name, reason = named("attention", implementation, IMPLEMENTATIONS, entry, unsupported)
-    if length is None or (name in KERNELS and heads is None):
+    if length is None or (name != "xla" and heads is None):
         return name, reason
-    if name in KERNELS:
+    if name != "xla":
         return name, f"{reason}; {_told(name, length, prefix, span, heads)}"
     blocks = blocks_of(length, prefix, span, **tiles_of(entry, name))
     if blocks.queries == length:
@@ -100,7 +85,7 @@ def _measured(length: int | None, prefix: int, span: int | None, heads: Heads | 
 
 
 def _told(name: str, length: int, prefix: int, span: int | None, heads: Heads) -> str:
-    kernels = KERNELS[name]
+    kernels = kernels_of("attention", name)
     refusal = kernels.unsupported(length, prefix, span, *heads)
     if refusal is not None:
         raise ValueError(f"attention implementation {name!r} does not run here: {refusal}; leave it out, or ask for 'xla'")
@@ -141,4 +126,6 @@ def attention(
     name, _ = choose(T, prefix, span, heads=heads, implementation=implementation, device_kind=device_kind)
     if tiles is None:
         tiles = tiles_of(_measured(T, prefix, span, heads, device_kind), name)
-    return IMPLEMENTATIONS[name](q, k, v, visible_until, prefix, span, **tiles)
+    if name == "xla":
+        return blockwise_attention(q, k, v, visible_until, blocks_of(T, prefix, span, **tiles))
+    return kernels_of("attention", name).packed_attention(q, k, v, visible_until, prefix=prefix, span=span, **tiles)

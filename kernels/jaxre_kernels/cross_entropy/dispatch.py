@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxre_kernels.cross_entropy import tpu
 from jaxre_kernels.cross_entropy.chunked import chunked_cross_entropy
 from jaxre_kernels.cross_entropy.reference import dense_cross_entropy
-from jaxre_kernels.implementations import Entry, measured, named, tiles_of
+from jaxre_kernels.implementations import Entry, kernels_of, measured, named, tiles_of
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu")
 
@@ -88,7 +87,7 @@ def _measured(
 def _unsupported_tpu(shards: int, channels: Channels | None) -> str | None:
     if shards > 1:
         return f"pallas_tpu takes the tokens of one device, these are on {shards}: call it inside of shard_map"
-    return None if channels is None else tpu.unsupported(*channels)
+    return None if channels is None else kernels_of("cross_entropy", "pallas_tpu").unsupported(*channels)
 
 
 def _told_tpu(shards: int, channels: Channels | None) -> str:
@@ -97,7 +96,7 @@ def _told_tpu(shards: int, channels: Channels | None) -> str:
         raise ValueError(f"linear cross-entropy for TPUs does not run here: {refusal}")
     if channels is None:
         return "no logits leave the chip"
-    tokens, entries = tpu.blocks_of(*channels)
+    tokens, entries = kernels_of("cross_entropy", "pallas_tpu").blocks_of(*channels)
     return f"{tokens} tokens and {entries} entries at a time, no logits leave the chip"
 
 
@@ -132,7 +131,7 @@ def linear_cross_entropy(
     channels = Channels(x.shape[-1], x.dtype)
     name, _ = choose(targets.shape, head.shape[0], shards, channels=channels, implementation=implementation, device_kind=device_kind)
     if name == "pallas_tpu":
-        return tpu.pallas_cross_entropy(x, head, targets, weights)
+        return kernels_of("cross_entropy", name).pallas_cross_entropy(x, head, targets, weights)
     if tiles is None:
         tiles = tiles_of(_measured(targets.shape, head.shape[0], shards, channels, device_kind), name)
     positions = positions_at_once(targets.shape, shards, **tiles)

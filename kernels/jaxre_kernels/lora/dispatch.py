@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
-from jaxre_kernels.implementations import named
-from jaxre_kernels.lora import tpu
-from jaxre_kernels.lora.group import Factors, joined_lora_group
+from jaxre_kernels.implementations import kernels_of, named
+from jaxre_kernels.lora.group import Factors, Projections, joined_lora_group, projections_of
 from jaxre_kernels.nf4 import NF4Tiles, NF4Weight
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu")
 
 
-def choose(projections: tpu.Projections | None = None, *, implementation: str | None = None) -> tuple[str, str]:
+def choose(projections: Projections | None = None, *, implementation: str | None = None) -> tuple[str, str]:
     """The implementation that `lora_group` runs for such projections (for any, without them), and the reason in words.
 
     Raises:
@@ -23,14 +23,15 @@ def choose(projections: tpu.Projections | None = None, *, implementation: str | 
     name, reason = named("LoRA", implementation, IMPLEMENTATIONS)
     if name != "pallas_tpu" or projections is None:
         return name, reason
-    refusal = tpu.unsupported(projections)
+    kernels = kernels_of("lora", name)
+    refusal = kernels.unsupported(projections)
     if refusal is not None:
         raise ValueError(f"LoRA implementation 'pallas_tpu' does not run here: {refusal}; leave it out, or ask for 'xla'")
-    forward, backward, *_ = tpu.tiling_of(projections)
+    forward, backward, *_ = kernels.tiling_of(projections)
     return name, f"{reason}; {_told(forward, 'outputs')} forwards, {_told(backward, 'inputs')} backwards"
 
 
-def _told(blocks: tpu.Blocks, axis: str) -> str:
+def _told(blocks: Any, axis: str) -> str:
     return f"{blocks.tokens} tokens and " + (f"1/{blocks.parts} of the {axis}" if blocks.parts > 1 else f"all {axis}") + " at a time"
 
 
@@ -63,6 +64,6 @@ def lora_group(
     Raises:
       ValueError: what `choose` says.
     """
-    name, _ = choose(tpu.projections_of(x, weights, factors), implementation=implementation)
-    op = tpu.pallas_lora_group if name == "pallas_tpu" else joined_lora_group
+    name, _ = choose(projections_of(x, weights, factors), implementation=implementation)
+    op = joined_lora_group if name == "xla" else kernels_of("lora", name).pallas_lora_group
     return op(x, weights, factors, words, scale, rate)

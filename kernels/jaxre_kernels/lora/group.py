@@ -22,6 +22,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jaxre_kernels.lora.dropout import keep_channels
 from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, dequantise, dequantise_tiles
@@ -32,6 +33,29 @@ class Factors(NamedTuple):
 
     a: jax.Array
     b: jax.Array
+
+
+class Projections(NamedTuple):
+    """What an implementation has to know of a call; of each projection its outputs, its rank (0: no LoRA), and whether it is NF4."""
+
+    tokens: int
+    inputs: int
+    outputs: tuple[int, ...]
+    ranks: tuple[int, ...]
+    nf4: tuple[bool, ...]
+    dtype: DTypeLike
+
+
+def projections_of(x: jax.Array, weights: Sequence[jax.Array | NF4Weight | NF4Tiles], factors: Sequence[Factors | None]) -> Projections:
+    ranks = tuple(0 if factor is None else factor.a.shape[-1] for factor in factors)
+    nf4 = tuple(isinstance(weight, NF4Weight | NF4Tiles) for weight in weights)
+    return Projections(x.size // x.shape[-1], x.shape[-1], tuple(map(_outputs, weights)), ranks, nf4, x.dtype)
+
+
+def _outputs(weight: jax.Array | NF4Weight | NF4Tiles) -> int:
+    if isinstance(weight, NF4Weight):
+        return weight.shape[0]
+    return (weight.codes if isinstance(weight, NF4Tiles) else weight).shape[-1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))

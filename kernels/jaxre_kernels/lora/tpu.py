@@ -52,9 +52,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
 
-from jaxre_kernels.lora.group import Factors
+from jaxre_kernels.lora.group import Factors, Projections, projections_of
 from jaxre_kernels.lora.tpu_kernels import backward_kernel, forward_kernel
 from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, tiled
 from jaxre_kernels.nf4.weight import BLOCK
@@ -66,17 +65,6 @@ TOKENS = (512, 256, 128)  # of a block
 SPAN = 2048  # tokens
 CHUNK = 256  # channels of which a mask is drawn at a time
 ENOUGH = 1024  # FLOPs a byte; v6e needs 560
-
-
-class Projections(NamedTuple):
-    """What the kernels have to know of a call; of each projection its outputs, its rank (0: no LoRA), and whether it is NF4."""
-
-    tokens: int
-    inputs: int
-    outputs: tuple[int, ...]
-    ranks: tuple[int, ...]
-    nf4: tuple[bool, ...]
-    dtype: DTypeLike
 
 
 class Blocks(NamedTuple):
@@ -120,18 +108,6 @@ def pallas_lora_group(
     if refusal is not None:
         raise ValueError(f"LoRA for TPUs does not run here: {refusal}")
     return _op(x, weights, factors, words, scale, rate, tiling or tiling_of(projections))
-
-
-def projections_of(x: jax.Array, weights: Sequence[jax.Array | NF4Weight | NF4Tiles], factors: Sequence[Factors | None]) -> Projections:
-    ranks = tuple(0 if factor is None else factor.a.shape[-1] for factor in factors)
-    nf4 = tuple(isinstance(weight, NF4Weight | NF4Tiles) for weight in weights)
-    return Projections(x.size // x.shape[-1], x.shape[-1], tuple(map(_outputs, weights)), ranks, nf4, x.dtype)
-
-
-def _outputs(weight: jax.Array | NF4Weight | NF4Tiles) -> int:
-    if isinstance(weight, NF4Weight):
-        return weight.shape[0]
-    return (weight.codes if isinstance(weight, NF4Tiles) else weight).shape[-1]
 
 
 # ---- what fits --------------------------------------------------------------------------------
