@@ -69,7 +69,9 @@ def test_a_timing_tells_each_variant_and_how_it_stands_to_the_goal(monkeypatch):
 
 def test_nothing_is_begun_when_the_time_is_over():
     found = [one for one in records_of(sections.time_op, "nf4", deadline=time.monotonic()) if "case" in one]
-    assert found and all(one["left_out"] == sections.LATE for one in found)
+    # What could not run here at all says that instead.
+    assert found and {one["left_out"] for one in found} <= {sections.LATE, "runs on a TPU alone", "runs on a GPU alone"}
+    assert sections.LATE in {one["left_out"] for one in found}
 
 
 def test_narrow_blocks_narrow_the_backward_pass_too():
@@ -141,7 +143,6 @@ def double(x):
         ("float32", lambda x: x.at[3].set(jnp.nan), False),
         ("float32", lambda x: x.at[3].set(jnp.inf), False),
     ],
-    ids=str,
 )
 def test_a_kernel_that_differs_from_f32_fails(dtype, wrong, passed):
     case = timing.Case("op", "case", dtype, lambda seed: (timing.normal(seed, 0, (64,), dtype),), double, {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,16 @@ from jax.typing import DTypeLike
 from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
 from jaxre_kernels.implementations import Entry, kernels_of, measured, named, tiles_of
 
-IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
+
+def _xla(q, k, v, visible_until, prefix, span, queries=None):
+    return blockwise_attention(q, k, v, visible_until, blocks_of(q.shape[1], prefix, span, queries))
+
+
+def _pallas(name, q, k, v, visible_until, prefix, span, **tiles):
+    return kernels_of("attention", name).packed_attention(q, k, v, visible_until, prefix=prefix, span=span, **tiles)
+
+
+IMPLEMENTATIONS = {"xla": _xla, "pallas_tpu": partial(_pallas, "pallas_tpu"), "pallas_gpu": partial(_pallas, "pallas_gpu")}
 # cuDNN's public entry, `jax.nn.dot_product_attention`, isolates packed examples only by a dense T x T bias, and the static
 # facts of a plan do not say that every row holds one example: it is left out.
 
@@ -126,6 +136,4 @@ def attention(
     name, _ = choose(T, prefix, span, heads=heads, implementation=implementation, device_kind=device_kind)
     if tiles is None:
         tiles = tiles_of(_measured(T, prefix, span, heads, device_kind), name)
-    if name == "xla":
-        return blockwise_attention(q, k, v, visible_until, blocks_of(T, prefix, span, **tiles))
-    return kernels_of("attention", name).packed_attention(q, k, v, visible_until, prefix=prefix, span=span, **tiles)
+    return IMPLEMENTATIONS[name](q, k, v, visible_until, prefix, span, **tiles)
