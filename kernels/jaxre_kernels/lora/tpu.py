@@ -1,6 +1,7 @@
 """The LoRA projections of one input for TPUs (Pallas Mosaic), forward and backward, dense or NF4. Unverified: has not run on a TPU.
 
-It was run in Pallas's interpreters and compiled ahead of time for v5e, v5p and v6e. What is said of speed is arithmetic.
+It was run in Pallas's interpreters and compiled ahead of time for v5e, v5p and v6e with jax 0.12.0.1, for v5e
+alone with 0.10.2 (of the other two, one runs out of vector memory there). What is said of speed is arithmetic.
 
 What is computed is what `group.py` derives; with c = scale / (1 - rate), x' = x where its channel is kept and else 0:
 
