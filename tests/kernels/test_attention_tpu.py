@@ -11,26 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_kernels import BLOCK, CLOSE, ROWS, N, draws, in_f64, relative, segments
 from forests import LAYOUTS, T, fitted, row_of, span_of, trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
-from jaxre_kernels.attention import Heads, attention, choose, masked_attention, visible_mask
+from jaxre_kernels.attention import Heads, attention, choose, visible_mask
 from jaxre_kernels.attention.pairs import listed, meeting, reach_of
 from jaxre_kernels.attention.tpu import packed_attention
 
-BLOCK = 8
-N = -(-T // BLOCK)
-CLOSE = 2e-6  # f32: sums of at most 37 products, in another order than the reference's, which is in f64
-ROWS = np.array([row_of(forest) for forest in LAYOUTS.values()], np.int32)
 # With these, reads of what was never written give NaN, reads behind an array raise, and copies that race are told.
 STRICT = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan", out_of_bounds_reads="raise")
-
-
-def draws(heads: int, kv_heads: int, channels: int, rows: int = len(ROWS), dtype=jnp.float32, seed: int = 0):
-    """q, k, v and the gradient of the output."""
-    draw = np.random.default_rng(seed)
-    return [jnp.asarray(draw.standard_normal((rows, T, count, channels)), dtype) for count in (heads, kv_heads, kv_heads, heads)]
 
 
 @partial(jax.jit, static_argnames=("bounds", "interpret"))
@@ -41,28 +32,6 @@ def kernel(q, k, v, dy, visible_until, visible_from=None, bounds=(0, None), inte
         lambda q, k, v: packed_attention(q, k, v, visible_until, visible_from, block=BLOCK, interpret=interpret, **where), q, k, v
     )
     return out, *back(dy)
-
-
-@jax.jit
-def dense(q, k, v, dy, mask):
-    out, back = jax.vjp(lambda q, k, v: masked_attention(q, k, v, mask), q, k, v)
-    return out, *back(dy)
-
-
-def in_f64(q, k, v, dy, mask):
-    with jax.enable_x64(True):
-        return [np.asarray(value) for value in dense(*(jnp.asarray(np.asarray(value), jnp.float64) for value in (q, k, v, dy)), mask)]
-
-
-def segments(visible_until: np.ndarray):
-    """The first token of each token's segment, and its end, for a row of roots without nodes below."""
-    first = np.maximum.accumulate(np.where(np.diff(visible_until, prepend=0), np.arange(T), 0))
-    return first.astype(np.int32), visible_until
-
-
-def relative(ours, reference) -> float:
-    ours, reference = (np.asarray(value, np.float64) for value in (ours, reference))
-    return float(np.abs(ours - reference).max() / np.abs(reference).max())
 
 
 @pytest.mark.parametrize(
