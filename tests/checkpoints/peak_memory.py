@@ -74,7 +74,7 @@ def resident(field: str) -> int:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    write_model(root / "small/hf", num_hidden_layers=2, hidden_size=64, intermediate_size=64)
-    convert_all(root / "small")  # what is loaded and started on first use
+    write_model(root / "small/hf", num_hidden_layers=2)
+    convert_all(root / "small")  # what is loaded, started and compiled (matrices of the same shapes) on first use
     size = write_model(root / "large/hf")
     print(json.dumps({"model": size} | convert_all(root / "large")))
