@@ -193,7 +193,8 @@ def test_every_chat_template_of_the_tokenizer_is_carried_along(tiny_base, tmp_pa
 def test_conversion_holds_tensors_not_the_model(tmp_path):
     """Of a bf16 model of 206 MB whose largest tensor has 4 MB.
 
-    Measured: 12 (hf to jaxre), 13 (jaxre to hf), 46 (to f32), 27 (merged), 20 (to NF4), 24 MB (from NF4). Loaded whole it was 569 (hf to jaxre), 322 (jaxre to hf), 1,100 (to f32) and 467 MB (merged).
+    Measured: 12 (hf to jaxre), 13 (jaxre to hf), 46 (to f32), 27 (merged), 20 (to NF4), 24 MB (from NF4). Loaded whole it was
+    569 (hf to jaxre), 322 (jaxre to hf), 1,100 (to f32) and 467 MB (merged).
     """
     script = Path(__file__).with_name("peak_memory.py")
     # What malloc keeps for the next time is not what is held: give it back at once.
