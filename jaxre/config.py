@@ -226,6 +226,17 @@ class Mesh(Settings):
     cpu_devices: Int | None = Field(None, ge=1, description="devices that a machine without accelerator is split into")
 
 
+KERNELS = Literal["xla", "pallas_gpu", "pallas_tpu"] | None
+
+
+class Kernels(Settings):
+    """The implementation of each op of a decoder's training; the table of measurements decides where none is given, else XLA."""
+
+    attention: KERNELS = None
+    lora: KERNELS = None
+    cross_entropy: KERNELS = None
+
+
 class Predict(Settings):
     batch_tokens: Int = Field(8192, ge=128, description="tokens of a scoring batch")
     max_new_tokens: Int = Field(128, ge=1, description="of greedy decoding")
@@ -241,6 +252,7 @@ class Config(Settings):
     lora: Lora = Lora()
     train: Train
     mesh: Mesh = Mesh()
+    kernels: Kernels = Kernels()
     predict: Predict = Predict()
 
     @property
@@ -261,6 +273,10 @@ class Config(Settings):
             raise ValueError("train.objective=classify trains all weights of an encoder; set train.method=full")
         if self.train.objective == "classify" and (self.train.prompt_weight or self.prompt != Prompt()):
             raise ValueError("train.objective=classify has no prompt, an encoder reads the marked text; leave prompt and prompt_weight out")
+        if self.train.objective == "classify" and self.kernels != Kernels():
+            raise ValueError("kernels are those of decoders, train.objective=classify takes an encoder; leave them out")
+        if self.train.method == "full" and self.kernels.lora:
+            raise ValueError("kernels.lora is for train.method=lora; leave it out")
         if self.model.quantise and self.train.method == "full":
             raise ValueError("model.quantise=nf4 freezes the base; set train.method=lora, or leave model.quantise out")
         return self

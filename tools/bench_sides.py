@@ -77,6 +77,14 @@ def plain_lora(x, weights, factors, words, scale, rate):
     ]
 
 
+def run_with(lora_group: Callable) -> None:
+    """Every update that this process compiles from here on has `lora_group` in place of the fused one."""
+    from jaxre.training import compilation
+
+    ops_of = compilation.ops_of
+    compilation.ops_of = lambda *given: ops_of(*given)._replace(lora_group=lora_group)
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """`settings` on top of (c)'s; `plan_of` in place of `make_plan`; `lora_group` in place of the fused one."""
@@ -218,7 +226,6 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
 
     from jaxre.checkpoints.source import tokenizer_folder
     from jaxre.data.dataset import load_dataset, make_plan
-    from jaxre.models import decoder
     from jaxre.profiling.memory import peak_memory, reset_resident_peak
     from jaxre.profiling.prepared import members, prepare
 
@@ -226,7 +233,7 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
     variant = VARIANTS.get(side, Variant())
     overrides, plan_of = variant.settings, variant.plan_of or make_plan
     if variant.lora_group:
-        decoder.lora_group = variant.lora_group  # this process is the variant's own
+        run_with(variant.lora_group)  # this process is the variant's own
     config = run_config(folder, prompt, settings, *overrides)
     dataset = load_dataset(config, tokenizer_folder(config))
     talk.answer(ready=True)

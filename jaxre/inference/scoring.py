@@ -29,6 +29,7 @@ from jaxre.inference.tree_rows import ScoringPlan, TreeRows, fill_trees, plan_sc
 from jaxre.inference.trees import Answers
 from jaxre.models.architecture import Architecture
 from jaxre.models.decoder import Tree, forward, head
+from jaxre.models.ops import Ops
 
 __all__ = ["Model", "ScoringPlan", "label_answers", "plan_scoring", "probabilities", "run_scoring", "score_labels"]
 
@@ -114,7 +115,7 @@ def target_log_probabilities(
     at most `head_bytes`.
     """
     constrain = (lambda x: x) if sharding is None else (lambda x: jax.lax.with_sharding_constraint(x, sharding))
-    x = forward(params, rows.tokens, rows.positions, rows.visible_until, architecture, adapter_of(factors, scale), constrain)
+    x = forward(params, rows.tokens, rows.positions, rows.visible_until, architecture, adapter_of(factors, scale), Ops(constrain))
     B, S, W = rows.targets.shape
     part = min(S, max(1, head_bytes // (4 * B * architecture.vocabulary)))
     parts = -(-S // part)

@@ -19,12 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxre_kernels.attention import attention, masked_attention
+from jaxre_kernels.attention import masked_attention
 from jaxre_kernels.cross_entropy import logits_of
-from jaxre_kernels.lora import Factors, group_words, lora_group
+from jaxre_kernels.lora import Factors, group_words
 from jaxre_kernels.nf4 import nf4_linear
 
 from jaxre.models.architecture import Architecture
+from jaxre.models.ops import ONE_DEVICE, Ops
 from jaxre.models.quantised import is_nf4
 
 Tree = dict[str, Any]
@@ -62,7 +63,7 @@ def forward(
     visible_until: jax.Array,
     architecture: Architecture,
     adapter: Adapter | None = None,
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    ops: Ops = ONE_DEVICE,
     *,
     chosen: jax.Array | None = None,
     prefix: int = 0,
@@ -75,7 +76,7 @@ def forward(
       params: base weights in the compute dtype, or with projections that are `NF4Weight`s.
       tokens, positions, visible_until: [B, T] int32, the packed rows.
       adapter: LoRA factors, if any.
-      constrain: applied to the [B, T, D] activations, to keep them sharded over rows.
+      ops: of the devices that it runs on.
       chosen: [B, S] int32, the row positions that are asked for; all if not given. The last layer then computes keys
         and values everywhere and all else at these positions only.
       prefix, span: where attention looks, see `jaxre_kernels.attention`.
@@ -86,7 +87,7 @@ def forward(
     """
 
     def attend(q, k, v, cache):
-        return attention(q, k, v, visible_until, prefix=prefix, span=span), cache
+        return ops.attention(q, k, v, visible_until, prefix=prefix, span=span), cache
 
     def attend_last(q, k, v, cache):
         index = jnp.arange(visible_until.shape[1])
@@ -96,7 +97,7 @@ def forward(
     # Its attention is dense, S x T scores: where most of a row is supervised (language modelling), the whole layer is cheaper.
     pruned = chosen is not None and 2 * chosen.shape[1] <= tokens.shape[1]
     last = Chosen(chosen, attend_last) if pruned else None
-    x, _ = run_layers(params, tokens, positions, architecture, attend, None, adapter, constrain, last, remat == "block")
+    x, _ = run_layers(params, tokens, positions, architecture, attend, None, adapter, ops, last, remat == "block")
     return x if chosen is None or pruned else take(x, chosen)
 
 
@@ -108,7 +109,7 @@ def run_layers(
     attend: Attend,
     caches: Any = None,
     adapter: Adapter | None = None,
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    ops: Ops = ONE_DEVICE,
     pruned: Chosen | None = None,
     remat_layers: bool = False,
 ) -> tuple[jax.Array, Any]:
@@ -122,15 +123,15 @@ def run_layers(
       new caches in the same form.
     """
     with jax.named_scope("embed"):
-        x = constrain(params["embed"][tokens])  # B T D
+        x = ops.constrain(params["embed"][tokens])  # B T D
     angles = rotary_angles(positions, architecture)
     factors = adapter.factors if adapter else {"layers": {}, "last": {}}
     caches = caches or {"layers": None, "last": None}
 
     def step(x, layer):
         weights, low_rank, cache, index, rotates = layer
-        x, cache = run_layer(weights, low_rank, x, angles, rotates, index, architecture, attend, cache, adapter)
-        return constrain(x), cache
+        x, cache = run_layer(weights, low_rank, x, angles, rotates, index, architecture, attend, cache, adapter, ops)
+        return ops.constrain(x), cache
 
     stacked = None
     if architecture.layers > 1:
@@ -140,8 +141,8 @@ def run_layers(
         scanned = jax.checkpoint(step, prevent_cse=False) if remat_layers else step
         x, stacked = jax.lax.scan(scanned, x, (params["layers"], factors["layers"], caches["layers"], index, rotates))
     last = (params["last"], factors["last"], x, angles, architecture.rotary[-1], architecture.layers - 1, architecture)
-    x, cache = run_layer(*last, attend, caches["last"], adapter, pruned)
-    return constrain(x), {"layers": stacked, "last": cache}
+    x, cache = run_layer(*last, attend, caches["last"], adapter, ops, pruned)
+    return ops.constrain(x), {"layers": stacked, "last": cache}
 
 
 def run_layer(
@@ -155,13 +156,14 @@ def run_layer(
     attend: Attend,
     cache: Any,
     adapter: Adapter | None,
+    ops: Ops = ONE_DEVICE,
     pruned: Chosen | None = None,
 ) -> tuple[jax.Array, Any]:
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)). x is [B, T, D]; the result too, or [B, S, D] where `pruned`."""
     C = architecture.head_channels
 
     def project(inputs: jax.Array, names: tuple[str, ...], group: str) -> list[jax.Array]:
-        return input_group(inputs, names, GROUPS.index(group), weights, low_rank, index, adapter)
+        return input_group(inputs, names, GROUPS.index(group), weights, low_rank, index, adapter, ops)
 
     def heads(array: jax.Array) -> jax.Array:
         return array.reshape(*array.shape[:2], -1, C)
@@ -194,7 +196,14 @@ def run_layer(
 
 
 def input_group(
-    x: jax.Array, names: tuple[str, ...], group: int, weights: Tree, low_rank: Tree, index: jax.Array | int, adapter: Adapter | None
+    x: jax.Array,
+    names: tuple[str, ...],
+    group: int,
+    weights: Tree,
+    low_rank: Tree,
+    index: jax.Array | int,
+    adapter: Adapter | None,
+    ops: Ops,
 ) -> list[jax.Array]:
     """The projections `names` of one input [B, T, I], each with its LoRA term and bias if it has one.
 
@@ -207,7 +216,7 @@ def input_group(
         factors = [Factors(**low_rank[name]) if name in low_rank else None for name in names]
         rate = 0.0 if adapter.keys is None else adapter.rate
         words = group_words(adapter.keys, index, group) if rate else None
-        outputs = lora_group(x, chosen, factors, words, adapter.scale, rate)
+        outputs = ops.lora_group(x, chosen, factors, words, adapter.scale, rate)
     biases = (weights.get(f"{name}_bias") for name in names)
     return [y if bias is None else y + bias for y, bias in zip(outputs, biases, strict=True)]
 

@@ -142,7 +142,7 @@ def program_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
     """FLOPs of the matrix products of a traced program (`jax.make_jaxpr`), loops counted as often as they run.
 
     A `while` of unknown length counts once, the dearest branch of a `cond` counts, a Pallas kernel as often as its grid
-    says. Products inside of foreign calls (cuDNN) are not seen.
+    says, what each device of a mesh runs once for each. Products inside of foreign calls (cuDNN) are not seen.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -159,6 +159,8 @@ def program_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float:
             total += given["length"] * sum(inner)
         elif name == "pallas_call":
             total += math.prod(given["grid_mapping"].grid) * sum(inner)
+        elif name == "shard_map":
+            total += given["mesh"].size * sum(inner)
         else:
             total += sum(inner)
     return total

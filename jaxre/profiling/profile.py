@@ -33,6 +33,7 @@ from jaxre.profiling.memory import peak_memory
 from jaxre.profiling.picture import draw
 from jaxre.profiling.prepared import Prepared, members, prepare
 from jaxre.training import sharding
+from jaxre.training.kernels import ops_of
 from jaxre.training.loop import prepared
 from jaxre.training.step import make_optimiser, make_update
 
@@ -144,8 +145,7 @@ def executed(run: Prepared) -> float:
     """FLOPs of the products of the traced update, the mean over the counted updates' shapes: pads, masked blocks and recomputation too."""
     config, initial = run.config, run.initial
     optimiser = make_optimiser(config, len(run.plan.updates))
-    placed = sharding.constrain_rows(run.mesh), run.compiled.remat, sharding.row_shards(run.mesh)
-    update = make_update(config, initial.architecture, optimiser, initial.dtype, *placed)
+    update = make_update(config, initial.architecture, optimiser, initial.dtype, ops_of(config.kernels, run.mesh), run.compiled.remat)
     updates = run.plan.updates[: min(COUNTED, run.plan.epoch_ends[0])]
     flops = {}
     for number, one in enumerate(updates):

@@ -21,8 +21,10 @@ from jaxre.config import Config
 from jaxre.data.packing import Plan, RowShape
 from jaxre.data.rows import Rows, empty_rows
 from jaxre.errors import InputError
+from jaxre.models.ops import Ops
 from jaxre.training import sharding
 from jaxre.training.initial import Initial
+from jaxre.training.kernels import Chosen, ops_of
 from jaxre.training.step import Metrics, make_update
 
 POLICIES = ("none", "block")
@@ -35,12 +37,14 @@ class CompiledUpdates:
     """`updates`: the compiled update of each row shape, all with one policy `remat`.
 
     `tried`: bytes a device of each policy that was compiled, in order; `limit`: bytes a device has, None if that is not known.
+    `kernels`: op -> the implementations that run and why, in words (an encoder's ops have one each, which is not in it).
     """
 
     updates: dict[RowShape, jax.stages.Compiled]
     remat: str
     tried: dict[str, int]
     limit: int | None
+    kernels: dict[str, str]
 
     @property
     def memory(self) -> tuple[int, int]:
@@ -61,11 +65,14 @@ def compile_updates(
     """The update for each row shape of the plan, with `train.remat`, or the first of POLICIES that fits the device.
 
     Raises:
-      InputError: none fits; it names the largest rows x T that does, found by compiling smaller ones.
+      InputError: none fits (it names the largest rows x T that does, found by compiling smaller ones), or a kernel that is asked for
+        does not run here.
     """
+    chosen: Chosen = {}
+    ops = ops_of(config.kernels, mesh, chosen)
 
     def compile_one(shape: RowShape, micro: int, remat: str) -> jax.stages.Compiled:
-        return compile_update(config, initial, optimiser, mesh, shape, micro, remat)
+        return compile_update(config, initial, optimiser, mesh, ops, shape, micro, remat)
 
     policies = POLICIES if config.train.remat == "auto" else (config.train.remat,)
     limit = memory_limit(config.train.memory_gb, mesh)
@@ -81,7 +88,7 @@ def compile_updates(
             if limit is not None and tried[remat] > limit:
                 break
         else:
-            return CompiledUpdates(updates, remat, tried, limit)
+            return CompiledUpdates(updates, remat, tried, limit, {op: "; ".join(told) for op, told in chosen.items()})
     taken = ", ".join(f"{size / 2**20:,.0f} MiB with train.remat={remat}" for remat, size in tried.items())
     advice = largest_that_fits(config, shapes[0], micro, limit, sharding.row_shards(mesh), compile_one)
     raise InputError(f"rows of {shapes[0].rows} x {shapes[0].length} take {taken}, a device has {limit / 2**20:,.0f}; {advice}")
@@ -92,13 +99,13 @@ def compile_update(
     initial: Initial,
     optimiser: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
+    ops: Ops,
     shape: RowShape,
     micro: int,
     remat: str,
 ) -> jax.stages.Compiled:
     """The update for `micro` micro-batches of one row shape, with the state donated."""
-    placed = sharding.constrain_rows(mesh), remat, sharding.row_shards(mesh)
-    update = make_update(config, initial.architecture, optimiser, initial.dtype, *placed)
+    update = make_update(config, initial.architecture, optimiser, initial.dtype, ops, remat)
     outputs = (jax.tree.map(lambda leaf: leaf.sharding, initial.state), Metrics(*(sharding.replicated(mesh),) * 2))
     row_sharding = sharding.row_sharding(mesh)
     rows = Rows(*(jax.ShapeDtypeStruct((micro, *array.shape), array.dtype, sharding=row_sharding) for array in empty_rows(shape)))

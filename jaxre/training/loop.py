@@ -16,9 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxre_kernels.attention import choose as choose_attention
-from jaxre_kernels.cross_entropy import choose as choose_cross_entropy
-from jaxre_kernels.lora import choose as choose_lora
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -228,10 +225,7 @@ def describe(
     fill = plan.fill(tokens.lengths, supervised_of(config, tokens))
     trained = sum(leaf.size for leaf in jax.tree.leaves(initial.state.trainable))
     total = parameter_count(initial.architecture)
-    classifies = config.train.objective == "classify"
-    attention = dict.fromkeys(" (".join(choose_attention(s.length, s.prefix, s.span)) + ")" for s in plan.shapes)
-    shards, entries = sharding.row_shards(mesh), 0 if classifies else initial.architecture.vocabulary
-    losses = dict.fromkeys(" (".join(choose_cross_entropy((s.rows, s.supervised), entries, shards)) + ")" for s in plan.shapes)
+    classifies, only = config.train.objective == "classify", "xla (the only one of encoders)"
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     where = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({axes})"
     kept, temporary = (size / 2**20 for size in compiled.memory)
@@ -252,10 +246,10 @@ def describe(
         ("supervised share", f"{fill.supervised:.1%} of real tokens ({fill.idle:.1%} of supervised places idle)"),
         *([("head", head_of(dataset, initial))] if classifies else []),
         ("devices", where),
-        ("attention", "; ".join(attention) if not classifies else "xla (the only one of encoders)"),
-        ("cross-entropy", "; ".join(losses) if not classifies else "xla (the only one of encoders)"),
+        ("attention", compiled.kernels.get("attention", only)),
+        ("cross-entropy", compiled.kernels.get("cross_entropy", only)),
         *([("base", described_base(initial))] if config.train.method == "lora" else []),
-        *([("LoRA", "{} ({})".format(*choose_lora()))] if config.train.method == "lora" else []),
+        *([("LoRA", compiled.kernels["lora"])] if config.train.method == "lora" else []),
         ("compilations", f"{len(compiled.updates)}, one a row shape"),
         ("compilation cache", cache),
         ("rematerialisation", compiled.told_remat()),

@@ -17,7 +17,7 @@ from jaxre.errors import InputError
 
 LOCK = ".lock"
 FREE_ON_RESUME = {
-    *("output", "mesh", "data.cache", "data.test", "predict"),
+    *("output", "mesh", "kernels", "data.cache", "data.test", "predict"),
     *("train.log_every", "train.keep", "train.checkpoint_every", "train.remat", "train.memory_gb"),
 }
 
@@ -26,7 +26,7 @@ FREE_ON_RESUME = {
 def run_folder(config: Config, first_process: bool) -> Iterator[Path]:
     """The run folder with its `config.yaml`, locked until the block ends or the process dies.
 
-    A run may go on with what does not change what it computes (FREE_ON_RESUME): another place, mesh, cache,
+    A run may go on with what does not change what it computes (FREE_ON_RESUME): another place, mesh, kernel, cache,
     test data, log or checkpoint interval, memory policy.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxre_kernels.cross_entropy import cross_entropy, linear_cross_entropy
+from jaxre_kernels.cross_entropy import cross_entropy
 from jaxre_kernels.lora import token_keys
 
 from jaxre.config import Config
@@ -21,6 +21,7 @@ from jaxre.data.packing import RowShape
 from jaxre.data.rows import Rows
 from jaxre.models import decoder, encoder, lora
 from jaxre.models.architecture import Architecture, EncoderArchitecture
+from jaxre.models.ops import ONE_DEVICE, Ops
 
 Tree = Any
 
@@ -48,23 +49,22 @@ def loss_sum(
     adapter: decoder.Adapter | None,
     rows: Rows,
     architecture: Architecture,
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    ops: Ops = ONE_DEVICE,
     shape: RowShape | None = None,
     remat: str = "none",
-    shards: int = 1,
 ) -> jax.Array:
     """Sum of the weighted cross-entropy of one micro-batch; last layer and head run at supervised positions only.
 
     Args:
+      ops: of the devices that share the rows.
       shape: of the rows, where attention must look; the whole row if not given.
-      shards: the devices that share the rows, each of which has memory for logits.
     """
     look = {"prefix": shape.prefix, "span": shape.span} if shape else {}
     given = (rows.tokens, rows.positions, rows.visible_until)
-    x = decoder.forward(params, *given, architecture, adapter, constrain, chosen=rows.supervised, remat=remat, **look)  # B S D
+    x = decoder.forward(params, *given, architecture, adapter, ops, chosen=rows.supervised, remat=remat, **look)  # B S D
     with jax.named_scope("head"):
         normed, table = decoder.head_factors(params, x, architecture)
-        return linear_cross_entropy(normed, table, rows.targets, rows.weights, shards=shards)
+        return ops.cross_entropy(normed, table, rows.targets, rows.weights)
 
 
 def classification_loss_sum(
@@ -120,15 +120,14 @@ def make_update(
     architecture: Architecture | EncoderArchitecture,
     optimiser: optax.GradientTransformation,
     dtype: jnp.dtype,
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    ops: Ops = ONE_DEVICE,
     remat: str = "none",
-    shards: int = 1,
 ) -> Callable[[State, Tree, Rows, RowShape], tuple[State, Metrics]]:
     """The update function, to be jitted with the state donated and the shape static.
 
     Args:
+      ops: of the devices that share the rows.
       remat: what the backward pass computes again: `none` or `block` (see compilation.py).
-      shards: the devices that share the rows.
 
     Its rows have a leading axis A, the micro-batches of the update ([A, B, T], [A, B, S]).
     """
@@ -140,12 +139,12 @@ def make_update(
             if isinstance(architecture, EncoderArchitecture):
                 params, _ = model_of(trainable, base, config, None, dtype)
                 keys = dropout_keys(config.seed, state.step, micro)
-                return classification_loss_sum(params, keys, micro, architecture, constrain, remat) / count
+                return classification_loss_sum(params, keys, micro, architecture, ops.constrain, remat) / count
             keys = None
             if config.train.method == "lora" and config.lora.dropout:
                 keys = dropout_keys(config.seed, state.step, micro)
             params, adapter = model_of(trainable, base, config, keys, dtype)
-            return loss_sum(params, adapter, micro, architecture, constrain, shape, remat, shards) / count
+            return loss_sum(params, adapter, micro, architecture, ops, shape, remat) / count
 
         def accumulate(carry: tuple[jax.Array, Tree], micro: Rows) -> tuple[tuple[jax.Array, Tree], None]:
             loss, gradients = jax.value_and_grad(micro_loss)(state.trainable, micro)

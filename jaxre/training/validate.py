@@ -23,6 +23,7 @@ from jaxre.models.architecture import Architecture, EncoderArchitecture
 from jaxre.models.lora import scale_of
 from jaxre.training import sharding
 from jaxre.training.initial import check_vocabulary
+from jaxre.training.kernels import ops_of
 from jaxre.training.step import loss_sum, model_of
 
 Tree = Any
@@ -69,12 +70,12 @@ class Validation:
                 sharding=self.sharding,
                 names=[example.id for example in self.split.examples],
             )
-        constrain = sharding.constrain_rows(mesh)
+        ops = ops_of(config.kernels, mesh)
         (shape,) = plan.shapes
 
         def batch_loss(trainable: Tree, base: Tree, rows: Rows) -> jax.Array:
             params, adapter = model_of(trainable, base, config, None, dtype)
-            return loss_sum(params, adapter, rows, architecture, constrain, shape, shards=shards)
+            return loss_sum(params, adapter, rows, architecture, ops, shape)
 
         self.batch_loss = jax.jit(batch_loss, out_shardings=sharding.replicated(mesh))
 

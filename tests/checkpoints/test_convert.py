@@ -190,6 +190,7 @@ def test_every_chat_template_of_the_tokenizer_is_carried_along(tiny_base, tmp_pa
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's peak of a process's memory is Linux's")
+@pytest.mark.slow
 def test_conversion_holds_tensors_not_the_model(tmp_path):
     """Of a bf16 model of 206 MB whose largest tensor has 4 MB.
 

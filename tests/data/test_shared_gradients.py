@@ -118,7 +118,8 @@ def planned(tokens: TokenSet, prompt_weight: float = 0.0) -> list[tuple[Rows, Ro
     return found
 
 
-CASES = [(family, "lora", 0.3, 0.0) for family in FAMILIES] + [
+CASES = [
+    *(pytest.param(family, "lora", 0.3, 0.0, marks=[pytest.mark.slow] if family != FAMILIES[0] else []) for family in FAMILIES),
     (FAMILIES[0], "lora", 0.0, 0.0),
     (FAMILIES[0], "lora", 0.3, 0.2),
     (FAMILIES[0], "full", 0.0, 0.0),

@@ -47,6 +47,7 @@ def test_one_label_and_entities_that_are_not_in_the_text_are_no_obstacle(baselin
         baseline(lost, [])
 
 
+@pytest.mark.slow
 def test_semeval_baselines_reach_what_was_measured(shared_data):
     train, test = (read_semeval(shared_data / "semeval2010_task8", split) for split in ("train", "test"))
     gold = [undirected(e.relation) for e in test]

@@ -63,6 +63,7 @@ def test_the_columns_are_those_of_the_study_first(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_hundred_thousand_rows(tmp_path):
     rows = [Prediction(f"x/test/{i}", "a", "b", prompt="words " * 20) for i in range(200_000)]
     start = time.monotonic()

@@ -117,6 +117,7 @@ CASES = {
     "q k v, parts that are not full": ((3, 7), 40, (48, 40, 24), (4, 20, 4), (), RATE, (2, 2)),
     "k not targeted, no dropout": ((3, 7), 40, (48, 40, 24), (4, 0, 16), (), 0.0, (2, 3)),
     "none targeted": ((21,), 40, (48, 24), (0, 0), (), RATE, (2, 1)),
+    "fewer inputs than a chunk": ((21,), 12, (8, 16), (4, 3), (), RATE, (1, 1)),
     "one token": ((1, 1), 24, (40,), (5,), (), RATE, (1, 1)),
     "NF4": ((3, 7), 192, (48, 40), (4, 4), (0, 1), RATE, (2, 2)),
     "NF4 that is not targeted beside a dense one": ((16,), 128, (40, 24), (0, 3), (0,), RATE, (1, 1)),

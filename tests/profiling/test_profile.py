@@ -106,6 +106,7 @@ def test_a_sweep_keeps_the_batch_and_every_example(config: Config) -> None:
     assert all(2048 // (one["row_length"] * one["accumulation"]) % 4 == 0 for one in candidates(config, longest=100, shards=4))
 
 
+@pytest.mark.slow
 def test_a_sweep_names_the_fastest_first(
     jaxre: Callable[..., int], config: Config, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

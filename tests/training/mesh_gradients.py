@@ -1,6 +1,7 @@
 """Run by test_mesh.py on 8 simulated devices: loss and gradients of one update on one device and on several meshes.
 
-python mesh_gradients.py MODEL_FOLDER WORK_FOLDER METHOD  -> one JSON line per mesh; METHOD is lora, full, qlora, or full-lm, lora-lm
+python mesh_gradients.py MODEL_FOLDER WORK_FOLDER METHOD  -> one JSON line per mesh; METHOD is lora, full, qlora, full-lm or lora-lm, or
+lora-pallas or full-pallas: there the meshes run the kernels for TPUs, interpreted, and one device XLA
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import pallas as pl
 from jaxre_kernels.cross_entropy import dispatch
 from tiny import tiny_config
 
 from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.data.rows import fill_update
-from jaxre.training import sharding
+from jaxre.training import kernels, sharding
 from jaxre.training.initial import initial_state
+from jaxre.training.kernels import ops_of
 from jaxre.training.step import dropout_keys, loss_sum, model_of
 
 # Some with the memory policy, so that it is held against one device that keeps everything.
@@ -30,6 +33,7 @@ MESHES = (
     ({"tensor": 8}, "none"),
     ({"data": 2, "fsdp": 2, "tensor": 2}, "block"),
 )
+PALLAS_MESH = ({"data": 2, "fsdp": 4}, "block")
 
 
 def gradients(config, model: Path, devices: list, remat: str) -> tuple[float, dict]:
@@ -42,14 +46,14 @@ def gradients(config, model: Path, devices: list, remat: str) -> tuple[float, di
     tokens = dataset.train.tokens
     assert config.train.objective == "lm" or plan.fill(tokens.lengths, tokens.supervised).shared > 0
     rows = sharding.put_rows(fill_update(tokens, plan.prefixes, plan.updates[0]), sharding.row_sharding(mesh))
+    ops = ops_of(config.kernels, mesh)
     trainable = jax.tree.map(perturbed, initial.state.trainable)
 
     def loss(trainable):
         micro = jax.tree.map(lambda array: array[0], rows)
         keys = dropout_keys(config.seed, jnp.int32(3), micro)
         params, adapter = model_of(trainable, initial.base, config, keys, dtype)
-        constrain, shape, shards = sharding.constrain_rows(mesh), plan.updates[0].shape, sharding.row_shards(mesh)
-        return loss_sum(params, adapter, micro, initial.architecture, constrain, shape, remat, shards) / jnp.sum(micro.weights)
+        return loss_sum(params, adapter, micro, initial.architecture, ops, plan.updates[0].shape, remat) / jnp.sum(micro.weights)
 
     value, found = jax.jit(jax.value_and_grad(loss))(trainable)
     return float(value), jax.device_get(found)
@@ -61,11 +65,23 @@ def perturbed(leaf: jax.Array) -> jax.Array:
     return jax.device_put(np.asarray(leaf) + noise.astype(np.float32), leaf.sharding)
 
 
+def interpret_kernels() -> None:
+    """Kernels for TPUs run on this CPU from here on."""
+    call = pl.pallas_call
+    pl.pallas_call = lambda *given, **more: call(*given, **more | {"interpret": True})
+    kernels.PLATFORMS["pallas_tpu"] = "cpu"
+
+
 def main(model: str, work: str, method: str) -> None:
-    reference = None
-    for axes, remat in (MESHES[0], MESHES[-1]) if method.endswith("lm") else MESHES:
-        settings = {"train": {"method": "full" if method.startswith("full") else "lora"}}
-        if method.endswith("lm"):
+    reference, part = None, method.partition("-")[2]
+    meshes = {"lm": (MESHES[0], MESHES[-1]), "pallas": (MESHES[0], PALLAS_MESH)}.get(part, MESHES)
+    for axes, remat in meshes:
+        full = method.startswith("full")
+        settings = {"train": {"method": "full" if full else "lora"}}
+        if part == "pallas" and axes:
+            settings["kernels"] = dict.fromkeys(["attention", "cross_entropy", *([] if full else ["lora"])], "pallas_tpu")
+            interpret_kernels()
+        if part == "lm":
             settings["data"] = {"text": {"sources": [{"dataset": "facts", "split": "train", "limit": 96}], "holdout": 0.1}}
             settings["train"] |= {"objective": "lm"}
             # One device takes all logits at once, each of the others 4 to 14 of its positions at a time.

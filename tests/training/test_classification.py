@@ -154,6 +154,7 @@ def test_a_resumed_run_continues_the_exact_loss_curve(finished: Path, tmp_path: 
     assert (copy / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_losses_and_validation_on_several_devices_equal_those_of_one(finished: Path, tmp_path: Path) -> None:
     """Four CPU devices, weights and rows split over two each; in a process of its own, as JAX splits the CPU once."""
     settings = [f"output={tmp_path}", "mesh.cpu_devices=4", "mesh.fsdp=2", "train.max_steps=6", "train.batch_examples=16"]

@@ -185,6 +185,7 @@ def test_the_memory_that_is_printed_is_that_of_weights_state_and_rows(tiny_model
     assert temporary >= shape.rows * shape.supervised * ARCHITECTURE["vocab_size"] * 4
 
 
+@pytest.mark.slow
 def test_a_run_by_examples_continues_the_exact_loss_curve(tiny_model: Path, tmp_path: Path) -> None:
     changes = {"checkpoint_every": 2, "keep": 99, "batch_tokens": None, "batch_examples": 12, "accumulation": 2, "epochs": 1}
     config = tiny_config(tmp_path, tiny_model, train=changes)
@@ -222,6 +223,7 @@ def test_full_fine_tuning_writes_a_model(tiny_model: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.slow
 def test_in_bf16_the_masters_stay_f32_and_the_losses_near(tiny_model: Path, tmp_path: Path, method: str) -> None:
     """Cosine schedule, as no other run here; the rate is small enough that rounding does not lead to another minimum."""
     changes = {"method": method, "schedule": "cosine", "learning_rate": 1e-3}

@@ -2,6 +2,6 @@
 
 from jaxre_kernels.lora.dispatch import choose, lora_group
 from jaxre_kernels.lora.dropout import group_words, hash_words, keep_mask, token_keys
-from jaxre_kernels.lora.group import Factors, Projections
+from jaxre_kernels.lora.group import Factors, Projections, projections_of
 
-__all__ = ["Factors", "Projections", "choose", "group_words", "hash_words", "keep_mask", "lora_group", "token_keys"]
+__all__ = ["Factors", "Projections", "choose", "group_words", "hash_words", "keep_mask", "lora_group", "projections_of", "token_keys"]

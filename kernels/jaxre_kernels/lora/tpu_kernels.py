@@ -110,8 +110,9 @@ def _over_chunks(width, chunk, body, carry):
         start = pl.multiple_of(i * chunk, chunk)
         return body(pl.ds(start, chunk), start, carry)
 
-    carry = jax.lax.fori_loop(0, width // chunk, whole, carry)
     rest = width % chunk
+    if width > rest:
+        carry = jax.lax.fori_loop(0, width // chunk, whole, carry)
     return body(pl.ds(width - rest, rest), width - rest, carry) if rest else carry
 
 

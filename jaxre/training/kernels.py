@@ -1,0 +1,98 @@
+"""The ops of a run: which implementation of each trains it, and how it runs on the mesh.
+
+XLA splits its own implementations over the mesh. A Pallas kernel is the program of one device: it runs inside of `shard_map`, on the rows
+that lie there and whole weights (gathered, where they are split); gradients of weights are summed over the devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxre_kernels import attention, cross_entropy, lora
+
+from jaxre.config import Kernels
+from jaxre.errors import InputError
+from jaxre.models.ops import Ops
+from jaxre.training import sharding
+
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+
+# Op -> what was chosen and why, each in words once, in the order in which it was met.
+Chosen = dict[str, dict[str, None]]
+
+
+def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = None) -> Ops:
+    """The ops of a run on a mesh; what is asked for runs, else what the table of measurements has for the mesh's devices.
+
+    They raise InputError, when they are traced, for arrays that a kernel that is asked for does not take.
+
+    Args:
+      chosen: gets what was chosen when they are traced.
+
+    Raises:
+      InputError: a kernel that is not for these devices, or that is asked for where the mesh splits heads and channels.
+    """
+    check_kernels(kernels, mesh)
+    shards = sharding.row_shards(mesh)
+    # Of the devices that the table is asked about: none where only XLA can split the ops.
+    kind = mesh.devices.flat[0].device_kind if mesh.shape["tensor"] == 1 else None
+
+    def choice(op: str, choose: Callable[..., tuple[str, str]], *arrays: object, **more: object) -> str:
+        asked = getattr(kernels, op)
+        try:
+            name, reason = choose(*arrays, implementation=asked, **more)
+        except ValueError as error:
+            raise InputError(f"kernels.{op}={asked}: {error}") from None
+        if chosen is not None:
+            chosen.setdefault(op, {})[f"{name} ({reason})"] = None
+        return name
+
+    def attend(q, k, v, visible_until, *, prefix=0, span=None):
+        heads = attention.Heads(q.shape[0] // shards, q.shape[2], *k.shape[2:], q.dtype)
+        name = choice("attention", attention.choose, q.shape[1], prefix, span, heads=heads, device_kind=kind)
+        op = partial(attention.attention, prefix=prefix, span=span, implementation=name, device_kind=kind)
+        return (op if name == "xla" else _split(op, mesh, 4))(q, k, v, visible_until)
+
+    def lora_group(x, weights, factors, words, scale, rate):
+        all_tokens = lora.projections_of(x, weights, factors)
+        name = choice("lora", lora.choose, all_tokens._replace(tokens=all_tokens.tokens // shards))
+        if name == "xla":
+            return lora.lora_group(x, weights, factors, words, scale, rate, implementation=name)
+
+        def op(x, words, weights, factors):
+            return lora.lora_group(x, weights, factors, words, scale, rate, implementation=name)
+
+        return _split(op, mesh, 2, 2)(x, words, weights, factors)
+
+    def loss(x, head, targets, weights):
+        tokens, channels = (targets.shape[0] // shards, *targets.shape[1:]), cross_entropy.Channels(x.shape[-1], x.dtype)
+        name = choice("cross_entropy", cross_entropy.choose, tokens, head.shape[0], channels=channels, device_kind=kind)
+        if name == "xla":
+            return cross_entropy.linear_cross_entropy(x, head, targets, weights, shards=shards, implementation=name, device_kind=kind)
+
+        def op(x, targets, weights, head):  # one loss a device, added up outside
+            return cross_entropy.linear_cross_entropy(x, head, targets, weights, implementation=name, device_kind=kind)[None]
+
+        return _split(op, mesh, 3, 1)(x, targets, weights, head).sum()
+
+    return Ops(sharding.constrain_rows(mesh), attend, lora_group, loss)
+
+
+def _split(op: Callable, mesh: jax.sharding.Mesh, rows: int, whole: int = 0) -> Callable:
+    """`op` on each device: its first `rows` arguments and its results are split over rows, the `whole` that follow are not."""
+    split = PartitionSpec(sharding.ROWS)
+    # A Pallas call does not say over which axes its results vary, so that cannot be checked.
+    return jax.shard_map(op, mesh=mesh, in_specs=(split,) * rows + (PartitionSpec(),) * whole, out_specs=split, check_vma=False)
+
+
+def check_kernels(kernels: Kernels, mesh: jax.sharding.Mesh) -> None:
+    """Raises InputError for a kernel that does not run on such a mesh."""
+    platform = mesh.devices.flat[0].platform.replace("cuda", "gpu")
+    for op, name in kernels.model_dump().items():
+        if PLATFORMS.get(name, platform) != platform:
+            raise InputError(f"kernels.{op}={name}: is for a {PLATFORMS[name].upper()}, this is a {platform.upper()}; leave it out")
+        if name in PLATFORMS and mesh.shape["tensor"] > 1:
+            raise InputError(f"kernels.{op}={name}: takes whole heads and channels on a device; set mesh.tensor=1, or leave it out")

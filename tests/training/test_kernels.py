@@ -1,0 +1,77 @@
+"""Which implementation of each op a run trains with: what is asked for, told, and refused before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxre_kernels import implementations
+from jaxre_kernels.implementations import Entry
+from refusals import refusal
+from tiny import tiny_config
+from tiny_encoders import encoder_config
+
+from jaxre.config import Kernels, Mesh
+from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.training import kernels, sharding
+from jaxre.training.compilation import compile_updates
+from jaxre.training.initial import initial_state
+from jaxre.training.kernels import check_kernels, ops_of
+from jaxre.training.loop import train
+from jaxre.training.step import make_optimiser
+
+OPS = ("attention", "lora", "cross_entropy")
+
+
+def one_device() -> jax.sharding.Mesh:
+    return sharding.make_mesh(Mesh(), jax.devices()[:1])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_kernel_for_another_device_is_refused_before_a_run_folder_is_made(tiny_model: Path, tmp_path: Path, op: str) -> None:
+    config = tiny_config(tmp_path, tiny_model, kernels={op: "pallas_tpu"})
+    assert refusal(lambda: train(config)) == f"kernels.{op}=pallas_tpu: is for a TPU, this is a CPU; leave it out"
+    assert not config.run_folder.exists()
+
+
+def test_a_kernel_is_refused_where_the_mesh_splits_heads() -> None:
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="cuda")]), shape={"data": 1, "fsdp": 1, "tensor": 2})
+    assert "set mesh.tensor=1" in refusal(lambda: check_kernels(Kernels(attention="pallas_gpu"), mesh))
+    check_kernels(Kernels(attention="xla"), mesh)
+    mesh.shape["tensor"] = 1
+    check_kernels(Kernels(attention="pallas_gpu"), mesh)
+
+
+def test_arrays_that_a_kernel_does_not_take_are_refused_when_the_update_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels.PLATFORMS, "pallas_tpu", "cpu")
+    ops = ops_of(Kernels(attention="pallas_tpu", cross_entropy="pallas_tpu", lora="pallas_tpu"), one_device())
+    q, until = jnp.zeros((1, 16, 2, 8), jnp.float16), jnp.zeros((1, 16), jnp.int32)
+    said = refusal(lambda: ops.attention(q, q, q, until))
+    assert said.startswith("kernels.attention=pallas_tpu: ") and "float16" in said
+    x, table = jnp.zeros((1, 16, 8), jnp.float16), jnp.zeros((9, 8), jnp.float16)
+    assert "float16" in refusal(lambda: ops.cross_entropy(x, table, until, until.astype(jnp.float32)))
+    assert "float16" in refusal(lambda: ops.lora_group(x, [table.T], [None], None, 1.0, 0.0))
+
+
+def test_an_update_tells_what_it_runs_and_asks_the_table(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = jax.devices()[0].device_kind
+    entry = Entry("attention", kind, "float32", {"heads": (8, 8)}, "xla", {"queries": 64}, "2026-11-22", 1.5, 1e-6)
+    monkeypatch.setattr(implementations, "read_table", lambda: (entry,))
+    config = tiny_config(tmp_path, tiny_model, kernels={"cross_entropy": "xla"})
+    mesh, dataset = one_device(), load_dataset(config, tiny_model)
+    plan, optimiser = make_plan(config, dataset.train.tokens, shards=1), make_optimiser(config, 4)
+    told = compile_updates(config, plan, initial_state(config, np.dtype(np.float32), optimiser, mesh), optimiser, mesh).kernels
+    assert set(told) == set(OPS)
+    assert told["attention"].startswith("xla (the table's: xla (queries 64), measured on cpu on 2026-11-22")
+    assert told["cross_entropy"].startswith("xla (asked for; ")
+    assert told["lora"].startswith("xla (the default; opt-in, unverified: ")
+
+
+def test_encoders_and_full_fine_tuning_refuse_kernels_that_they_do_not_have(tiny_model: Path, tmp_path: Path) -> None:
+    assert "leave them out" in refusal(lambda: encoder_config(tmp_path, tiny_model, kernels={"attention": "xla"}))
+    assert "train.method=lora" in refusal(lambda: tiny_config(tmp_path, tiny_model, train={"method": "full"}, kernels={"lora": "xla"}))
+    assert "kernels.attention" in refusal(lambda: tiny_config(tmp_path, tiny_model, kernels={"attention": "cudnn"}))
