@@ -122,8 +122,9 @@ def shape_of(rows: int, length: int, packed: Layout, lengths: np.ndarray) -> Row
     prefix = _round_up(int(roots[roots < length].max(initial=0)), ROUND)
     # Members that share more than the root with the one before them see that one's tokens: they are one run of places.
     starts = packed.ends - (lengths[packed.members] - packed.shared)
-    runs = np.flatnonzero(inner <= np.repeat(np.where(roots < length, roots, 0), np.diff(first, append=len(inner))))
-    runs = np.union1d(first, runs)
+    begins = inner <= np.repeat(np.where(roots < length, roots, 0), np.diff(first, append=len(inner)))
+    begins[first] = True
+    runs = np.flatnonzero(begins)
     last = np.append(runs[1:], len(inner)) - 1
     span = _round_up(int((packed.ends[last] - np.maximum(starts[runs], prefix)).max(initial=1)), ROUND)  # a pad sees itself
     supervised = min(_round_up(int(packed.supervised.max()), 8), length)
