@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxre_kernels.nf4 import NF4Weight, dequantise, quantise
+from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, dequantise, quantise
 
 from jaxre.errors import InputError
 
@@ -23,7 +23,7 @@ _dequantise = jax.jit(partial(dequantise, dtype=jnp.float32))
 
 def is_nf4(leaf: Any) -> bool:
     """Whether a leaf of a base is NF4; the `is_leaf` of functions over trees that must not look into it."""
-    return isinstance(leaf, NF4Weight)
+    return isinstance(leaf, NF4Weight | NF4Tiles)
 
 
 def is_quantised(params: dict[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxre_kernels.lora import stored
 
 from jaxre.checkpoints.source import Loaded, open_model
-from jaxre.config import Config
+from jaxre.config import Config, Kernels
 from jaxre.data.dataset import Dataset
 from jaxre.errors import InputError
 from jaxre.models.architecture import EncoderArchitecture, architecture_of, check_vocabulary
 from jaxre.models.encoder import for_task
 from jaxre.models.lora import init_adapter
 from jaxre.models.module import init_weights
-from jaxre.models.quantised import is_quantised
+from jaxre.models.quantised import is_nf4, is_quantised
 from jaxre.models.weights import AnyArchitecture
 from jaxre.training import sharding
 from jaxre.training.step import State
@@ -120,12 +122,22 @@ def initial_state(
             factors = init_adapter(architecture, config.lora, jax.random.key(config.seed))
         trainable = jax.tree.map(np.asarray, factors)
         base = sharding.put(params, sharding.quantised_shardings(params, sharding.base_shardings(architecture, mesh), mesh))
+        base = stored_for_kernels(base, config.kernels)
         shardings = sharding.adapter_shardings(architecture, config.lora, trainable, mesh)
     trainable = sharding.put(trainable, shardings)
     shapes = jax.eval_shape(optimiser.init, trainable)
     moments = jax.jit(optimiser.init, out_shardings=sharding.optimiser_shardings(optimiser, shapes, shardings, mesh))(trainable)
     step = sharding.put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
     return Initial(architecture, base, State(step, trainable, moments), dtype, fresh)
+
+
+def stored_for_kernels(base: Tree, kernels: Kernels) -> Tree:
+    """The base with its NF4 projections as the LoRA kernel that is asked for reads them. Raises InputError for what it does not take."""
+    pack = jax.jit(functools.partial(stored, implementation=kernels.lora or "xla"))
+    try:
+        return jax.tree.map(lambda leaf: pack(leaf) if is_nf4(leaf) else leaf, base, is_leaf=is_nf4)
+    except ValueError as error:
+        raise InputError(f"kernels.lora={kernels.lora}: {error}") from None
 
 
 def check_continues(config: Config, loaded: Loaded) -> None:

@@ -268,7 +268,7 @@ def described_base(initial: Initial) -> str:
     whole, quantised = (f"{base_bytes(part) / 2**20:,.1f} MiB" for part in (initial.base, projections))
     if not projections:
         return f"{whole} ({initial.dtype})"
-    return f"{whole} (projections NF4, {quantised}, dequantised by xla; the rest {initial.dtype})"
+    return f"{whole} (projections NF4, {quantised}, dequantised in LoRA's products; the rest {initial.dtype})"
 
 
 def head_of(dataset: Dataset, initial: Initial) -> str:

@@ -19,6 +19,7 @@ from jaxre.models.architecture import architecture_of
 from jaxre.models.decoder import Adapter
 from jaxre.models.lora import init_adapter, merge, scale_of
 from jaxre.models.module import Decoder, init_weights, plain_weights
+from jaxre.models.ops import ONE_DEVICE
 from jaxre.models.weights import parameter_count, places, tree_of
 
 # f32 sums in another order: measured up to 1.3e-5 of the largest value, as the activations grow with each layer here;
@@ -106,7 +107,7 @@ def test_where_attention_looks_changes_no_hidden_state_and_no_gradient():
 
         return jax.value_and_grad(loss, has_aux=True)(factors)
 
-    assert decoder.attention is attention and blocks_of(300, 40, 50) == Blocks(128, 64, 40)
+    assert ONE_DEVICE.attention is attention and blocks_of(300, 40, 50) == Blocks(128, 64, 40)
     with jax.enable_x64(True):
         params, factors = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), (params, factors))
         (_, dense), dense_gradients = run(params, factors)
@@ -169,7 +170,7 @@ def test_scanned_layers_equal_unrolled(layers, kind):
     adapter = Adapter(factors, scale_of(lora), lora.dropout, jnp.arange(32, dtype=jnp.uint32).reshape(2, 16))
 
     def attend(q, k, v, cache):
-        return decoder.attention(q, k, v, visible_until), cache
+        return attention(q, k, v, visible_until), cache
 
     @jax.jit
     def both(params, factors):

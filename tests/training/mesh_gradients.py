@@ -1,7 +1,7 @@
 """Run by test_mesh.py on 8 simulated devices: loss and gradients of one update on one device and on several meshes.
 
 python mesh_gradients.py MODEL_FOLDER WORK_FOLDER METHOD  -> one JSON line per mesh; METHOD is lora, full, qlora, full-lm or lora-lm, or
-lora-pallas or full-pallas: there the meshes run the kernels for TPUs, interpreted, and one device XLA
+lora-pallas, full-pallas or qlora-pallas: there the meshes run the kernels for TPUs, interpreted, and one device XLA
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main(model: str, work: str, method: str) -> None:
             # One device takes all logits at once, each of the others 4 to 14 of its positions at a time.
             dispatch.TOKENS = 14 if axes else 1 << 20
         config = tiny_config(Path(work), Path(model), mesh=axes, **settings)
-        if method == "qlora":
+        if method.startswith("qlora"):
             config = config.model_copy(update={"model": config.model.model_copy(update={"quantise": "nf4"})})
         found = gradients(config, Path(model), jax.devices() if axes else jax.devices()[:1], remat)
         reference = reference or found

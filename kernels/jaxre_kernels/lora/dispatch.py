@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from jaxre_kernels.implementations import kernels_of, named
 from jaxre_kernels.lora.group import Factors, Projections, joined_lora_group, projections_of
-from jaxre_kernels.nf4 import NF4Tiles, NF4Weight
+from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, tiled
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 
@@ -27,6 +28,17 @@ def choose(projections: Projections | None = None, *, implementation: str | None
     if refusal is not None:
         raise ValueError(f"LoRA implementation {name!r} does not run here: {refusal}; leave it out, or ask for 'xla'")
     return name, f"{reason}; {kernels.told(projections)}"
+
+
+def stored(weight: NF4Weight, implementation: str) -> NF4Weight | NF4Tiles:
+    """An NF4 weight, or a stack of them, in the form that an implementation reads: brought there once, not on every call.
+
+    Raises:
+      ValueError: a weight that it does not take.
+    """
+    if implementation == "xla":
+        return weight
+    return jax.vmap(tiled)(weight) if jnp.ndim(weight.offset) else tiled(weight)
 
 
 def lora_group(
