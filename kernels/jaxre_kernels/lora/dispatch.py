@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 
@@ -11,7 +10,7 @@ from jaxre_kernels.implementations import kernels_of, named
 from jaxre_kernels.lora.group import Factors, Projections, joined_lora_group, projections_of
 from jaxre_kernels.nf4 import NF4Tiles, NF4Weight
 
-IMPLEMENTATIONS = ("xla", "pallas_tpu")
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 
 
 def choose(projections: Projections | None = None, *, implementation: str | None = None) -> tuple[str, str]:
@@ -21,18 +20,13 @@ def choose(projections: Projections | None = None, *, implementation: str | None
       ValueError: an implementation that does not exist, or that does not take these projections.
     """
     name, reason = named("LoRA", implementation, IMPLEMENTATIONS)
-    if name != "pallas_tpu" or projections is None:
+    if name == "xla" or projections is None:
         return name, reason
     kernels = kernels_of("lora", name)
     refusal = kernels.unsupported(projections)
     if refusal is not None:
-        raise ValueError(f"LoRA implementation 'pallas_tpu' does not run here: {refusal}; leave it out, or ask for 'xla'")
-    forward, backward, *_ = kernels.tiling_of(projections)
-    return name, f"{reason}; {_told(forward, 'outputs')} forwards, {_told(backward, 'inputs')} backwards"
-
-
-def _told(blocks: Any, axis: str) -> str:
-    return f"{blocks.tokens} tokens and " + (f"1/{blocks.parts} of the {axis}" if blocks.parts > 1 else f"all {axis}") + " at a time"
+        raise ValueError(f"LoRA implementation {name!r} does not run here: {refusal}; leave it out, or ask for 'xla'")
+    return name, f"{reason}; {kernels.told(projections)}"
 
 
 def lora_group(
@@ -51,8 +45,8 @@ def lora_group(
 
     Args:
       x: [..., I] compute dtype.
-      weights: each [I, O] of x's dtype, an `NF4Weight` (O, I), or an `NF4Tiles`: "pallas_tpu" brings the former into the form of the
-        latter on every call.
+      weights: each [I, O] of x's dtype, an `NF4Weight` (O, I), or an `NF4Tiles`: the kernels bring what is NF4 into the form of the
+        latter, with halves as they want them, on every call where it is not.
       factors: one for each weight, None where LoRA does not target it; cast to x's dtype in the products.
       words: [...] uint32 of `group_words`, the counters of the dropout mask; may be None where rate is 0.
       scale: alpha / rank, or alpha / sqrt(rank).

@@ -73,12 +73,13 @@ def joined_lora_group(
 
 def _forward(x, weights, factors, words, scale, rate):
     outputs = [_times(x, weight) for weight in weights]
-    targeted = [i for i, factor in enumerate(factors) if factor is not None]
-    if not targeted:
+    if all(factor is None for factor in factors):
         return outputs, (None, weights, factors, None, None)
-    low = (_product(_dropped(x, words, rate), _joined_a(factors, x.dtype)) * (scale / (1 - rate))).astype(x.dtype)
-    for i, part in zip(targeted, _split(low, factors), strict=True):
-        outputs[i] += part @ factors[i].b.astype(x.dtype)
+    low = low_of(x, factors, words, scale, rate)
+    parts = iter(_split(low, factors))
+    for i, factor in enumerate(factors):
+        if factor is not None:
+            outputs[i] += next(parts) @ factor.b.astype(x.dtype)
     return outputs, (x, weights, factors, words, low)
 
 
@@ -87,19 +88,54 @@ def _backward(scale, rate, kept, dys):
     dx = sum(_times_transposed(dy, weight) for dy, weight in zip(dys, weights, strict=True))
     if low is None:
         return dx, None, None, None
-    targeted = [(dy, factor) for dy, factor in zip(dys, factors, strict=True) if factor is not None]
-    dlow = jnp.concatenate([_product(dy, factor.b.astype(dy.dtype).T) for dy, factor in targeted], axis=-1)
-    dlow = (dlow * (scale / (1 - rate))).astype(x.dtype)
-    dx += _dropped(dlow @ _joined_a(factors, x.dtype).T, words, rate)
-    # As [R, I]: on a CPU the first operand of a sum over tokens is transposed in memory, and dL is the narrow one. Without
-    # the barrier the compiler would turn the product around again.
-    das = _split(jax.lax.optimization_barrier(_over_tokens(dlow, _dropped(x, words, rate))).T, factors)
-    dbs = [_over_tokens(part, dy) for part, (dy, _) in zip(_split(low, factors), targeted, strict=True)]
-    gradients = iter(Factors(da.astype(f.a.dtype), db.astype(f.b.dtype)) for da, db, (_, f) in zip(das, dbs, targeted, strict=True))
-    return dx, None, [None if factor is None else next(gradients) for factor in factors], None
+    dlow = dlow_of(dys, factors, scale, rate)
+    dx += _dropped(dlow @ joined_a(factors, x.dtype).T, words, rate)
+    return dx, None, factor_gradients(x, low, dlow, dys, factors, words, rate), None
 
 
 joined_lora_group.defvjp(_forward, _backward)
+
+
+# ---- narrow products, for other implementations too -------------------------------------------
+
+
+def low_of(x: jax.Array, factors: Sequence[Factors | None], words: jax.Array | None, scale: float, rate: float) -> jax.Array:
+    """L [..., sum of R] of x's dtype; at least one projection has factors."""
+    return (_product(_dropped(x, words, rate), joined_a(factors, x.dtype)) * (scale / (1 - rate))).astype(x.dtype)
+
+
+def dlow_of(dys: Sequence[jax.Array], factors: Sequence[Factors | None], scale: float, rate: float) -> jax.Array:
+    """dL [..., sum of R] of the dtype of the dys."""
+    parts = [_product(dy, factor.b.astype(dy.dtype).T) for dy, factor in zip(dys, factors, strict=True) if factor is not None]
+    return (jnp.concatenate(parts, axis=-1) * (scale / (1 - rate))).astype(dys[0].dtype)
+
+
+def factor_gradients(
+    x: jax.Array,
+    low: jax.Array,
+    dlow: jax.Array,
+    dys: Sequence[jax.Array],
+    factors: Sequence[Factors | None],
+    words: jax.Array | None,
+    rate: float,
+) -> list[Factors | None]:
+    """dA and dB of each projection, summed in f32."""
+    # As [R, I]: on a CPU the first operand of a sum over tokens is transposed in memory, and dL is the narrow one. Without
+    # the barrier the compiler would turn the product around again.
+    das = iter(_split(jax.lax.optimization_barrier(_over_tokens(dlow, _dropped(x, words, rate))).T, factors))
+    lows = iter(_split(low, factors))
+    return [
+        None if factor is None else Factors(next(das).astype(factor.a.dtype), _over_tokens(next(lows), dy).astype(factor.b.dtype))
+        for factor, dy in zip(factors, dys, strict=True)
+    ]
+
+
+def joined_a(factors: Sequence[Factors | None], dtype: jnp.dtype) -> jax.Array:
+    """[I, sum of R]."""
+    return jnp.concatenate([factor.a for factor in factors if factor is not None], axis=-1).astype(dtype)
+
+
+# ---- products ---------------------------------------------------------------------------------
 
 
 def _times(x: jax.Array, weight: jax.Array | NF4Weight | NF4Tiles) -> jax.Array:
@@ -117,11 +153,6 @@ def _dense(weight: jax.Array | NF4Tiles, dtype: jnp.dtype) -> jax.Array:
 def _dropped(x: jax.Array, words: jax.Array | None, rate: float) -> jax.Array:
     """x where its channel is kept, else 0; the factor 1 / (1 - rate) is in the narrow products."""
     return jnp.where(keep_channels(words, x.shape[-1], rate), x, 0) if rate else x
-
-
-def _joined_a(factors: Sequence[Factors | None], dtype: jnp.dtype) -> jax.Array:
-    """[I, sum of R]."""
-    return jnp.concatenate([factor.a for factor in factors if factor is not None], axis=-1).astype(dtype)
 
 
 def _split(joined: jax.Array, factors: Sequence[Factors | None]) -> list[jax.Array]:

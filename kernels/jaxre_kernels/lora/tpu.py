@@ -127,6 +127,16 @@ def unsupported(projections: Projections) -> str | None:
     return None
 
 
+def told(projections: Projections) -> str:
+    """How it runs, in words; for projections that it takes."""
+    forward, backward, *_ = tiling_of(projections)
+    return f"{_told(forward, 'outputs')} forwards, {_told(backward, 'inputs')} backwards"
+
+
+def _told(blocks: Blocks, axis: str) -> str:
+    return f"{blocks.tokens} tokens and " + (f"1/{blocks.parts} of the {axis}" if blocks.parts > 1 else f"all {axis}") + " at a time"
+
+
 @cache
 def tiling_of(projections: Projections) -> Tiling | None:
     """The parts and blocks of the highest estimated share of the peak; None if none fit. Not measured on a TPU."""
@@ -360,7 +370,7 @@ def _if(array, made):
 
 
 def _laid(weights):
-    return [tiled(weight) if isinstance(weight, NF4Weight) else weight for weight in weights]
+    return [tiled(weight) if isinstance(weight, NF4Weight | NF4Tiles) else weight for weight in weights]
 
 
 def _inputs(laid):
