@@ -1,4 +1,55 @@
-"""The LoRA projections of one input for Hopper GPUs (Pallas Mosaic GPU), forward and backward, dense or NF4."""
+"""The LoRA projections of one input for Hopper GPUs (Pallas Mosaic GPU), forward and backward. unverified: has not run on a GPU
+
+Weights are dense or NF4. It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). What is said of speed is
+arithmetic.
+
+What is computed is what `group.py` derives; with c = scale / (1 - rate), x' = x where its channel is kept and else 0:
+
+    forward    L = c x' [A1 A2 ...],    Yi = x Wi + Li Bi
+    backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,    [dA1 dA2 ...] = x'^T dL,    dx = sum_i dYi Wi^T + mask (dL [A1 A2 ...]^T)
+
+One kernel forms all Yi, another dx. A sum of base and low-rank product is formed in f32 registers, and rounded and written once. A step of
+a sum is 64 channels; ranks are padded to 64 and are more steps of the same sum: [x, Li] [Wi; Bi] with no copy of either. Backwards
+dropout lies behind the low-rank product: that is formed when the rest is summed, and masked in registers by the counters. A
+tile of any projection is a thread block of the one grid, so narrow projections (k and v) fill the processors together with wide ones.
+
+The four narrow products are XLA's. In bf16 they move, a token, beside 2 (I + O) bytes of each of the kernels:
+
+    L: 2 I, and 4 I if the compiler writes x' down        dL: 2 O        dB: 2 O        dA: 2 I, and 4 I as for L
+
+At 16,384 tokens and the 4.8 TB/s of an H200 that is at most 18 us forwards and 34 us backwards for q, k and v of Qwen2.5-0.5B, and 42 and
+342 us for gate and up of 3B; at its 989 TFLOP/s the wide product takes 34 us and 1.49 ms each way. dL and dB do not share
+a read of dY: one is a sum over channels and one over tokens, so one of them would have to leave partial sums in memory, 256 O bytes
+a block of tokens. A kernel for L that draws the mask itself would save its 4 I; it is not written.
+
+NF4. The feeding warpgroup decodes codes to bf16 in shared memory, by 15 selections a parameter, while the other two multiply: the
+product reads them there, forwards as they are and backwards transposed. Weights lie as `NF4Tiles` with halves of 64 rows, the tile of a
+warpgroup; other forms are brought into that one on every call. Decoding takes about 25 operations a parameter and 256
+tokens; a processor does 128 of these in the time of 2,048 multiplications, so decoding takes at least 1.6 times as long as the product
+and bounds it. For many tokens decoding once to memory and a dense product is faster: 4.6 bytes a parameter, 1 ps, beside the 33 ps
+that 16,384 tokens take to multiply by it. What this saves is memory (2 bytes a parameter of the group), and time where tokens are few.
+
+Layout. N tokens, padded to tiles of 256 by a copy where they are none; I and O multiples of 64, I of 128 with NF4. Tiles have 128 channels,
+or 64 where a width is no multiple of 128: 960 channels are 15 such.
+
+dtypes: x, W, dY and results bf16, A and B cast to it; sums, dA and dB f32; L and dL rounded to bf16, as in `group.py`. f32
+is refused: the tensor cores would round it to 10 bits.
+
+Memory: kept for the backward pass are x and L, of which each projection has 64 numbers a token or a multiple. Neither x', the mask, Li Bi
+nor a decoded W is kept, and the latter two are nowhere in memory. In shared memory a thread block has 4 slots, 229,376 bytes, with
+NF4 3 slots and codes, 198,656. So one thread block runs on a processor, and writing its tile is not hidden.
+
+Roofline of one step of a tile of 256 x 128, 4.2 MFLOP:
+
+                bytes read, of the second-level cache           FLOP a byte
+    dense       2 (256 + 128) 64                                85
+    NF4         2 x 256 x 64 + 9/16 x 128 x 64                  112
+
+Of memory, what runs at a time (132 processors: 11 x 12 tiles of tokens and channels) reads 2 (2,816 + 1,536) bytes a channel for
+2 x 2,816 x 1,536 FLOP, 994 FLOP a byte; an H200 has 206 of them to a byte.
+
+Sharding: inside `shard_map(..., check_vma=False)`, tokens split, not under automatic partitioning.
+"""
 
 from __future__ import annotations
 
