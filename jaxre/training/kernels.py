@@ -58,7 +58,7 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
 
     def lora_group(x, weights, factors, words, scale, rate):
         all_tokens = lora.projections_of(x, weights, factors)
-        name = choice("lora", lora.choose, all_tokens._replace(tokens=all_tokens.tokens // shards))
+        name = choice("lora", lora.choose, all_tokens._replace(tokens=all_tokens.tokens // shards), device_kind=kind)
         if name == "xla":
             return lora.lora_group(x, weights, factors, words, scale, rate, implementation=name)
 

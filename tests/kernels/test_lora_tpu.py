@@ -7,7 +7,6 @@ Relative is max|difference| / max|reference| of a tensor. B is never zero.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,41 +14,31 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxre_kernels.lora import Factors, Projections, choose, group_words, keep_mask, lora_group, token_keys
+from jaxre_kernels.lora import choose, lora_group
 from jaxre_kernels.lora.tpu import VMEM_LIMIT, Blocks, Tiling, pallas_lora_group, tiling_of, unsupported
-from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, dequantise, dequantise_tiles, quantise, tiled
+from jaxre_kernels.nf4 import NF4Tiles, dequantise, dequantise_tiles, quantise, tiled
 from jaxre_kernels.nf4.tpu_kernels import decode
 from jaxre_kernels.nf4.weight import BLOCK
+from lora_kernels import (
+    QWEN,
+    RATE,
+    SCALE,
+    as_near_as_xla,
+    draws,
+    exact,
+    gradients,
+    groups,
+    in_bfloat16,
+    keep_mask_of,
+    largest,
+    mask_drawn,
+    words_of,
+    xla,
+)
 
-SCALE, RATE = 1.5, 0.3
 CLOSE = 2e-6  # f32: sums of at most 192 products, in another order than the reference's, which is in f64
 # With these, reads of what was never written give NaN, reads behind an array raise, and copies that race are told.
 STRICT = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan", out_of_bounds_reads="raise")
-
-
-class Inputs(NamedTuple):
-    x: np.ndarray
-    weights: list
-    factors: list
-    dys: list
-
-
-def draws(rows, inputs: int, outputs, ranks, nf4=()) -> Inputs:
-    """f32; the projections in `nf4` are quantised, those of rank 0 have no factors."""
-    draw = np.random.default_rng(0)
-
-    def normal(*shape):
-        return draw.standard_normal(shape).astype(np.float32)
-
-    factors = [Factors(normal(inputs, rank), normal(rank, o)) if rank else None for o, rank in zip(outputs, ranks, strict=True)]
-    weights = [normal(inputs, o) for o in outputs]
-    weights = [quantise(weight.T) if i in nf4 else weight for i, weight in enumerate(weights)]
-    return Inputs(normal(*rows, inputs), weights, factors, [normal(*rows, o) for o in outputs])
-
-
-def words_of(rows) -> jax.Array:
-    keys = token_keys(0, 3, jnp.full(rows, 77, jnp.uint32), jnp.arange(np.prod(rows)).reshape(rows))
-    return group_words(keys, 2, 1)
 
 
 def small(parts=(1, 1), interpret=True) -> Tiling:
@@ -57,59 +46,9 @@ def small(parts=(1, 1), interpret=True) -> Tiling:
     return Tiling(Blocks(8, parts[0]), Blocks(8, parts[1]), span=16, chunk=16, lanes=16, interpret=interpret)
 
 
-def gradients(op, x, weights, factors, dys, rate):
-    """Outputs, and gradients of x and the factors."""
-    words = words_of(x.shape[:-1]) if rate else None
-    outputs, back = jax.vjp(lambda x, factors: op(x, weights, factors, words, SCALE, rate), x, factors)
-    return outputs, *back(dys)
-
-
 @partial(jax.jit, static_argnames=("rate", "tiling"))
 def kernel(inputs, rate, tiling):
     return gradients(partial(pallas_lora_group, tiling=tiling), *inputs, rate)
-
-
-@partial(jax.jit, static_argnames="rate")
-def xla(inputs, rate):
-    return gradients(lora_group, *inputs, rate)
-
-
-@jax.jit
-def autodiff(x, weights, factors, dys, keep):
-    def run(x, factors):
-        return [
-            x @ weight + (0 if factor is None else SCALE * ((x * keep) @ factor.a) @ factor.b)
-            for weight, factor in zip(weights, factors, strict=True)
-        ]
-
-    outputs, back = jax.vjp(run, x, factors)
-    return outputs, *back(dys)
-
-
-def exact(inputs: Inputs, rate: float):
-    """x W + scale (x keep) A B in f64; keep is 0 or 1 / (1 - rate)."""
-    dense = [dequantise(weight, jnp.float32).T if isinstance(weight, NF4Weight) else weight for weight in inputs.weights]
-    rows, width = inputs.x.shape[:-1], inputs.x.shape[-1]
-    keep = np.asarray(keep_mask_of(rows, width, rate)) / (1 - rate) if rate else np.ones((*rows, width))
-    with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), inputs._replace(weights=dense))
-        return jax.device_get(autodiff(*wide, jnp.asarray(keep, jnp.float64)))
-
-
-def keep_mask_of(rows, width, rate):
-    keys = token_keys(0, 3, jnp.full(rows, 77, jnp.uint32), jnp.arange(np.prod(rows)).reshape(rows))
-    return keep_mask(keys, 2, 1, width, rate)
-
-
-def relative(value, reference) -> float:
-    value, reference = (np.asarray(array, np.float64) for array in (value, reference))
-    assert value.shape == reference.shape
-    return float(np.abs(value - reference).max() / np.abs(reference).max())
-
-
-def largest(found, expected) -> float:
-    """The largest relative difference over two trees of one form; NaN where there is one."""
-    return float(np.max(jax.tree.leaves(jax.tree.map(relative, found, expected))))
 
 
 # (rows, I, outputs, ranks, which are NF4, rate, parts). 21 tokens are three blocks in two spans; 40 inputs are parts of 32 and 8.
@@ -139,33 +78,19 @@ def test_kernels_race_nowhere_and_read_nothing_that_is_not_theirs():
 
 
 def test_dropout_is_the_mask_of_the_counters():
-    """W = 0, A and B of ones on the diagonal: outputs and dx are 1 / (1 - rate) where the mask keeps, forwards and backwards."""
+    """Forwards and backwards."""
     rows, width = (2, 12), 48
-    eye = np.eye(width, dtype=np.float32)
-    ones = np.ones((*rows, width), np.float32)
-    inputs = Inputs(ones, [np.zeros((width, width), np.float32)], [Factors(eye, eye)], [ones])
-    outputs, dx, _ = kernel(inputs, RATE, small((3, 3)))
-    for found in (outputs[0], dx):
-        np.testing.assert_array_equal(np.asarray(found) != 0, keep_mask_of(rows, width, RATE))
+    for found in mask_drawn(rows, width, lambda inputs: kernel(inputs, RATE, small((3, 3)))):
+        np.testing.assert_array_equal(found, keep_mask_of(rows, width, RATE))
 
 
 @pytest.mark.parametrize("nf4", [(), (0, 1)], ids=["dense", "nf4"])
 def test_bfloat16_is_as_near_to_float32_as_the_xla_implementation(nf4):
     """Masters stay f32, and so do their gradients."""
     inputs = draws((32,), 128, (64, 48), (8, 8), nf4)
-    half = inputs._replace(
-        x=jnp.asarray(inputs.x, jnp.bfloat16),
-        weights=[weight if isinstance(weight, NF4Weight) else jnp.asarray(weight, jnp.bfloat16) for weight in inputs.weights],
-        dys=[jnp.asarray(dy, jnp.bfloat16) for dy in inputs.dys],
-    )
-    found, plain, true = kernel(half, RATE, small((2, 2))), xla(half, RATE), exact(inputs, RATE)
+    found = kernel(in_bfloat16(inputs), RATE, small((2, 2)))
     assert [leaf.dtype.name for leaf in jax.tree.leaves(found)] == ["bfloat16"] * 3 + ["float32"] * 4
-
-    def distance(value, reference):
-        return float(np.sqrt(np.mean((np.asarray(value, np.float64) - reference) ** 2)))
-
-    ours, theirs = (jax.tree.leaves(jax.tree.map(distance, one, true)) for one in (found, plain))
-    assert all(one < 1.02 * other for one, other in zip(ours, theirs, strict=True))
+    assert as_near_as_xla(found, inputs, RATE)
 
 
 def test_what_is_kept_for_the_backward_pass_is_narrow():
@@ -194,16 +119,17 @@ def test_one_kernel_forwards_and_one_backwards_and_no_product_outside():
 # ---- NF4 --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [(96, 64), (40, 192), (1, 128)], ids=str)
-def test_the_layout_of_the_kernels_loses_nothing(shape):
-    """Codes go back to what they were, and every value is the same bit for bit."""
+@pytest.mark.parametrize(("shape", "half"), [((96, 64), 32), ((40, 192), 32), ((1, 128), 32), ((40, 256), 64)], ids=str)
+def test_the_layout_of_the_kernels_loses_nothing(shape, half):
+    """Codes go back to what they were, and every value is the same bit for bit, also by way of the layout with other halves."""
     weight = quantise(np.random.default_rng(1).standard_normal(shape).astype(np.float32))
-    laid = jax.jit(tiled)(weight)
+    laid = jax.jit(tiled, static_argnums=1)(weight, half)
     outputs, inputs = shape
     assert laid.codes.shape == (inputs // 2, outputs) and laid.absmax.shape == (inputs // BLOCK, outputs)
-    halves = np.asarray(laid.codes).reshape(-1, BLOCK // 2, outputs)
+    halves = np.asarray(laid.codes).reshape(-1, half, outputs)
     codes = np.concatenate([halves >> 4, halves & 15], axis=1).reshape(inputs, outputs).T.reshape(-1)
     np.testing.assert_array_equal(codes[0::2] << 4 | codes[1::2], weight.codes)
+    np.testing.assert_array_equal(tiled(tiled(weight), half).codes, laid.codes)
     for dtype in (jnp.float32, jnp.bfloat16):
         expected = np.asarray(dequantise(weight, dtype).T)
         assert np.asarray(jax.jit(dequantise_tiles, static_argnums=1)(laid, dtype)).tobytes() == expected.tobytes()
@@ -226,17 +152,6 @@ def test_weights_in_the_layout_of_the_kernels_run_in_xla_too():
 
 
 # ---- which runs -------------------------------------------------------------------------------
-
-QWEN = {"0.5B": (896, 128, 4864), "3B": (2048, 256, 11008)}  # D, K C, F
-
-
-def groups(size: str, tokens=4096, rank=32, dtype="bfloat16", nf4=False) -> dict[str, Projections]:
-    D, kv, F = QWEN[size]
-    shapes = {"qkv": (D, (D, kv, kv)), "o": (D, (D,)), "gate_up": (D, (F, F)), "down": (F, (D,))}
-    return {
-        name: Projections(tokens, inputs, outputs, (rank,) * len(outputs), (nf4,) * len(outputs), dtype)
-        for name, (inputs, outputs) in shapes.items()
-    }
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])

@@ -3,31 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from jaxre_kernels.implementations import kernels_of, named
+from jaxre_kernels.implementations import Entry, kernels_of, measured, named
 from jaxre_kernels.lora.group import Factors, Projections, joined_lora_group, projections_of
 from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, tiled
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 
 
-def choose(projections: Projections | None = None, *, implementation: str | None = None) -> tuple[str, str]:
+def choose(projections: Projections | None = None, *, implementation: str | None = None, device_kind: str | None = None) -> tuple[str, str]:
     """The implementation that `lora_group` runs for such projections (for any, without them), and the reason in words.
+
+    The table is asked where projections and `device_kind` are given (see `jaxre_kernels.implementations`).
 
     Raises:
       ValueError: an implementation that does not exist, or that does not take these projections.
     """
-    name, reason = named("LoRA", implementation, IMPLEMENTATIONS)
+
+    def unsupported(name: str) -> str | None:
+        return None if name == "xla" else kernels_of("lora", name).unsupported(projections)
+
+    name, reason = named("LoRA", implementation, IMPLEMENTATIONS, _measured(projections, device_kind), unsupported)
     if name == "xla" or projections is None:
         return name, reason
-    kernels = kernels_of("lora", name)
-    refusal = kernels.unsupported(projections)
+    refusal = unsupported(name)
     if refusal is not None:
         raise ValueError(f"LoRA implementation {name!r} does not run here: {refusal}; leave it out, or ask for 'xla'")
-    return name, f"{reason}; {kernels.told(projections)}"
+    return name, f"{reason}; {kernels_of('lora', name).told(projections)}"
+
+
+def _measured(projections: Projections | None, device_kind: str | None) -> Entry | None:
+    """The table's entry; none for projections of which some are NF4, or that have not all the same rank: those are not measured."""
+    if projections is None or len(set(projections.ranks)) > 1 or len(set(projections.nf4)) > 1:
+        return None
+    tokens, inputs, outputs, ranks, nf4, dtype = projections
+    sizes = {"tokens": tokens, "inputs": inputs, "outputs": sum(outputs), "projections": len(outputs), "rank": ranks[0]}
+    return measured("nf4" if nf4[0] else "lora", device_kind, dtype, sizes)
 
 
 def stored(weight: NF4Weight, implementation: str) -> NF4Weight | NF4Tiles:
@@ -38,7 +53,8 @@ def stored(weight: NF4Weight, implementation: str) -> NF4Weight | NF4Tiles:
     """
     if implementation == "xla":
         return weight
-    return jax.vmap(tiled)(weight) if jnp.ndim(weight.offset) else tiled(weight)
+    pack = partial(tiled, half=kernels_of("lora", implementation).NF4_HALF)
+    return jax.vmap(pack)(weight) if jnp.ndim(weight.offset) else pack(weight)
 
 
 def lora_group(
@@ -50,6 +66,7 @@ def lora_group(
     rate: float,
     *,
     implementation: str | None = None,
+    device_kind: str | None = None,
 ) -> list[jax.Array]:
     """x W + scale (dropout(x) A) B of every projection of one input; all see the same dropout mask.
 
@@ -63,6 +80,7 @@ def lora_group(
       words: [...] uint32 of `group_words`, the counters of the dropout mask; may be None where rate is 0.
       scale: alpha / rank, or alpha / sqrt(rank).
       rate: probability that a channel is dropped, in [0, 1); 0 switches dropout off.
+      device_kind: of the device that the program is for, to ask the table; "xla" runs where neither is given.
 
     Returns:
       [..., O] of x's dtype for each weight. The gradients of the factors are summed in f32.
@@ -70,6 +88,6 @@ def lora_group(
     Raises:
       ValueError: what `choose` says.
     """
-    name, _ = choose(projections_of(x, weights, factors), implementation=implementation)
+    name, _ = choose(projections_of(x, weights, factors), implementation=implementation, device_kind=device_kind)
     op = joined_lora_group if name == "xla" else kernels_of("lora", name).pallas_lora_group
     return op(x, weights, factors, words, scale, rate)

@@ -73,7 +73,7 @@ def joined_lora_group(
 
 def _forward(x, weights, factors, words, scale, rate):
     outputs = [_times(x, weight) for weight in weights]
-    if not any(factors):
+    if all(factor is None for factor in factors):
         return outputs, (None, weights, factors, None, None)
     low = low_of(x, factors, words, scale, rate)
     parts = iter(_split(low, factors))

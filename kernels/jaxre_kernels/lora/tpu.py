@@ -57,10 +57,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxre_kernels.lora.group import Factors, Projections, projections_of
 from jaxre_kernels.lora.tpu_kernels import backward_kernel, forward_kernel
 from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, tiled
+from jaxre_kernels.nf4.tiles import HALF
 from jaxre_kernels.nf4.weight import BLOCK
 
 RANK_MULTIPLE = 16  # sublanes of a tile of bf16
 LANES = 128
+NF4_HALF = HALF  # rows of a half of `NF4Tiles`
 VMEM_LIMIT = 48 * 2**20  # bytes; v5p has 64 MiB, v5e and v6e 128
 TOKENS = (512, 256, 128)  # of a block
 SPAN = 2048  # tokens
@@ -370,7 +372,7 @@ def _if(array, made):
 
 
 def _laid(weights):
-    return [tiled(weight) if isinstance(weight, NF4Weight) else weight for weight in weights]
+    return [tiled(weight) if isinstance(weight, NF4Weight | NF4Tiles) else weight for weight in weights]
 
 
 def _inputs(laid):

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxre_kernels.nf4.tiles import HALF
-from jaxre_kernels.nf4.weight import BLOCK, NF4
+from jaxre_kernels.nf4.tiles import HALF, levels
+from jaxre_kernels.nf4.weight import BLOCK
 
 
 def decode(codes_ref, absmax_ref, values_ref, first: jax.Array | int = 0) -> None:
@@ -26,16 +26,7 @@ def decode(codes_ref, absmax_ref, values_ref, first: jax.Array | int = 0) -> Non
         absmax = absmax_ref[pl.ds(jnp.minimum(first + g, absmax_ref.shape[0] - 1), 1), :]
         for half, shift in ((0, 4), (1, 0)):
             rows = pl.ds(pl.multiple_of(g * BLOCK + half * HALF, HALF), HALF)
-            values_ref[rows, :] = (_levels(codes >> shift) * absmax).astype(values_ref.dtype)
+            values_ref[rows, :] = (levels(codes >> shift) * absmax).astype(values_ref.dtype)
         return carry
 
     jax.lax.fori_loop(0, values_ref.shape[0] // BLOCK, block, 0)
-
-
-def _levels(codes: jax.Array) -> jax.Array:
-    """NF4[codes & 15] f32 by selection, bit by bit: a table look-up would be a gather."""
-    levels = list(NF4)
-    for bit in range(4):
-        taken = (codes & (1 << bit)) != 0
-        levels = [jnp.where(taken, high, low) for low, high in zip(levels[::2], levels[1::2], strict=True)]
-    return levels[0]

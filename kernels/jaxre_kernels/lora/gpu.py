@@ -1,0 +1,260 @@
+"""The LoRA projections of one input for Hopper GPUs (Pallas Mosaic GPU), forward and backward. unverified: has not run on a GPU
+
+Weights are dense or NF4. It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). What is said of speed is
+arithmetic.
+
+What is computed is what `group.py` derives; with c = scale / (1 - rate), x' = x where its channel is kept and else 0:
+
+    forward    L = c x' [A1 A2 ...],    Yi = x Wi + Li Bi
+    backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,    [dA1 dA2 ...] = x'^T dL,    dx = sum_i dYi Wi^T + mask (dL [A1 A2 ...]^T)
+
+One kernel forms all Yi, another dx. A sum of base and low-rank product is formed in f32 registers, and rounded and written once. A step of
+a sum is 64 channels; ranks are padded to 64 and are more steps of the same sum: [x, Li] [Wi; Bi] with no copy of either. Backwards
+dropout lies behind the low-rank product: that is formed when the rest is summed, and masked in registers by the counters. A
+tile of any projection is a thread block of the one grid, so narrow projections (k and v) fill the processors together with wide ones.
+
+The four narrow products are XLA's. In bf16 they move, a token, beside 2 (I + O) bytes of each of the kernels:
+
+    L: 2 I, and 4 I if the compiler writes x' down        dL: 2 O        dB: 2 O        dA: 2 I, and 4 I as for L
+
+At 16,384 tokens and the 4.8 TB/s of an H200 that is at most 18 us forwards and 34 us backwards for q, k and v of Qwen2.5-0.5B, and 42 and
+342 us for gate and up of 3B; at its 989 TFLOP/s the wide product takes 34 us and 1.49 ms each way. dL and dB do not share
+a read of dY: one is a sum over channels and one over tokens, so one of them would have to leave partial sums in memory, 256 O bytes
+a block of tokens. A kernel for L that draws the mask itself would save its 4 I; it is not written.
+
+NF4. The feeding warpgroup decodes codes to bf16 in shared memory, by 15 selections a parameter, while the other two multiply: the
+product reads them there, forwards as they are and backwards transposed. Weights lie as `NF4Tiles` with halves of 64 rows, the tile of a
+warpgroup; other forms are brought into that one on every call. Decoding takes about 25 operations a parameter and 256
+tokens; a processor does 128 of these in the time of 2,048 multiplications, so decoding takes at least 1.6 times as long as the product
+and bounds it. For many tokens decoding once to memory and a dense product is faster: 4.6 bytes a parameter, 1 ps, beside the 33 ps
+that 16,384 tokens take to multiply by it. What this saves is memory (2 bytes a parameter of the group), and time where tokens are few.
+
+Layout. N tokens, padded to tiles of 256 by a copy where they are none; I and O multiples of 64, I of 128 with NF4. Tiles have 128 channels,
+or 64 where a width is no multiple of 128: 960 channels are 15 such.
+
+dtypes: x, W, dY and results bf16, A and B cast to it; sums, dA and dB f32; L and dL rounded to bf16, as in `group.py`. f32
+is refused: the tensor cores would round it to 10 bits.
+
+Memory: kept for the backward pass are x and L, of which each projection has 64 numbers a token or a multiple. Neither x', the mask, Li Bi
+nor a decoded W is kept, and the latter two are nowhere in memory. In shared memory a thread block has 4 slots, 229,376 bytes, with
+NF4 3 slots and codes, 198,656. So one thread block runs on a processor, and writing its tile is not hidden.
+
+Roofline of one step of a tile of 256 x 128, 4.2 MFLOP:
+
+                bytes read, of the second-level cache           FLOP a byte
+    dense       2 (256 + 128) 64                                85
+    NF4         2 x 256 x 64 + 9/16 x 128 x 64                  112
+
+Of memory, what runs at a time (132 processors: 11 x 12 tiles of tokens and channels) reads 2 (2,816 + 1,536) bytes a channel for
+2 x 2,816 x 1,536 FLOP, 994 FLOP a byte; an H200 has 206 of them to a byte.
+
+Sharding: inside `shard_map(..., check_vma=False)`, tokens split, not under automatic partitioning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxre_kernels.lora.gpu_kernels import Packed, Ring, backward_kernel, forward_kernel
+from jaxre_kernels.lora.group import Factors, Projections, dlow_of, factor_gradients, joined_a, low_of, projections_of
+from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, tiled
+
+MISSING = None if jax.__version_info__ >= (0, 11) else f"it needs jax 0.11 or later, this is {jax.__version__}"
+
+STEP = 64  # channels of a step of a sum, and what a rank is padded to
+NF4_HALF = STEP  # rows of a half of `NF4Tiles`
+TOKENS = 256  # of a tile: two warpgroups of 128
+WIDTHS = (128, 64)  # channels of a tile
+CHUNK = 32  # channels of it that are written at a time
+SLOTS = {False: 4, True: 3}  # steps on the way, by whether a weight is NF4: then codes need room too
+
+
+def pallas_lora_group(
+    x: jax.Array,
+    weights: Sequence[jax.Array | NF4Weight | NF4Tiles],
+    factors: Sequence[Factors | None],
+    words: jax.Array | None,
+    scale: float,
+    rate: float,
+    *,
+    interpret: Any = None,
+) -> list[jax.Array]:
+    """x W + scale (dropout(x) A) B of every projection of one input on one device; differentiable in x and the factors.
+
+    Args: as of `lora_group`; x is bf16.
+      interpret: what `plgpu.kernel` takes: `plgpu.InterpretGPUParams` to run without a GPU. It takes f32, too.
+
+    Raises:
+      ValueError: what `unsupported` says.
+    """
+    projections = projections_of(x, weights, factors)
+    refusal = unsupported(projections._replace(dtype=jnp.bfloat16) if interpret else projections)
+    if refusal is not None:
+        raise ValueError(f"LoRA for GPUs does not run here: {refusal}")
+    return _op(x, weights, factors, words, scale, rate, interpret)
+
+
+def unsupported(projections: Projections) -> str | None:
+    """Why `pallas_lora_group` does not take such projections, in words; None if it does."""
+    if MISSING is not None:
+        return MISSING
+    dtype = jnp.dtype(projections.dtype)
+    if dtype != jnp.dtype(jnp.bfloat16):
+        return f"it takes bfloat16, not {dtype.name}"
+    for width in (projections.inputs, *projections.outputs):
+        if width % STEP:
+            return f"it takes multiples of {STEP} inputs and outputs, not {width:,}"
+    if any(projections.nf4) and projections.inputs % (2 * STEP):
+        return f"NF4 for GPUs takes a multiple of {2 * STEP} inputs, not {projections.inputs:,}"
+    steps, slots = sum(-(-rank // STEP) for rank in projections.ranks), SLOTS[any(projections.nf4)]
+    if steps > slots:
+        return f"ranks of {' and '.join(map(str, projections.ranks))}, each padded to {STEP}, are more than {slots * STEP} together"
+    return None
+
+
+def told(projections: Projections) -> str:
+    """How it runs, in words; for projections that it takes."""
+    forward, backward = _width(*projections.outputs), _width(projections.inputs)
+    return f"tiles of {TOKENS} tokens and {forward} outputs forwards, {backward} inputs backwards"
+
+
+def _width(*widths: int) -> int:
+    """Of a tile."""
+    return next(tile for tile in WIDTHS if all(width % tile == 0 for width in widths))
+
+
+# ---- calls ------------------------------------------------------------------------------------
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _op(x, weights, factors, words, scale, rate, interpret):
+    return _forward(x, weights, factors, words, scale, rate, interpret)[0]
+
+
+def _forward(x, weights, factors, words, scale, rate, interpret):
+    trained, padded = any(factor is not None for factor in factors), _padded(factors)
+    low = low_of(x, padded, words, scale, rate) if trained else None
+    outputs = projections_of(x, weights, factors).outputs
+    width, laid = _width(*outputs), _laid(weights)
+    rows = _rows(x)
+    ys = _run(
+        "lora_forward",
+        forward_kernel,
+        (rows, None if low is None else _rows(low), laid, [None if factor is None else factor.b.astype(x.dtype) for factor in padded]),
+        [jax.ShapeDtypeStruct((rows.shape[0], width), x.dtype) for width in outputs],
+        sum(outputs) // width,
+        (STEP, width),
+        width,
+        interpret,
+    )
+    ys = [_brought_back(y, x) for y in ys]
+    return ys, (x if trained else None, weights, factors, words, low)
+
+
+def _backward(scale, rate, interpret, kept, dys):
+    x, weights, factors, words, low = kept
+    padded, laid, rows = _padded(factors), _laid(weights), [_rows(dy) for dy in dys]
+    dlow = a = None
+    if low is not None:
+        dlow, a = dlow_of(dys, padded, scale, rate), joined_a(padded, x.dtype)
+    inputs = _inputs(laid[0])
+    masked = low is not None and rate
+    (dx,) = _run(
+        "lora_backward",
+        partial(backward_kernel, rate=rate),
+        (rows, None if low is None else _rows(dlow), a, _rows(words[..., None])[:, 0] if masked else None, laid),
+        [jax.ShapeDtypeStruct((rows[0].shape[0], inputs), dys[0].dtype)],
+        inputs // _width(inputs),
+        (_width(inputs), STEP),
+        STEP,
+        interpret,
+    )
+    dx = _brought_back(dx, dys[0])
+    if low is None:
+        return dx, None, None, None
+    gradients = factor_gradients(x, low, dlow, dys, padded, words, rate)
+    return dx, None, [_cut(gradient, factor) for gradient, factor in zip(gradients, factors, strict=True)], None
+
+
+_op.defvjp(_forward, _backward)
+
+
+def _run(name, kernel, arrays, out_type, columns, rhs, packed, interpret):
+    """A kernel over all tiles of 256 tokens and `columns` of channels. `rhs`: the shape of a step of weights; `packed`: columns of a tile
+    of codes."""
+    dtype, tokens = out_type[0].dtype, out_type[0].shape[0]
+    nf4 = any(isinstance(leaf, NF4Tiles) for leaf in jax.tree.leaves(arrays, is_leaf=lambda leaf: isinstance(leaf, NF4Tiles)))
+    slots = SLOTS[nf4]
+
+    def tiles(swizzle, *shape):
+        """In shared memory as products read it: rows of `swizzle` bytes."""
+        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)))
+
+    ring = Ring(
+        tiles(128, slots, TOKENS, STEP),
+        tiles(128, slots, *rhs),
+        plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+        plgpu.Barrier(num_arrivals=2, num_barriers=slots),
+    )
+    codes = Packed(
+        plgpu.SMEM((2, STEP, packed), jnp.uint8),
+        plgpu.SMEM((2, 2, packed), jnp.float32),
+        plgpu.Barrier(num_arrivals=2, num_barriers=2),
+    )
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types={"ring": ring, "staged": tiles(64, 2, 2, TOKENS // 2, CHUNK), "packed": codes if nf4 else None},
+        grid=(tokens // TOKENS * columns,),
+        grid_names=("tiles",),
+        num_threads=3,
+        thread_name="warpgroup",
+        interpret=interpret,
+        kernel_name=name,
+    )(*arrays)
+
+
+# ---- layout -----------------------------------------------------------------------------------
+
+
+def _rows(array):
+    """[..., I] -> [N, I], with zeros behind up to whole tiles; the same memory where there are none."""
+    flat = array.reshape(-1, array.shape[-1])
+    return jnp.pad(flat, ((0, -flat.shape[0] % TOKENS), (0, 0)))
+
+
+def _brought_back(rows, like):
+    """[N, O] -> [..., O]."""
+    return rows[: like.size // like.shape[-1]].reshape(*like.shape[:-1], -1)
+
+
+def _laid(weights):
+    return [tiled(weight, NF4_HALF) if isinstance(weight, NF4Weight | NF4Tiles) else weight for weight in weights]
+
+
+def _inputs(weight):
+    return 2 * weight.codes.shape[0] if isinstance(weight, NF4Tiles) else weight.shape[0]
+
+
+def _padded(factors):
+    """With ranks that are multiples of 64."""
+    return [None if factor is None else Factors(_wide(factor.a, 1), _wide(factor.b, 0)) for factor in factors]
+
+
+def _wide(array, axis):
+    pads = [(0, 0), (0, 0)]
+    pads[axis] = 0, -array.shape[axis] % STEP
+    return jnp.pad(array, pads)
+
+
+def _cut(gradient, factor):
+    if factor is None:
+        return None
+    rank = factor.a.shape[1]
+    return Factors(gradient.a[:, :rank], gradient.b[:rank])

@@ -1,0 +1,320 @@
+"""The Mosaic GPU kernels of a LoRA group for Hopper. See `gpu.py` for what they compute.
+
+A thread block forms one tile of a result, 256 tokens and `width` channels, in three warpgroups. One feeds: it keeps a ring of slots
+filled, each with a step of the sum, 64 channels of both factors. Two compute, 128 tokens each, with the sums in registers until the end:
+
+    feeding      wait until the slot is free -> ask the copy engine (TMA) for both factors; decode the weight itself if it is NF4
+    computing    wait until the slot is full -> start its product -> wait for the product before that -> say that its slot is free
+
+So copies, decoding and products overlap. A slot is full after two arrivals: two copies, or one and the decoder's own.
+
+Where dropout lies behind the low-rank product, in the gradient of x, that product cannot go into the sum: its steps stay in the ring
+until the sum is done. Then it is formed 32 channels at a time, masked and added, while these are rounded and written.
+
+Letters: N tokens, I inputs, O outputs, R the ranks side by side, each padded to 64, S slots.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxre_kernels.lora.dropout import is_kept
+from jaxre_kernels.nf4 import NF4Tiles
+from jaxre_kernels.nf4.tiles import levels
+
+STEP = 64  # channels of a step, the rank of a step, and the rows of a tile of codes
+ROWS = 128  # tokens of a warpgroup
+FEEDER = 2  # the warpgroup that feeds; those before it compute
+CHUNK = 32  # channels that are written at a time
+SNAKE = 11  # tiles of tokens that pass by the same weights: with 12 tiles of weights, what the 132 processors have at a time
+TILE = plgpu.Layout.WGMMA  # how a product lies in the registers of a warpgroup
+
+
+class Ring(NamedTuple):
+    """Slots in shared memory: lhs [S, 256, 64] and rhs [S, 64, width] or [S, width, 64]; their barriers, full and free."""
+
+    lhs: Any
+    rhs: Any
+    full: Any
+    free: Any
+
+
+class Packed(NamedTuple):
+    """Two slots for NF4: codes [2, 64, n], absmax [2, 2, n] of their two halves, and the barrier of what came."""
+
+    codes: Any
+    absmax: Any
+    came: Any
+
+
+def forward_kernel(x, low, weights, bs, *ys, ring, staged, packed):
+    """Yi = x Wi + Li Bi. x [N, I], low [N, R] or None, weights [I, O] or `NF4Tiles`, bs [Ri, O] or None -> ys [N, O].
+
+    A thread block finds the projection that its tile belongs to; all tiles are of one grid.
+    """
+    width, steps = ring.rhs.shape[2], x.shape[1] // STEP
+    row, column = _place(x, sum(y.shape[1] for y in ys) // width)
+    rows = pl.ds(row * 2 * ROWS, 2 * ROWS)
+
+    def part(weight, b, y, first, rank):
+        """Of one projection, whose tiles begin at `first`, and whose rank begins at the step `rank`."""
+        own, ranks = pl.ds((column - first) * width, width), _ranks(b)
+
+        def feed():
+            def x_at(step):
+                return x.at[rows, _step(step)]
+
+            def codes_at(tile):
+                return weight.codes.at[_step(tile), own], weight.absmax.at[pl.ds(2 * tile, 2), own]
+
+            if isinstance(weight, NF4Tiles):
+                _feed_packed(ring, packed, 0, steps, x_at, codes_at)
+            else:
+                _feed(ring, 0, steps, x_at, lambda step: weight.at[_step(step), own])
+            if ranks:
+                _feed(ring, steps, ranks, lambda step: low.at[rows, _step(rank + step)], lambda step: b.at[_step(step), own])
+
+        def compute():
+            total = _summed(ring, steps + ranks, 0, lambda rhs: rhs)
+            _leave(total, staged, y, rows, own)
+
+        return (first <= column) & (column < first + y.shape[1] // width), feed, compute
+
+    parts, first, rank = [], 0, 0
+    for weight, b, y in zip(weights, bs, ys, strict=True):
+        parts.append(part(weight, b, y, first, rank))
+        first, rank = first + y.shape[1] // width, rank + _ranks(b)
+    _in_roles(parts, packed)
+
+
+def backward_kernel(dys, dlow, a, words, weights, dx, *, ring, staged, packed, rate):
+    """dx = sum_i dYi Wi^T + mask (dL A^T).
+
+    dys [N, O], dlow [N, R] and a [I, R] or None, words [N] uint32 or None without dropout, weights as forwards -> dx [N, I].
+    """
+    width = ring.rhs.shape[1]
+    row, column = _place(dx, dx.shape[1] // width)
+    rows, own = pl.ds(row * 2 * ROWS, 2 * ROWS), pl.ds(column * width, width)
+    steps, ranks = sum(dy.shape[1] for dy in dys) // STEP, 0 if a is None else a.shape[1] // STEP
+
+    def feed():
+        first = 0
+        for dy, weight in zip(dys, weights, strict=True):
+            _feed_outputs(ring, packed, first, dy, weight, rows, column)
+            first += dy.shape[1] // STEP
+        if ranks:
+            _feed(ring, first, ranks, lambda step: dlow.at[rows, _step(step)], lambda step: a.at[own, _step(step)])
+
+    def compute():
+        if words is None:
+            _leave(_summed(ring, steps + ranks, 0, _transposed), staged, dx, rows, own)
+            return
+        total = _summed(ring, steps, ranks, _transposed)
+        token_words = plgpu.load(words.at[_within(rows, _own_tokens())], layout=TILE.reduce(1), optimized=False)
+        for step in range(steps, steps + ranks):
+            plgpu.barrier_wait(ring.full.at[step % ring.lhs.shape[0]])
+        _leave(total, staged, dx, rows, own, partial(_masked, ring, steps, ranks, token_words, column * width, rate))
+
+    _in_roles([(True, feed, compute)], packed)
+
+
+# ---- where a thread block and a warpgroup are -------------------------------------------------
+
+
+def _place(like, columns):
+    """The tile of a thread block among those of tokens and of channels."""
+    return plgpu.planar_snake(lax.axis_index("tiles"), (like.shape[0] // (2 * ROWS), columns), 0, SNAKE)
+
+
+def _in_roles(parts, packed):
+    """Each part is whether it is this thread block's, how it is fed, and how it is computed.
+
+    Threads start with 168 registers each, a third of a processor's 504 for three warpgroups; who computes takes from who feeds.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    feeding, computing = (24, 240) if packed is None else (88, 208)
+
+    @pl.when(warpgroup == FEEDER)
+    def _():
+        plgpu.set_max_registers(feeding, action="decrease")
+        for here, feed, _ in parts:
+            pl.when(here)(feed)
+
+    @pl.when(warpgroup < FEEDER)
+    def _():
+        plgpu.set_max_registers(computing, action="increase")
+        for here, _, compute in parts:
+            pl.when(here)(compute)
+
+
+def _own_tokens():
+    """Those of the tile that this warpgroup computes."""
+    return pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
+
+
+def _ranks(b):
+    """Steps of the low-rank product of a projection."""
+    return 0 if b is None else b.shape[0] // STEP
+
+
+def _step(step):
+    return pl.ds(step * STEP, STEP)
+
+
+def _within(outer, inner):
+    return pl.ds(outer.start + inner.start, inner.size)
+
+
+# ---- feeding ----------------------------------------------------------------------------------
+
+
+def _feed(ring, first, steps, lhs_at, rhs_at):
+    """Steps from number `first` on, of what `lhs_at` and `rhs_at` say of each."""
+
+    def one(step, carry):
+        slot = _freed(ring, first + step)
+        plgpu.copy_gmem_to_smem(lhs_at(step), ring.lhs.at[slot], ring.full.at[slot])
+        plgpu.copy_gmem_to_smem(rhs_at(step), ring.rhs.at[slot], ring.full.at[slot])
+        return carry
+
+    lax.fori_loop(0, steps, one, ())
+
+
+def _feed_outputs(ring, packed, first, dy, weight, rows, column):
+    """The steps backwards of one projection: its outputs."""
+    width, steps = ring.rhs.shape[1], dy.shape[1] // STEP
+
+    def dy_at(step):
+        return dy.at[rows, _step(step)]
+
+    def codes_at(tile):
+        return weight.codes.at[_step(column), _step(tile)], weight.absmax.at[pl.ds(2 * column, 2), _step(tile)]
+
+    if isinstance(weight, NF4Tiles):
+        _feed_packed(ring, packed, first, steps, dy_at, codes_at)
+    else:
+        _feed(ring, first, steps, dy_at, lambda step: weight.at[pl.ds(column * width, width), _step(step)])
+
+
+def _feed_packed(ring, packed, first, steps, lhs_at, packed_at):
+    """The same with a weight in NF4, `packed_at(tile)` -> codes, absmax. Its next tile comes while this one is decoded.
+
+    A tile holds two halves of 64 inputs: the weights of two steps forwards, where a step is of inputs, both of one step backwards.
+    """
+    apart = 2 * STEP // ring.rhs.shape[1]  # steps of a tile
+
+    def fetch(tile, slot):
+        codes, absmax = packed_at(tile)
+        plgpu.copy_gmem_to_smem(codes, packed.codes.at[slot], packed.came.at[slot])
+        plgpu.copy_gmem_to_smem(absmax, packed.absmax.at[slot], packed.came.at[slot])
+
+    def one(tile, carry):
+        slot = _remainder(tile, 2)
+        pl.when(tile + 1 < steps // apart)(lambda: fetch(tile + 1, 1 - slot))
+        plgpu.barrier_wait(packed.came.at[slot])
+        for at in range(apart):
+            to = _freed(ring, first + apart * tile + at)
+            plgpu.copy_gmem_to_smem(lhs_at(apart * tile + at), ring.lhs.at[to], ring.full.at[to])
+            for half in range(at, 2, apart):
+                values = ring.rhs.at[to, pl.ds((half - at) * STEP, STEP)]
+                _decode(packed.codes.at[slot], packed.absmax.at[slot, half], values, shift=4 - 4 * half)
+            plgpu.commit_smem()  # before a product reads what was written, and before the copy engine writes over what was read
+            plgpu.barrier_arrive(ring.full.at[to])
+        return carry
+
+    fetch(0, 0)
+    lax.fori_loop(0, steps // apart, one, ())
+
+
+def _decode(codes, absmax, values, shift):
+    """codes [64, n] uint8, absmax [n] f32 -> values [64, n], each rounded once from f32; eight columns at a time, for few registers."""
+    for start in range(0, values.shape[1], STEP):
+        decoded = []
+        for column in range(start, start + STEP, 8):
+            taken = plgpu.load(codes.at[:, pl.ds(column, 8)], layout=TILE, optimized=False).astype(jnp.int32) >> shift
+            scale = plgpu.load(absmax.at[pl.ds(column, 8)], layout=TILE.reduce(0))
+            decoded.append((levels(taken) * lax.broadcast_in_dim(scale, taken.shape, [1])).astype(values.dtype))
+        values.at[:, pl.ds(start, STEP)][...] = jnp.concatenate(decoded, axis=1)
+
+
+def _freed(ring, number):
+    """The slot of a step, once those who computed with what it held have done so."""
+    slots = ring.lhs.shape[0]
+    slot = _remainder(number, slots)
+    pl.when(number >= slots)(lambda: plgpu.barrier_wait(ring.free.at[slot]))
+    return slot
+
+
+# ---- computing --------------------------------------------------------------------------------
+
+
+def _summed(ring, steps, behind, as_factor):
+    """[128, width] f32, the sum of the products of the first `steps` steps; `behind` more are fed. `as_factor` turns rhs as it must be."""
+    slots, tokens = ring.lhs.shape[0], _own_tokens()
+    width = max(ring.rhs.shape[1:])
+
+    def free(step):
+        """The slot of a step that is done, if it is used again."""
+        again = (step >= 0) & (step + slots < steps + behind)
+        pl.when(again)(lambda: plgpu.barrier_arrive(ring.free.at[_remainder(step + slots, slots)]))
+
+    def form(sums):
+        def one(step, carry):
+            slot = _remainder(step, slots)
+            plgpu.barrier_wait(ring.full.at[slot])
+            plgpu.wgmma(sums, ring.lhs.at[slot, tokens], as_factor(ring.rhs.at[slot]))
+            plgpu.wgmma_wait(1)
+            free(step - 1)
+            return carry
+
+        lax.fori_loop(0, steps, one, ())
+        return sums[...]
+
+    total = pl.run_scoped(form, plgpu.ACC((ROWS, width), jnp.float32))
+    free(steps - 1)
+    return total
+
+
+def _masked(ring, steps, ranks, words, first, rate, channels):
+    """mask (dL A^T) of some channels of the tile, [128, n] f32. `first` is the first channel of the tile."""
+
+    def form(sums):
+        for step in range(steps, steps + ranks):
+            slot = step % ring.lhs.shape[0]
+            plgpu.wgmma(sums, ring.lhs.at[slot, _own_tokens()], _transposed(ring.rhs.at[slot, channels]))
+        return sums[...]
+
+    low = pl.run_scoped(form, plgpu.ACC((ROWS, channels.size), jnp.float32))
+    channel = plgpu.broadcasted_iota(jnp.uint32, low.shape, 1, layout=TILE) + (first + channels.start).astype(jnp.uint32)
+    return jnp.where(is_kept(lax.broadcast_in_dim(words, low.shape, [0]), channel, rate), low, 0.0)
+
+
+def _leave(total, staged, out, rows, columns, added=None):
+    """Rounds and writes a tile, 32 channels at a time: while one part is copied the next one is formed. `added(channels)` is added."""
+    tokens, warpgroup = _own_tokens(), lax.axis_index("warpgroup")
+    for number, start in enumerate(range(0, total.shape[1], CHUNK)):
+        channels = pl.ds(start, CHUNK)
+        part = total[:, start : start + CHUNK]
+        part = part if added is None else part + added(channels)
+        buffer = staged.at[warpgroup, number % 2]
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        buffer[...] = part.astype(out.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(buffer, out.at[_within(rows, tokens), _within(columns, channels)])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _transposed(ref):
+    return ref.transpose((1, 0))
+
+
+def _remainder(number, by):
+    """Of numbers that are not negative: `%` would ask for the sign."""
+    return lax.rem(number, np.int32(by))
