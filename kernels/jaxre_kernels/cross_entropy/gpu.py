@@ -61,7 +61,9 @@ MISSING = None if jax.__version_info__ >= (0, 11) else f"it needs jax 0.11 or la
 
 TOKENS = 2048  # at a time, at most; not measured on a GPU
 MULTIPLIERS = 2  # warpgroups that multiply; one more copies
+PAIR = 2  # thread blocks of a cluster, which share the tiles of the head
 SLOTS = 4  # of the ring, and two for tiles of E that leave
+LEAD = 2  # steps of the ring that the first warpgroup is ahead
 PROCESSORS = 132  # of an H100 or H200
 LIMIT = 2.0**96  # of a sum of exponentials: products of them with rows of the head stay finite
 LOG2_E = math.log2(math.e)
@@ -82,6 +84,11 @@ class Tiling(NamedTuple):
     def block(self) -> int:
         """Tokens of a thread block."""
         return MULTIPLIERS * self.tokens
+
+    @property
+    def pair(self) -> int:
+        """Tokens of a pair of thread blocks."""
+        return PAIR * self.block
 
 
 def pallas_cross_entropy(
@@ -123,7 +130,7 @@ def _sums(x, head, targets, weights, tiling, wanted):
     """See `with_gradients`."""
     want_x, want_head = wanted
     shape, (V, D), N = x.shape, head.shape, math.prod(x.shape[:-1])
-    n = _whole(pl.cdiv(N, pl.cdiv(N, tiling.at_most)), tiling.block)
+    n = _whole(pl.cdiv(N, pl.cdiv(N, tiling.at_most)), tiling.pair)
     channels = (0, -D % tiling.channels)
     entries = jnp.pad(head, ((0, -V % 8), channels))
 
@@ -190,7 +197,7 @@ def _whole(number: int, of: int) -> int:
 def _exponentials(
     x: jax.Array, head: jax.Array, entries: int, tiling: Tiling, kept: bool, reference: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """t [n] and E [n, V] (None if it is not kept) of n tokens, whole blocks, and of a head whose rows behind `entries` do not count."""
+    """t [n] and E [n, V] (None if it is not kept) of n tokens, whole pairs of blocks, and of a head whose rows behind `entries` do not count."""
     n, V = x.shape[0], head.shape[0]
     blocks, tiles = n // tiling.block, pl.cdiv(V, tiling.entries)
     each = tiles_of_a_split(blocks, tiles, tiling.processors)
@@ -207,10 +214,13 @@ def _exponentials(
             *ring,
             leaving,
             plgpu.Barrier(num_arrivals=len(ring), num_barriers=SLOTS),
-            plgpu.Barrier(num_arrivals=MULTIPLIERS, num_barriers=SLOTS),
+            plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=MULTIPLIERS, num_barriers=SLOTS),
+            plgpu.Barrier(),
         ],
-        grid=(splits, blocks),
-        grid_names=("splits", "blocks"),
+        grid=(splits, blocks // PAIR),
+        grid_names=("splits", "pairs"),
+        cluster=(PAIR,),
+        cluster_names=("pair",),
         num_threads=MULTIPLIERS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
@@ -238,12 +248,12 @@ def _kernel(x, head, reference, sums, *refs, entries, each, tiling, kept):
     Shared memory: `tokens` [SLOTS, 128, 64] and `rows` [SLOTS, 256, 64] of the head, the ring; `leaving` [2, 2, 64, 64], two slots of
     each warpgroup that multiplies. A slot of the ring has `arrived`, and is `free` when both have multiplied it.
     """
-    shares, (tokens, rows, leaving, arrived, free) = (refs[0], refs[1:]) if kept else (None, refs)
+    shares, (tokens, rows, leaving, arrived, free, ahead) = (refs[0], refs[1:]) if kept else (None, refs)
     R, E, C = tiling.tokens, tiling.entries, tiling.channels
     steps = x.shape[1] // C  # of a tile
     first = lax.axis_index("splits") * each
     count = jnp.minimum(each, pl.cdiv(head.shape[0], E) - first)
-    start = lax.axis_index("blocks") * tiling.block
+    start = lax.axis_index("pairs") * tiling.pair + lax.axis_index("pair") * tiling.block
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == MULTIPLIERS)
@@ -261,7 +271,7 @@ def _kernel(x, head, reference, sums, *refs, entries, each, tiling, kept):
             def _():
                 tile = first + _quotient(step, steps)
                 plgpu.copy_gmem_to_smem(x.at[pl.ds(start, tiling.block), channels], tokens.at[slot], arrived.at[slot])
-                plgpu.copy_gmem_to_smem(head.at[pl.ds(tile * E, E), channels], rows.at[slot], arrived.at[slot])
+                plgpu.copy_gmem_to_smem(head.at[pl.ds(tile * E, E), channels], rows.at[slot], arrived.at[slot], collective_axes=("pair",))
 
         lax.fori_loop(0, count * steps + SLOTS, fetch, None)  # until all that was brought is multiplied
 
@@ -269,6 +279,12 @@ def _kernel(x, head, reference, sums, *refs, entries, each, tiling, kept):
     def _():
         plgpu.set_max_registers(232, action="increase")
         mine, here = pl.ds(warpgroup * R, R), pl.ds(start + warpgroup * R, R)
+        lead = jnp.minimum(LEAD, count * steps) - 1
+
+        @pl.when(warpgroup > 0)
+        def _():
+            plgpu.barrier_wait(ahead)
+
         base = plgpu.load(reference.at[here], layout=TILE.reduce(1), optimized=False) * LOG2_E
 
         def tile_of(number, total):
@@ -282,6 +298,10 @@ def _kernel(x, head, reference, sums, *refs, entries, each, tiling, kept):
                     @pl.when(step > 0)
                     def _():
                         plgpu.barrier_arrive(free.at[_remainder(number * steps + step - 1, SLOTS)])
+
+                    @pl.when((warpgroup == 0) & (number * steps + step == lead))
+                    def _():
+                        plgpu.barrier_arrive(ahead)
 
                 lax.fori_loop(0, steps, step_of, None)
                 return sums[...]
