@@ -50,7 +50,7 @@ def test_loss_and_gradients_equal_dense_autodiff(shape):
 
 @needs_interpreter
 def test_no_race_and_nothing_read_before_it_is_written(capfd):
-    """Nine steps of a ring of four slots, two tiles that leave by two slots each, and one that is not full."""
+    """Nine steps of a ring of four slots, two whole tiles that leave by two slots, one that is not whole, a pair that shares them."""
     inputs = draws((11,), 48, 77)
     for found, expected in zip(kernel(inputs, races=True), exact(*inputs), strict=True):
         assert relative(found, expected) < CLOSE
@@ -137,7 +137,7 @@ def test_thread_blocks_leave_few_processors_without_work():
 
 @needs_interpreter
 def test_linear_cross_entropy_runs_it_by_name_and_never_by_itself(monkeypatch):
-    """One block of 128 tokens and two tiles of 256 entries."""
+    """A pair of blocks of 128 tokens and two tiles of 256 entries."""
     monkeypatch.setattr(gpu, "pallas_cross_entropy", partial(pallas_cross_entropy, tiling=Tiling(interpret=strict())))
     x, head, targets, weights = draws((2, 70), 64, 264)
     half = [jnp.asarray(array, jnp.bfloat16) for array in (x / 8, head)] + [targets, weights]

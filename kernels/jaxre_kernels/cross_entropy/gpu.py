@@ -6,36 +6,40 @@ What is computed. The logit of the target is a product of two rows, known before
 in place of the largest logit, which is known at the end alone. For a chunk of n tokens, with z_n = x_n . head_target,
 
     E_nv = exp(x_n . head_v - z_n),    t_n = sum_v E_nv,    loss = sum_n w_n log t_n
-    G = E but G_n,target = E_n,target - t_n = 1 - t_n,      s_n = w_n / t_n
+    G = E but G_n,target = 1 - t_n,    s_n = w_n / t_n
     dx_n = s_n (G head)_n,    dhead = G' (s x)
 
-One kernel forms tiles of logits, sums E in f32 and leaves it in bf16 in memory; n numbers of it are then overwritten, and the wide
-products are XLA's. t_n is at least 1, so nothing that matters underflows. bf16 has the exponents of f32, so each share is rounded to 8
-bits whatever the reference, and the target's is a difference of f32: it keeps its digits where the target has nearly all of the
-softmax. In dhead s x is rounded too. Where a loss is above 66 (t_n above 2^96) E may overflow: that chunk finds its largest logits
-with XLA, a few tokens at a time, and runs the kernel again with them as references, at twice the time.
+One kernel forms tiles of logits, sums E in f32 and leaves it in memory in bf16, where one number of each token is then overwritten; the
+two wide products are XLA's. Rounding: bf16 has the exponents of f32, so each E keeps 8 bits whatever the reference is, and with t_n of
+at least 1 nothing that matters underflows. G of a target is a difference in f32: it keeps its digits where the target has nearly all
+of the softmax. Most of dx may be the target's row, so what rounding took from that factor is added in f32. For dhead s x is rounded,
+too. z_n is not summed in the order of the logits: t_n carries the difference, of the order of f32's rounding of z_n.
 
-Why E goes through memory. Kept on the chip like the scores of attention, the sum of dx would need D f32 numbers a token in
-registers: 64 tokens of 896 channels fill a processor's 256 KiB. Forming the logits twice would cost 6 N V D FLOPs in place of 4 N V D.
+Where a loss is above 66 (t_n above 2^96) a sum of E could overflow: such a chunk finds its largest logits with XLA, 128 tokens at a
+time, and runs the kernel again with these for z, at about twice the time. That is decided once a chunk, on the host.
 
-Memory: E of a chunk, 2 n V bytes (n at most 2,048: 594 MiB with 151,936 entries, half of what XLA's chunks of 1,024 tokens take);
-lse [N] and dx [N, D] in f32 and, where the head is trained, dhead [V, D] in f32. No array of [N, V].
+Why E goes through memory. As in attention, one sweep could sum dx on the chip: D f32 numbers a token, 64 tokens of 896 channels fill
+the registers of a processor. Forming the logits a second time would cost 6 N V D FLOPs in place of 4 N V D.
 
-Roofline, of n tokens, in bf16:
+Memory: E of a chunk, 2 n V bytes (n is 2,048 at most: 594 MiB with 151,936 entries, as f32 logits of 1,024 tokens), losses [N] and
+dx [N, D] in f32, and where the head is trained dhead [V, D] in f32. No array of [N, V].
 
-              FLOPs       bytes of memory                        FLOP a byte, D = 896, n = 2,048
+Roofline of a chunk, in bf16:
+
+              FLOPs       bytes of memory, at least              FLOP a byte, D = 896, n = 2,048
     kernel    2 n V D     2 V D (head), 2 n V (E)                620
     dx        2 n V D     2 V D, 2 n V                           620
-    dhead     2 n V D     8 V D (a sum in f32), 2 n V            300
+    dhead     2 n V D     8 V D (added to, f32), 2 n V           330
 
-An H200 has 989 TFLOP/s and 4.8 TB/s by its datasheet, 206 FLOP a byte: all three are bound by products. These are the FLOPs and the
-bytes of the bare products with logits in bf16. Beside them stand n V exponentials: a processor takes 16 a clock, so a tile of 128 tokens
-and 256 entries takes 2,048 clocks of them, and 128 x 256 D / 2048 = 14,336 of products at D = 896, 32,768 at D = 2,048.
+An H200 has 989 TFLOP/s and 4.8 TB/s by its datasheet, 206 FLOP a byte: products bound all three. FLOPs and bytes are those of the bare
+products with logits in bf16. Beside them stand n V exponentials, 16 a clock and processor: of a tile of 128 tokens and 256 entries 2,048
+clocks, where its product takes 16 D, 14,336 for 896 channels. One behind the other that is 14% of the kernel, 7% of a frozen head's op.
 
-The kernel. A thread block has 128 tokens and walks over tiles of 256 entries. One warpgroup asks the copy engine for tiles of 64
-channels of tokens and entries, four steps ahead, into a ring in shared memory; two warpgroups multiply 64 tokens each, the next product
-under way before the last is waited for. The ring goes on from tile to tile, and is four steps of 0.56 us deep: one warpgroup may take
-its exponentials while the other multiplies. A step of the ring brings 48 KiB for 4.2 MFLOP, 85 FLOP a byte of the second-level cache.
+The kernel. A thread block of 128 tokens walks over tiles of 256 entries. One of its warpgroups asks the copy engine for 64 channels of
+both at a time, four steps ahead, into a ring in shared memory; two multiply 64 tokens each, the next product under way before the last
+is waited for. The ring goes on from tile to tile, and one warpgroup begins two steps behind the other: each takes its exponentials
+while the other multiplies. Two thread blocks, a cluster, walk over the same entries and copy half of them each for both: a step brings
+32 KiB of the second-level cache for 4.2 MFLOP, 128 FLOP a byte.
 
 Sharding: inside `shard_map(..., check_vma=False)`, tokens split, not under automatic partitioning.
 """
@@ -197,22 +201,20 @@ def _whole(number: int, of: int) -> int:
 def _exponentials(
     x: jax.Array, head: jax.Array, entries: int, tiling: Tiling, kept: bool, reference: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """t [n] and E [n, V] (None if it is not kept) of n tokens, whole pairs of blocks, and of a head whose rows behind `entries` do not count."""
+    """t [n] f32 and E [n, V] of x's dtype (None if it is not kept); rows of the head behind `entries` do not count."""
     n, V = x.shape[0], head.shape[0]
     blocks, tiles = n // tiling.block, pl.cdiv(V, tiling.entries)
     each = tiles_of_a_split(blocks, tiles, tiling.processors)
     splits = pl.cdiv(tiles, each)
-    exponentials = [jax.ShapeDtypeStruct((n, V), x.dtype)] if kept else []
     # Tiles of shared memory are 8 rows of the channels of a step: 128 bytes on a GPU.
     transforms = plgpu.TilingTransform((8, tiling.channels)), plgpu.SwizzleTransform(tiling.channels * x.dtype.itemsize)
     ring = [plgpu.SMEM((SLOTS, rows, tiling.channels), x.dtype, transforms=transforms) for rows in (tiling.block, tiling.entries)]
-    leaving = plgpu.SMEM((MULTIPLIERS, 2, tiling.tokens, tiling.channels), x.dtype, transforms=transforms)
-    sums, *kept = plgpu.kernel(
+    sums, *shares = plgpu.kernel(
         partial(_kernel, entries=entries, each=each, tiling=tiling, kept=kept),
-        out_type=[jax.ShapeDtypeStruct((splits, n), jnp.float32), *exponentials],
+        out_type=[jax.ShapeDtypeStruct((splits, n), jnp.float32), *[jax.ShapeDtypeStruct((n, V), x.dtype)] * kept],
         scratch_types=[
             *ring,
-            leaving,
+            plgpu.SMEM((MULTIPLIERS, 2, tiling.tokens, tiling.channels), x.dtype, transforms=transforms),
             plgpu.Barrier(num_arrivals=len(ring), num_barriers=SLOTS),
             plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=MULTIPLIERS, num_barriers=SLOTS),
             plgpu.Barrier(),
@@ -227,7 +229,7 @@ def _exponentials(
         interpret=tiling.interpret,
         kernel_name="cross_entropy_exponentials",
     )(x, head, reference)
-    return sums.sum(axis=0), kept[0] if kept else None
+    return sums.sum(axis=0), shares[0] if kept else None
 
 
 def tiles_of_a_split(blocks: int, tiles: int, processors: int = PROCESSORS) -> int:
@@ -238,86 +240,103 @@ def tiles_of_a_split(blocks: int, tiles: int, processors: int = PROCESSORS) -> i
         return each * pl.cdiv(blocks * pl.cdiv(tiles, each), processors)
 
     # Several thread blocks one after another on a processor even out what does not divide.
-    most = [pl.cdiv(tiles, max(1, processors * waves // blocks)) for waves in range(1, 5)]
-    return min(most, key=rounds)
+    return min((pl.cdiv(tiles, max(1, processors * waves // blocks)) for waves in range(1, 5)), key=rounds)
+
+
+class _Walk(NamedTuple):
+    """Of a thread block: its first token and tile of entries, the number of its tiles, and of the steps of each, by channels."""
+
+    start: jax.Array
+    first: jax.Array
+    tiles: jax.Array
+    steps: int
+    tiling: Tiling
+
+    @property
+    def all_steps(self) -> jax.Array:
+        return self.tiles * self.steps
 
 
 def _kernel(x, head, reference, sums, *refs, entries, each, tiling, kept):
     """Sums [splits, n] of the exponentials of a split of the entries, and these (`shares` [n, V]).
 
     Shared memory: `tokens` [SLOTS, 128, 64] and `rows` [SLOTS, 256, 64] of the head, the ring; `leaving` [2, 2, 64, 64], two slots of
-    each warpgroup that multiplies. A slot of the ring has `arrived`, and is `free` when both have multiplied it.
+    each warpgroup that multiplies. A slot of the ring `arrived`, and is `free` when all of the pair have multiplied it.
     """
     shares, (tokens, rows, leaving, arrived, free, ahead) = (refs[0], refs[1:]) if kept else (None, refs)
-    R, E, C = tiling.tokens, tiling.entries, tiling.channels
-    steps = x.shape[1] // C  # of a tile
-    first = lax.axis_index("splits") * each
-    count = jnp.minimum(each, pl.cdiv(head.shape[0], E) - first)
-    start = lax.axis_index("pairs") * tiling.pair + lax.axis_index("pair") * tiling.block
-    warpgroup = lax.axis_index("warpgroup")
+    split, warpgroup = lax.axis_index("splits"), lax.axis_index("warpgroup")
+    walk = _Walk(
+        start=lax.axis_index("pairs") * tiling.pair + lax.axis_index("pair") * tiling.block,
+        first=split * each,
+        tiles=jnp.minimum(each, pl.cdiv(head.shape[0], tiling.entries) - split * each),
+        steps=x.shape[1] // tiling.channels,
+        tiling=tiling,
+    )
 
     @pl.when(warpgroup == MULTIPLIERS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-
-        def fetch(step, _):
-            slot, channels = _remainder(step, SLOTS), pl.ds(_remainder(step, steps) * C, C)
-
-            @pl.when(step >= SLOTS)
-            def _():
-                plgpu.barrier_wait(free.at[slot])
-
-            @pl.when(step < count * steps)
-            def _():
-                tile = first + _quotient(step, steps)
-                plgpu.copy_gmem_to_smem(x.at[pl.ds(start, tiling.block), channels], tokens.at[slot], arrived.at[slot])
-                plgpu.copy_gmem_to_smem(head.at[pl.ds(tile * E, E), channels], rows.at[slot], arrived.at[slot], collective_axes=("pair",))
-
-        lax.fori_loop(0, count * steps + SLOTS, fetch, None)  # until all that was brought is multiplied
+        _bring(walk, x, head, tokens, rows, arrived, free)
 
     @pl.when(warpgroup < MULTIPLIERS)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        mine, here = pl.ds(warpgroup * R, R), pl.ds(start + warpgroup * R, R)
-        lead = jnp.minimum(LEAD, count * steps) - 1
-
-        @pl.when(warpgroup > 0)
-        def _():
-            plgpu.barrier_wait(ahead)
-
+        mine, here = pl.ds(warpgroup * tiling.tokens, tiling.tokens), pl.ds(walk.start + warpgroup * tiling.tokens, tiling.tokens)
         base = plgpu.load(reference.at[here], layout=TILE.reduce(1), optimized=False) * LOG2_E
+        pl.when(warpgroup > 0)(lambda: plgpu.barrier_wait(ahead))
 
-        def tile_of(number, total):
-            def multiply(sums):
-                def step_of(step, _):
-                    slot = _remainder(number * steps + step, SLOTS)
-                    plgpu.barrier_wait(arrived.at[slot])
-                    plgpu.wgmma(sums, tokens.at[slot, mine], rows.at[slot].transpose((1, 0)))
-                    plgpu.wgmma_wait(1)  # all but this one
-
-                    @pl.when(step > 0)
-                    def _():
-                        plgpu.barrier_arrive(free.at[_remainder(number * steps + step - 1, SLOTS)])
-
-                    @pl.when((warpgroup == 0) & (number * steps + step == lead))
-                    def _():
-                        plgpu.barrier_arrive(ahead)
-
-                lax.fori_loop(0, steps, step_of, None)
-                return sums[...]
-
-            logits = pl.run_scoped(multiply, plgpu.ACC((R, E), jnp.float32))
-            plgpu.barrier_arrive(free.at[_remainder((number + 1) * steps - 1, SLOTS)])
+        def tile_of(tile, total):
+            logits = _logits(walk, tile, tokens.at[:, mine], rows, arrived, free, ahead, warpgroup == 0)
             found = jnp.exp2(logits * LOG2_E - lax.broadcast_in_dim(base, logits.shape, [0]))
-            if entries % E:
-                found = _within(found, entries - (first + number) * E)
+            start = (walk.first + tile) * tiling.entries
+            if entries % tiling.entries:
+                found = _within(found, entries - start)
             if kept:
-                _leave(found.astype(leaving.dtype), leaving.at[warpgroup], shares, here, (first + number) * E)
+                _leave(found.astype(leaving.dtype), leaving.at[warpgroup], shares, here, start)
             return total + found.sum(1)
 
-        nothing = plgpu.layout_cast(jnp.zeros(R, jnp.float32), TILE.reduce(1))
-        sums.at[lax.axis_index("splits"), here][...] = lax.fori_loop(0, count, tile_of, nothing)
+        nothing = plgpu.layout_cast(jnp.zeros(tiling.tokens, jnp.float32), TILE.reduce(1))
+        sums.at[split, here][...] = lax.fori_loop(0, walk.tiles, tile_of, nothing)
         plgpu.wait_smem_to_gmem(0)
+
+
+def _bring(walk, x, head, tokens, rows, arrived, free):
+    """Asks for what each step needs, as soon as its slot is free, until all that was brought is multiplied."""
+    E, C = walk.tiling.entries, walk.tiling.channels
+
+    def fetch(step, _):
+        slot, channels = _remainder(step, SLOTS), pl.ds(_remainder(step, walk.steps) * C, C)
+        pl.when(step >= SLOTS)(lambda: plgpu.barrier_wait(free.at[slot]))
+
+        @pl.when(step < walk.all_steps)
+        def _():
+            entries = pl.ds((walk.first + _quotient(step, walk.steps)) * E, E)
+            plgpu.copy_gmem_to_smem(x.at[pl.ds(walk.start, walk.tiling.block), channels], tokens.at[slot], arrived.at[slot])
+            plgpu.copy_gmem_to_smem(head.at[entries, channels], rows.at[slot], arrived.at[slot], collective_axes="pair")
+
+    lax.fori_loop(0, walk.all_steps + SLOTS, fetch, None)
+
+
+def _logits(walk, tile, tokens, rows, arrived, free, ahead, leads):
+    """[64, 256] of a warpgroup. A slot is free when the product after its own is under way; one that leads says so to the other."""
+    before = tile * walk.steps
+    lead = jnp.minimum(LEAD, walk.all_steps) - 1
+
+    def multiply(sums):
+        def step_of(step, _):
+            slot = _remainder(before + step, SLOTS)
+            plgpu.barrier_wait(arrived.at[slot])
+            plgpu.wgmma(sums, tokens.at[slot], rows.at[slot].transpose((1, 0)))
+            plgpu.wgmma_wait(1)  # all but this one
+            pl.when(step > 0)(lambda: plgpu.barrier_arrive(free.at[_remainder(before + step - 1, SLOTS)]))
+            pl.when(leads & (before + step == lead))(lambda: plgpu.barrier_arrive(ahead))
+
+        lax.fori_loop(0, walk.steps, step_of, None)
+        return sums[...]
+
+    logits = pl.run_scoped(multiply, plgpu.ACC((walk.tiling.tokens, walk.tiling.entries), jnp.float32))
+    plgpu.barrier_arrive(free.at[_remainder(before + walk.steps - 1, SLOTS)])
+    return logits
 
 
 def _within(found, left):
