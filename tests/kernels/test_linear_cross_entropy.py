@@ -282,7 +282,7 @@ def test_few_tokens_are_dense_and_many_go_in_chunks(monkeypatch):
 
 def test_what_is_chosen_is_told_with_its_memory(monkeypatch):
     monkeypatch.setattr(dispatch, "TOKENS", 1024)
-    assert choose() == ("xla", "the default; opt-in, unverified: pallas_tpu")
+    assert choose() == ("xla", "the default; opt-in, unverified: pallas_tpu, pallas_gpu")
     assert choose((8, 128), 4096)[1].endswith("all logits at once, 16.0 MiB a device")
     assert choose((16, 512), 4096, 2)[1].endswith("128 of a row's 512 positions at a time, logits of 16.0 of 64.0 MiB a device")
 

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cross_entropy_kernels import CLOSE, distance, draws, exact, gradients, relative
 from jax.experimental.pallas import tpu as pltpu
 from jaxre_kernels.cross_entropy import Channels, choose, dense_cross_entropy, linear_cross_entropy
 from jaxre_kernels.cross_entropy.tpu import blocks_of, pallas_cross_entropy, unsupported
 
-CLOSE = 2e-6  # f32: sums of at most 50 products, in another order than the reference's, which is in f64
-COTANGENT = 0.37
 # With these, reads of what was never written give NaN, reads behind an array raise, and copies that race are told.
 STRICT = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan", out_of_bounds_reads="raise")
 
@@ -29,38 +28,10 @@ SHAPES = {
 }
 
 
-def draws(tokens, channels: int, entries: int, scale: float = 1.0):
-    """x, head, targets with the first and the last entry, weights of which a fifth is zero."""
-    draw = np.random.default_rng(0)
-    targets = draw.integers(0, entries, tokens).astype(np.int32)
-    targets.flat[0], targets.flat[-1] = 0, entries - 1
-    weights = (draw.random(tokens) * (draw.random(tokens) > 0.2)).astype(np.float32)
-    weights.flat[0] = weights.flat[-1] = 0.7
-    x, head = draw.standard_normal((*tokens, channels)), draw.standard_normal((entries, channels))
-    return [(scale * x).astype(np.float32), head.astype(np.float32), targets, weights]
-
-
-def gradients(op, x, head, targets, weights):
-    loss, back = jax.vjp(lambda x, head, weights: op(x, head, targets, weights), x, head, weights)
-    return loss, *back(jnp.asarray(COTANGENT, loss.dtype))
-
-
 @partial(jax.jit, static_argnames="interpret")
 def kernel(inputs, interpret=True):
     """Loss, and gradients by x, head and weights."""
     return gradients(partial(pallas_cross_entropy, blocks=(8, 16), interpret=interpret), *inputs)
-
-
-def exact(x, head, targets, weights):
-    with jax.enable_x64(True):
-        wide = [jnp.asarray(np.asarray(array), jnp.float64) for array in (x, head, weights)]
-        return jax.device_get(jax.jit(partial(gradients, dense_cross_entropy))(*wide[:2], targets, wide[2]))
-
-
-def relative(value, reference) -> float:
-    value, reference = (np.asarray(array, np.float64) for array in (value, reference))
-    assert value.shape == reference.shape
-    return float(np.abs(value - reference).max() / np.abs(reference).max())
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -91,8 +62,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_dense_formula():
     found, plain = kernel(half), jax.jit(partial(gradients, dense_cross_entropy))(*half)
     assert [leaf.dtype.name for leaf in found] == ["float32", "bfloat16", "bfloat16", "float32"]
     for one, other, true, most in zip(found, plain, exact(*inputs), (1.01, 1.02, 1.25, 1.01), strict=True):
-        ours, theirs = (np.sqrt(np.mean((np.asarray(value, np.float64) - true) ** 2)) for value in (one, other))
-        assert ours < most * theirs  # for the head's gradient what is summed over tokens is rounded
+        assert distance(one, true) < most * distance(other, true)  # for the head's gradient what is summed over tokens is rounded
 
 
 def test_a_frozen_head_takes_two_products_and_no_gradient_of_its_size():

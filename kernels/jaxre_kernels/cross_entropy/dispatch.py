@@ -14,13 +14,16 @@ from jaxre_kernels.cross_entropy.chunked import chunked_cross_entropy
 from jaxre_kernels.cross_entropy.reference import dense_cross_entropy
 from jaxre_kernels.implementations import Entry, kernels_of, measured, named, tiles_of
 
-IMPLEMENTATIONS = ("xla", "pallas_tpu")
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 
 # At a time on a device: enough for a chunk's products to outweigh its reading of the head. On two CPU cores 256, 512 and 1,024 of
 # 4,096 tokens at a time took 0.75, 0.71 and 0.78 of the dense op's processor time (256 channels, 4,096 entries, frozen head, f32, with
 # one exponential more than now; 2026-11-21). Not measured on an accelerator.
 TOKENS = 1024
-TILES = {"xla": [{"at_most": tokens} for tokens in (512, 1024, 2048, 4096, 8192)]}  # what `tools/tune_kernels.py` tries
+TILES = {  # what `tools/tune_kernels.py` tries
+    "xla": [{"at_most": tokens} for tokens in (512, 1024, 2048, 4096, 8192)],
+    "pallas_gpu": [{"at_most": tokens} for tokens in (1024, 2048, 4096, 8192)],
+}
 
 
 def positions_at_once(tokens: tuple[int, ...], shards: int = 1, at_most: int | None = None) -> int:
@@ -61,11 +64,13 @@ def choose(
     entry = _measured(tokens, vocabulary, shards, channels, device_kind)
 
     def unsupported(name: str) -> str | None:
-        return _unsupported_tpu(shards, channels) if name == "pallas_tpu" else None
+        return None if name == "xla" else _unsupported(name, shards, channels)
 
     name, reason = named("cross-entropy", implementation, IMPLEMENTATIONS, entry, unsupported)
-    if name == "pallas_tpu":
-        return name, f"{reason}; {_told_tpu(shards, channels)}"
+    if name != "xla":
+        if refusal := _unsupported(name, shards, channels):
+            raise ValueError(f"linear cross-entropy {name!r} does not run here: {refusal}")
+        return name, f"{reason}; {_told(name, tokens, vocabulary, channels, tiles_of(entry, name))}"
     if tokens is None:
         return name, reason
     at_once, size = positions_at_once(tokens, shards, **tiles_of(entry, name)), 4 * vocabulary * math.prod(tokens) / shards / 2**20
@@ -84,20 +89,23 @@ def _measured(
     return measured("cross_entropy", device_kind, channels.dtype, sizes)
 
 
-def _unsupported_tpu(shards: int, channels: Channels | None) -> str | None:
+def _unsupported(name: str, shards: int, channels: Channels | None) -> str | None:
     if shards > 1:
-        return f"pallas_tpu takes the tokens of one device, these are on {shards}: call it inside of shard_map"
-    return None if channels is None else kernels_of("cross_entropy", "pallas_tpu").unsupported(*channels)
+        return f"{name} takes the tokens of one device, these are on {shards}: call it inside of shard_map"
+    return None if channels is None else kernels_of("cross_entropy", name).unsupported(*channels)
 
 
-def _told_tpu(shards: int, channels: Channels | None) -> str:
-    """What `pallas_tpu` does. Raises ValueError where it does not run."""
-    if refusal := _unsupported_tpu(shards, channels):
-        raise ValueError(f"linear cross-entropy for TPUs does not run here: {refusal}")
-    if channels is None:
-        return "no logits leave the chip"
-    tokens, entries = kernels_of("cross_entropy", "pallas_tpu").blocks_of(*channels)
-    return f"{tokens} tokens and {entries} entries at a time, no logits leave the chip"
+def _told(name: str, tokens: tuple[int, ...] | None, vocabulary: int, channels: Channels | None, tiles: dict[str, int]) -> str:
+    """What of the logits a kernel leaves in memory."""
+    kernels = kernels_of("cross_entropy", name)
+    if name == "pallas_tpu":
+        blocks = "" if channels is None else "{} tokens and {} entries at a time, ".format(*kernels.blocks_of(*channels))
+        return f"{blocks}no logits leave the chip"
+    at_once = tiles.get("at_most", kernels.TOKENS)
+    if tokens is not None:
+        at_once = min(at_once, math.prod(tokens))
+    size = f", {2 * at_once * vocabulary / 2**20:,.1f} MiB" if vocabulary else ""
+    return f"no logits leave the chip, their exponentials do in bf16, of {at_once:,} tokens at a time{size}"
 
 
 def linear_cross_entropy(
@@ -130,10 +138,10 @@ def linear_cross_entropy(
     """
     channels = Channels(x.shape[-1], x.dtype)
     name, _ = choose(targets.shape, head.shape[0], shards, channels=channels, implementation=implementation, device_kind=device_kind)
-    if name == "pallas_tpu":
-        return kernels_of("cross_entropy", name).pallas_cross_entropy(x, head, targets, weights)
     if tiles is None:
         tiles = tiles_of(_measured(targets.shape, head.shape[0], shards, channels, device_kind), name)
+    if name != "xla":
+        return kernels_of("cross_entropy", name).pallas_cross_entropy(x, head, targets, weights, **tiles)
     positions = positions_at_once(targets.shape, shards, **tiles)
     if positions == targets.shape[-1]:
         return dense_cross_entropy(x, head, jnp.clip(targets, 0, head.shape[0] - 1), weights)
