@@ -29,6 +29,8 @@ from jaxre_kernels.implementations import (
     verdict,
     write_table,
 )
+from jaxre_kernels.lora import Projections
+from jaxre_kernels.lora import choose as choose_lora
 
 KIND = "NVIDIA H200"
 ENTRY = Entry(
@@ -209,3 +211,15 @@ def test_what_does_not_ask_for_a_kernel_does_not_import_it():
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "kernels")}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_lora_asks_the_table(table):
+    entry = ENTRY._replace(op="lora", dtype="float16", sizes={"rank": (4, 4), "outputs": (96, 96)}, implementation="pallas_tpu", tiles={})
+    table(entry, entry._replace(op="nf4", sizes={"rank": (8, 8)}))
+    dense = Projections(16, 64, (64, 32), (4, 4), (False, False), jnp.float16)
+    for there in (dense, dense._replace(ranks=(8, 8), nf4=(True, True))):
+        name, why = choose_lora(there, device_kind=KIND)
+        assert name == "xla" and "the table's pallas_tpu does not take this" in why and "not float16" in why
+    for other in ({"ranks": (8, 8)}, {"ranks": (4, 0)}, {"nf4": (True, True)}, {"nf4": (True, False)}, {"outputs": (64, 64)}):
+        assert "the default" in choose_lora(dense._replace(**other), device_kind=KIND)[1]
+    assert "the default" in choose_lora(dense)[1]  # the device is not known
