@@ -181,7 +181,7 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", default=None, help=f"of {','.join(PROMPTS)}; all if not given, the first two with --quick")
+    parser.add_argument("--prompts", default=None, help=f"of {','.join(PROMPTS)}; all if not given, the first with --quick")
     parser.add_argument(
         "--sides", default="a,a',b,c", help="a, a', b, c, d (all of its variants) or one of them; the first is compared with"
     )
@@ -195,12 +195,12 @@ def main() -> None:
     parser.add_argument("--nf4", action="store_true", help="base weights NF4 in the timed part (needs a GPU and bitsandbytes)")
     parser.add_argument("--compile", action="store_true", help="torch.compile in (b)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of (c) and (d)")
-    parser.add_argument("--quick", action="store_true", help="fewer, shorter rounds")
+    parser.add_argument("--quick", action="store_true", help="one prompt, fewer and shorter rounds")
     parser.add_argument("--json", type=Path, metavar="FILE")
     settings = parser.parse_args()
     settings.rounds = settings.rounds or (2 if settings.quick else 7)
     settings.seconds = settings.seconds or (5.0 if settings.quick else 30.0)
-    settings.prompts = settings.prompts.split(",") if settings.prompts else list(PROMPTS)[: 2 if settings.quick else None]
+    settings.prompts = settings.prompts.split(",") if settings.prompts else list(PROMPTS)[: 1 if settings.quick else None]
     settings.sides = [name for given in settings.sides.split(",") for name in (VARIANTS if given == "d" else [given])]
     unknown = [name for name in settings.sides if name not in TOLD and name not in VARIANTS] + [
         p for p in settings.prompts if p not in PROMPTS

@@ -194,7 +194,7 @@ def time_peers(emit: Emit, deadline: float, options: argparse.Namespace) -> None
     """`bench_training.py`, first with jaxre at the study's own batch, which is what (a) takes, then with packed rows."""
     shape = DRY_STEP if options.dry else STEP
     sides = "--rounds 1 --seconds 0.5 --sides a',c" if options.dry else "--rounds 2 --seconds 5 --sides a,a',b,c"
-    common = f"--quick --prompts 0shot --shape {shape['shape']} --dtype {shape['dtype']} --examples {shape['examples']} {sides}".split()
+    common = f"--quick --shape {shape['shape']} --dtype {shape['dtype']} --examples {shape['examples']} {sides}".split()
     batch = ["--row-length", "1024", *(part for setting in STUDY_BATCH for part in ("--set", setting))]
     rows = ["--rows", str(shape["rows"]), "--row-length", str(shape["row_length"])]
     for name, extra in {"jaxre at the study's batch": batch, "jaxre with packed rows": rows}.items():

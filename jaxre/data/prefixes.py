@@ -228,19 +228,16 @@ def _subtrees(prefixes: Prefixes, lengths: np.ndarray, row_length: int) -> tuple
 def _bundle(prefixes: Prefixes, lengths: np.ndarray, supervised: np.ndarray, depth: int, members: np.ndarray, limit: int) -> Group:
     """A group whose bundles hold at most `limit` tokens, or one example."""
     shared = np.concatenate([[depth], prefixes.common(members[:-1], members[1:])]) if len(members) else members
-    bundles: list[list[int]] = []
-    loads: list[int] = []
-    targets: list[int] = []
-    for example, length, wanted, common in zip(
-        members.tolist(), lengths[members].tolist(), supervised[members].tolist(), shared.tolist(), strict=True
-    ):
-        if bundles and common - depth >= WORTH and loads[-1] + length - common <= limit:
-            bundles[-1].append(example)
-        else:
-            common = depth
-            bundles.append([example])
-            loads.append(0)
-            targets.append(0)
-        loads[-1] += length - common
-        targets[-1] += min(wanted, length - common)
-    return Group(depth, bundles, np.array(loads, np.int64), np.array(targets, np.int64))
+    joins, whole = shared - depth >= WORTH, lengths[members].astype(np.int64) - depth
+    own = np.where(joins, whole + depth - shared, whole)
+    starts, load = [], limit
+    for number, (joined, more, alone) in enumerate(zip(joins.tolist(), own.tolist(), whole.tolist(), strict=True)):
+        load += more
+        if not joined or load > limit:
+            starts.append(number)
+            load = alone
+    own[starts] = whole[starts]
+    listed = members.tolist()
+    bundles = [listed[start:end] for start, end in itertools.pairwise([*starts, len(listed)])]
+    loads, targets = (np.add.reduceat(one, starts) for one in (own, np.minimum(supervised[members], own)))
+    return Group(depth, bundles, loads, targets)

@@ -21,7 +21,6 @@ from jaxre.errors import InputError
 from jaxre.models.architecture import EncoderArchitecture, architecture_of, check_vocabulary
 from jaxre.models.encoder import for_task
 from jaxre.models.lora import init_adapter
-from jaxre.models.module import init_weights
 from jaxre.models.quantised import is_nf4, is_quantised
 from jaxre.models.weights import AnyArchitecture
 from jaxre.training import sharding
@@ -100,6 +99,8 @@ def initial_state(
     if config.model.architecture is not None:
         if not full:
             raise InputError("train.method=lora: the random weights of model.architecture are not kept beside an adapter; set it to full")
+        from jaxre.models.module import init_weights  # Flax takes 0.3 s to import, and nothing else of a run needs it
+
         architecture = architecture_of(config.model.architecture, "model.architecture")
         params = jax.tree.map(np.asarray, init_weights(architecture, config.seed))
     else:
