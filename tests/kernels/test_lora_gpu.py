@@ -136,12 +136,12 @@ def test_what_is_kept_for_the_backward_pass_is_narrow():
 
 @needs_interpreter
 def test_no_wide_product_stands_outside_of_the_kernels():
-    """One kernel forwards and one backwards. Outside there are L, dL, dA and dB, of a rank; nothing has the channels of x or Y."""
+    """Nor a mask: two kernels forwards and one backwards. Outside there are dL, dA and dB, of a rank; none has the channels of x or Y."""
     inputs = draws((256,), 128, (320,), (4,))
     program = str(jax.make_jaxpr(lambda inputs: kernel(inputs, RATE))(inputs))
-    assert program.count("name=lora_forward") == program.count("name=lora_backward") == 1
+    assert all(program.count(f"name={name}") == 1 for name in ("lora_low", "lora_forward", "lora_backward"))
     products = [line.split("=")[0] for line in program.splitlines() if "dot_general" in line]
-    assert len(products) == 4 and not any("[256,128]" in line or "[256,320]" in line for line in products)
+    assert len(products) == 3 and not any("[256,128]" in line or "[256,320]" in line for line in products)
 
 
 # ---- which runs -------------------------------------------------------------------------------

@@ -51,10 +51,13 @@ TOKENS = 4096
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_nothing_spills_and_nothing_wide_is_formed(case, tmp_path):
-    inputs, outputs, _, nf4, _ = case
+    inputs, outputs, ranks, nf4, rate = case
     peak, kernels = compiled(tmp_path, PROGRAM, TOKENS, *case)
-    shared = 198656 if any(nf4) else 196608 if inputs == 960 else 229376
-    assert kernels == dict.fromkeys(("lora_forward", "lora_backward"), Kernel(168, 0, shared)), kernels
+    forward, backward = (198656, 189440) if any(nf4) else (196608,) * 2 if inputs == 960 else (229376,) * 2
+    expected = {"lora_forward": Kernel(168, 0, forward), "lora_backward": Kernel(168, 0, backward)}
+    if rate:
+        expected["lora_low"] = Kernel(168, 0, 81920 + 512 * 64 * len(ranks))
+    assert kernels == expected
     passing = 4 * TOKENS * (inputs + sum(outputs))  # x, dx, y and dY
     weights = sum(inputs * o * (9 / 16 if packed else 2) for o, packed in zip(outputs, nf4, strict=True))
     # x' once at a time, and L and dL, padded.

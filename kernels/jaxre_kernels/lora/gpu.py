@@ -8,19 +8,20 @@ What is computed is what `group.py` derives; with c = scale / (1 - rate), x' = x
     forward    L = c x' [A1 A2 ...],    Yi = x Wi + Li Bi
     backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,    [dA1 dA2 ...] = x'^T dL,    dx = sum_i dYi Wi^T + mask (dL [A1 A2 ...]^T)
 
-One kernel forms all Yi, another dx. A sum of base and low-rank product is formed in f32 registers, and rounded and written once. A step of
+One kernel forms all Yi, one dx. A sum of base and low-rank product is formed in f32 registers, and rounded and written once. A step of
 a sum is 64 channels; ranks are padded to 64 and are more steps of the same sum: [x, Li] [Wi; Bi] with no copy of either. Backwards
 dropout lies behind the low-rank product: that is formed when the rest is summed, and masked in registers by the counters. A
 tile of any projection is a thread block of the one grid, so narrow projections (k and v) fill the processors together with wide ones.
 
-The four narrow products are XLA's. In bf16 they move, a token, beside 2 (I + O) bytes of each of the kernels:
+L has a kernel of its own where there is dropout, which drops channels of x in shared memory. The other three narrow products are XLA's.
+In bf16 they all move, a token, beside 2 (I + O) bytes of each of the wide kernels:
 
-    L: 2 I, and 4 I if the compiler writes x' down        dL: 2 O        dB: 2 O        dA: 2 I, and 4 I as for L
+    L: 2 I        dL: 2 O        dB: 2 O        dA: 2 I, and 4 I where the compiler writes x' down
 
-At 16,384 tokens and the 4.8 TB/s of an H200 that is at most 18 us forwards and 34 us backwards for q, k and v of Qwen2.5-0.5B, and 42 and
+At 16,384 tokens and the 4.8 TB/s of an H200 that is 6 us forwards and at most 34 us backwards for q, k and v of Qwen2.5-0.5B, and 14 and
 342 us for gate and up of 3B; at its 989 TFLOP/s the wide product takes 34 us and 1.49 ms each way. dL and dB do not share
 a read of dY: one is a sum over channels and one over tokens, so one of them would have to leave partial sums in memory, 256 O bytes
-a block of tokens. A kernel for L that draws the mask itself would save its 4 I; it is not written.
+a block of tokens. dA is a sum over all tokens, too.
 
 NF4. The feeding warpgroup decodes codes to bf16 in shared memory, by 15 selections a parameter, while the other two multiply: the
 product reads them there, forwards as they are and backwards transposed. Weights lie as `NF4Tiles` with halves of 64 rows, the tile of a
@@ -37,7 +38,7 @@ is refused: the tensor cores would round it to 10 bits.
 
 Memory: kept for the backward pass are x and L, of which each projection has 64 numbers a token or a multiple. Neither x', the mask, Li Bi
 nor a decoded W is kept, and the latter two are nowhere in memory. In shared memory a thread block has 4 slots, 229,376 bytes, with
-NF4 3 slots and codes, 198,656. So one thread block runs on a processor, and writing its tile is not hidden.
+NF4 3 slots and codes, 198,656 forwards and 189,440 backwards. So one thread block runs on a processor, and writing its tile is not hidden.
 
 Roofline of one step of a tile of 256 x 128, 4.2 MFLOP:
 
@@ -61,17 +62,15 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxre_kernels.lora.gpu_kernels import Packed, Ring, backward_kernel, forward_kernel
+from jaxre_kernels.lora.gpu_kernels import CHUNK, STEP, Packed, Ring, backward_kernel, forward_kernel, low_kernel
 from jaxre_kernels.lora.group import Factors, Projections, dlow_of, factor_gradients, joined_a, low_of, projections_of
 from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, tiled
 
 MISSING = None if jax.__version_info__ >= (0, 11) else f"it needs jax 0.11 or later, this is {jax.__version__}"
 
-STEP = 64  # channels of a step of a sum, and what a rank is padded to
 NF4_HALF = STEP  # rows of a half of `NF4Tiles`
-TOKENS = 256  # of a tile: two warpgroups of 128
+TOKENS = 256  # of a tile
 WIDTHS = (128, 64)  # channels of a tile
-CHUNK = 32  # channels of it that are written at a time
 SLOTS = {False: 4, True: 3}  # steps on the way, by whether a weight is NF4: then codes need room too
 
 
@@ -139,19 +138,19 @@ def _op(x, weights, factors, words, scale, rate, interpret):
 
 def _forward(x, weights, factors, words, scale, rate, interpret):
     trained, padded = any(factor is not None for factor in factors), _padded(factors)
-    low = low_of(x, padded, words, scale, rate) if trained else None
     outputs = projections_of(x, weights, factors).outputs
-    width, laid = _width(*outputs), _laid(weights)
-    rows = _rows(x)
+    width, laid, rows, low = _width(*outputs), _laid(weights), _rows(x), None
+    if trained:
+        low = _low(x, padded, words, scale, rate, interpret) if rate else low_of(x, padded, words, scale, rate)
     ys = _run(
         "lora_forward",
         forward_kernel,
         (rows, None if low is None else _rows(low), laid, [None if factor is None else factor.b.astype(x.dtype) for factor in padded]),
-        [jax.ShapeDtypeStruct((rows.shape[0], width), x.dtype) for width in outputs],
-        sum(outputs) // width,
+        [jax.ShapeDtypeStruct((rows.shape[0], channels), x.dtype) for channels in outputs],
+        (TOKENS, sum(outputs) // width),
         (STEP, width),
-        width,
         interpret,
+        width,
     )
     ys = [_brought_back(y, x) for y in ys]
     return ys, (x if trained else None, weights, factors, words, low)
@@ -168,12 +167,12 @@ def _backward(scale, rate, interpret, kept, dys):
     (dx,) = _run(
         "lora_backward",
         partial(backward_kernel, rate=rate),
-        (rows, None if low is None else _rows(dlow), a, _rows(words[..., None])[:, 0] if masked else None, laid),
+        (rows, None if low is None else _rows(dlow), a, _words(words) if masked else None, laid),
         [jax.ShapeDtypeStruct((rows[0].shape[0], inputs), dys[0].dtype)],
-        inputs // _width(inputs),
+        (TOKENS, inputs // _width(inputs)),
         (_width(inputs), STEP),
-        STEP,
         interpret,
+        STEP,
     )
     dx = _brought_back(dx, dys[0])
     if low is None:
@@ -185,39 +184,61 @@ def _backward(scale, rate, interpret, kept, dys):
 _op.defvjp(_forward, _backward)
 
 
-def _run(name, kernel, arrays, out_type, columns, rhs, packed, interpret):
-    """A kernel over all tiles of 256 tokens and `columns` of channels. `rhs`: the shape of a step of weights; `packed`: columns of a tile
-    of codes."""
+def _low(x, factors, words, scale, rate, interpret):
+    """`low_of`, without x' in memory."""
+    rows, a = _rows(x), joined_a(factors, x.dtype)
+    (low,) = _run(
+        "lora_low",
+        partial(low_kernel, scale=scale / (1 - rate), rate=rate),
+        (rows, a, _words(words)),
+        [jax.ShapeDtypeStruct((rows.shape[0], a.shape[1]), x.dtype)],
+        (TOKENS // 2, 1),
+        (STEP, a.shape[1]),
+        interpret,
+    )
+    return _brought_back(low, x)
+
+
+def _run(name, kernel, arrays, out_type, tiles, rhs, interpret, packed=None):
+    """A kernel over all tiles.
+
+    Args:
+      tiles: tokens of a tile, and how many tiles of channels there are; rhs: shape of a step of weights.
+      packed: columns of a tile of codes, for a kernel of weights that may be NF4.
+    """
     dtype, tokens = out_type[0].dtype, out_type[0].shape[0]
     nf4 = any(isinstance(leaf, NF4Tiles) for leaf in jax.tree.leaves(arrays, is_leaf=lambda leaf: isinstance(leaf, NF4Tiles)))
-    slots = SLOTS[nf4]
+    slots, (height, columns) = SLOTS[nf4], tiles
 
-    def tiles(swizzle, *shape):
+    def shared(swizzle, *shape):
         """In shared memory as products read it: rows of `swizzle` bytes."""
         return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)))
 
     ring = Ring(
-        tiles(128, slots, TOKENS, STEP),
-        tiles(128, slots, *rhs),
+        shared(128, slots, height, STEP),
+        shared(128, slots, *rhs),
         plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         plgpu.Barrier(num_arrivals=2, num_barriers=slots),
     )
-    codes = Packed(
-        plgpu.SMEM((2, STEP, packed), jnp.uint8),
-        plgpu.SMEM((2, 2, packed), jnp.float32),
-        plgpu.Barrier(num_arrivals=2, num_barriers=2),
-    )
+    scratch = {"ring": ring, "staged": shared(64, 2, 2, height // 2, CHUNK)}
+    if packed is not None:
+        scratch["packed"] = _packed(packed) if nf4 else None
     return plgpu.kernel(
         kernel,
         out_type=out_type,
-        scratch_types={"ring": ring, "staged": tiles(64, 2, 2, TOKENS // 2, CHUNK), "packed": codes if nf4 else None},
-        grid=(tokens // TOKENS * columns,),
+        scratch_types=scratch,
+        grid=(tokens // height * columns,),
         grid_names=("tiles",),
         num_threads=3,
         thread_name="warpgroup",
         interpret=interpret,
         kernel_name=name,
     )(*arrays)
+
+
+def _packed(columns):
+    came = plgpu.Barrier(num_arrivals=2, num_barriers=2)
+    return Packed(plgpu.SMEM((2, STEP, columns), jnp.uint8), plgpu.SMEM((2, 2, columns), jnp.float32), came)
 
 
 # ---- layout -----------------------------------------------------------------------------------
@@ -227,6 +248,11 @@ def _rows(array):
     """[..., I] -> [N, I], with zeros behind up to whole tiles; the same memory where there are none."""
     flat = array.reshape(-1, array.shape[-1])
     return jnp.pad(flat, ((0, -flat.shape[0] % TOKENS), (0, 0)))
+
+
+def _words(words):
+    """[...] -> [N]."""
+    return _rows(words[..., None])[:, 0]
 
 
 def _brought_back(rows, like):

@@ -1,7 +1,8 @@
 """The Mosaic GPU kernels of a LoRA group for Hopper. See `gpu.py` for what they compute.
 
-A thread block forms one tile of a result, 256 tokens and `width` channels, in three warpgroups. One feeds: it keeps a ring of slots
-filled, each with a step of the sum, 64 channels of both factors. Two compute, 128 tokens each, with the sums in registers until the end:
+A thread block forms one tile of a result, tokens and `width` channels, in three warpgroups. One feeds: it keeps a ring of slots
+filled, each with a step of the sum, 64 channels of both factors. Two compute, for half of the tokens each, with the sums in registers
+until the end:
 
     feeding      wait until the slot is free -> ask the copy engine (TMA) for both factors; decode the weight itself if it is NF4
     computing    wait until the slot is full -> start its product -> wait for the product before that -> say that its slot is free
@@ -29,8 +30,7 @@ from jaxre_kernels.lora.dropout import is_kept
 from jaxre_kernels.nf4 import NF4Tiles
 from jaxre_kernels.nf4.tiles import levels
 
-STEP = 64  # channels of a step, the rank of a step, and the rows of a tile of codes
-ROWS = 128  # tokens of a warpgroup
+STEP = 64  # channels of a step of a sum, what a rank is padded to, and the rows of a half of NF4
 FEEDER = 2  # the warpgroup that feeds; those before it compute
 CHUNK = 32  # channels that are written at a time
 SNAKE = 11  # tiles of tokens that pass by the same weights: with 12 tiles of weights, what the 132 processors have at a time
@@ -38,7 +38,7 @@ TILE = plgpu.Layout.WGMMA  # how a product lies in the registers of a warpgroup
 
 
 class Ring(NamedTuple):
-    """Slots in shared memory: lhs [S, 256, 64] and rhs [S, 64, width] or [S, width, 64]; their barriers, full and free."""
+    """Slots in shared memory: lhs [S, tokens, 64] and rhs [S, 64, width] or [S, width, 64]; their barriers, full and free."""
 
     lhs: Any
     rhs: Any
@@ -54,25 +54,49 @@ class Packed(NamedTuple):
     came: Any
 
 
+def low_kernel(x, a, words, low, *, ring, staged, scale, rate):
+    """L = scale mask(x) A. x [N, I], a [I, R], words [N] uint32 -> low [N, R]. A tile has all of R.
+
+    What dropout takes from x is taken from it in its slot, by those who multiply by it.
+    """
+    rows, steps = _tile(lax.axis_index("tiles"), ring.lhs.shape[1]), x.shape[1] // STEP
+    everything = pl.ds(0, low.shape[1])
+
+    def feed():
+        _feed(ring, 0, steps, lambda step: x.at[rows, _step(step)], lambda step: a.at[_step(step)])
+
+    def compute():
+        token_words = _own_words(words, ring, rows)
+
+        def drop(step, taken):
+            kept = _kept(token_words, step * STEP, taken.shape, rate)
+            taken[...] = jnp.where(kept, plgpu.load(taken, layout=TILE).astype(jnp.float32), 0.0).astype(taken.dtype)
+            plgpu.commit_smem()
+
+        total = _summed(ring, steps, 0, lambda rhs: rhs, drop)
+        _leave(total * scale, staged, low, rows, everything)
+
+    _in_roles([(True, feed, compute)], None)
+
+
 def forward_kernel(x, low, weights, bs, *ys, ring, staged, packed):
     """Yi = x Wi + Li Bi. x [N, I], low [N, R] or None, weights [I, O] or `NF4Tiles`, bs [Ri, O] or None -> ys [N, O].
 
     A thread block finds the projection that its tile belongs to; all tiles are of one grid.
     """
     width, steps = ring.rhs.shape[2], x.shape[1] // STEP
-    row, column = _place(x, sum(y.shape[1] for y in ys) // width)
-    rows = pl.ds(row * 2 * ROWS, 2 * ROWS)
+    rows, column = _place(ring, x, sum(y.shape[1] for y in ys) // width)
 
     def part(weight, b, y, first, rank):
         """Of one projection, whose tiles begin at `first`, and whose rank begins at the step `rank`."""
-        own, ranks = pl.ds((column - first) * width, width), _ranks(b)
+        own, ranks = _tile(column - first, width), _ranks(b)
 
         def feed():
             def x_at(step):
                 return x.at[rows, _step(step)]
 
             def codes_at(tile):
-                return weight.codes.at[_step(tile), own], weight.absmax.at[pl.ds(2 * tile, 2), own]
+                return weight.codes.at[_step(tile), own], weight.absmax.at[_tile(tile, 2), own]
 
             if isinstance(weight, NF4Tiles):
                 _feed_packed(ring, packed, 0, steps, x_at, codes_at)
@@ -100,8 +124,8 @@ def backward_kernel(dys, dlow, a, words, weights, dx, *, ring, staged, packed, r
     dys [N, O], dlow [N, R] and a [I, R] or None, words [N] uint32 or None without dropout, weights as forwards -> dx [N, I].
     """
     width = ring.rhs.shape[1]
-    row, column = _place(dx, dx.shape[1] // width)
-    rows, own = pl.ds(row * 2 * ROWS, 2 * ROWS), pl.ds(column * width, width)
+    rows, column = _place(ring, dx, dx.shape[1] // width)
+    own = _tile(column, width)
     steps, ranks = sum(dy.shape[1] for dy in dys) // STEP, 0 if a is None else a.shape[1] // STEP
 
     def feed():
@@ -117,7 +141,7 @@ def backward_kernel(dys, dlow, a, words, weights, dx, *, ring, staged, packed, r
             _leave(_summed(ring, steps + ranks, 0, _transposed), staged, dx, rows, own)
             return
         total = _summed(ring, steps, ranks, _transposed)
-        token_words = plgpu.load(words.at[_within(rows, _own_tokens())], layout=TILE.reduce(1), optimized=False)
+        token_words = _own_words(words, ring, rows)
         for step in range(steps, steps + ranks):
             plgpu.barrier_wait(ring.full.at[step % ring.lhs.shape[0]])
         _leave(total, staged, dx, rows, own, partial(_masked, ring, steps, ranks, token_words, column * width, rate))
@@ -128,9 +152,11 @@ def backward_kernel(dys, dlow, a, words, weights, dx, *, ring, staged, packed, r
 # ---- where a thread block and a warpgroup are -------------------------------------------------
 
 
-def _place(like, columns):
-    """The tile of a thread block among those of tokens and of channels."""
-    return plgpu.planar_snake(lax.axis_index("tiles"), (like.shape[0] // (2 * ROWS), columns), 0, SNAKE)
+def _place(ring, like, columns):
+    """The tokens of a thread block's tile, and the number of its tile of channels."""
+    tokens = ring.lhs.shape[1]
+    row, column = plgpu.planar_snake(lax.axis_index("tiles"), (like.shape[0] // tokens, columns), 0, SNAKE)
+    return _tile(row, tokens), column
 
 
 def _in_roles(parts, packed):
@@ -154,9 +180,9 @@ def _in_roles(parts, packed):
             pl.when(here)(compute)
 
 
-def _own_tokens():
+def _own_tokens(ring):
     """Those of the tile that this warpgroup computes."""
-    return pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
+    return _tile(lax.axis_index("warpgroup"), ring.lhs.shape[1] // FEEDER)
 
 
 def _ranks(b):
@@ -164,8 +190,12 @@ def _ranks(b):
     return 0 if b is None else b.shape[0] // STEP
 
 
+def _tile(number, size):
+    return pl.ds(number * size, size)
+
+
 def _step(step):
-    return pl.ds(step * STEP, STEP)
+    return _tile(step, STEP)
 
 
 def _within(outer, inner):
@@ -195,12 +225,12 @@ def _feed_outputs(ring, packed, first, dy, weight, rows, column):
         return dy.at[rows, _step(step)]
 
     def codes_at(tile):
-        return weight.codes.at[_step(column), _step(tile)], weight.absmax.at[pl.ds(2 * column, 2), _step(tile)]
+        return weight.codes.at[_step(column), _step(tile)], weight.absmax.at[_tile(column, 2), _step(tile)]
 
     if isinstance(weight, NF4Tiles):
         _feed_packed(ring, packed, first, steps, dy_at, codes_at)
     else:
-        _feed(ring, first, steps, dy_at, lambda step: weight.at[pl.ds(column * width, width), _step(step)])
+        _feed(ring, first, steps, dy_at, lambda step: weight.at[_tile(column, width), _step(step)])
 
 
 def _feed_packed(ring, packed, first, steps, lhs_at, packed_at):
@@ -255,9 +285,12 @@ def _freed(ring, number):
 # ---- computing --------------------------------------------------------------------------------
 
 
-def _summed(ring, steps, behind, as_factor):
-    """[128, width] f32, the sum of the products of the first `steps` steps; `behind` more are fed. `as_factor` turns rhs as it must be."""
-    slots, tokens = ring.lhs.shape[0], _own_tokens()
+def _summed(ring, steps, behind, as_factor, prepare=None):
+    """[tokens of a warpgroup, width] f32, the sum of the products of the first `steps` steps; `behind` more are fed.
+
+    `as_factor` turns rhs as it must be, `prepare(step, lhs)` changes lhs in its slot.
+    """
+    slots, tokens = ring.lhs.shape[0], _own_tokens(ring)
     width = max(ring.rhs.shape[1:])
 
     def free(step):
@@ -269,6 +302,8 @@ def _summed(ring, steps, behind, as_factor):
         def one(step, carry):
             slot = _remainder(step, slots)
             plgpu.barrier_wait(ring.full.at[slot])
+            if prepare is not None:
+                prepare(step, ring.lhs.at[slot, tokens])
             plgpu.wgmma(sums, ring.lhs.at[slot, tokens], as_factor(ring.rhs.at[slot]))
             plgpu.wgmma_wait(1)
             free(step - 1)
@@ -277,28 +312,39 @@ def _summed(ring, steps, behind, as_factor):
         lax.fori_loop(0, steps, one, ())
         return sums[...]
 
-    total = pl.run_scoped(form, plgpu.ACC((ROWS, width), jnp.float32))
+    total = pl.run_scoped(form, plgpu.ACC((tokens.size, width), jnp.float32))
     free(steps - 1)
     return total
 
 
 def _masked(ring, steps, ranks, words, first, rate, channels):
-    """mask (dL A^T) of some channels of the tile, [128, n] f32. `first` is the first channel of the tile."""
+    """mask (dL A^T) of some channels of the tile, [tokens of a warpgroup, n] f32. `first` is the first channel of the tile."""
+    tokens = _own_tokens(ring)
 
     def form(sums):
         for step in range(steps, steps + ranks):
             slot = step % ring.lhs.shape[0]
-            plgpu.wgmma(sums, ring.lhs.at[slot, _own_tokens()], _transposed(ring.rhs.at[slot, channels]))
+            plgpu.wgmma(sums, ring.lhs.at[slot, tokens], _transposed(ring.rhs.at[slot, channels]))
         return sums[...]
 
-    low = pl.run_scoped(form, plgpu.ACC((ROWS, channels.size), jnp.float32))
-    channel = plgpu.broadcasted_iota(jnp.uint32, low.shape, 1, layout=TILE) + (first + channels.start).astype(jnp.uint32)
-    return jnp.where(is_kept(lax.broadcast_in_dim(words, low.shape, [0]), channel, rate), low, 0.0)
+    low = pl.run_scoped(form, plgpu.ACC((tokens.size, channels.size), jnp.float32))
+    return jnp.where(_kept(words, first + channels.start, low.shape, rate), low, 0.0)
+
+
+def _own_words(words, ring, rows):
+    return plgpu.load(words.at[_within(rows, _own_tokens(ring))], layout=TILE.reduce(1), optimized=False)
+
+
+def _kept(words, first, shape, rate):
+    """[tokens, channels] bool, from the channel `first` on."""
+    channel = plgpu.broadcasted_iota(jnp.uint32, shape, 1, layout=TILE) + first.astype(jnp.uint32)
+    return is_kept(lax.broadcast_in_dim(words, shape, [0]), channel, rate)
 
 
 def _leave(total, staged, out, rows, columns, added=None):
     """Rounds and writes a tile, 32 channels at a time: while one part is copied the next one is formed. `added(channels)` is added."""
-    tokens, warpgroup = _own_tokens(), lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index("warpgroup")
+    tokens = _tile(warpgroup, total.shape[0])
     for number, start in enumerate(range(0, total.shape[1], CHUNK)):
         channels = pl.ds(start, CHUNK)
         part = total[:, start : start + CHUNK]
