@@ -1,0 +1,109 @@
+"""Packed-sequence attention for GPUs from Ampere on (Pallas Mosaic GPU), forward and backward. unverified: has not run on a GPU
+
+For A100, RTX 30 and RTX 40 (sm_80, sm_86, sm_89), which have neither `wgmma` nor TMA: products are `mma` of a warp, copies `cp.async`.
+It was compiled ahead of time for an A100 and an RTX 4090, and run in Pallas's interpreter with ordinary products in the place of
+`mma`, which that does not have, and with copies of the copy engine in the place of `cp.async` (`barriers`), in the same order.
+
+What is computed, and over which block pairs: `gpu_vjp.py`, whose letters are used here.
+
+Layout. Arrays are seen as [B, S, H C], which moves nothing: a copy takes [W, C] out of that. W tokens come at a time, 64, but 32 where
+the backward pass has 128 channels: so two thread blocks fit a processor with 100 KiB of shared memory, and no register is spilled.
+
+Memory. In shared memory a thread block holds 2 (n U + 2 W) C bytes, n = 1 block of its own forward, 2 backward:
+
+              C = 64        C = 128
+    forward   24 KiB        48 KiB
+    backward  32 KiB        48 KiB
+
+Roofline of one block pair and query head, as in `gpu.py`: 4, 6 and 8 U U C FLOPs for 4 U C bytes read of the second-level cache. An
+RTX 4090 has 165 TFLOP/s in bf16 with f32 sums, 1.0 TB/s of memory and 72 MB of that cache by its datasheet; a multiprocessor needs 4,096
+cycles for the products of a block pair forward at 128 channels, several times what the copy of a block takes to arrive: one slot
+for what comes, filled while the other is used, and a second thread block are enough. An A100 (312 TFLOP/s) needs 1,024.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jaxre_kernels.attention.gpu_sm80_kernels import dkv_kernel, dq_kernel, forward_kernel
+from jaxre_kernels.attention.gpu_vjp import BLOCK, CHANNELS, MISSING, Kernels, attend, block_of, like, statistics_of, tile, unsupported
+
+__all__ = ["BLOCK", "MISSING", "block_of", "packed_attention", "unsupported"]
+
+
+def _forward(engine, call, q, k, v, *arrays):
+    block = _tile(q, call.block)
+    out, statistics = call.run(
+        "attention_forward",
+        forward_kernel,
+        (_flat(q), _flat(k), _flat(v), *arrays),
+        (like(_flat(q)), statistics_of(q)),
+        {"queries": block, "keys": block, "values": block, **_barriers(engine, call, own=1, keys=1, values=1)},
+        q,
+        k,
+        heads=q.shape[2],
+    )
+    return out.reshape(q.shape), statistics
+
+
+def _dq(engine, call, q, k, v, bounds, dsums, *arrays):
+    B, S, H, _ = q.shape
+    block, piece = _tile(q, call.block), _tile(q, _piece(q, call.block))
+    dq, slack = call.run(
+        "attention_dq",
+        dq_kernel,
+        (_flat(q), _flat(k), _flat(v), bounds, _flat(dsums), *arrays),
+        (like(_flat(q)), jax.ShapeDtypeStruct((B, H, S), jnp.float32)),
+        {"queries": block, "douts": block, "keys": piece, "values": piece, **_barriers(engine, call, own=2, keys=1, values=1)},
+        q,
+        k,
+        heads=H,
+    )
+    return dq.reshape(q.shape), slack
+
+
+def _dkv(engine, call, q, k, v, bounds, dsums, *arrays):
+    block, piece = _tile(q, call.block), _tile(q, _piece(q, call.block))
+    dk, dv = call.run(
+        "attention_dkv",
+        dkv_kernel,
+        (_flat(q), _flat(k), _flat(v), bounds, _flat(dsums), *arrays),
+        (like(_flat(k)), like(_flat(k))),
+        {"keys": block, "values": block, "queries": piece, "douts": piece, **_barriers(engine, call, own=2, queries=1, douts=1)},
+        q,
+        k,
+        heads=k.shape[2],
+    )
+    return dk.reshape(k.shape), dv.reshape(k.shape)
+
+
+def _kernels(engine):
+    return Kernels(*(partial(kernel, engine) for kernel in (_forward, _dq, _dkv)))
+
+
+packed_attention = partial(attend, _kernels(engine=False))
+# The same kernels where there is a copy engine, to be run for comparison: a later GPU takes no `cp.async` from Pallas.
+with_copy_engine = partial(attend, _kernels(engine=True))
+
+
+def _flat(array):
+    """[B, S, H, C] -> [B, S, H C]."""
+    return array.reshape(*array.shape[:2], -1)
+
+
+def _piece(q, block):
+    """Tokens that come at a time in the backward pass."""
+    return block * CHANNELS[0] // q.shape[3]
+
+
+def _tile(q, tokens):
+    return tile(tokens, q.shape[3], dtype=q.dtype)
+
+
+def _barriers(engine, call, **copies):
+    """What copies of the copy engine arrive at, and their number; `cp.async` needs none."""
+    return {f"{name}_arrived": plgpu.Barrier(num_arrivals=count) for name, count in copies.items()} if engine or call.interpret else {}
