@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxre_kernels.attention.gpu_kernels import dkv_kernel, dq_kernel, forward_kernel
-from jaxre_kernels.attention.gpu_vjp import BLOCK, MISSING, Kernels, attend, block_of, like, statistics_of, tile, unsupported
+from jaxre_kernels.attention.gpu_vjp import BLOCK, MISSING, Kernels, attend, block_of, like, statistics_of, unsupported
 
 __all__ = ["BLOCK", "MISSING", "block_of", "packed_attention", "unsupported"]
 
@@ -85,8 +85,7 @@ packed_attention = partial(attend, Kernels(_forward, _dq, _dkv))
 
 def _tiles(call, q, *slots):
     """[U, C] in shared memory, or [slots, U, C], for each number of slots."""
-    shape = call.block, q.shape[3]
-    return [tile(*(shape if count == 1 else (count, *shape)), dtype=q.dtype) for count in slots]
+    return [call.tile(*((call.block,) if count == 1 else (count, call.block)), like=q) for count in slots]
 
 
 def _numbers(call, *shape, dtype=jnp.float32):

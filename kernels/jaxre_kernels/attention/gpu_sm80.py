@@ -6,14 +6,16 @@ It was compiled ahead of time for an A100 and an RTX 4090, and run in Pallas's i
 
 What is computed, and over which block pairs: `gpu_vjp.py`, whose letters are used here.
 
-Layout. Arrays are seen as [B, S, H C], which moves nothing: a copy takes [W, C] out of that. W tokens come at a time, 64, but 32 where
-the backward pass has 128 channels: so two thread blocks fit a processor with 100 KiB of shared memory, and no register is spilled.
+Layout. Arrays are seen as [B, S, H C], which moves nothing: a copy takes [W, C] out of that. W tokens of what is walked over come at a
+time: 64, but with 128 channels 32 for dQ and 16 for dK and dV. So no register is spilled (with 32, three of dK and dV were), and two
+thread blocks fit a processor with 100 KiB of shared memory.
 
-Memory. In shared memory a thread block holds 2 (n U + 2 W) C bytes, n = 1 block of its own forward, 2 backward:
+Memory. In shared memory a thread block holds 2 (n U + 2 W) C bytes, with n = 1 block of its own forward, 2 backward:
 
               C = 64        C = 128
     forward   24 KiB        48 KiB
-    backward  32 KiB        48 KiB
+    dQ        32 KiB        48 KiB
+    dK, dV    32 KiB        40 KiB
 
 Roofline of one block pair and query head, as in `gpu.py`: 4, 6 and 8 U U C FLOPs for 4 U C bytes read of the second-level cache. An
 RTX 4090 has 165 TFLOP/s in bf16 with f32 sums, 1.0 TB/s of memory and 72 MB of that cache by its datasheet; a multiprocessor needs 4,096
@@ -30,13 +32,13 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxre_kernels.attention.gpu_sm80_kernels import dkv_kernel, dq_kernel, forward_kernel
-from jaxre_kernels.attention.gpu_vjp import BLOCK, CHANNELS, MISSING, Kernels, attend, block_of, like, statistics_of, tile, unsupported
+from jaxre_kernels.attention.gpu_vjp import BLOCK, CHANNELS, MISSING, Kernels, attend, block_of, like, statistics_of, unsupported
 
 __all__ = ["BLOCK", "MISSING", "block_of", "packed_attention", "unsupported"]
 
 
 def _forward(engine, call, q, k, v, *arrays):
-    block = _tile(q, call.block)
+    block = call.tile(call.block, like=q)
     out, statistics = call.run(
         "attention_forward",
         forward_kernel,
@@ -52,7 +54,7 @@ def _forward(engine, call, q, k, v, *arrays):
 
 def _dq(engine, call, q, k, v, bounds, dsums, *arrays):
     B, S, H, _ = q.shape
-    block, piece = _tile(q, call.block), _tile(q, _piece(q, call.block))
+    block, piece = call.tile(call.block, like=q), call.tile(call.block // _wide(q), like=q)
     dq, slack = call.run(
         "attention_dq",
         dq_kernel,
@@ -67,7 +69,7 @@ def _dq(engine, call, q, k, v, bounds, dsums, *arrays):
 
 
 def _dkv(engine, call, q, k, v, bounds, dsums, *arrays):
-    block, piece = _tile(q, call.block), _tile(q, _piece(q, call.block))
+    block, piece = call.tile(call.block, like=q), call.tile(call.block // _wide(q) ** 2, like=q)
     dk, dv = call.run(
         "attention_dkv",
         dkv_kernel,
@@ -95,13 +97,9 @@ def _flat(array):
     return array.reshape(*array.shape[:2], -1)
 
 
-def _piece(q, block):
-    """Tokens that come at a time in the backward pass."""
-    return block * CHANNELS[0] // q.shape[3]
-
-
-def _tile(q, tokens):
-    return tile(tokens, q.shape[3], dtype=q.dtype)
+def _wide(q):
+    """1 with 64 channels, 2 with 128."""
+    return q.shape[3] // CHANNELS[0]
 
 
 def _barriers(engine, call, **copies):

@@ -199,11 +199,11 @@ def dkv_kernel(
     here = row, pl.ds(start, U), _channels(head, C)
     walk = _Walk(others, own, total[own], U, queries.shape[0], group)
 
-    def of_query(array):
-        return lambda step: array.at[row, walk.tokens(step), _channels(head * group + walk.place(step), C)]
+    def query_head(step):
+        return head * group + walk.place(step)
 
-    stream_q = _Stream(walk, of_query(q), queries, queries_arrived)
-    stream_do = _Stream(walk, of_query(dsums), douts, douts_arrived)
+    stream_q = _Stream(walk, lambda step: q.at[row, walk.tokens(step), _channels(query_head(step), C)], queries, queries_arrived)
+    stream_do = _Stream(walk, lambda step: dsums.at[row, walk.tokens(step), _channels(query_head(step), C)], douts, douts_arrived)
     _ask(k.at[here], keys, own_arrived)
     _ask(v.at[here], values, own_arrived)
     stream_do.ask(0)
@@ -217,12 +217,13 @@ def dkv_kernel(
         dweights = _product(values, douts, interpreted)  # keys queries
         stream_q.wait()
         scores = _product(keys, queries, interpreted)
-        tokens = walk.tokens(step)
-        highest, mean = (along(_loaded(statistics.at[i, row, head * group + walk.place(step), tokens], 1), 1, scores) for i in (0, 1))
-        weights = weights_again(scores, visible(since, until, tokens.start, scores, queries=1), highest, scale)
+        highest, mean = (statistics.at[i, row, query_head(step), walk.tokens(step)] for i in (0, 1))
+        seen = visible(since, until, walk.tokens(step).start, scores, queries=1)
+        weights = weights_again(scores, seen, along(_loaded(highest, 1), 1, scores), scale)
         dvalues = _added(dvalues, weights, douts, interpreted)
         stream_do.ask_next(step)
-        return _added(dkeys, weights * (dweights - mean), queries, interpreted), dvalues
+        dscores = weights * (dweights - along(_loaded(mean, 1), 1, scores))
+        return _added(dkeys, dscores, queries, interpreted), dvalues
 
     dkeys, dvalues = lax.fori_loop(0, walk.steps, compute, (full((U, C), 0.0),) * 2)
     _leave(dkeys * scale, keys, dk.at[here])

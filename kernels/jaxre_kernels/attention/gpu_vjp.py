@@ -87,10 +87,16 @@ class Call(NamedTuple):
             scratch_types=scratch,
             grid=(q.shape[0] * q.shape[1] // self.block, heads),
             grid_names=("blocks", "heads"),
-            compiler_params=plgpu.CompilerParams(approx_math=True),
+            # No sum or maximum is over rows of several warps: none needs shared memory.
+            compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
             interpret=self.interpret,
             kernel_name=name,
         )(*arrays)
+
+    def tile(self, *shape, like):
+        """[..., tokens, C] in shared memory as products read it, and for Pallas's interpreter, whose blocks are smaller, as it is."""
+        transforms = plgpu.TilingTransform((8, SWIZZLE // like.dtype.itemsize)), plgpu.SwizzleTransform(SWIZZLE)
+        return plgpu.SMEM((*shape, like.shape[3]), like.dtype, transforms=() if self.interpret else transforms)
 
 
 def like(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -100,12 +106,6 @@ def like(array: jax.Array) -> jax.ShapeDtypeStruct:
 def statistics_of(q: jax.Array) -> jax.ShapeDtypeStruct:
     B, S, H, _ = q.shape
     return jax.ShapeDtypeStruct((2, B, H, S), jnp.float32)
-
-
-def tile(*shape: int, dtype: DTypeLike) -> Any:
-    """[..., tokens, C] in shared memory as products read it."""
-    transforms = plgpu.TilingTransform((8, SWIZZLE // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(SWIZZLE)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def attend(
