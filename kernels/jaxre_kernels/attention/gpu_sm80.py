@@ -7,7 +7,7 @@ It was compiled ahead of time for an A100 and an RTX 4090, and run in Pallas's i
 What is computed, and over which block pairs: `gpu_vjp.py`, whose letters are used here.
 
 Layout. Arrays are seen as [B, S, H C], which moves nothing: a copy takes [W, C] out of that. W tokens of what is walked over come at a
-time: 64, but with 128 channels 32 for dQ and 16 for dK and dV. So no register is spilled (with 32, three of dK and dV were), and two
+time: 64, but with 128 channels 32 for dQ and 16 for dK and dV. So no register is spilled (with 32, four of dK and dV were), and two
 thread blocks fit a processor with 100 KiB of shared memory.
 
 Memory. In shared memory a thread block holds 2 (n U + 2 W) C bytes, with n = 1 block of its own forward, 2 backward:
