@@ -7,6 +7,7 @@ jax and numpy; tokamax is measured where it is installed, cuDNN on a GPU, splash
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -21,6 +22,7 @@ from jaxre_kernels import lora as lora_op
 from jaxre_kernels import nf4 as nf4_op
 from jaxre_kernels.attention import blockwise, masked_attention, visible_mask
 from jaxre_kernels.cross_entropy import dense_cross_entropy
+from jaxre_kernels.implementations import kernels_of
 from kernel_timing import CLOSE, Case, Variant, missing, normal, only_on, ours
 
 # Heads, key heads, channels of a head, embedding, feed-forward, vocabulary and the study's LoRA rank.
@@ -115,6 +117,20 @@ def splash_attention(q, k, v, visible_until, interpret=False):
     return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids)))(q, k, v, visible_until).swapaxes(1, 2)
 
 
+def of_another_gpu(variants: dict[str, Variant], bounds: dict[str, int]) -> dict[str, Variant]:
+    """Kernels for Hopper are left out on an older GPU; those for older GPUs run on Hopper with its copy engine, and stand for no choice."""
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    if capability is None:
+        return {}
+    if float(capability) < 9:
+        return {"pallas_gpu": replace(variants["pallas_gpu"], left_out="runs on a Hopper GPU alone")}
+    kernels = partial(kernels_of("attention", "pallas_gpu_sm80").with_copy_engine, **bounds)
+    return {
+        "pallas_gpu_sm80": replace(variants["pallas_gpu_sm80"], left_out="runs on a GPU older than Hopper alone"),
+        "pallas_gpu_sm80, copy engine": Variant(attended(kernels)),
+    }
+
+
 def attention_case(
     model: str,
     dtype: str,
@@ -139,6 +155,7 @@ def attention_case(
         return q, k, v, dout, *map(jnp.asarray, packed(rows, length, mean, longest, prefix, pads, seed))
 
     variants = ours("attention", partial(attention_op.attention, **bounds), platform, attended, sweep)
+    variants |= of_another_gpu(variants, bounds)
     if opponents:
         half = None if dtype == "bfloat16" else "takes bfloat16 alone"
         alone = None if not prefix else "knows no shared prefix"

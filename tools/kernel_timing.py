@@ -72,7 +72,7 @@ def ours(op: str, function: Callable, platform: str, both: Callable[[Callable], 
     listed = getattr(importlib.import_module(name), "TILES", {}) if importlib.util.find_spec(name) else {}
     variants = {}
     for name in implementations_of(op):
-        device = name.removeprefix("pallas_")
+        device = name.removeprefix("pallas_").split("_")[0]
         elsewhere = f"runs on a {device.upper()} alone" if device in ("gpu", "tpu") and device != platform else None
         call = partial(function, implementation=name) if "implementation" in known else function
         variants[name] = Variant(both(call), name, left_out=elsewhere)

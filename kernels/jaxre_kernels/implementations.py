@@ -19,7 +19,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-UNVERIFIED = {"pallas_tpu": "it has not run on a TPU", "pallas_gpu": "it has not run on a GPU"}
+UNVERIFIED = {
+    "pallas_tpu": "it has not run on a TPU",
+    "pallas_gpu": "it has not run on a GPU",
+    "pallas_gpu_sm80": "it has not run on a GPU",
+}
 TABLE = Path(__file__).with_name("table.json")
 
 
@@ -151,7 +155,7 @@ def named(
 
 
 def kernels_of(op: str, name: str) -> ModuleType:
-    """The module that holds `name`, "pallas_tpu" or "pallas_gpu", of an op, imported only where it is meant.
+    """The module that holds `name`, "pallas_tpu" or "pallas_gpu" (`tpu.py`, `gpu.py`), of an op, imported only where it is meant.
 
     Pallas takes half a second to import, and much of it is experimental: what does not use it must not fail with it.
     """

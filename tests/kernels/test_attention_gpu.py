@@ -1,4 +1,4 @@
-"""Packed attention for GPUs in Pallas's interpreter, against dense attention under a mask in f64.
+"""Packed attention for GPUs, for Hopper and for what is older, in Pallas's interpreter, against dense attention under a mask in f64.
 
 Blocks have 8 tokens here; on a GPU they have 64. The interpreter takes f32, a GPU bf16 alone. Relative is max|difference| /
 max|reference| of a tensor.
@@ -16,8 +16,7 @@ from attention_kernels import BLOCK, CLOSE, ROWS, N, draws, in_f64, relative, se
 from forests import LAYOUTS, T, fitted, row_of, span_of, trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxre_kernels.attention import Heads, attention, choose, gpu, visible_mask
-from jaxre_kernels.attention.gpu import packed_attention
+from jaxre_kernels.attention import Heads, attention, choose, gpu, gpu_sm80, visible_mask
 
 needs_interpreter = pytest.mark.skipif(gpu.MISSING is not None, reason=str(gpu.MISSING))
 
@@ -39,28 +38,32 @@ def strict(**options):
     return plgpu.InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="raise", **options)
 
 
-@partial(jax.jit, static_argnames=("bounds", "races"))
-def kernel(q, k, v, dy, visible_until, visible_from=None, bounds=(0, None), races=False):
+@partial(jax.jit, static_argnames=("bounds", "races", "kernels"))
+def kernel(q, k, v, dy, visible_until, visible_from=None, bounds=(0, None), races=False, kernels=gpu):
     """Output and gradients of q, k and v."""
     where = dict(zip(("prefix", "span"), bounds, strict=True))
-    out, back = jax.vjp(
-        lambda q, k, v: packed_attention(q, k, v, visible_until, visible_from, block=BLOCK, interpret=strict(detect_races=races), **where),
-        q,
-        k,
-        v,
-    )
+    attend = partial(kernels.packed_attention, block=BLOCK, interpret=strict(detect_races=races), **where)
+    out, back = jax.vjp(lambda q, k, v: attend(q, k, v, visible_until, visible_from), q, k, v)
     return out, *back(dy)
+
+
+both_kernels = pytest.mark.parametrize("kernels", [gpu, gpu_sm80], ids=["hopper", "sm80"])
 
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "channels"), [(1, 1, 64), (3, 1, 128), (4, 1, 64), (7, 1, 80), (16, 2, 24)], ids=lambda value: str(value)
+    ("kernels", "heads", "kv_heads", "channels"),
+    [
+        *((gpu, *sizes) for sizes in [(1, 1, 64), (3, 1, 128), (4, 1, 64), (7, 1, 80), (16, 2, 24)]),
+        *((gpu_sm80, *sizes) for sizes in [(3, 1, 128), (6, 2, 24)]),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_output_and_gradients_equal_dense_attention_in_f64(heads, kv_heads, channels):
+def test_output_and_gradients_equal_dense_attention_in_f64(kernels, heads, kv_heads, channels):
     """Ratios of 1, 3, 4, 7 and 8 query heads a key head, rows that are no multiple of the block, widths that are padded."""
     rows = np.stack([row_of(LAYOUTS[layout]) for layout in ("packed", "nested prefixes", "pads behind")]).astype(np.int32)
     arrays = draws(heads, kv_heads, channels, rows=len(rows))
-    for ours, reference in zip(kernel(*arrays, rows), in_f64(*arrays, visible_mask(rows)), strict=True):
+    for ours, reference in zip(kernel(*arrays, rows, kernels=kernels), in_f64(*arrays, visible_mask(rows)), strict=True):
         assert ours.dtype == jnp.float32
         assert relative(ours, reference) < CLOSE
 
@@ -132,8 +135,9 @@ def test_any_layout_equals_dense_attention(forest, seed):
 
 
 @needs_interpreter
+@both_kernels
 @pytest.mark.parametrize("both_ways", [False, True])
-def test_no_race_no_read_out_of_bounds_and_nothing_read_before_it_is_written(both_ways, capfd):
+def test_no_race_no_read_out_of_bounds_and_nothing_read_before_it_is_written(both_ways, kernels, capfd):
     """Rows with blocks that are skipped, blocks that meet one, two and all others, three query heads a key head."""
     rows = np.stack([row_of(LAYOUTS[layout]) for layout in ("packed", "one example")]).astype(np.int32)
     if both_ways:
@@ -143,19 +147,22 @@ def test_no_race_no_read_out_of_bounds_and_nothing_read_before_it_is_written(bot
     else:
         first, mask = None, visible_mask(rows)
     arrays = draws(3, 1, 64, rows=len(rows))
-    found = kernel(*arrays, rows, first, races=True)
+    found = kernel(*arrays, rows, first, races=True, kernels=kernels)
     for ours, reference in zip(found, in_f64(*arrays, mask), strict=True):
         assert relative(ours, reference) < CLOSE
     assert "RACE" not in "".join(capfd.readouterr())
 
 
 @needs_interpreter
-def test_blocks_without_a_visible_pair_are_not_looked_at():
+@both_kernels
+def test_blocks_without_a_visible_pair_are_not_looked_at(kernels):
     """NaN in keys, values and gradients of one example would reach any block that multiplies them, whatever its mask."""
     row = np.full((1, T), T)
     row[:, :16] = 16  # two blocks, and what is behind
     arrays = [value.at[:, :16].set(jnp.nan) for value in draws(2, 1, 64, rows=1)]
-    for ours, clean in zip(kernel(*arrays, row.astype(np.int32)), kernel(*draws(2, 1, 64, rows=1), row.astype(np.int32)), strict=True):
+    row = row.astype(np.int32)
+    found = kernel(*arrays, row, kernels=kernels)
+    for ours, clean in zip(found, kernel(*draws(2, 1, 64, rows=1), row, kernels=kernels), strict=True):
         assert np.isnan(ours[:, :16]).all()
         assert np.array_equal(ours[:, 16:], clean[:, 16:])
 
@@ -164,7 +171,7 @@ def test_blocks_without_a_visible_pair_are_not_looked_at():
 def test_backward_pass_keeps_two_numbers_a_query_and_head():
     q, k, v, _ = draws(4, 2, 64)
     _, back = jax.eval_shape(
-        lambda q, k, v: jax.vjp(lambda q, k, v: packed_attention(q, k, v, ROWS, block=BLOCK, interpret=strict()), q, k, v), q, k, v
+        lambda q, k, v: jax.vjp(lambda q, k, v: gpu.packed_attention(q, k, v, ROWS, block=BLOCK, interpret=strict()), q, k, v), q, k, v
     )
     shapes = [leaf.shape for leaf in jax.tree.leaves(back)]
     statistics, bounds = (2, len(ROWS), 4, N * BLOCK), (2, len(ROWS), N * BLOCK)
@@ -174,14 +181,18 @@ def test_backward_pass_keeps_two_numbers_a_query_and_head():
 # ---- by its public name -----------------------------------------------------------------------
 
 
+NAMES = {"pallas_gpu": gpu, "pallas_gpu_sm80": gpu_sm80}
+
+
 @needs_interpreter
-def test_attention_runs_it_by_name_and_never_by_itself(monkeypatch):
+@pytest.mark.parametrize("name", NAMES)
+def test_attention_runs_it_by_name_and_never_by_itself(name, monkeypatch):
     """160 tokens: three blocks of 64."""
-    monkeypatch.setattr(gpu, "packed_attention", partial(packed_attention, interpret=strict()))
+    monkeypatch.setattr(NAMES[name], "packed_attention", partial(NAMES[name].packed_attention, interpret=strict()))
     draw = np.random.default_rng(0)
     q, k, v = (jnp.asarray(draw.standard_normal((1, 160, heads, 64)), jnp.bfloat16) for heads in (3, 1, 1))
     until = jnp.asarray(np.repeat([40, 131, 160], [40, 91, 29])[None])
-    found = attention(q, k, v, until, span=91, implementation="pallas_gpu")
+    found = attention(q, k, v, until, span=91, implementation=name)
     assert "attention_forward" not in str(jax.make_jaxpr(attention)(q, k, v, until))
     # Both round weights and output to bf16, at different maxima.
     assert relative(found, attention(q, k, v, until)) < 2**-7
@@ -198,20 +209,60 @@ def test_attention_runs_it_by_name_and_never_by_itself(monkeypatch):
     ids=str,
 )
 @needs_interpreter
-def test_what_it_does_not_take_is_said_beforehand(length, heads, words):
+@pytest.mark.parametrize("name", NAMES)
+def test_what_it_does_not_take_is_said_beforehand(length, heads, words, name):
     with pytest.raises(ValueError, match=words):
-        choose(length, heads=heads, implementation="pallas_gpu")
+        choose(length, heads=heads, implementation=name)
     assert choose(length, heads=heads)[0] == "xla"
 
 
 @pytest.mark.skipif(gpu.MISSING is None, reason="this jax has what the kernels need")
-def test_a_jax_that_is_too_old_is_named_in_the_refusal():
+@pytest.mark.parametrize("name", NAMES)
+def test_a_jax_that_is_too_old_is_named_in_the_refusal(name):
     with pytest.raises(ValueError, match="needs jax"):
-        choose(1024, heads=Heads(8, 9, 3, 64, jnp.bfloat16), implementation="pallas_gpu")
+        choose(1024, heads=Heads(8, 9, 3, 64, jnp.bfloat16), implementation=name)
 
 
 @needs_interpreter
-def test_what_it_takes_is_told_with_its_blocks():
-    name, why = choose(8192, 40, 200, heads=Heads(8, 9, 3, 64, jnp.bfloat16), implementation="pallas_gpu")
-    assert name == "pallas_gpu" and "unverified" in why and "blocks of 64 tokens of 8,192" in why
-    assert "unverified" in choose(implementation="pallas_gpu")[1]
+@pytest.mark.parametrize("name", NAMES)
+def test_what_it_takes_is_told_with_its_blocks(name):
+    chosen, why = choose(8192, 40, 200, heads=Heads(8, 9, 3, 64, jnp.bfloat16), implementation=name)
+    assert chosen == name and "unverified" in why and "blocks of 64 tokens of 8,192" in why
+    assert "unverified" in choose(implementation=name)[1]
+
+
+# ---- layouts of registers ---------------------------------------------------------------------
+
+
+def places(layout, shape):
+    """[warps, lanes, registers, numbers of a register]: which element of an array of `shape` each thread holds where."""
+    from jax.experimental.mosaic.gpu.fragmented_array import Replicated
+
+    numbers = np.arange(np.prod(shape)).reshape(shape)
+    for tile in layout.tiling.tiles:
+        outer = numbers.ndim - len(tile)
+        split = [size for length, part in zip(numbers.shape[outer:], tile, strict=True) for size in (length // part, part)]
+        numbers = numbers.reshape(*numbers.shape[:outer], *split)
+        numbers = numbers.transpose(*range(outer), *range(outer, numbers.ndim, 2), *range(outer + 1, numbers.ndim, 2))
+    warps, lanes = ([dim for dim in dims if not isinstance(dim, Replicated)] for dims in (layout.warp_dims, layout.lane_dims))
+    first = [*warps, *lanes]
+    numbers = np.moveaxis(numbers, [*first, layout.vector_dim], [*range(len(first)), -1])
+    copies = np.prod([dim.times for dim in layout.warp_dims if isinstance(dim, Replicated)], dtype=int)
+    held = numbers.reshape(-1, 32, int(np.prod(numbers.shape[len(first) : -1])), numbers.shape[-1])
+    return np.tile(held, (copies, 1, 1, 1))
+
+
+@needs_interpreter
+def test_a_result_of_mma_is_a_left_factor_of_the_next_under_other_numbers():
+    """That is all that the kernels for older GPUs do between the two, and it is not run by the interpreter."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+    from jaxre_kernels.attention.gpu_tiles import TILE
+
+    tile, factor = TILE.to_mgpu(), plgpu.Layout.MMA_LHS(jnp.bfloat16).to_mgpu()
+    assert tile == plgpu.Layout.MMA_ACC(jnp.bfloat16).to_mgpu()
+    for shape in [(64, 64), (64, 32)]:
+        assert np.array_equal(places(tile, shape), places(factor, shape))
+    # PTX ISA, mma.m16n8k16: number i of A is in row lane / 4 (+ 8 for i of 2, 3, 6, 7), column 2 (lane % 4) + i % 2 (+ 8 from i = 4 on).
+    warp, lane, i = np.ogrid[:4, :32, :8]
+    row, column = 16 * warp + lane // 4 + 8 * (i // 2 % 2), 2 * (lane % 4) + i % 2 + 8 * (i // 4)
+    assert np.array_equal(places(factor, (64, 16)).reshape(4, 32, 8), 16 * row + column)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,17 @@ def test_a_new_implementation_is_picked_up_from_its_dispatch(pretended, monkeypa
     assert timing.Oracle(case, inputs).judge(jax.jit(case.variants["pallas_gpu, warps 4"].run)(*inputs))["passed"]
     (elsewhere,) = cases.attention_timings("cpu", True, True)
     assert elsewhere.variants["pallas_gpu"].left_out == "runs on a GPU alone"
+
+
+@pytest.mark.parametrize(
+    ("capability", "left_out", "beside"), [("8.9", {"pallas_gpu"}, set()), ("9.0", {"pallas_gpu_sm80"}, {"pallas_gpu_sm80, copy engine"})]
+)
+def test_kernels_for_another_kind_of_gpu_are_left_out(capability, left_out, beside, monkeypatch):
+    monkeypatch.setattr(cases.jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    (case,) = cases.attention_timings("gpu", True, False)
+    kernels = {name: variant.left_out for name, variant in case.variants.items() if name.startswith("pallas_gpu")}
+    assert kernels.keys() == {"pallas_gpu", "pallas_gpu_sm80"} | beside
+    assert {name for name, why in kernels.items() if why} == left_out
 
 
 def test_a_kernel_that_refuses_is_left_out_and_one_that_breaks_has_failed(pretended, monkeypatch):

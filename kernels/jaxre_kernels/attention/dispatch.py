@@ -21,7 +21,7 @@ def _pallas(name, q, k, v, visible_until, prefix, span, **tiles):
     return kernels_of("attention", name).packed_attention(q, k, v, visible_until, prefix=prefix, span=span, **tiles)
 
 
-IMPLEMENTATIONS = {"xla": _xla, "pallas_tpu": partial(_pallas, "pallas_tpu"), "pallas_gpu": partial(_pallas, "pallas_gpu")}
+IMPLEMENTATIONS = {"xla": _xla, **{name: partial(_pallas, name) for name in ("pallas_tpu", "pallas_gpu", "pallas_gpu_sm80")}}
 # cuDNN's public entry, `jax.nn.dot_product_attention`, isolates packed examples only by a dense T x T bias, and the static
 # facts of a plan do not say that every row holds one example: it is left out.
 

@@ -3,39 +3,12 @@
 It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). Pallas's interpreter takes no product with a
 factor in registers: there these four are ordinary products (`gpu_kernels._added`). What is said of speed is arithmetic.
 
-What is computed. Query i sees key j exactly when visible_from[j] <= i < visible_until[j]. Causal rows have
-visible_from[j] = j; isolated segments that are seen both ways (encoders) have the start of j's segment. Forward (Dao et al.
-2022, algorithm 1), block of keys by block of keys, s = C**-0.5:
+What is computed, and over which block pairs: `gpu_vjp.py`, whose letters are used here. GPUs without `wgmma` and TMA: `gpu_sm80.py`.
 
-    S = s Q K',    m = max S,    E = exp(S - m),    l = rowsum E,    O = E V / l
+Layout. Arrays stay [B, S, H, C] as the caller has them: the copy engine picks [U, C] of a head out of them. Query heads
+that share a key head are thread blocks that run at a time, and find its blocks in the second-level cache.
 
-Kept for backward: q, k, v, O, and m and l in f32. m and l stay apart: m + log l is rounded as a score is, which doubled the
-f32 error of gradients in a network with large scores (`blockwise.py`). With P = E / l and dO~ = dO / l:
-
-    dV = P' dO = E' dO~,    dP = dO V',    dS = P (dP - rowsum(P dP)) = E (dO~ V' - r),    dQ = s dS K,    dK = s dS' Q
-    r = rowsum(P dP) / l = rowsum(dO~ O),  because rowsum(P (dO V')) = rowsum(dO (P V)) = rowsum(dO O)
-
-dO~ and r are formed once, outside of the kernels; one kernel sums dQ over blocks of keys, one dK and dV over those of queries and
-over the query heads of a key head. Each block of a result has one thread block that sums it, in a fixed order: no atomic additions,
-the same bits each time. The r of a bf16 O carries its rounding. A row of dS adds up to zero, so what it does add up to in the first
-kernel corrects r for the second; and any one key c may be taken from all keys in dQ = s dS (K - c): with the mean of the queries'
-own block for c, rounding dS to bf16 does no harm through what keys have in common.
-
-Which block pairs. A thread block walks over a list of exactly the blocks that hold a visible token pair with its own (`pairs.py`),
-so cost follows visible pairs. Lists and their lengths are numbers on the device, found from `visible_until`, of which they are
-all that hangs on it: a scan over layers can form them once. Blocks have 64 tokens, the least that a product of a warpgroup takes: of
-150-token examples 8,192 tokens need about 3.3 blocks a block of queries; blocks of 128 would need 2.2 that are four times as large.
-
-Layout. Letters: B rows, T tokens, H query heads, K key heads, G = H/K, C channels, S = T padded to blocks, N = S/U, U = 64
-tokens of a block. Arrays stay [B, S, H, C] as the caller has them: the copy engine picks [U, C] of a head out of them. Query heads
-that share a key head are thread blocks that run at a time, and find its blocks in the second-level cache. Where T is a multiple of
-64 and C is 64 or 128 nothing is copied or padded; other widths up to 128 are padded with zeros, which change no score.
-
-dtypes: q, k, v, dO and results in bf16; scores, softmax, sums, m, l and r in f32; weights and dS are rounded to bf16 for their
-products, as in `blockwise.py`. f32 is refused: the tensor cores would round it to 10 bits, and cannot read V and K as they lie.
-
-Memory: 8 bytes a query and head are kept, and O, which the caller has anyway. No [T, T] array of a head exists; the lists take
-4 N bytes a block, 64 KiB for a row of 8,192 tokens. In shared memory a thread block holds, with C channels:
+Memory. In shared memory a thread block holds, with C channels:
 
     forward 640 C + 1,536 bytes        dQ 772 C + 1,536        dK, dV 768 C + 1,536        beside its barriers
 
@@ -50,242 +23,76 @@ An H200 has 989 TFLOP/s and 4.8 TB/s by its datasheet, 206 FLOP a byte of its me
 from the cache by the G heads and the blocks of queries that see it. With 16 and 2 heads of 128 channels, 8,192 tokens in examples of
 150 are 14, 21 and 28 GFLOP and 75, 109 and 84 MB: 16, 23 and 28 us at the least. A list of three entries is short, and starting a
 thread block, waiting for its first copies and leaving its results are not in that.
-
-Sharding: inside `shard_map(..., check_vma=False)`, rows or heads split, not under automatic partitioning.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.typing import DTypeLike
 
 from jaxre_kernels.attention.gpu_kernels import dkv_kernel, dq_kernel, forward_kernel
-from jaxre_kernels.attention.pairs import Reach, meeting, reach_of
+from jaxre_kernels.attention.gpu_vjp import BLOCK, MISSING, Kernels, attend, block_of, like, statistics_of, unsupported
 
-MISSING = None if jax.__version_info__ >= (0, 11) else f"it needs jax 0.11 or later, this is {jax.__version__}"
-
-BLOCK = 64  # tokens: the rows of a product of a warpgroup
-SWIZZLE = 128  # bytes: a tile of shared memory is 8 rows of that many
-CHANNELS = (64, 128)
-GRID_LIMIT = 65535  # thread blocks along any but the fastest axis of a grid
+__all__ = ["BLOCK", "MISSING", "block_of", "packed_attention", "unsupported"]
 
 
-class Tiling(NamedTuple):
-    """Static choices of a call: tokens of a block, what is known of the rows, whether Pallas interprets."""
-
-    block: int
-    reach: Reach
-    interpret: Any
-
-
-def packed_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    visible_until: jax.Array,
-    visible_from: jax.Array | None = None,
-    *,
-    prefix: int = 0,
-    span: int | None = None,
-    block: int = BLOCK,
-    interpret: Any = None,
-) -> jax.Array:
-    """Softmax attention in which token i sees token j exactly when `visible_from[j] <= i < visible_until[j]`.
-
-    Args:
-      q: [B, T, H, C] bf16; k, v: [B, T, K, C] of q's dtype.
-      visible_until: [B, T] int32. Every token sees itself; a pad token nothing else.
-      visible_from: [B, T] int32, the first token of j's segment, for segments that are seen both ways; None: j, causal.
-      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; no bound on the span if it is None.
-      block: tokens of a block; a GPU takes 64 alone.
-      interpret: what `plgpu.kernel` takes: `plgpu.InterpretGPUParams` to run without a GPU. It takes f32, too.
-
-    Returns:
-      [B, T, H, C] of q's dtype.
-
-    Raises:
-      ValueError: what `unsupported` says.
-    """
-    B, T, H, C = q.shape
-    K = k.shape[2]
-    refusal = unsupported(T, prefix, span, B, H, K, C, jnp.bfloat16 if interpret else q.dtype)
-    if refusal is not None:
-        raise ValueError(f"packed attention for GPUs does not run here: {refusal}")
-    causal = visible_from is None
-    first = jnp.broadcast_to(jnp.arange(T), (B, T)) if causal else visible_from
-    tiling = Tiling(block, reach_of(T, block, prefix, span, causal=causal), interpret)
-    return _attention(q, k, v, jnp.stack([first, visible_until]).astype(jnp.int32), tiling)
-
-
-def block_of(length: int, span: int | None = None, group: int = 1) -> int:
-    """Tokens of a block, whatever the shape."""
-    return BLOCK
-
-
-def unsupported(
-    length: int, prefix: int, span: int | None, rows: int, heads: int, kv_heads: int, channels: int, dtype: DTypeLike
-) -> str | None:
-    """Why `packed_attention` does not take such arrays, in words; None if it does."""
-    if MISSING is not None:
-        return MISSING
-    dtype = jnp.dtype(dtype)
-    if dtype != jnp.dtype(jnp.bfloat16):
-        return f"it takes bfloat16, not {dtype.name}"
-    if heads % kv_heads:
-        return f"{heads} query heads are no multiple of {kv_heads} key heads"
-    if channels > CHANNELS[-1]:
-        return f"it takes heads of at most {CHANNELS[-1]} channels, not {channels}"
-    blocks = rows * -(-length // BLOCK)
-    if blocks > GRID_LIMIT:
-        return f"{rows:,} rows of {length:,} are {blocks:,} blocks of {BLOCK} tokens, more than the {GRID_LIMIT:,} of a grid"
-    return None
-
-
-# ---- calls ------------------------------------------------------------------------------------
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q, k, v, bounds, tiling):
-    return _forward(q, k, v, bounds, tiling)[0]
-
-
-def _forward(q, k, v, bounds, tiling):
-    q_laid, k_laid, v_laid = (_lay(array, tiling.block) for array in (q, k, v))
-    bounds = _lay_bounds(bounds, tiling.block)
-    call = _Call(q_laid, k_laid, q.shape[3] ** -0.5, tiling)
-    out, statistics = call.run(
+def _forward(call, q, k, *arrays):
+    return call.run(
         "attention_forward",
         forward_kernel,
-        (q_laid, k_laid, v_laid, bounds, *_lists(bounds, tiling)),
-        (call.like(q_laid), call.like_statistics()),
-        [*call.tiles(1, 2, 2), call.numbers(2, 2, dtype=jnp.int32), call.numbers(2)],
-        arrivals=(1, 3),
+        (q, k, *arrays),
+        (like(q), statistics_of(q)),
+        [*_tiles(call, q, 1, 2, 2), _numbers(call, 2, 2, dtype=jnp.int32), _numbers(call, 2), *_arrivals(1, 3)],
+        q,
+        k,
+        heads=q.shape[2],
     )
-    out = _brought_back(out, q)
-    return out, (q, k, v, bounds, out, statistics)
 
 
-def _backward(tiling, kept, dout):
-    q, k, v, bounds, out, statistics = kept
-    highest, count = statistics
-    dsums = (dout.astype(jnp.float32) / _per_query(count, q)).astype(q.dtype)
-    # Of the rounded dO~, as in the kernels: what cancels in dS cancels here too.
-    mean = (dsums.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
-    mean = _lay(mean, tiling.block, multiples=(1,))[..., 0].swapaxes(1, 2)  # B H S
-    q_laid, k_laid, v_laid, dsums = (_lay(array, tiling.block) for array in (q, k, v, dsums))
-    call = _Call(q_laid, k_laid, q.shape[3] ** -0.5, tiling)
-    dq, slack = call.run(
+def _dq(call, q, k, *arrays):
+    B, S, H, C = q.shape
+    tiles, numbers = _tiles(call, q, 1, 1, 2, 2), (_numbers(call, 2, 2, dtype=jnp.int32), _numbers(call, 2))
+    return call.run(
         "attention_dq",
         dq_kernel,
-        (q_laid, k_laid, v_laid, bounds, dsums, jnp.stack([highest, mean]), _middles(k_laid, tiling.block), *_lists(bounds, tiling)),
-        (call.like(q_laid), call.like(highest)),
-        [*call.tiles(1, 1, 2, 2), call.numbers(2, 2, dtype=jnp.int32), call.numbers(2), call.channels()],
-        arrivals=(4, 3),
+        (q, k, *arrays),
+        (like(q), jax.ShapeDtypeStruct((B, H, S), jnp.float32)),
+        [*tiles, *numbers, plgpu.SMEM((C,), jnp.float32), *_arrivals(4, 3)],
+        q,
+        k,
+        heads=H,
     )
-    statistics = jnp.stack([highest, mean + slack / count])
-    dk, dv = call.run(
+
+
+def _dkv(call, q, k, *arrays):
+    return call.run(
         "attention_dkv",
         dkv_kernel,
-        (q_laid, k_laid, v_laid, bounds, dsums, statistics, *_lists(bounds, tiling, transposed=True)),
-        (call.like(k_laid), call.like(k_laid)),
-        [*call.tiles(1, 1, 2, 2), call.numbers(2, dtype=jnp.int32), call.numbers(2, 2)],
-        arrivals=(3, 3),
+        (q, k, *arrays),
+        (like(k), like(k)),
+        [*_tiles(call, q, 1, 1, 2, 2), _numbers(call, 2, dtype=jnp.int32), _numbers(call, 2, 2), *_arrivals(3, 3)],
+        q,
+        k,
         heads=k.shape[2],
     )
-    return _brought_back(dq, q), _brought_back(dk, k), _brought_back(dv, v), None
 
 
-_attention.defvjp(_forward, _backward)
+packed_attention = partial(attend, Kernels(_forward, _dq, _dkv))
 
 
-class _Call(NamedTuple):
-    """What the calls of the three kernels share: the laid out queries and keys."""
-
-    q: jax.Array
-    k: jax.Array
-    scale: float
-    tiling: Tiling
-
-    def run(self, name, kernel, arrays, out_type, scratch, arrivals, heads=None):
-        """`arrivals`: the copies of the own block and of a slot. Heads vary fastest: thread blocks that share keys run at a time."""
-        B, S, H, _ = self.q.shape
-        own, slots = arrivals
-        return plgpu.kernel(
-            partial(kernel, group=H // self.k.shape[2], scale=self.scale, interpreted=bool(self.tiling.interpret)),
-            out_type=out_type,
-            scratch_types=[*scratch, plgpu.Barrier(num_arrivals=own), plgpu.Barrier(num_arrivals=slots, num_barriers=2)],
-            grid=(B * S // self.tiling.block, heads or H),
-            grid_names=("blocks", "heads"),
-            compiler_params=plgpu.CompilerParams(approx_math=True),
-            interpret=self.tiling.interpret,
-            kernel_name=name,
-        )(*arrays)
-
-    def like(self, array):
-        return jax.ShapeDtypeStruct(array.shape, array.dtype)
-
-    def like_statistics(self):
-        B, S, H, _ = self.q.shape
-        return jax.ShapeDtypeStruct((2, B, H, S), jnp.float32)
-
-    def tiles(self, *slots):
-        """[U, C] in shared memory as products read it, or [slots, U, C], for each number of slots."""
-        transforms = plgpu.TilingTransform((8, SWIZZLE // self.q.dtype.itemsize)), plgpu.SwizzleTransform(SWIZZLE)
-        shape = self.tiling.block, self.q.shape[3]
-        shapes = [shape if count == 1 else (count, *shape) for count in slots]
-        return [plgpu.SMEM(shape, self.q.dtype, transforms=transforms) for shape in shapes]
-
-    def numbers(self, *shape, dtype=jnp.float32):
-        """[..., U] in shared memory."""
-        return plgpu.SMEM((*shape, self.tiling.block), dtype)
-
-    def channels(self):
-        return plgpu.SMEM((self.q.shape[3],), jnp.float32)
+def _tiles(call, q, *slots):
+    """[U, C] in shared memory, or [slots, U, C], for each number of slots."""
+    return [call.tile(*((call.block,) if count == 1 else (count, call.block)), like=q) for count in slots]
 
 
-def _middles(k, block):
-    """[B, S, K, C] -> [B, N, K, C] f32: the mean of the keys of a block."""
-    B, S, K, C = k.shape
-    return k.reshape(B, S // block, block, K, C).mean(2, dtype=jnp.float32)
+def _numbers(call, *shape, dtype=jnp.float32):
+    """[..., U] in shared memory."""
+    return plgpu.SMEM((*shape, call.block), dtype)
 
 
-def _lists(bounds, tiling, transposed=False):
-    """`others` [B x N, N] and `total` [B x N]: the blocks of keys that a block of queries meets; transposed, the other way round."""
-    meets = meeting(*bounds, tiling.block, tiling.reach)  # B N N
-    meets = (meets.swapaxes(1, 2) if transposed else meets).reshape(-1, meets.shape[2])
-    number = jnp.arange(meets.shape[1], dtype=jnp.int32)
-    return jnp.sort(jnp.where(meets, number, meets.shape[1]), axis=1), meets.sum(1, dtype=jnp.int32)
-
-
-# ---- layout -----------------------------------------------------------------------------------
-
-
-def _lay(array, block, multiples=CHANNELS):
-    """[B, T, H, C] with zeros behind each row and behind the channels; the array itself where nothing is to be added."""
-    _, T, _, C = array.shape
-    wide = min(width for width in multiples if width >= C)
-    if T % block == 0 and wide == C:
-        return array
-    return jnp.pad(array, ((0, 0), (0, -T % block), (0, 0), (0, wide - C)))
-
-
-def _brought_back(array, like):
-    _, T, _, C = like.shape
-    return array[:, :T, :, :C]
-
-
-def _per_query(statistics, like):
-    """[B, H, S] -> [B, T, H, 1]."""
-    return statistics.swapaxes(1, 2)[:, : like.shape[1], :, None]
-
-
-def _lay_bounds(bounds, block):
-    """[2, B, T] -> [2, B, S]; behind the row a token sees itself."""
-    _, B, T = bounds.shape
-    behind = jnp.broadcast_to(jnp.arange(T, T + -T % block, dtype=jnp.int32), (B, -T % block))
-    return jnp.concatenate([bounds, jnp.stack([behind, behind + 1])], axis=2)
+def _arrivals(own, slot):
+    """Barriers for the copies of the own block, and for those of each of two slots."""
+    return plgpu.Barrier(num_arrivals=own), plgpu.Barrier(num_arrivals=slot, num_barriers=2)

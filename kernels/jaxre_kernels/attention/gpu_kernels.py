@@ -13,22 +13,28 @@ processor, not by more slots: where examples are short a list has two or three e
 
 Arrays in global memory: q, dO~, O and dQ [B, S, H, C], k, v, dK and dV [B, S, K, C], `bounds` [2, B, S] int32 (visible from, until),
 `statistics` [2, B, H, S] f32. `others` [B x N, N] and `total` [B x N] int32: the blocks of its row that a block meets, and their
-number, at least one. U is the number of tokens of a block. Scores carry the factor log2 e, so that exp2 is the exponential.
+number, at least one. U is the number of tokens of a block.
 """
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # less any score it stays finite
-LOG2_E = math.log2(math.e)
-TILE = plgpu.Layout.WGMMA  # how a product lies in the registers of a warpgroup
+from jaxre_kernels.attention.gpu_tiles import (
+    HIDDEN,
+    TILE,
+    along,
+    full,
+    online_softmax,
+    own_block,
+    quotient,
+    remainder,
+    visible,
+    weights_again,
+)
 
 
 def forward_kernel(
@@ -37,35 +43,30 @@ def forward_kernel(
     """Output of a block of queries, and of each query the highest score and the sum of weights (`statistics`).
 
     Shared memory: `queries` [U, C], `keys` and `values` [2, U, C], `near` [2, 2, U] the bounds of the keys, `kept` [2, U] f32.
-    A query that has seen no key yet has highest = HIDDEN and weights of one; the first score that it sees takes all of that times
-    exp2(HIDDEN - score) = 0.
     """
     U, C = queries.shape
-    own, row, start = _own_block(q, U)
+    own, row, start = own_block(q, U)
     head = lax.axis_index("heads")
     here = row, pl.ds(start, U), head
     plgpu.copy_gmem_to_smem(q.at[here], queries, own_arrived)
 
     def fetch(step, slot):
-        there = row, pl.ds(others[own, step] * U, U), _quotient(head, group)
+        there = row, pl.ds(others[own, step] * U, U), quotient(head, group)
         _fetch_keys(k, v, bounds, there, keys, values, near, slot, arrived)
 
     def compute(step, slot, carry):
         sums, highest, count = carry
         (scores,) = _products((queries, _transposed(keys.at[slot])))  # queries keys
-        scores = scores * (scale * LOG2_E)
-        scores = jnp.where(_visible(near.at[slot], start, scores, queries=0), scores, HIDDEN)
-        now = jnp.maximum(highest, scores.max(1))
-        shrink, weights = jnp.exp2(highest - now), jnp.exp2(scores - _along(now, 0, scores))
-        count = count * shrink + weights.sum(1)
-        (sums,) = _added(interpreted, (sums * _along(shrink, 0, sums), weights.astype(values.dtype), values.at[slot]))
-        return sums, now, count
+        seen = _visible(near.at[slot], start, scores, queries=0)
+        weights, shrink, highest, count = online_softmax(scores, seen, highest, count, scale)
+        (sums,) = _added(interpreted, (sums * along(shrink, 0, sums), weights.astype(values.dtype), values.at[slot]))
+        return sums, highest, count
 
     steps = _fetch_first(total[own], fetch)
     plgpu.barrier_wait(own_arrived)
-    before = _full((U, C), 0.0, TILE), _full((U,), HIDDEN, TILE.reduce(1)), _full((U,), 0.0, TILE.reduce(1))
+    before = full((U, C), 0.0), full((U,), HIDDEN, TILE.reduce(1)), full((U,), 0.0, TILE.reduce(1))
     sums, highest, count = _each_step(steps, arrived, fetch, compute, before)
-    queries[...] = (sums / _along(count, 0, sums)).astype(queries.dtype)
+    queries[...] = (sums / along(count, 0, sums)).astype(queries.dtype)
     kept.at[0][...] = highest
     kept.at[1][...] = count
     _leave((queries, out.at[here]), (kept, statistics.at[:, row, head, pl.ds(start, U)]))
@@ -106,16 +107,16 @@ def dq_kernel(
     Shared memory: `queries` and `douts` [U, C], `keys` and `values` [2, U, C], `near` [2, 2, U], `kept` [2, U] f32, `middle` [C] f32.
     """
     U, C = queries.shape
-    own, row, start = _own_block(q, U)
+    own, row, start = own_block(q, U)
     head = lax.axis_index("heads")
     here = row, pl.ds(start, U), head
     plgpu.copy_gmem_to_smem(q.at[here], queries, own_arrived)
     plgpu.copy_gmem_to_smem(dsums.at[here], douts, own_arrived)
     plgpu.copy_gmem_to_smem(statistics.at[:, row, head, pl.ds(start, U)], kept, own_arrived)
-    plgpu.copy_gmem_to_smem(middles.at[row, _quotient(start, U), _quotient(head, group)], middle, own_arrived)
+    plgpu.copy_gmem_to_smem(middles.at[row, quotient(start, U), quotient(head, group)], middle, own_arrived)
 
     def fetch(step, slot):
-        there = row, pl.ds(others[own, step] * U, U), _quotient(head, group)
+        there = row, pl.ds(others[own, step] * U, U), quotient(head, group)
         _fetch_keys(k, v, bounds, there, keys, values, near, slot, arrived)
 
     steps = _fetch_first(total[own], fetch)
@@ -128,17 +129,17 @@ def dq_kernel(
             (queries, _transposed(keys.at[slot])),
             (douts, _transposed(values.at[slot])),
         )  # queries keys
-        weights = _weights(scores, _visible(near.at[slot], start, scores, queries=0), _along(highest, 0, scores), scale)
-        dscores = weights * (dweights - _along(mean, 0, scores))
+        weights = weights_again(scores, _visible(near.at[slot], start, scores, queries=0), along(highest, 0, scores), scale)
+        dscores = weights * (dweights - along(mean, 0, scores))
         slack = slack + dscores.sum(1)
         dscores = dscores.astype(keys.dtype)
         rounded = rounded + dscores.astype(jnp.float32).sum(1)
         (sums,) = _added(interpreted, (sums, dscores, keys.at[slot]))
         return sums, slack, rounded
 
-    nothing = _full((U,), 0.0, TILE.reduce(1))
-    sums, slack, rounded = _each_step(steps, arrived, fetch, compute, (_full((U, C), 0.0, TILE), nothing, nothing))
-    common = _along(rounded, 0, sums) * _along(plgpu.load(middle, layout=TILE.reduce(0)), 1, sums)
+    nothing = full((U,), 0.0, TILE.reduce(1))
+    sums, slack, rounded = _each_step(steps, arrived, fetch, compute, (full((U, C), 0.0), nothing, nothing))
+    common = along(rounded, 0, sums) * along(plgpu.load(middle, layout=TILE.reduce(0)), 1, sums)
     queries[...] = ((sums - common) * scale).astype(queries.dtype)
     kept.at[0][...] = slack
     _leave((queries, dq.at[here]), (kept.at[0], slacks.at[row, head, pl.ds(start, U)]))
@@ -174,7 +175,7 @@ def dkv_kernel(
     Shared memory: `keys` and `values` [U, C], `queries` and `douts` [2, U, C], `near` [2, U], `kept` [2, 2, U] f32.
     """
     U, C = keys.shape
-    own, row, start = _own_block(k, U)
+    own, row, start = own_block(k, U)
     head = lax.axis_index("heads")
     here = row, pl.ds(start, U), head
     plgpu.copy_gmem_to_smem(k.at[here], keys, own_arrived)
@@ -183,10 +184,10 @@ def dkv_kernel(
 
     def first_query(step):
         """All heads of a block of queries follow one another, then comes the next block."""
-        return others[own, _quotient(step, group)] * U
+        return others[own, quotient(step, group)] * U
 
     def fetch(step, slot):
-        there, query_head = pl.ds(first_query(step), U), head * group + _remainder(step, group)
+        there, query_head = pl.ds(first_query(step), U), head * group + remainder(step, group)
         plgpu.copy_gmem_to_smem(q.at[row, there, query_head], queries.at[slot], arrived.at[slot])
         plgpu.copy_gmem_to_smem(dsums.at[row, there, query_head], douts.at[slot], arrived.at[slot])
         plgpu.copy_gmem_to_smem(statistics.at[:, row, query_head, there], kept.at[slot], arrived.at[slot])
@@ -200,8 +201,8 @@ def dkv_kernel(
             (keys, _transposed(queries.at[slot])),
             (values, _transposed(douts.at[slot])),
         )  # keys queries
-        highest, mean = (_along(plgpu.load(kept.at[slot, i], layout=TILE.reduce(0)), 1, scores) for i in (0, 1))
-        weights = _weights(scores, _visible(near, first_query(step), scores, queries=1), highest, scale)
+        highest, mean = (along(plgpu.load(kept.at[slot, i], layout=TILE.reduce(0)), 1, scores) for i in (0, 1))
+        weights = weights_again(scores, _visible(near, first_query(step), scores, queries=1), highest, scale)
         dscores = weights * (dweights - mean)
         return _added(
             interpreted,
@@ -209,19 +210,13 @@ def dkv_kernel(
             (dvalues, weights.astype(keys.dtype), douts.at[slot]),
         )
 
-    dkeys, dvalues = _each_step(steps, arrived, fetch, compute, (_full((U, C), 0.0, TILE),) * 2)
+    dkeys, dvalues = _each_step(steps, arrived, fetch, compute, (full((U, C), 0.0),) * 2)
     keys[...] = (dkeys * scale).astype(keys.dtype)
     values[...] = dvalues.astype(values.dtype)
     _leave((keys, dk.at[here]), (values, dv.at[here]))
 
 
 # ---- blocks that come and go ------------------------------------------------------------------
-
-
-def _own_block(array, block):
-    """Of the block of this thread block: its number over all rows, its row, and its first token."""
-    own, blocks = lax.axis_index("blocks"), array.shape[1] // block
-    return own, _quotient(own, blocks), _remainder(own, blocks) * block
 
 
 def _fetch_keys(k, v, bounds, there, keys, values, near, slot, arrived):
@@ -249,7 +244,7 @@ def _each_step(steps, arrived, fetch, compute, carry):
     """
 
     def step_of(step, carry):
-        slot = _remainder(step, 2)
+        slot = remainder(step, 2)
         plgpu.barrier_wait(arrived.at[slot])
         carry = compute(step, slot, carry)
 
@@ -271,16 +266,7 @@ def _leave(*pairs):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _quotient(number, by):
-    """Of numbers that are not negative: `//` would ask for the sign."""
-    return lax.div(number, np.int32(by))
-
-
-def _remainder(number, by):
-    return lax.rem(number, np.int32(by))
-
-
-# ---- products and weights ---------------------------------------------------------------------
+# ---- products ---------------------------------------------------------------------------------
 
 
 def _products(*pairs):
@@ -314,21 +300,6 @@ def _transposed(ref):
 
 
 def _visible(near, start, scores, *, queries):
-    """Whether a query sees a key, as `scores`; `near` [2, U] are the bounds of the keys, `queries` the axis of the queries."""
-    query = plgpu.broadcasted_iota(jnp.int32, scores.shape, queries, layout=TILE) + start
-    since, until = (_along(plgpu.load(near.at[i], layout=TILE.reduce(queries)), 1 - queries, scores) for i in (0, 1))
-    return (since <= query) & (query < until)
-
-
-def _weights(scores, visible, highest, scale):
-    """exp(s Q K' - m), zero where a query does not see a key. What overflows there is not taken."""
-    return jnp.where(visible, jnp.exp2(scores * (scale * LOG2_E) - highest), 0.0)
-
-
-def _along(vector, axis, like):
-    """A vector that lies along `axis` of `like`, repeated over the other."""
-    return lax.broadcast_in_dim(vector, like.shape, [axis])
-
-
-def _full(shape, value, layout):
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+    """`near` [2, U] in shared memory are the bounds of the keys."""
+    since, until = (plgpu.load(near.at[i], layout=TILE.reduce(queries)) for i in (0, 1))
+    return visible(since, until, start, scores, queries=queries)
