@@ -226,15 +226,12 @@ class Mesh(Settings):
     cpu_devices: Int | None = Field(None, ge=1, description="devices that a machine without accelerator is split into")
 
 
-KERNELS = Literal["xla", "pallas_gpu", "pallas_tpu"] | None
-
-
 class Kernels(Settings):
     """The implementation of each op of a decoder's training; the table of measurements decides where none is given, else XLA."""
 
-    attention: KERNELS = None
-    lora: KERNELS = None
-    cross_entropy: KERNELS = None
+    attention: Literal["xla", "pallas_gpu", "pallas_gpu_sm80", "pallas_tpu"] | None = None
+    lora: Literal["xla", "pallas_gpu", "pallas_tpu"] | None = None
+    cross_entropy: Literal["xla", "pallas_gpu", "pallas_tpu"] | None = None
 
 
 class Predict(Settings):

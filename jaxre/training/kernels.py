@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
@@ -18,7 +19,21 @@ from jaxre.errors import InputError
 from jaxre.models.ops import Ops
 from jaxre.training import sharding
 
-PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
+
+class Hardware(NamedTuple):
+    """What a kernel is for: JAX's name of the platform, and, of a GPU, the least and the highest compute capability."""
+
+    told: str
+    platform: str
+    least: tuple[int, int] = (0, 0)
+    most: tuple[int, int] = (99, 0)
+
+
+HARDWARE = {
+    "pallas_tpu": Hardware("a TPU", "tpu"),
+    "pallas_gpu": Hardware("a Hopper GPU", "gpu", (9, 0), (9, 0)),
+    "pallas_gpu_sm80": Hardware("a GPU from Ampere on", "gpu", (8, 0)),
+}
 
 # Op -> what was chosen and why, each in words once, in the order in which it was met.
 Chosen = dict[str, dict[str, None]]
@@ -90,9 +105,14 @@ def _split(op: Callable, mesh: jax.sharding.Mesh, rows: int, whole: int = 0) -> 
 
 def check_kernels(kernels: Kernels, mesh: jax.sharding.Mesh) -> None:
     """Raises InputError for a kernel that does not run on such a mesh."""
-    platform = mesh.devices.flat[0].platform.replace("cuda", "gpu")
+    device = mesh.devices.flat[0]
+    platform = device.platform.replace("cuda", "gpu")  # of a device that is compiled for and not there
+    capability = tuple(map(int, getattr(device, "compute_capability", "0.0").split(".")))
     for op, name in kernels.model_dump().items():
-        if PLATFORMS.get(name, platform) != platform:
-            raise InputError(f"kernels.{op}={name}: is for a {PLATFORMS[name].upper()}, this is a {platform.upper()}; leave it out")
-        if name in PLATFORMS and mesh.shape["tensor"] > 1:
+        if name not in HARDWARE:
+            continue
+        told, wanted, least, most = HARDWARE[name]
+        if platform != wanted or not least <= capability <= most:
+            raise InputError(f"kernels.{op}={name}: is for {told}, this is {device.device_kind}; leave it out")
+        if mesh.shape["tensor"] > 1:
             raise InputError(f"kernels.{op}={name}: takes whole heads and channels on a device; set mesh.tensor=1, or leave it out")

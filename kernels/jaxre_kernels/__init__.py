@@ -1,4 +1,4 @@
-"""Kernels for packed sequences and LoRA, on their own: `jaxre_kernels` imports nothing of jaxre.
+"""Kernels of packed-sequence LoRA training, usable without jaxre.
 
 Each op is a folder with a plain XLA reference, which is always there, and the implementations for a device;
 `implementation=` chooses one by name: "xla"; "pallas_tpu" for attention, LoRA projections (NF4 too) and linear cross-entropy on TPUs;

@@ -69,7 +69,7 @@ def interpret_kernels() -> None:
     """Kernels for TPUs run on this CPU from here on."""
     call = pl.pallas_call
     pl.pallas_call = lambda *given, **more: call(*given, **more | {"interpret": True})
-    kernels.PLATFORMS["pallas_tpu"] = "cpu"
+    kernels.HARDWARE["pallas_tpu"] = kernels.HARDWARE["pallas_tpu"]._replace(platform="cpu")
 
 
 def main(model: str, work: str, method: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -34,20 +35,38 @@ def one_device() -> jax.sharding.Mesh:
 @pytest.mark.parametrize("op", OPS)
 def test_a_kernel_for_another_device_is_refused_before_a_run_folder_is_made(tiny_model: Path, tmp_path: Path, op: str) -> None:
     config = tiny_config(tmp_path, tiny_model, kernels={op: "pallas_tpu"})
-    assert refusal(lambda: train(config)) == f"kernels.{op}=pallas_tpu: is for a TPU, this is a CPU; leave it out"
+    assert refusal(lambda: train(config)) == f"kernels.{op}=pallas_tpu: is for a TPU, this is cpu; leave it out"
     assert not config.run_folder.exists()
 
 
-def test_a_kernel_is_refused_where_the_mesh_splits_heads() -> None:
-    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(platform="cuda")]), shape={"data": 1, "fsdp": 1, "tensor": 2})
-    assert "set mesh.tensor=1" in refusal(lambda: check_kernels(Kernels(attention="pallas_gpu"), mesh))
-    check_kernels(Kernels(attention="xla"), mesh)
-    mesh.shape["tensor"] = 1
-    check_kernels(Kernels(attention="pallas_gpu"), mesh)
+def mesh_like(platform: str, capability: str = "0.0", tensor: int = 1) -> SimpleNamespace:
+    device = SimpleNamespace(platform=platform, compute_capability=capability, device_kind=f"a {platform} {capability}")
+    return SimpleNamespace(devices=np.array([device]), shape={"data": 1, "fsdp": 1, "tensor": tensor})
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "said"),
+    [
+        ("pallas_gpu", mesh_like("gpu", "8.9"), "is for a Hopper GPU, this is a gpu 8.9"),
+        ("pallas_gpu", mesh_like("gpu", "10.0"), "is for a Hopper GPU"),
+        ("pallas_gpu_sm80", mesh_like("gpu", "7.5"), "is for a GPU from Ampere on"),
+        ("pallas_gpu", mesh_like("tpu"), "is for a Hopper GPU"),
+        ("pallas_gpu", mesh_like("cuda", "9.0", tensor=2), "set mesh.tensor=1"),
+        ("pallas_gpu", mesh_like("cuda", "9.0"), None),
+        ("pallas_gpu_sm80", mesh_like("gpu", "12.0"), None),
+        ("pallas_tpu", mesh_like("tpu"), None),
+        ("xla", mesh_like("cpu", tensor=2), None),
+    ],
+)
+def test_a_kernel_runs_on_what_it_was_written_for(name: str, mesh: SimpleNamespace, said: str | None) -> None:
+    if said is None:
+        check_kernels(Kernels(attention=name), mesh)
+    else:
+        assert said in refusal(lambda: check_kernels(Kernels(attention=name), mesh))
 
 
 def test_arrays_that_a_kernel_does_not_take_are_refused_when_the_update_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels.PLATFORMS, "pallas_tpu", "cpu")
+    monkeypatch.setitem(kernels.HARDWARE, "pallas_tpu", kernels.HARDWARE["pallas_tpu"]._replace(platform="cpu"))
     ops = ops_of(Kernels(attention="pallas_tpu", cross_entropy="pallas_tpu", lora="pallas_tpu"), one_device())
     q, until = jnp.zeros((1, 16, 2, 8), jnp.float16), jnp.zeros((1, 16), jnp.int32)
     said = refusal(lambda: ops.attention(q, q, q, until))
@@ -75,3 +94,9 @@ def test_encoders_and_full_fine_tuning_refuse_kernels_that_they_do_not_have(tiny
     assert "leave them out" in refusal(lambda: encoder_config(tmp_path, tiny_model, kernels={"attention": "xla"}))
     assert "train.method=lora" in refusal(lambda: tiny_config(tmp_path, tiny_model, train={"method": "full"}, kernels={"lora": "xla"}))
     assert "kernels.attention" in refusal(lambda: tiny_config(tmp_path, tiny_model, kernels={"attention": "cudnn"}))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_config_offers_what_there_is(op: str) -> None:
+    (offered,) = (part for part in get_args(Kernels.model_fields[op].annotation) if part is not type(None))
+    assert set(get_args(offered)) == set(implementations.implementations_of(op)) <= {"xla", *kernels.HARDWARE}
