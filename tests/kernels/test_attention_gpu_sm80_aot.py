@@ -21,6 +21,7 @@ import ptx
 import pytest
 from attention_kernels import in_f64, relative
 from gpu_compilation import BEGIN, END, H200, Kernel, marks
+from gpu_compilation import compiled as compiled_for_h200
 from jaxre_kernels.attention import gpu_sm80, gpu_vjp
 
 pytestmark = marks(gpu_sm80.MISSING)
@@ -103,6 +104,13 @@ def test_nothing_spills_and_a_processor_holds_two_thread_blocks(shape, device, t
         assert kernel.spilled == 0, (name, kernel)
         assert together(kernel, device) >= 2, (name, kernel)
         assert kernel.shared <= device.shared_memory_per_block_optin
+
+
+def test_it_compiles_for_an_h200_with_copies_of_the_copy_engine(tmp_path):
+    """So the hardware check can run products and layouts of registers there."""
+    program = PROGRAM.replace("import packed_attention", "import with_copy_engine as packed_attention")
+    for name, kernel in compiled_for_h200(tmp_path, program, 1, 1024, 4, 2, 128)[1].items():
+        assert kernel.spilled == 0, (name, kernel)
 
 
 # ---- what was compiled, run -------------------------------------------------------------------
