@@ -32,7 +32,7 @@ class Hardware(NamedTuple):
 HARDWARE = {
     "pallas_tpu": Hardware("a TPU", "tpu"),
     "pallas_gpu": Hardware("a Hopper GPU", "gpu", (9, 0), (9, 0)),
-    "pallas_gpu_sm80": Hardware("a GPU from Ampere on", "gpu", (8, 0)),
+    "pallas_gpu_sm80": Hardware("an Ampere or Ada GPU", "gpu", (8, 0), (8, 9)),
 }
 
 # Op -> what was chosen and why, each in words once, in the order in which it was met.

@@ -63,7 +63,7 @@ def compiled_step(target: str, model: str, quantise: str | None, rows: int, kern
 
 
 # MiB a chip, measured (jax 0.12.0.1): one row of 4,096 on each of eight chips, weights split over them, but NF4 weights whole on each.
-TPU_PEAKS = {("0.5B", None): 1162, ("0.5B", "nf4"): 1266, ("3B", None): 0, ("3B", "nf4"): 0}
+TPU_PEAKS = {("0.5B", None): 1162, ("0.5B", "nf4"): 1266, ("3B", None): 3602, ("3B", "nf4"): 4292}
 
 
 @needs_libtpu
