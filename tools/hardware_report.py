@@ -116,7 +116,7 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
         )
     elif section == "step":
         yield from rows_of(
-            "run; ms an update; examples/s; real tokens/s; MFU; of the datasheet; remat; peak MiB; compilation, s",
+            "run; ms an update; examples/s; real tokens/s; MFU; of the datasheet; remat; peak MiB; compilation, s; first loss",
             [
                 [
                     one["case"],
@@ -128,6 +128,7 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
                     one["remat"],
                     f"{one['peak_memory'] / 2**20:,.0f}",
                     f"{one['compile_seconds']:.1f}",
+                    f"{one['first_loss']:.5f}",
                 ]
                 for one in ran
             ],

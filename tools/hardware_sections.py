@@ -142,7 +142,7 @@ def targets_of(case: Any, timed: dict[str, tuple[str | None, dict]]) -> Iterator
 
 
 def time_step(emit: Emit, deadline: float, options: argparse.Namespace) -> None:
-    """Whole updates of the smallest model with a large head: of packed rows, of the study's batch, on NF4 weights."""
+    """Whole updates of the smallest model with a large head: of packed rows, of the study's batch, on NF4 weights, with every kernel."""
     from bench_sides import run_config, write_inputs
 
     from jaxre.errors import InputError
@@ -158,6 +158,8 @@ def time_step(emit: Emit, deadline: float, options: argparse.Namespace) -> None:
         f"{given.shape} {given.dtype}, batch of 8": (*STUDY_BATCH, "train.row_length=1024"),
         f"{rows}, NF4": ("model.quantise=nf4",),
     }
+    if kernels := kernels_here():
+        runs |= {f"{name}, kernels": (*runs[name], *kernels) for name in (rows, f"{rows}, NF4")}
     seconds = {}
     with tempfile.TemporaryDirectory(prefix="hardware-check-") as folder:
         try:
@@ -172,6 +174,7 @@ def time_step(emit: Emit, deadline: float, options: argparse.Namespace) -> None:
             try:
                 run = prepare(run_config(Path(folder), "0shot", given, *overrides))
                 ledger = ledger_of(run)
+                first_loss = float(run.update(run.next_rows()).loss)  # to be compared between the runs of one batch
                 found = measured(run, time_updates(run, 2 if options.dry else 20), ledger)
             except Exception as error:  # noqa: BLE001, whatever it is, it is this run's result
                 emit(case=name, problem=problem(error))
@@ -179,6 +182,7 @@ def time_step(emit: Emit, deadline: float, options: argparse.Namespace) -> None:
             seconds[name] = found["seconds"]
             emit(
                 case=name,
+                first_loss=first_loss,
                 matrix_rate=ledger["matrix_rate"],
                 program_flops=ledger["program_flops"],
                 needed=ledger["flops"]["total"],
@@ -188,6 +192,18 @@ def time_step(emit: Emit, deadline: float, options: argparse.Namespace) -> None:
     dense, quantised = seconds.get(rows), seconds.get(f"{rows}, NF4")
     if dense and quantised:
         emit(target="step on NF4 weights", ours="NF4", against="dense weights", ratio=dense / quantised, least=1 / 1.15)
+
+
+def kernels_here() -> list[str]:
+    """The settings that ask for the kernel of each op that was written for this device."""
+    import jax
+    from jaxre_kernels.implementations import implementations_of
+
+    from jaxre.training.kernels import HARDWARE, runs_on
+
+    device = jax.devices()[0]
+    there = [(op, name) for op in ("attention", "lora", "cross_entropy") for name in implementations_of(op)]
+    return [f"kernels.{op}={name}" for op, name in there if name in HARDWARE and runs_on(name, device)]
 
 
 def time_peers(emit: Emit, deadline: float, options: argparse.Namespace) -> None:

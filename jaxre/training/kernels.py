@@ -106,13 +106,18 @@ def _split(op: Callable, mesh: jax.sharding.Mesh, rows: int, whole: int = 0) -> 
 def check_kernels(kernels: Kernels, mesh: jax.sharding.Mesh) -> None:
     """Raises InputError for a kernel that does not run on such a mesh."""
     device = mesh.devices.flat[0]
-    platform = device.platform.replace("cuda", "gpu")  # of a device that is compiled for and not there
-    capability = tuple(map(int, getattr(device, "compute_capability", "0.0").split(".")))
     for op, name in kernels.model_dump().items():
         if name not in HARDWARE:
             continue
-        told, wanted, least, most = HARDWARE[name]
-        if platform != wanted or not least <= capability <= most:
-            raise InputError(f"kernels.{op}={name}: is for {told}, this is {device.device_kind}; leave it out")
+        if not runs_on(name, device):
+            raise InputError(f"kernels.{op}={name}: is for {HARDWARE[name].told}, this is {device.device_kind}; leave it out")
         if mesh.shape["tensor"] > 1:
             raise InputError(f"kernels.{op}={name}: takes whole heads and channels on a device; set mesh.tensor=1, or leave it out")
+
+
+def runs_on(name: str, device: jax.Device) -> bool:
+    """Whether a kernel was written for such a device."""
+    hardware = HARDWARE[name]
+    platform = device.platform.replace("cuda", "gpu")  # of a device that is compiled for and not there
+    capability = tuple(map(int, getattr(device, "compute_capability", "0.0").split(".")))
+    return platform == hardware.platform and hardware.least <= capability <= hardware.most

@@ -18,6 +18,8 @@ import pytest
 from jaxre_kernels.attention import dispatch
 from jaxre_kernels.implementations import Entry, implementations_of
 
+from jaxre.training import kernels
+
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
@@ -51,6 +53,12 @@ def test_every_implementation_is_checked_against_f32(op):
     ran = [one for one in found if "left_out" not in one]
     assert ran and all(one["passed"] for one in ran), ran
     assert all("alone" in one["left_out"] for one in found if one not in ran)
+
+
+def test_a_step_is_timed_with_the_kernels_that_were_written_for_the_device(monkeypatch):
+    assert sections.kernels_here() == []
+    monkeypatch.setitem(kernels.HARDWARE, "pallas_tpu", kernels.HARDWARE["pallas_tpu"]._replace(platform="cpu"))
+    assert sections.kernels_here() == [f"kernels.{op}=pallas_tpu" for op in ("attention", "lora", "cross_entropy")]
 
 
 def test_a_timing_tells_each_variant_and_how_it_stands_to_the_goal(monkeypatch):
