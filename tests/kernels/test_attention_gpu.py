@@ -14,29 +14,13 @@ import numpy as np
 import pytest
 from attention_kernels import BLOCK, CLOSE, ROWS, N, draws, in_f64, relative, segments
 from forests import LAYOUTS, T, fitted, row_of, span_of, trees
+from gpu_interpreter import fresh_interpreter, strict  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxre_kernels.attention import Heads, attention, choose, gpu, visible_mask
 from jaxre_kernels.attention.gpu import packed_attention
 
 needs_interpreter = pytest.mark.skipif(gpu.MISSING is not None, reason=str(gpu.MISSING))
-
-
-@pytest.fixture(autouse=True)
-def fresh_interpreter():
-    """An exception inside of the interpreter leaves its state behind, for every later test."""
-    yield
-    if gpu.MISSING is None:
-        from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
-
-        reset_gpu_interpret_mode_state()
-
-
-def strict(**options):
-    """Reads of what was never written give NaN, reads behind an array raise, and accesses that race are told."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="raise", **options)
 
 
 @partial(jax.jit, static_argnames=("bounds", "races"))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gpu_interpreter import fresh_interpreter, strict  # noqa: F401
 from jaxre_kernels.lora import choose, gpu, lora_group
 from jaxre_kernels.lora.gpu import pallas_lora_group, unsupported
 from jaxre_kernels.nf4 import dequantise, quantise, tiled
@@ -34,23 +35,6 @@ from lora_kernels import (
 CLOSE = 2e-6  # f32: sums of at most 576 products, in another order than the reference's, which is in f64
 
 needs_interpreter = pytest.mark.skipif(gpu.MISSING is not None, reason=str(gpu.MISSING))
-
-
-@pytest.fixture(autouse=True)
-def fresh_interpreter():
-    """An exception inside of the interpreter leaves its state behind, for every later test."""
-    yield
-    if gpu.MISSING is None:
-        from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
-
-        reset_gpu_interpret_mode_state()
-
-
-def strict(**options):
-    """Reads of what was never written give NaN, reads behind an array raise, and accesses that race are told."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.InterpretGPUParams(uninitialized_memory="nan", out_of_bounds_reads="raise", **options)
 
 
 @partial(jax.jit, static_argnames=("rate", "races"))
