@@ -32,18 +32,14 @@ def memory(tokens, inputs, outputs, ranks, nf4, rate):
 """
 
 
-# Inputs, outputs, ranks, which are NF4, dropout: the projections of Qwen2.5-0.5B and 3B, and of SmolLM2-360M's 960 channels.
+# Inputs, outputs, ranks, which are NF4, dropout: some projections of Qwen2.5-0.5B and 3B (`test_step_aot.py` compiles all of them), and
+# of SmolLM2-360M's 960 channels.
 CASES = [
     (896, (896, 128, 128), (32, 32, 32), (False, False, False), 0.05),
-    (896, (896,), (32,), (False,), 0.05),
-    (896, (4864, 4864), (32, 32), (False, False), 0.05),
-    (4864, (896,), (32,), (False,), 0.05),
     (2048, (11008, 11008), (64, 64), (False, False), 0.05),
-    (11008, (2048,), (64,), (False,), 0.05),
     (960, (960, 320, 320), (16, 0, 16), (False, False, False), 0.0),
     (896, (896, 128, 128), (32, 32, 32), (True, True, True), 0.05),
     (2048, (11008, 11008), (64, 64), (True, True), 0.05),
-    (11008, (2048,), (0,), (True,), 0.0),
     (2048, (2048, 256, 256), (64, 64, 64), (True, False, True), 0.05),
 ]
 TOKENS = 4096
