@@ -91,7 +91,7 @@ def together(kernel: Kernel, device: Device) -> int:
         (RTX_4090, (8, 512, 12, 12, 64, True)),
         (RTX_4090, (3, 1000, 4, 4, 80)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_nothing_spills_and_a_processor_holds_two_thread_blocks(shape, device, tmp_path):
     """They hide each other's latency. The fourth shape has segments that are seen both ways."""
@@ -172,7 +172,9 @@ def example(rows, length, heads, kv_heads, channels, both_ways=False):
 
 
 @pytest.mark.parametrize(
-    ("device", "shape"), [(A100, (1, 192, 2, 1, 128)), (RTX_4090, (2, 192, 3, 1, 64)), (RTX_4090, (1, 192, 1, 1, 64, True))], ids=str
+    ("device", "shape"),
+    [(A100, (1, 192, 2, 1, 128)), (RTX_4090, (2, 192, 3, 1, 64)), (RTX_4090, (1, 192, 1, 1, 64, True))],
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_what_was_compiled_gives_dense_attention_and_its_gradients(shape, device, tmp_path):
     """Sums are in another order than a GPU's; a sum of 192 products of bf16 is far from both by its rounding alone."""
