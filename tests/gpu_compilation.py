@@ -121,6 +121,6 @@ def compiled(
 
 def shared_of(folder: Path, name: str) -> int:
     """Bytes of shared memory of a kernel, without barriers. jax 0.12 numbers this file otherwise than those of the compiler."""
-    (said,) = folder.glob(f"{name}_*.resources.txt")
-    (shared,) = re.findall(r"smem_scratch_bytes=(\d+)", said.read_text())
-    return int(shared)
+    told = [said.read_text() for said in folder.glob(f"{name}_*.resources.txt")]  # several where a program has it more than once
+    (shared,) = {int(size) for text in told for size in re.findall(r"smem_scratch_bytes=(\d+)", text)}
+    return shared
