@@ -67,6 +67,8 @@ def xla(inputs, rate):
 
 @jax.jit
 def autodiff(x, weights, factors, dys, keep):
+    """x W + scale (x keep) A B and its gradients, projection by projection; keep is 0 or 1 / (1 - rate)."""
+
     def run(x, factors):
         return [
             x @ weight + (0 if factor is None else SCALE * ((x * keep) @ factor.a) @ factor.b)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from jaxre_kernels.lora import Factors, group_words, keep_mask, lora_group, token_keys
 from jaxre_kernels.nf4 import dequantise, quantise
+from lora_kernels import RATE, SCALE, autodiff
 
-SCALE, RATE = 1.5, 0.3
 ROWS, INPUTS, RANK = (2, 9), 64, 8
 OUTPUTS = (96, 32, 32)  # q, k and v: wider than the input, and narrower
 
@@ -55,20 +55,6 @@ def ours(x, weights, factors, dys, rate=0.0):
 ours_jitted = jax.jit(ours, static_argnames="rate")
 
 
-@jax.jit
-def plain(x, weights, factors, dys, keep):
-    """x W + scale (x keep) A B by autodiff, projection by projection; keep is 0 or 1 / (1 - rate)."""
-
-    def run(x, factors):
-        return [
-            x @ weight + (0 if factor is None else SCALE * ((x * keep) @ factor.a) @ factor.b)
-            for weight, factor in zip(weights, factors, strict=True)
-        ]
-
-    outputs, back = jax.vjp(run, x, factors)
-    return outputs, *back(dys)
-
-
 def scaled_mask(rows, inputs, rate):
     return keep_mask(keys_of(rows), 2, 1, inputs, rate) / (1 - rate) if rate else jnp.ones((*rows, inputs))
 
@@ -89,7 +75,7 @@ def largest(found, expected) -> float:
 def test_outputs_and_gradients_equal_autodiff_of_the_plain_formula(targets, rate):
     with jax.enable_x64(True):
         inputs = jax.tree.map(jnp.asarray, draws(targets, dtype=np.float64))
-        expected = plain(*inputs, scaled_mask(ROWS, INPUTS, rate).astype(jnp.float64))
+        expected = autodiff(*inputs, scaled_mask(ROWS, INPUTS, rate).astype(jnp.float64))
         assert largest(ours_jitted(*inputs, rate=rate), expected) < 1e-13
 
 
@@ -118,7 +104,7 @@ def test_nf4_weights_give_what_their_dequantised_values_give(rate):
     inputs = draws((0, 2))
     quantised = [quantise(weight.T) for weight in inputs.weights[:2]]
     dense = [*(np.asarray(dequantise(weight, jnp.float32)).T for weight in quantised), inputs.weights[2]]
-    expected = plain(*inputs._replace(weights=dense), scaled_mask(ROWS, INPUTS, rate))
+    expected = autodiff(*inputs._replace(weights=dense), scaled_mask(ROWS, INPUTS, rate))
     assert largest(ours_jitted(*inputs._replace(weights=[*quantised, dense[2]]), rate=rate), expected) < 2e-6
 
 
