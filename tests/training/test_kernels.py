@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jaxre_kernels import implementations
 from jaxre_kernels.implementations import Entry
+from jaxre_kernels.nf4 import dequantise, dequantise_tiles, quantise
 from refusals import refusal
 from tiny import tiny_config
 from tiny_encoders import encoder_config
@@ -20,7 +21,7 @@ from jaxre.config import Kernels, Mesh
 from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.training import kernels, sharding
 from jaxre.training.compilation import compile_updates
-from jaxre.training.initial import initial_state
+from jaxre.training.initial import initial_state, stored_for_kernels
 from jaxre.training.kernels import check_kernels, ops_of
 from jaxre.training.loop import train
 from jaxre.training.step import make_optimiser
@@ -101,3 +102,16 @@ def test_encoders_and_full_fine_tuning_refuse_kernels_that_they_do_not_have(tiny
 def test_the_config_offers_what_there_is(op: str) -> None:
     (offered,) = (part for part in get_args(Kernels.model_fields[op].annotation) if part is not type(None))
     assert set(get_args(offered)) == set(implementations.implementations_of(op)) <= {"xla", *kernels.HARDWARE}
+
+
+def test_nf4_weights_are_brought_into_a_kernels_form_once() -> None:
+    draw = np.random.default_rng(0)
+    one, other = (quantise(draw.standard_normal((16, 128), np.float32)) for _ in range(2))
+    base = {"last": {"q": one, "norm": np.ones(128)}, "layers": {"q": jax.tree.map(lambda *leaves: np.stack(leaves), one, other)}}
+    assert stored_for_kernels(base, Kernels())["last"]["q"].shape == (16, 128)  # as it was
+    packed = stored_for_kernels(base, Kernels(lora="pallas_tpu"))
+    for tiles, weight in ((packed["last"]["q"], one), (jax.tree.map(lambda leaf: leaf[1], packed["layers"]["q"]), other)):
+        np.testing.assert_array_equal(dequantise_tiles(tiles, jnp.float32), dequantise(weight, jnp.float32).T)
+    narrow = {"last": {"q": quantise(draw.standard_normal((16, 96), np.float32))}}
+    said = refusal(lambda: stored_for_kernels(narrow, Kernels(lora="pallas_tpu")))
+    assert said.startswith("kernels.lora=pallas_tpu: NF4") and "multiple of 64" in said
