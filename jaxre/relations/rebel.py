@@ -69,7 +69,9 @@ def read_rebel_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
                 if None in spans:
                     account[LOST].append(identity)
                     continue
-                account[MOVED] += [identity for span, (_, stated) in zip(spans, sides, strict=True) if stated and span != tuple(stated)]
+                for span, (_, stated) in zip(spans, sides, strict=True):
+                    if stated and span != tuple(stated):
+                        account[MOVED].append(identity)
                 head, tail = (name for name, _ in sides)
                 examples.append(_example(identity, split, text, head, tail, relation, *spans))
         except (KeyError, TypeError, ValueError):
