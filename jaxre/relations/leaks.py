@@ -18,13 +18,13 @@ def shared_texts(splits: Mapping[str, Sequence[Example]]) -> dict[tuple[str, str
     return {(first, second): sources.overlap(splits[first], splits[second]) for first, second in itertools.combinations(splits, 2)}
 
 
-def load_train(data: config.Data, load: Callable[[config.Source], list[Example]] = sources.load) -> list[Example]:
+def load_train(data: config.Data, load: Callable[[config.Source], list[Example]]) -> list[Example]:
     """The training examples; with `data.dedup` without those whose text occurs in the validation or test data.
 
     Texts are equal but for white space, whatever pair is marked. How many are left out is logged.
 
     Args:
-      load: a source of the config to its examples.
+      load: gives the examples of a source (`sources.load`).
     Raises:
       InputError: as `load`; nothing left.
     """
@@ -47,10 +47,11 @@ def without_texts(train: Sequence[Example], held_out: Mapping[str, Sequence[Exam
     return [example for example in train if example.id not in left_out], {name: len(ids) for name, ids in shared.items()}
 
 
-def digest_of(data: config.Data, digest: Callable[[config.Source], str | None] = sources.digest_of) -> str | None:
+def digest_of(data: config.Data, digest: Callable[[config.Source], str | None]) -> str | None:
     """Digest of what `load_train` reads: that of the training files, with `data.dedup` of the held-out ones and their settings too.
 
-    None where a source has no local files to tell by.
+    Args:
+      digest: gives the digest of a source's files (`sources.digest_of`). None where it has no local files to tell by; so here.
     """
     held_out = _held_out(data)
     found = [digest(data.train), *(digest(source) for source in held_out.values())]
