@@ -77,7 +77,7 @@ def resample_f1(gold: Sequence[str], *systems: Sequence[str], resamples: int = R
     Raises:
       InputError: no examples, or lists of different length.
     """
-    parts = [_f1_parts(Labels.of(gold, predicted)) for predicted in systems]
+    parts = [f1_parts(Labels.of(gold, predicted)) for predicted in systems]
     return resample_ratios(np.stack([one[:, 0] for one in parts], axis=1), np.stack([one[:, 1] for one in parts], axis=1), resamples, seed)
 
 
@@ -176,7 +176,7 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> McNemar:
     return McNemar(only_first, only_second, float(stats.chi2.sf(statistic, df=1)), exact=False)
 
 
-def _f1_parts(labels: Labels) -> np.ndarray:
+def f1_parts(labels: Labels) -> np.ndarray:
     """What each example adds to numerator and denominator of the micro-F1: [N, 2], int64."""
     gold, predicted = labels.positive[labels.gold], labels.positive[labels.predicted]
     return np.stack([2 * (labels.right & gold), gold.astype(np.int64) + predicted], axis=1)
