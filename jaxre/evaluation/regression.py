@@ -144,7 +144,7 @@ def _check(points: Sequence[ScalePoint], factors: Sequence[str]) -> None:
 
 
 def _design(points: Sequence[ScalePoint], factors: Sequence[str]) -> tuple[np.ndarray, list[str], tuple[str, ...]]:
-    """The independent columns [N, K], their names, and the names of those that others determine. The size comes last: what it adds to all."""
+    """The independent columns [N, K], their names, and those that others determine. The size comes last: what it adds to all."""
     columns = {"intercept": np.ones(len(points))}
     for factor in ("family", *factors):
         values = [getattr(point, factor) for point in points]

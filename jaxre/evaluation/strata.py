@@ -29,7 +29,9 @@ RIGHT = "right"
 STRATA = OUT_OF_SCHEMA, OVER, UNDER, NEAR, CONFUSION = "out of schema", "over-prediction", "under-prediction", "near neighbour", "confusion"
 
 # Words that tell of no relation by themselves.
-FUNCTION_WORDS = frozenset("a an and at by for from has have in is of on or s the to was with".split())
+FUNCTION_WORDS = frozenset(
+    {"a", "an", "and", "at", "by", "for", "from", "has", "have", "in", "is", "of", "on", "or", "s", "the", "to", "was", "with"}
+)
 SHOWN = 5
 
 

@@ -36,7 +36,7 @@ MOST = 0.5
 class Cell:
     """One system on one dataset.
 
-    places: [n] int64, the answered examples, as indices into the dataset's; ids, gold, predicted: of these; asked: how many the dataset has.
+    places: [n] int64, the answered examples, as indices into the dataset's; ids, gold, predicted: of these; asked: how many it has.
     parts: [n, 2] what each adds to the F1 (`f1_parts`); right: [n] bool, a negative answer to any negative gold is right.
     flags: what is wrong with the answers as a whole; broken: so wrong that their F1 must not go into an average.
     """
@@ -104,24 +104,26 @@ class StudyScores:
     def cell(self, system: str, dataset: str) -> Cell | None:
         return self.cells.get((system, dataset))
 
-    def asked(self, system: str, group: str) -> list[Cell]:
-        """The cells of a system on the datasets of a domain or OVERALL."""
-        return [self.cells[system, name] for name in self.groups[group] if (system, name) in self.cells]
+    def asked(self, system: str, datasets: Sequence[str]) -> list[Cell]:
+        """The cells that a system has on these datasets."""
+        return [self.cells[system, name] for name in datasets if (system, name) in self.cells]
 
     def average(self, system: str, group: str) -> Average:
         """Over the datasets of a domain or OVERALL."""
-        cells = self.asked(system, group)
+        return self.average_over(system, self.groups[group])
+
+    def average_over(self, system: str, names: Sequence[str]) -> Average:
+        """Over the datasets named."""
+        cells = self.asked(system, names)
         broken = tuple(cell.dataset for cell in cells if cell.broken)
-        shown = Interval(None, None, None)  # type: ignore[arg-type]
-        if cells and not broken:
-            shown = f1_interval(clustered([cell.resampled for cell in cells], self.seed))
+        shown = None if broken or not cells else f1_interval(clustered([cell.resampled for cell in cells], self.seed))
         datasets = tuple(cell.dataset for cell in cells)
         return Average(
-            value=shown.value,
-            low=shown.low,
-            high=shown.high,
+            value=shown and shown.value,
+            low=shown and shown.low,
+            high=shown and shown.high,
             datasets=datasets,
-            missing=tuple(name for name in self.groups[group] if name not in datasets),
+            missing=tuple(name for name in names if name not in datasets),
             broken=broken,
             flags=tuple(f"{cell.dataset}: {flag}" for cell in cells for flag in cell.flags),
         )
@@ -189,8 +191,8 @@ def _answers(record: StudyRecord, dataset: RecordedDataset, examples: Sequence[E
 def _check_gold(row: Prediction, example: Example, system: RecordedSystem, dataset: RecordedDataset) -> None:
     if row.relation != example.relation and normalise_label(row.relation) != normalise_label(example.relation):
         raise InputError(
-            f"{system.predictions[dataset.name]}: example {row.example_id!r} has the gold label {row.relation!r}, in the study's data it is "
-            f"{example.relation!r}; predict the study's data"
+            f"{system.predictions[dataset.name]}: example {row.example_id!r} has the gold label {row.relation!r}, in the data of "
+            f"the study it is {example.relation!r}; predict the study's data"
         )
 
 
