@@ -76,10 +76,10 @@ def slices(study: StudyScores, system: str, resamples: int = RESAMPLES) -> tuple
     for domain in dict.fromkeys(cell.domain for cell in cells):
         members = [cell for cell in cells if cell.domain == domain]
         interval = f1_interval(clustered([cell.resampled for cell in members], study.seed))
-        count, positive = sum(len(cell.ids) for cell in members), sum(_positive(cell).sum() for cell in members)
+        count, positive = sum(len(cell.ids) for cell in members), sum(cell.positive.sum() for cell in members)
         found.append(_slice("domain", domain, domain, "", count, positive, "F1", interval, whole, any(cell.broken for cell in members)))
     for cell in cells:
-        count, positive = len(cell.ids), _positive(cell).sum()
+        count, positive = len(cell.ids), cell.positive.sum()
         found.append(_slice("dataset", cell.dataset, cell.domain, cell.dataset, count, positive, "F1", cell.interval, whole, cell.broken))
         found += _parts(study, cell, resamples)
     return tuple(found)
@@ -88,7 +88,7 @@ def slices(study: StudyScores, system: str, resamples: int = RESAMPLES) -> tuple
 def _parts(study: StudyScores, cell: Cell, resamples: int) -> list[Slice]:
     """The relations, entity types, lengths and distances of a dataset."""
     seed = study.seed_of(cell.dataset)
-    positive, ones = _positive(cell), np.ones((len(cell.ids), 1), np.int64)
+    positive, ones = cell.positive, np.ones((len(cell.ids), 1), np.int64)
     right = cell.right[:, None]
     wholes = {"F1": cell.interval, "accuracy": f1_interval(resample_ratios(right, ones, resamples, seed))}
     found = []
@@ -98,9 +98,10 @@ def _parts(study: StudyScores, cell: Cell, resamples: int) -> list[Slice]:
         count, positives = len(members), positive[members].sum()
         found.append(_slice(level, name, cell.domain, cell.dataset, count, positives, measure, interval, wholes[measure]))
 
-    gold, predicted = (np.array([normalise_label(label) for label in side]) for side in (cell.gold, cell.predicted))
+    code = {name: index for index, name in enumerate(cell.labels.names)}
     for label in next(one.labels for one in study.record.datasets if one.name == cell.dataset):
-        is_gold, is_predicted = gold == normalise_label(label), predicted == normalise_label(label)
+        this = code.get(normalise_label(label), -1)
+        is_gold, is_predicted = cell.labels.gold == this, cell.labels.predicted == this
         members = np.flatnonzero(is_gold)
         if is_negative(label):
             if len(members):
@@ -119,11 +120,6 @@ def _parts(study: StudyScores, cell: Cell, resamples: int) -> list[Slice]:
             above, below = (cell.parts[:, :1], cell.parts[:, 1:]) if measure == "F1" else (right, ones)
             add(level, name, members, measure, resample_ratios(above[members], below[members], resamples, seed))
     return found
-
-
-def _positive(cell: Cell) -> np.ndarray:
-    """[n] bool: whether the gold label is positive."""
-    return np.array([not is_negative(label) for label in cell.gold])
 
 
 def _natural(name: str) -> tuple[int, str]:

@@ -37,7 +37,7 @@ class Cell:
     """One system on one dataset.
 
     places: [n] int64, the answered examples, as indices into the dataset's; ids, gold, predicted: of these; asked: how many it has.
-    parts: [n, 2] what each adds to the F1 (`f1_parts`); right: [n] bool, a negative answer to any negative gold is right.
+    labels: the same, normalised, as codes.
     flags: what is wrong with the answers as a whole; broken: so wrong that their F1 must not go into an average.
     """
 
@@ -49,12 +49,26 @@ class Cell:
     ids: tuple[str, ...]
     gold: tuple[str, ...]
     predicted: tuple[str, ...]
+    labels: Labels
     scores: Scores
-    parts: np.ndarray
-    right: np.ndarray
     resampled: Resamples
     flags: tuple[str, ...]
     broken: bool
+
+    @cached_property
+    def parts(self) -> np.ndarray:
+        """[n, 2] what each example adds to the F1 (`f1_parts`)."""
+        return f1_parts(self.labels)
+
+    @cached_property
+    def positive(self) -> np.ndarray:
+        """[n] bool: the gold label is positive."""
+        return self.labels.positive[self.labels.gold]
+
+    @cached_property
+    def right(self) -> np.ndarray:
+        """[n] bool: the label is right; a negative answer to a negative gold is, however spelled."""
+        return self.labels.right | ~(self.positive | self.labels.positive[self.labels.predicted])
 
     @cached_property
     def interval(self) -> Interval:
@@ -213,9 +227,8 @@ def _cell(system: RecordedSystem, dataset: RecordedDataset, examples: list[Examp
         ids=tuple(examples[i].id for i in places),
         gold=gold,
         predicted=predicted,
+        labels=labels,
         scores=scores,
-        parts=parts,
-        right=labels.right | ~(labels.positive[labels.gold] | labels.positive[labels.predicted]),
         resampled=resample_ratios(parts[:, :1], parts[:, 1:], study.resamples, study.seed_of(dataset.name)),
         flags=flags,
         broken=broken,
