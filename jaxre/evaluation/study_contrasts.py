@@ -168,7 +168,9 @@ def joint(study: StudyScores, cells: Sequence[Cell]) -> tuple[Resamples, np.ndar
     """
     common = reduce(np.intersect1d, [cell.places for cell in cells])
     if not len(common):
-        raise InputError(f"{cells[0].dataset}: no example was answered by {' and '.join(cell.system for cell in cells)}; ask them the same ones")
+        raise InputError(
+            f"{cells[0].dataset}: no example was answered by {' and '.join(cell.system for cell in cells)}; ask them the same ones"
+        )
     at = [np.searchsorted(cell.places, common) for cell in cells]
     parts = np.stack([cell.parts[index] for cell, index in zip(cells, at, strict=True)], axis=2)  # n 2 C
     resampled = resample_ratios(parts[:, 0], parts[:, 1], study.resamples, study.seed_of(cells[0].dataset))
