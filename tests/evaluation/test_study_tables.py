@@ -13,6 +13,7 @@ from jaxre.evaluation import prompt_effects
 from jaxre.evaluation.metrics import score
 from jaxre.evaluation.prompt_effects import prompt_sensitivity, style_factors
 from jaxre.evaluation.significance import holm, mcnemar, paired_bootstrap
+from jaxre.evaluation.slices import slices
 from jaxre.evaluation.study_contrasts import cross_domain, enumerated_effect, matched_shots, planned_comparisons
 from jaxre.evaluation.study_scores import OVERALL, measure
 from jaxre.evaluation.study_tables import IN_BOTH, footprint, headline, labels_effect, scaling
@@ -102,29 +103,46 @@ def test_no_common_example_makes_no_row(tmp_path):
 
 
 def test_each_contrast_pairs_systems_that_differ_in_one_thing(tmp_path):
-    shots = {"train_shots": 2, "prompt_shots": 2, "enumerated": True}
+    shots = {"train_shots": 2, "prompt_shots": 2, "enumerated": True, "trained_on": ("gids", "conll04")}
+    literary = {**shots, "trained_on": ("pg_fiction",), "regime": "littune"}
     scores = measured(
         tmp_path,
         gen={**shots, "regime": "gentune"},
         gen_generic={**shots, "regime": "gentune", "enumerated": False, "right": 0.5},
         gen_zero={**shots, "regime": "gentune", "prompt_shots": 0, "right": 0.5},
-        lit={**shots, "regime": "littune", "right": 0.9},
-        other={**shots, "regime": "littune", "model": "n-1B"},
+        lit={**literary, "right": 0.9},
+        other={**literary, "model": "n-1B"},
     )
     generic = enumerated_effect(scores)
     assert [(row.first, row.second, row.scope) for row in generic] == [
-        ("gen", "gen_generic", scope) for scope in (*DATASETS, "general", OVERALL)
+        ("gen", "gen_generic", scope) for scope in ("gids", "conll04", OVERALL)
     ]
     assert all(row.difference > 0 and row.p_holm is None for row in generic)
     assert {(row.first, row.second) for row in matched_shots(scores)} == {("gen", "gen_zero")}
     across = cross_domain(scores)
     assert [(row.first, row.second, row.scope) for row in across] == [
+        ("gen", "lit", "pg_fiction"),
         ("lit", "gen", "gids"),
         ("lit", "gen", "conll04"),
-        ("lit", "gen", "general"),
-        ("gen", "lit", "pg_fiction"),
+        ("lit", "gen", OVERALL),
     ]
     as_json([*generic, *across])
+
+
+def test_what_a_system_was_not_trained_on_is_in_no_mean_test_or_fit_with_what_it_was(tmp_path):
+    def answer(one):
+        return one.relation if one.dataset != "pg_fiction" or int(one.id[-1]) < 3 else "none"
+
+    general = {"trained_on": ("gids", "conll04"), "answer": answer, "parameters": 10**9}
+    scores = measured(tmp_path, gen=general, gpt={"kind": "frontier", "right": 0.5})
+    row = headline(scores, with_published=False).rows[0]
+    assert row.averages[OVERALL].value == 1 and row.averages[OVERALL].untrained == ("pg_fiction",)
+    assert row.averages[OVERALL].datasets == ("gids", "conll04") and row.averages[OVERALL].missing == ()
+    assert row.averages["literary"].value == row.cells["pg_fiction"].f1 < 0.6 and row.averages["literary"].untrained == ("pg_fiction",)
+    assert [row.cells[name].trained for name in DATASETS] == [True, True, False]
+    assert [one.scope for one in planned_comparisons(scores)] == ["gids", "conll04", OVERALL]
+    assert scaling(scores)[0].points == 2 and [one.dataset for one in labels_effect(scores)[0].points] == ["gids", "conll04"]
+    assert {one.dataset for one in slices(scores, "gen") if one.status == "hole" and one.level == "dataset"} == {"pg_fiction"}
 
 
 def test_number_of_labels_against_f1_is_spearmans_rho(tmp_path):
