@@ -16,18 +16,21 @@ import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PrivateAttr,
     Strict,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -46,6 +49,15 @@ class Settings(BaseModel):
 def _label(value: Any) -> Any:
     """A whole number is the label it was written as (the YAML rules below see to that); a fraction may not be: 1.50."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
+    if not labels or not all(label.strip() for label in labels):
+        raise ValueError("the schema needs labels, none of them empty")
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ValueError(f"the label {twice[0]!r} is listed twice")
+    return labels
 
 
 # Strict: true is no number, "16" and 16.0 are no whole number, 1 is not true.
@@ -90,6 +102,45 @@ class Source(Settings):
         return self
 
 
+class Mixture(Settings):
+    """Several sources as one training or validation set (`relations/mixtures.py`); the `limit` of each source is its cap."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    balance: Literal["none", "domains"] = Field(
+        "none", description="none: all examples, shuffled; domains: as many general as literary ones, those of the larger domain drawn"
+    )
+    limit: Int | None = Field(None, ge=1, description="at most this many examples of the mixture, after a shuffle with seed 42")
+    name: str | None = Field(
+        None, min_length=1, description="what predictions call it (tuned_dataset_name); the datasets' names if not given"
+    )
+
+    def with_columns_key(self, key: str) -> Mixture:
+        """The same mixture, whose messages name the columns of source number i as `key.sources.i.columns`."""
+        section = key.removesuffix(".columns")
+        named = tuple(source.with_columns_key(f"{section}.sources.{number}.columns") for number, source in enumerate(self.sources))
+        return self.model_copy(update={"sources": named})
+
+
+def _is_mixture(given: Any) -> bool:
+    return isinstance(given, Mixture) or (isinstance(given, dict) and "sources" in given)
+
+
+# Which of its forms a setting has. The tags are no keys: `_first_problem` takes them out of the place of an error.
+Examples = Annotated[
+    Annotated[Source, Tag("<source>")] | Annotated[Mixture, Tag("<mixture>")],
+    Discriminator(lambda given: "<mixture>" if _is_mixture(given) else "<source>"),
+]
+Labels = Annotated[tuple[Label, ...], AfterValidator(_distinct)]
+DatasetLabels = Annotated[
+    Annotated[Source, Tag("<source>")] | Annotated[Labels, Tag("<labels>")],
+    Discriminator(lambda given: "<source>" if isinstance(given, Source | dict) else "<labels>"),
+]
+Schemas = Annotated[
+    Annotated[Labels, Tag("<labels>")] | Annotated[dict[str, DatasetLabels], Tag("<datasets>")],
+    Discriminator(lambda given: "<datasets>" if isinstance(given, dict) else "<labels>"),
+]
+
+
 class Text(Settings):
     """Raw text for the language-model objective: text files, or the texts of a dataset."""
 
@@ -100,30 +151,38 @@ class Text(Settings):
 
 
 class Data(Settings):
-    train: Source | None = None
-    validation: Source | None = None
+    train: Examples | None = None
+    validation: Examples | None = None
     test: Source | None = None
     text: Text | None = Field(None, description="train.objective=lm: what to read")
-    labels: tuple[Label, ...] | None = Field(None, description="the schema; the labels of the training split if not given")
+    labels: Schemas | None = Field(
+        None,
+        description="the schema: labels, or for each dataset its labels or the source they are collected from; "
+        "those of a dataset's training examples if not given",
+    )
     too_long: Literal["drop", "error"] = Field("drop", description="an example longer than a row: drop (counted, listed) or stop")
     cache: str = Field("~/.cache/jaxre/tokens", min_length=1, description="folder (or gs:// bucket) of the token cache")
 
     @field_validator("train", "validation", "test")
     @classmethod
-    def _keyed(cls, source: Source | None, info: ValidationInfo) -> Source | None:
+    def _keyed(cls, source: Source | Mixture | None, info: ValidationInfo) -> Source | Mixture | None:
         return source and source.with_columns_key(f"data.{info.field_name}.columns")
 
     @field_validator("labels")
     @classmethod
-    def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if labels is None:
-            return None
-        if not labels or not all(label.strip() for label in labels):
-            raise ValueError("the schema needs labels, none of them empty")
-        twice = [label for label in labels if labels.count(label) > 1]
-        if twice:
-            raise ValueError(f"the label {twice[0]!r} is listed twice")
-        return labels
+    def _named(cls, labels: tuple[str, ...] | dict[str, Any] | None) -> tuple[str, ...] | dict[str, Any] | None:
+        if labels == {}:
+            raise ValueError("names no dataset; write dataset: [labels], or leave it out")
+        if not isinstance(labels, dict):
+            return labels
+        key = "data.labels.{}.columns"
+        return {name: one.with_columns_key(key.format(name)) if isinstance(one, Source) else one for name, one in labels.items()}
+
+    @model_validator(mode="after")
+    def _schema_of_each(self) -> Data:
+        if isinstance(self.labels, tuple) and any(isinstance(one, Mixture) for one in (self.train, self.validation)):
+            raise ValueError("data.labels is one list, but each dataset of a mixture has its own schema; write dataset: [labels] for each")
+        return self
 
 
 class Prompt(Settings):
@@ -266,6 +325,8 @@ class Config(Settings):
             raise ValueError(
                 "model.quantise=nf4 is for the projections of decoders, train.objective=classify takes an encoder; leave it out"
             )
+        if self.train.objective == "classify" and any(isinstance(one, Mixture) for one in (self.data.train, self.data.validation)):
+            raise ValueError("train.objective=classify trains one head for one schema; give data.train and data.validation one source each")
         if self.train.objective == "classify" and self.train.method != "full":
             raise ValueError("train.objective=classify trains all weights of an encoder; set train.method=full")
         if self.train.objective == "classify" and (self.train.prompt_weight or self.prompt != Prompt()):
@@ -436,10 +497,15 @@ def _valid_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+        for part in _parts(field.annotation):
             if isinstance(part, type) and issubclass(part, Settings):
                 keys += _valid_keys(part, prefix + name + ".")
     return keys
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """A type and all types that it is made of."""
+    return [annotation, *(inner for part in get_args(annotation) for inner in _parts(part))]
 
 
 def _nearest_key(key: str) -> str:
@@ -458,9 +524,12 @@ def _first_problem(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     # A misspelt key is told before the required one that it leaves missing.
     problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
-    key = ".".join(map(str, problem["loc"]))
+    place = [part for part in problem["loc"] if not str(part).startswith("<")]
+    key = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
-        plain = ".".join(part for part in problem["loc"] if isinstance(part, str))
+        plain = ".".join(part for part in place if isinstance(part, str))
+        if "<mixture>" in problem["loc"] and place[-1] in Source.model_fields:
+            return f"{key}: unknown key; a mixture has it in each of its sources"
         return f"{key}: unknown key; the nearest valid key is {_nearest_key(plain)}"
     if problem["type"] == "missing":
         return f"{key}: missing; add it"
@@ -468,6 +537,7 @@ def _first_problem(error: ValidationError) -> str:
         "model_type": "should be a mapping of keys to values",
         "dict_type": "should be a mapping of keys to values",
         "tuple_type": "should be a list",
+        "too_short": "should not be empty",
         "string_type": "should be text; put it in quotes",
         "int_type": "should be a whole number",
         "float_type": "should be a number",
