@@ -16,18 +16,21 @@ import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     PrivateAttr,
     Strict,
+    Tag,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -46,6 +49,15 @@ class Settings(BaseModel):
 def _label(value: Any) -> Any:
     """A whole number is the label it was written as (the YAML rules below see to that); a fraction may not be: 1.50."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
+    if not labels or not all(label.strip() for label in labels):
+        raise ValueError("the schema needs labels, none of them empty")
+    twice = [label for label in labels if labels.count(label) > 1]
+    if twice:
+        raise ValueError(f"the label {twice[0]!r} is listed twice")
+    return labels
 
 
 # Strict: true is no number, "16" and 16.0 are no whole number, 1 is not true.
@@ -92,6 +104,45 @@ class Source(Settings):
         return self
 
 
+class Mixture(Settings):
+    """Several sources as one training or validation set (`relations/mixtures.py`); the `limit` of each source is its cap."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    balance: Literal["none", "domains"] = Field(
+        "none", description="none: all examples, shuffled; domains: as many general as literary ones, those of the larger domain drawn"
+    )
+    limit: Int | None = Field(None, ge=1, description="at most this many examples of the mixture, after a shuffle with seed 42")
+    name: str | None = Field(
+        None, min_length=1, description="what predictions call it (tuned_dataset_name); the datasets' names if not given"
+    )
+
+    def with_columns_key(self, key: str) -> Mixture:
+        """The same mixture, whose messages name the columns of source number i as `key.sources.i.columns`."""
+        section = key.removesuffix(".columns")
+        named = tuple(source.with_columns_key(f"{section}.sources.{number}.columns") for number, source in enumerate(self.sources))
+        return self.model_copy(update={"sources": named})
+
+
+def _is_mixture(given: Any) -> bool:
+    return isinstance(given, Mixture) or (isinstance(given, dict) and "sources" in given)
+
+
+# Which of its forms a setting has. The tags are no keys: `_first_problem` takes them out of the place of an error.
+Examples = Annotated[
+    Annotated[Source, Tag("<source>")] | Annotated[Mixture, Tag("<mixture>")],
+    Discriminator(lambda given: "<mixture>" if _is_mixture(given) else "<source>"),
+]
+Labels = Annotated[tuple[Label, ...], AfterValidator(_distinct)]
+DatasetLabels = Annotated[
+    Annotated[Source, Tag("<source>")] | Annotated[Labels, Tag("<labels>")],
+    Discriminator(lambda given: "<source>" if isinstance(given, Source | dict) else "<labels>"),
+]
+Schemas = Annotated[
+    Annotated[Labels, Tag("<labels>")] | Annotated[dict[str, DatasetLabels], Tag("<datasets>")],
+    Discriminator(lambda given: "<datasets>" if isinstance(given, dict) else "<labels>"),
+]
+
+
 class Text(Settings):
     """Raw text for the language-model objective: text files, or the texts of a dataset."""
 
@@ -102,31 +153,39 @@ class Text(Settings):
 
 
 class Data(Settings):
-    train: Source | None = None
-    validation: Source | None = None
+    train: Examples | None = None
+    validation: Examples | None = None
     test: Source | None = None
     text: Text | None = Field(None, description="train.objective=lm: what to read")
-    labels: tuple[Label, ...] | None = Field(None, description="the schema; the labels of the training split if not given")
+    labels: Schemas | None = Field(
+        None,
+        description="the schema: labels, or for each dataset its labels or the source they are collected from; "
+        "those of a dataset's training examples if not given",
+    )
     dedup: Flag = Field(False, description="leave out training examples whose text occurs in the validation or test data")
     too_long: Literal["drop", "error"] = Field("drop", description="an example longer than a row: drop (counted, listed) or stop")
     cache: str = Field("~/.cache/jaxre/tokens", min_length=1, description="folder (or gs:// bucket) of the token cache")
 
     @field_validator("train", "validation", "test")
     @classmethod
-    def _keyed(cls, source: Source | None, info: ValidationInfo) -> Source | None:
+    def _keyed(cls, source: Source | Mixture | None, info: ValidationInfo) -> Source | Mixture | None:
         return source and source.with_columns_key(f"data.{info.field_name}.columns")
 
     @field_validator("labels")
     @classmethod
-    def _distinct(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if labels is None:
-            return None
-        if not labels or not all(label.strip() for label in labels):
-            raise ValueError("the schema needs labels, none of them empty")
-        twice = [label for label in labels if labels.count(label) > 1]
-        if twice:
-            raise ValueError(f"the label {twice[0]!r} is listed twice")
-        return labels
+    def _named(cls, labels: tuple[str, ...] | dict[str, Any] | None) -> tuple[str, ...] | dict[str, Any] | None:
+        if labels == {}:
+            raise ValueError("names no dataset; write dataset: [labels], or leave it out")
+        if not isinstance(labels, dict):
+            return labels
+        key = "data.labels.{}.columns"
+        return {name: one.with_columns_key(key.format(name)) if isinstance(one, Source) else one for name, one in labels.items()}
+
+    @model_validator(mode="after")
+    def _schema_of_each(self) -> Data:
+        if isinstance(self.labels, tuple) and any(isinstance(one, Mixture) for one in (self.train, self.validation)):
+            raise ValueError("data.labels is one list, but each dataset of a mixture has its own schema; write dataset: [labels] for each")
+        return self
 
 
 class Prompt(Settings):
@@ -134,10 +193,33 @@ class Prompt(Settings):
 
     system: str | None = "You are an expert relation extraction system. Answer with only the relation label."
     user: str = "Text: {marked}\nHead: {head}\nTail: {tail}\nAnswer:"
+    task_definition: Flag = Field(False, description="say in the system turn what relation extraction is, and which way a relation is read")
     enumerate: Flag = Field(False, description="list all labels in the system turn")
+    label_definitions: dict[str, str] | Literal["shipped"] | None = Field(
+        None,
+        description="what each listed label means: label -> definition, a YAML file or shipped name of such, or shipped: those of each "
+        "dataset's own name; read when the config is, so that a run keeps them",
+    )
     shots: Int = Field(0, ge=0, description="demonstrations before the example")
-    demonstrations: Literal["fixed", "per_example"] = Field("fixed", description="the same for all, or drawn for each example")
+    demonstrations: Literal["fixed", "per_example", "stratified"] = Field(
+        "fixed",
+        description="fixed: the same for all, of labels drawn at random; stratified: the same for all, of the most frequent labels; "
+        "per_example: drawn for each example",
+    )
     date: str = Field("2026-01-01", description="YYYY-MM-DD: what a template that asks for today's date gets")
+
+    @field_validator("label_definitions", mode="before")
+    @classmethod
+    def _defined(cls, given: Any) -> Any:
+        if given is None or given == "shipped":
+            return given
+        return read_definitions(given) if isinstance(given, str) else check_definitions(given)
+
+    @model_validator(mode="after")
+    def _listed(self) -> Prompt:
+        if self.label_definitions is not None and not self.enumerate:
+            raise ValueError("label_definitions stand beside the listed labels; set enumerate=true too, or leave them out")
+        return self
 
     @field_validator("date")
     @classmethod
@@ -240,6 +322,9 @@ class Kernels(Settings):
 class Predict(Settings):
     batch_tokens: Int = Field(8192, ge=128, description="tokens of a scoring batch")
     max_new_tokens: Int = Field(128, ge=1, description="of greedy decoding")
+    prompt: Prompt | None = Field(
+        None, description="the prompt at prediction, where it is not that of training: what is not given here is that of training"
+    )
 
 
 class Config(Settings):
@@ -259,6 +344,20 @@ class Config(Settings):
     def run_folder(self) -> Path:
         return Path(self.output) / self.name
 
+    @property
+    def prediction_prompt(self) -> Prompt:
+        return self.predict.prompt or self.prompt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prediction_prompt(cls, tree: Any) -> Any:
+        """`predict.prompt` completed by `prompt`, so that a saved config holds the whole of it."""
+        parts = [tree.get("prompt", {}), tree.get("predict"), isinstance(tree.get("predict"), dict) and tree["predict"].get("prompt")]
+        if not all(isinstance(part, dict) for part in parts):
+            return tree
+        training, predict, prediction = parts
+        return {**tree, "predict": {**predict, "prompt": {**training, **prediction}}}
+
     @model_validator(mode="after")
     def _objective(self) -> Config:
         if self.train.objective == "lm" and self.data.text is None:
@@ -269,9 +368,11 @@ class Config(Settings):
             raise ValueError(
                 "model.quantise=nf4 is for the projections of decoders, train.objective=classify takes an encoder; leave it out"
             )
+        if self.train.objective == "classify" and any(isinstance(one, Mixture) for one in (self.data.train, self.data.validation)):
+            raise ValueError("train.objective=classify trains one head for one schema; give data.train and data.validation one source each")
         if self.train.objective == "classify" and self.train.method != "full":
             raise ValueError("train.objective=classify trains all weights of an encoder; set train.method=full")
-        if self.train.objective == "classify" and (self.train.prompt_weight or self.prompt != Prompt()):
+        if self.train.objective == "classify" and (self.train.prompt_weight or self.prompt != Prompt() or self.predict.prompt):
             raise ValueError("train.objective=classify has no prompt, an encoder reads the marked text; leave prompt and prompt_weight out")
         if self.train.objective == "classify" and self.kernels != Kernels(attention=self.kernels.attention):
             raise ValueError(
@@ -282,6 +383,37 @@ class Config(Settings):
         if self.model.quantise and self.train.method == "full":
             raise ValueError("model.quantise=nf4 freezes the base; set train.method=lora, or leave model.quantise out")
         return self
+
+
+def read_definitions(name: str) -> dict[str, str]:
+    """Label -> definition, of a YAML file, or of what ships under a name such as `conll04`. Raises ValueError."""
+    path = Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        there = sorted(one.stem for one in shipped("definitions").glob("*.yaml"))
+        if name not in there:
+            raise ValueError(f"no definitions ship under this name; write one of {', '.join(there)}, shipped, or a .yaml file")
+        path = shipped("definitions") / f"{name}.yaml"
+    try:
+        return check_definitions(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); give a YAML file of lines such as `born_in: the head was born in the tail`"
+        ) from None
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+def check_definitions(given: Any) -> dict[str, str]:
+    """The mapping, if each label has a definition in words. Raises ValueError."""
+    if not isinstance(given, dict) or not given:
+        raise ValueError("should map each label to its definition")
+    given = {_label(label): words for label, words in given.items()}
+    for label, words in given.items():
+        if not isinstance(label, str):
+            raise ValueError(f"the label {label!r} should be text; put it in quotes")
+        if not isinstance(words, str) or not words.strip() or len(words.splitlines()) != 1:
+            raise ValueError(f"the definition of {label!r} should be one line of text")
+    return given
 
 
 def shipped(name: str) -> Path:
@@ -441,10 +573,15 @@ def _valid_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        for part in (field.annotation, *getattr(field.annotation, "__args__", ())):
+        for part in _parts(field.annotation):
             if isinstance(part, type) and issubclass(part, Settings):
                 keys += _valid_keys(part, prefix + name + ".")
     return keys
+
+
+def _parts(annotation: Any) -> list[Any]:
+    """A type and all types that it is made of."""
+    return [annotation, *(inner for part in get_args(annotation) for inner in _parts(part))]
 
 
 def _nearest_key(key: str) -> str:
@@ -463,9 +600,12 @@ def _first_problem(error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     # A misspelt key is told before the required one that it leaves missing.
     problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
-    key = ".".join(map(str, problem["loc"]))
+    place = [part for part in problem["loc"] if not str(part).startswith("<")]
+    key = ".".join(map(str, place))
     if problem["type"] == "extra_forbidden":
-        plain = ".".join(part for part in problem["loc"] if isinstance(part, str))
+        plain = ".".join(part for part in place if isinstance(part, str))
+        if "<mixture>" in problem["loc"] and place[-1] in Source.model_fields:
+            return f"{key}: unknown key; a mixture has it in each of its sources"
         return f"{key}: unknown key; the nearest valid key is {_nearest_key(plain)}"
     if problem["type"] == "missing":
         return f"{key}: missing; add it"
@@ -473,6 +613,7 @@ def _first_problem(error: ValidationError) -> str:
         "model_type": "should be a mapping of keys to values",
         "dict_type": "should be a mapping of keys to values",
         "tuple_type": "should be a list",
+        "too_short": "should not be empty",
         "string_type": "should be text; put it in quotes",
         "int_type": "should be a whole number",
         "float_type": "should be a number",

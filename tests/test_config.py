@@ -52,6 +52,7 @@ def with_value(key: str, value: object) -> dict:
         ("learning_rate", "train.learning_rate"),
         ("train.learning_rat", "train.learning_rate"),
         ("train.batchtokens", "train.batch_tokens"),
+        ("data.train.sourcs", "data.train.sources"),
         ("prompt.dates", "prompt.date"),
         ("mesh.fdsp", "mesh.fsdp"),
     ],
@@ -105,6 +106,13 @@ def test_an_unknown_key_in_a_list_is_named_before_what_it_leaves_missing() -> No
         ("data.labels", ["a", True], "quotes"),
         ("data.labels", ["a", 1.5], "quotes"),
         ("data.labels", ["a", None], "quotes"),
+        ("data.labels", {}, "names no dataset"),
+        ("data.labels", {"facts": "born_in"}, "data.labels.facts: should be a list"),
+        ("data.labels", {"facts": ["a", "a"]}, "data.labels.facts: the label 'a' is listed twice"),
+        ("data.labels", {"facts": {"datset": "facts"}}, "data.labels.facts.datset: unknown key"),
+        ("data.train", {"sources": []}, "data.train.sources: should not be empty"),
+        ("data.train", {"sources": [{"dataset": "facts"}], "split": "train"}, "data.train.split: unknown key; a mixture has it in each"),
+        ("data.train", {"sources": [{"dataset": "facts"}], "balance": "all"}, "data.train.balance: Input should be 'none' or 'domains'"),
         ("data.text", {"paths": "litbank"}, "a list"),
         ("lora.targets", ["q", "x"], "'q', 'k', 'v'"),
         ("lora.targets", [], "at least one"),
@@ -257,6 +265,29 @@ def test_every_shipped_config_loads_and_survives_saving(tmp_path: Path) -> None:
         config = load_config(path)
         save_config(config, tmp_path / "config.yaml")
         assert load_config(tmp_path / "config.yaml") == config, path
+
+
+SOURCES = {"sources": [{"dataset": "facts", "limit": 3}, {"dataset": "other", "split": "train"}]}
+
+
+def test_a_mixture_and_labels_of_each_dataset_survive_saving(tmp_path: Path) -> None:
+    tree = with_value("data.train", SOURCES | {"balance": "domains", "limit": 5})
+    tree["data"]["labels"] = {"facts": ["no", 1], "other": {"dataset": "other", "split": "test"}}
+    config = check_config(tree, "test")
+    assert [source.dataset for source in config.data.train.sources] == ["facts", "other"]
+    assert config.data.train.sources[1].columns_key == "data.train.sources.1.columns"
+    assert config.data.labels["facts"] == ("no", "1") and config.data.labels["other"].columns_key == "data.labels.other.columns"
+    save_config(config, tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_what_takes_one_source_or_a_schema_for_each_says_so() -> None:
+    tree = with_value("data.train", SOURCES)
+    tree["data"]["labels"] = ["a"]
+    assert "each dataset of a mixture has its own schema" in refusal(lambda: check_config(tree, "test"))
+    tree = with_value("data.train", SOURCES)
+    tree["train"] |= {"objective": "classify", "method": "full"}
+    assert "one source each" in refusal(lambda: check_config(tree, "test"))
 
 
 def test_semeval_configs_name_the_labels_of_the_benchmark() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxre import config
 from jaxre.errors import InputError
 from jaxre.relations import sources
+from jaxre.relations.mixtures import load_all, sources_of
 from jaxre.relations.schema import Example
 
 
@@ -18,26 +17,35 @@ def shared_texts(splits: Mapping[str, Sequence[Example]]) -> dict[tuple[str, str
     return {(first, second): sources.overlap(splits[first], splits[second]) for first, second in itertools.combinations(splits, 2)}
 
 
-def load_train(data: config.Data, load: Callable[[config.Source], list[Example]]) -> list[Example]:
-    """The training examples; with `data.dedup` without those whose text occurs in the validation or test data.
+def load_train(data: config.Data, train: Sequence[config.Source]) -> list[list[Example]]:
+    """The examples of training sources; with `data.dedup` without those whose text occurs in the validation or test data.
 
     Texts are equal but for white space, whatever pair is marked. How many are left out is logged.
 
-    Args:
-      load: gives the examples of a source (`sources.load`).
     Raises:
-      InputError: as `load`; nothing left.
+      InputError: as `sources.load`; nothing left.
     """
-    train = load(data.train)
-    held_out = {name: load(source) for name, source in _held_out(data).items()}
+    given = load_all(train)
+    held_out = {name: list(itertools.chain.from_iterable(load_all(read))) for name, read in _held_out(data).items()}
     if not held_out:
-        return train
-    kept, removed = without_texts(train, held_out)
+        return given
+    together = list(itertools.chain.from_iterable(given))
+    kept, removed = without_texts(together, held_out)
     if not kept:
-        raise InputError(f"data.dedup: all {len(train):,} training examples have a text of {' or '.join(held_out)}; set data.dedup=false")
+        raise InputError(
+            f"data.dedup: all {len(together):,} training examples have a text of {' or '.join(held_out)}; set data.dedup=false"
+        )
     counts = ", ".join(f"{count:,} in {name}" for name, count in removed.items())
-    sources.say(f"data.dedup: {len(train) - len(kept):,} of {len(train):,} training examples left out, for their text occurs ({counts})")
-    return kept
+    sources.say(
+        f"data.dedup: {len(together) - len(kept):,} of {len(together):,} training examples left out, for their text occurs ({counts})"
+    )
+    ids = {example.id for example in kept}
+    return [[example for example in examples if example.id in ids] for examples in given]
+
+
+def held_out_of(data: config.Data) -> list[config.Source]:
+    """What `load_train` reads beside the training sources."""
+    return list(itertools.chain.from_iterable(_held_out(data).values()))
 
 
 def without_texts(train: Sequence[Example], held_out: Mapping[str, Sequence[Example]]) -> tuple[list[Example], dict[str, int]]:
@@ -47,20 +55,6 @@ def without_texts(train: Sequence[Example], held_out: Mapping[str, Sequence[Exam
     return [example for example in train if example.id not in left_out], {name: len(ids) for name, ids in shared.items()}
 
 
-def digest_of(data: config.Data, digest: Callable[[config.Source], str | None]) -> str | None:
-    """Digest of what `load_train` reads: that of the training files, with `data.dedup` of the held-out ones and their settings too.
-
-    Args:
-      digest: gives the digest of a source's files (`sources.digest_of`). None where it has no local files to tell by; so here.
-    """
-    held_out = _held_out(data)
-    found = [digest(data.train), *(digest(source) for source in held_out.values())]
-    if None in found or not held_out:
-        return found[0] if not held_out else None
-    settings = [(name, source.model_dump()) for name, source in held_out.items()]
-    return hashlib.sha256(json.dumps([found, settings]).encode()).hexdigest()
-
-
-def _held_out(data: config.Data) -> dict[str, config.Source]:
-    given = {name: getattr(data, name) for name in ("validation", "test")} if data.dedup else {}
-    return {name: source for name, source in given.items() if source is not None}
+def _held_out(data: config.Data) -> dict[str, tuple[config.Source, ...]]:
+    given = {name: sources_of(getattr(data, name)) for name in ("validation", "test")} if data.dedup else {}
+    return {name: found for name, found in given.items() if found}

@@ -47,28 +47,35 @@ def test_what_splits_share_is_what_brute_force_finds(shared_data, monkeypatch):
 
 
 def test_dedup_leaves_no_text_of_validation_or_test_and_says_how_many(data, caplog):
-    kept = leaks.load_train(data, sources.load)
+    (kept,) = leaks.load_train(data, [data.train])
     assert [one.text for one in kept] == ["c d", "g h"]
     assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
         "data.dedup: 3 of 5 training examples left out, for their text occurs (2 in validation, 3 in test)"
     ]
-    assert leaks.load_train(data, sources.load) == kept
+    assert leaks.load_train(data, [data.train]) == [kept]
 
 
-def test_without_dedup_nothing_is_left_out_and_nothing_else_is_read(data):
-    asked = []
+def test_each_source_of_a_mixture_keeps_its_own(tmp_path, data):
+    more = write(tmp_path / "more.jsonl", ["z  z", "k l"])
+    assert [[one.text for one in kept] for kept in leaks.load_train(data, [data.train, more])] == [["c d", "g h"], ["k l"]]
+
+
+def test_without_dedup_nothing_is_left_out_and_nothing_else_is_read(data, monkeypatch):
+    asked, load = [], sources.load
+    monkeypatch.setattr(sources, "load", lambda source: asked.append(source) or load(source))
     plain = data.model_copy(update={"dedup": False})
-    assert len(leaks.load_train(plain, lambda source: asked.append(source) or sources.load(source))) == 5
+    assert [len(kept) for kept in leaks.load_train(plain, [data.train])] == [5]
     assert asked == [data.train]
+    assert leaks.held_out_of(plain) == []
 
 
 def test_dedup_without_held_out_data_changes_nothing(data):
     alone = data.model_copy(update={"validation": None, "test": None})
-    assert len(leaks.load_train(alone, sources.load)) == 5
+    assert [len(kept) for kept in leaks.load_train(alone, [data.train])] == [5]
 
 
 def test_dedup_that_leaves_nothing_is_refused(tmp_path, data):
-    message = refusal(lambda: leaks.load_train(data.model_copy(update={"test": data.train}), sources.load))
+    message = refusal(lambda: leaks.load_train(data.model_copy(update={"test": data.train}), [data.train]))
     assert message == "data.dedup: all 5 training examples have a text of validation or test; set data.dedup=false"
 
 
@@ -78,17 +85,3 @@ def test_a_part_of_the_held_out_data_removes_no_more_than_it_holds(data):
     kept, removed = leaks.without_texts([example("1", "a b"), example("2", "x y")], {"validation": held_out})
     assert [one.text.split() for one in kept] != [held_out[0].text.split()]
     assert (len(kept), removed) == (1, {"validation": 1})
-
-
-def test_the_digest_follows_the_held_out_files_and_settings_only_where_they_matter(tmp_path, data):
-    plain = data.model_copy(update={"dedup": False})
-    seen = [leaks.digest_of(one, sources.digest_of) for one in (plain, data)]
-    limited = data.model_copy(update={"test": data.test.model_copy(update={"limit": 1})})
-    seen.append(leaks.digest_of(limited, sources.digest_of))
-    write(tmp_path / "test.jsonl", ["other text"])
-    seen.append(leaks.digest_of(data, sources.digest_of))
-    assert len(set(seen)) == 4
-    assert None not in seen
-    assert leaks.digest_of(plain, sources.digest_of) == seen[0]
-    hub = data.model_copy(update={"test": Source(dataset="hub:o/n", split="test")})
-    assert leaks.digest_of(hub, sources.digest_of) is None
