@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.progress import Progress
@@ -23,7 +22,7 @@ from jaxre.data.tokens import demonstrator
 from jaxre.errors import InputError
 from jaxre.evaluation.evaluate import evaluate_rows
 from jaxre.evaluation.predictions import Prediction, write_predictions
-from jaxre.inference.predict import predict_examples
+from jaxre.inference.predict import Mode, predict_examples
 from jaxre.models.architecture import EncoderArchitecture
 from jaxre.relations import sources
 from jaxre.relations.columns import NoColumn
@@ -31,8 +30,6 @@ from jaxre.relations.hub import PREFIX
 from jaxre.relations.prompts import parse_marked
 from jaxre.relations.schema import Example, Schema
 from jaxre.relations.tables import SUFFIXES
-
-Mode = Literal["score", "generate"]
 
 
 @dataclass(frozen=True)

@@ -122,10 +122,10 @@ def test_probabilities_sum_to_one_and_keep_the_order(models):
 def test_head_in_parts_equals_the_whole_head(models, positions):
     model = models.random_model(V, adapter=True)
     plan = plan_scoring(some_prompts([20, 30, 200, 100]), [LABELS["forty labels"]] * 4, model.architecture)
-    rows = fill_trees(plan, plan.batches[0])
-    run = {"architecture": model.architecture, "scale": model.scale}
-    whole = np.asarray(target_log_probabilities(model.params, model.factors, rows, **run))
-    parts = np.asarray(target_log_probabilities(model.params, model.factors, rows, **run, head_bytes=positions * plan.rows * V * 4))
+    rows = fill_trees(plan, 0)
+    run = {"architecture": model.architecture, "scale": model.scale, "span": plan.span}
+    whole = np.asarray(target_log_probabilities(model.params, model.factors, rows, None, **run))
+    parts = np.asarray(target_log_probabilities(model.params, model.factors, rows, None, **run, head_bytes=positions * plan.rows * V * 4))
     assert models.largest_difference(parts, whole) < 1e-6
 
 
@@ -133,10 +133,12 @@ def test_head_never_holds_all_logits(models):
     vocabulary = 50_000
     model = models.random_model(vocabulary, adapter=False)
     plan = plan_scoring(some_prompts([20] * 8), [LABELS["forty labels"]] * 8, model.architecture)
-    rows = fill_trees(plan, plan.batches[0])
+    rows = fill_trees(plan, 0)
     budget = 8 * 2**20
     assert plan.rows * plan.supervised * vocabulary * 4 > 20 * budget
-    step = target_log_probabilities.lower(model.params, None, rows, architecture=model.architecture, head_bytes=budget).compile()
+    step = target_log_probabilities.lower(
+        model.params, None, rows, None, architecture=model.architecture, span=plan.span, head_bytes=budget
+    ).compile()
     # Beside the budget: exponentials of the same size, and the small model's activations.
     assert step.memory_analysis().temp_size_in_bytes < 6 * budget
 
