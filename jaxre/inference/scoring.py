@@ -127,6 +127,7 @@ def target_log_probabilities(
     """
     constrain = (lambda x: x) if sharding is None else (lambda x: jax.lax.with_sharding_constraint(x, sharding))
     B, S, W = rows.targets.shape
+    T = rows.tokens.shape[1]
 
     def before(cache: tuple[jax.Array, jax.Array] | None) -> list[Part]:
         return prefix_parts(cache, prefix.length) if prefix else []
@@ -138,7 +139,7 @@ def target_log_probabilities(
         return chosen_attention(q, k, v, rows.supervised, rows.visible_until, before(cache)), None
 
     # The last layer is needed where a token is predicted; its attention there is dense, so it pays where those are few.
-    pruned = Chosen(rows.supervised, attend_last) if S <= rows.tokens.shape[1] // 2 else None
+    pruned = Chosen(rows.supervised, attend_last) if T >= 2 * S else None
     caches, adapter = prefix and prefix.caches, adapter_of(factors, scale)
     x, _ = run_layers(params, rows.tokens, rows.positions, architecture, attend, caches, adapter, Ops(constrain), pruned)
     x = x if pruned else take(x, rows.supervised)  # B S D
