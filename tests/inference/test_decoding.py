@@ -75,6 +75,19 @@ def test_one_new_token_and_one_prompt(models):
     check(models, model, some_prompts([7]), set(), 1)
 
 
+@pytest.mark.parametrize(
+    ("shared", "lengths"),
+    [(70, [1, 9, 30, 12, 7, 3, 22, 40, 5, 6]), (150, [1, 1, 260]), (99, [0, 3])],
+    ids=["more prompts than slots", "lengths far apart", "a prompt that is the prefix"],
+)
+def test_a_shared_prefix_changes_no_token(models, shared, lengths):
+    start, model = some_prompts([shared], seed=7)[0], models.random_model(V, adapter=True)
+    prompts = [start + own for own in some_prompts(lengths, seed=8)]
+    stops = set(range(0, V, 9))  # answers end at any step, some at the first
+    found = check(models, model, prompts, stops, 10, batch_tokens=256)
+    assert len(lengths) < 4 or len({len(one.tokens) for one in found}) > 2
+
+
 def test_bfloat16_weights_decode_as_they_score(models):
     model = models.random_model(V, adapter=True)
     model = dataclasses.replace(model, params=jax.tree.map(lambda w: w.astype(jnp.bfloat16), model.params))

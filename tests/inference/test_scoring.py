@@ -89,6 +89,16 @@ def test_packing_changes_nothing(models):
     assert models.largest_difference(packed, alone) < 1e-6  # the same sums, other places in the row
 
 
+def test_shared_prefixes_change_no_score(models):
+    model, random = models.random_model(V, adapter=True), np.random.default_rng(6)
+    starts = [[first, *random.integers(0, V, 90).tolist()] for first in (1, 2)]
+    prompts = [starts[number % 2] + own for number, own in enumerate(some_prompts([1, 40, 7, 150, 30, 3, 60, 12, 9, 20]))]
+    answers = [LABELS["a label that begins another"]] * len(prompts)
+    plan = plan_scoring(prompts, answers, model.architecture, batch_tokens=256)
+    assert [len(group.tokens) for group in plan.groups] == [91, 91]
+    assert models.largest_difference(run_scoring(model, plan), models.brute_force(models.in_transformers(model), prompts, answers)) < 1e-5
+
+
 def test_order_of_examples_changes_nothing(models):
     model = models.random_model(V, adapter=True)
     prompts = some_prompts(np.random.default_rng(2).integers(2, 150, 30))
@@ -188,7 +198,8 @@ from jaxre.models.weights import places, tree_of
 assert jax.device_count() == 8
 model = random_model(96, adapter=True)
 random = np.random.default_rng(0)
-prompts = [random.integers(0, 95, length).tolist() for length in random.integers(5, 100, 21)]
+start = random.integers(0, 95, 40).tolist()
+prompts = [start + random.integers(0, 95, length).tolist() for length in random.integers(5, 100, 21)]
 answers = [[[5, 95], [5, 6, 95], [7, 95]]] * 21
 truth = score_labels(model, prompts, answers)
 for shape in ((2, 2, 2),):  # every axis at once
