@@ -9,7 +9,8 @@ the best label; its scores of all labels. All in f32, from token ids to token id
 
 Before anything is timed every side runs once. Exit code 1 if the greedy tokens differ from those of transformers for one example,
 if the search finds another label than all scores do, or if those differ from transformers' (one label at a time, --checked examples).
-Then the sides take turns, --rounds times: the table has medians, and of the ratios the median of each round's.
+Then the sides take turns, --rounds times: the table has medians, and of the ratios the median of each round's. Where other work shares
+the processor the threads of a side wait for each other; `taskset -c 0` gives all sides one core, and then their processor times compare.
 
 --model is a folder, a run, a shipped name, or one of the shapes of bench_sides.py with random weights. Needs torch, and the data and
 tokenizers of JAXRE_DATA and JAXRE_MODELS (../shared/data and ../shared/models).
@@ -139,6 +140,7 @@ def check(sides: dict[str, Callable], peer, prompts: list, answers: list, settin
         began = time.perf_counter()
         first[name] = run()
         seconds[name] = time.perf_counter() - began
+        print(f"first run, {name} {seconds[name]:.2f} s", file=sys.stderr, flush=True)
     differing = sum(ours != theirs for ours, theirs in zip(first["greedy"], first["transformers"], strict=True))
     best, _ = first["best"]
     scores = first["scores"]
@@ -192,19 +194,22 @@ def bench(settings: argparse.Namespace) -> dict[str, Any]:
         "shared_tokens": [len(group.tokens) for group in groups],
         **check(sides, peer, prompts, answers, settings),
         "seconds": {name: [] for name in sides},
+        "cpu_seconds": {name: [] for name in sides},
     }
     for number in range(settings.rounds):
         for name, run in sides.items():
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             run()
-            found["seconds"][name].append(time.perf_counter() - began)
-            print(f"round {number + 1}, {name} {found['seconds'][name][-1]:.2f} s", file=sys.stderr, flush=True)
+            seconds, work = time.perf_counter() - began, time.process_time() - worked
+            found["seconds"][name].append(seconds)
+            found["cpu_seconds"][name].append(work)
+            print(f"round {number + 1}, {name} {seconds:.2f} s, {work:.2f} s of the processor", file=sys.stderr, flush=True)
     return found
 
 
 def table(found: dict[str, Any]) -> list[str]:
     numbers = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    count, first = found["settings"]["examples"], found["seconds"]["transformers"]
+    count = found["settings"]["examples"]
     lines = [
         f"{found['date']}; {found['hardware']}; Python {platform.python_version()}, {numbers}",
         "",
@@ -215,15 +220,19 @@ def table(found: dict[str, Any]) -> list[str]:
         f"Greedy answers that differ from those of transformers: {found['greedy_answers_that_differ']} of {count}. Best labels that differ "
         f"from brute force: {found['best_labels_that_differ']}. Scores differ from transformers' by {found['scores_differ_by']:.0e}.",
         "",
-        "| side | examples/s | x transformers (rounds) | first run, s |",
-        "|---|---|---|---|",
+        "| side | examples/s | x transformers (rounds) | the same in processor time | first run, s |",
+        "|---|---|---|---|---|",
     ]
     told = {"transformers": f"transformers generate, batches of {BATCH}", "greedy": "jaxre, greedy", "best": "jaxre, best label"}
     for name, seconds in found["seconds"].items():
-        ratios = [theirs / ours for ours, theirs in zip(seconds, first, strict=True)]
-        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        speed = count / statistics.median(seconds)
-        lines.append(f"| {told.get(name, 'jaxre, all scores')} | {speed:.2f} | {ratio} | {found['first_seconds'][name]:.1f} |")
+        shown = []
+        for what in ("seconds", "cpu_seconds"):
+            ratios = [theirs / ours for ours, theirs in zip(found[what][name], found[what]["transformers"], strict=True)]
+            shown.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        speed = found["settings"]["examples"] / statistics.median(seconds)
+        lines.append(
+            f"| {told.get(name, 'jaxre, all scores')} | {speed:.2f} | {shown[0]} | {shown[1]} | {found['first_seconds'][name]:.1f} |"
+        )
     return lines
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import heapq
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -147,55 +147,22 @@ def best_labels(
     trees = trees_of(answers)
     groups = shared_prefixes(prompts, batch_tokens)
     check_lengths(prompts, trees, groups, model.architecture, batch_tokens, names)
-    known = {id(tree): Branches.of(tree) for tree in trees}
-    J = max(tree.targets.shape[1] for tree in trees)
-    W = min(COLUMNS, max(1, *(len(tree.tokens) for tree in trees)))
+    branches = {number: Branches.of(tree) for number, tree in {id(tree): tree for tree in trees}.items()}
     params, factors = on_device(model)
-    run = {"architecture": model.architecture, "scale": model.scale}
     best, scores = np.zeros(len(prompts), np.int64), np.zeros(len(prompts))
     unsettled: list[int] = []
     for group, prefix in zip(groups, prefixes_of(params, factors, groups, model.architecture, model.scale), strict=True):
-        depth = len(group.tokens)
-        owns = {member: prompts[member][depth:] for member in group.members}
-        for sizes in plan_slots(owns, W, batch_tokens):
-            slots = empty_slots(sizes, model.architecture, params["embed"].dtype)
-            waiting = deque(sizes.chunks(owns))
-            at_work: dict[int, Search] = {}  # of each slot
-            step = 0
-            while waiting or at_work:
-                free = [slot for slot in range(sizes.slots) if slot not in at_work]
-                if waiting and len(waiting[0]) <= len(free):
-                    chunk = waiting.popleft()
-                    targets = np.zeros((sizes.arrivals, J), np.int32)
-                    for place, example in enumerate(chunk):
-                        targets[place, : trees[example].targets.shape[1]] = trees[example].targets[0]
-                    arrivals = arrivals_of(chunk, free, owns, depth, sizes)
-                    slots, found = fill(params, factors, prefix, slots, arrivals, targets, **run)
-                    for slot, example, shares in zip(free, chunk, np.asarray(found), strict=False):
-                        name = names[example] if names else example
-                        at_work[slot] = Search(example, name, known[id(trees[example])])
-                        at_work[slot].read(0, 0.0, shares)
+        searches = {i: Search(i, names[i] if names else i, branches[id(trees[i])]) for i in group.members}
+        owns = {member: prompts[member][len(group.tokens) :] for member in group.members}
+        for done in _ended(
+            Model(params, model.architecture, factors, model.scale), prefix, len(group.tokens), owns, searches, batch_tokens
+        ):
+            for search in done:
+                if search.found:
+                    best[search.example], scores[search.example] = search.open[0][1], -search.open[0][0]
                 else:
-                    rows = {slot: heapq.heappop(search.open) for slot, search in at_work.items()}
-                    reading = reading_of(at_work, rows, sizes.slots, W, J)
-                    slots, found = read_nodes(params, factors, prefix, slots, reading, np.int32(step % W), **run)
-                    found = np.asarray(found)
-                    for slot, (score, _, row) in rows.items():
-                        at_work[slot].columns[row] = step % W
-                        at_work[slot].read(row, -score, found[slot])
-                    step += 1
-                settled = 0
-                for slot, search in list(at_work.items()):
-                    if search.found:
-                        score, best[search.example], _ = search.open[0]
-                        scores[search.example] = -score
-                        settled += 1
-                    elif len(search.columns) == W:
-                        unsettled.append(search.example)
-                    else:
-                        continue
-                    del at_work[slot]
-                advance(settled)
+                    unsettled.append(search.example)
+            advance(sum(search.found for search in done))
     if unsettled:
         some = sorted(unsettled)
         plan = plan_scoring(
@@ -210,16 +177,64 @@ def best_labels(
     return best, scores
 
 
+def _ended(
+    model: Model,
+    prefix: Prefix | None,
+    depth: int,
+    owns: Mapping[int, Sequence[int]],
+    searches: Mapping[int, Search],
+    batch_tokens: int,
+) -> Iterator[list[Search]]:
+    """Runs the searches of prompts behind one prefix; yields those that have found their label, or read as many nodes as they may."""
+    trees = {id(search.branches): search.branches.tree for search in searches.values()}.values()
+    J, W = max(tree.targets.shape[1] for tree in trees), min(COLUMNS, max(1, *(len(tree.tokens) for tree in trees)))
+    weights, run = (model.params, model.factors, prefix), {"architecture": model.architecture, "scale": model.scale}
+    for sizes in plan_slots(owns, W, batch_tokens):
+        slots = empty_slots(sizes, model.architecture, model.params["embed"].dtype)
+        waiting = deque(sizes.chunks(owns))
+        at_work: dict[int, Search] = {}  # of each slot
+        step = 0
+        while waiting or at_work:
+            free = [slot for slot in range(sizes.slots) if slot not in at_work]
+            if waiting and len(waiting[0]) <= len(free):
+                chunk = waiting.popleft()
+                at_work |= {slot: searches[example] for slot, example in zip(free, chunk, strict=False)}
+                roots = [searches[example].branches.tree.targets[0] for example in chunk]
+                arrivals = arrivals_of(chunk, free, owns, depth, sizes)
+                slots, found = fill(*weights, slots, arrivals, targets_of(dict(enumerate(roots)), sizes.arrivals, J), **run)
+                for example, shares in zip(chunk, np.asarray(found), strict=False):
+                    searches[example].read(0, 0.0, shares)
+            else:
+                rows = {slot: heapq.heappop(search.open) for slot, search in at_work.items()}
+                column = step % W
+                slots, found = read_nodes(*weights, slots, reading_of(at_work, rows, sizes.slots, W, J), np.int32(column), **run)
+                found = np.asarray(found)
+                for slot, (minus, _, row) in rows.items():
+                    at_work[slot].columns[row] = column
+                    at_work[slot].read(row, -minus, found[slot])
+                step += 1
+            ended = [slot for slot, search in at_work.items() if search.found or len(search.columns) == W]
+            if ended:
+                yield [at_work.pop(slot) for slot in ended]
+
+
+def targets_of(targets: Mapping[int, np.ndarray], places: int, J: int) -> np.ndarray:
+    """Targets of some of the places -> [places, J] int32, filled up with 0."""
+    filled = np.zeros((places, J), np.int32)
+    for place, one in targets.items():
+        filled[place, : len(one)] = one
+    return filled
+
+
 def reading_of(at_work: dict[int, Search], rows: dict[int, tuple[float, int, int]], S: int, W: int, J: int) -> Reading:
     """The rows that were taken from the heaps, as arrays."""
     tokens, depths, seen = np.zeros(S, np.int32), np.zeros(S, np.int32), np.zeros((S, W), bool)
-    targets = np.zeros((S, J), np.int32)
     for slot, (_, _, row) in rows.items():
         search, tree = at_work[slot], at_work[slot].branches.tree
         tokens[slot], depths[slot] = tree.tokens[row - 1], tree.depths[row - 1]
         seen[slot, search.path(row)] = True
-        targets[slot, : tree.targets.shape[1]] = tree.targets[row]
-    return Reading(tokens, depths, seen, targets)
+    targets = {slot: at_work[slot].branches.tree.targets[row] for slot, (_, _, row) in rows.items()}
+    return Reading(tokens, depths, seen, targets_of(targets, S, J))
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "scale"), donate_argnames="slots")
