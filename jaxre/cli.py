@@ -146,7 +146,12 @@ def predict(
     model: Annotated[str, typer.Argument(help="run folder, model folder or hub id", metavar="RUN_OR_MODEL_DIR")],
     data: Annotated[str | None, typer.Option(help="dataset name or file; the run's test data if not given", metavar="NAME_OR_FILE")] = None,
     split: Annotated[str | None, typer.Option(help="split of the dataset; test if not given")] = None,
-    mode: Annotated[Literal["score", "generate"], typer.Option(help="score: the most probable label; generate: greedy decoding")] = "score",
+    mode: Annotated[
+        Literal["score", "best", "generate"],
+        typer.Option(
+            help="score: the most probable label, and the probability of each; best: that label alone, faster; generate: greedy decoding"
+        ),
+    ] = "score",
     output: Annotated[Path | None, typer.Option(help="predictions file (.parquet and .csv are written)", metavar="FILE")] = None,
     text: Annotated[str | None, typer.Option(help='one text, marked: "... <e1>head</e1> ... <e2>tail</e2> ..."')] = None,
     config: Annotated[Path | None, typer.Option(help="config with prompt and labels, for a model that is no run")] = None,
