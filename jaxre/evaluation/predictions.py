@@ -10,7 +10,6 @@ Both files hold the same rows. In the CSV everything is text, so the labels `no`
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import sys
@@ -23,11 +22,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxre.errors import InputError
+from jaxre.relations.schema import hash_prompt as hash_prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One prediction. `score` is its log-probability, `probabilities` maps each label of the schema to its own."""
+    """One prediction. `score` is its log-probability, `probabilities` maps each label of the schema to its own.
+
+    `prompt_hash` is that of the example (`Example.prompt_hash`) where it has one, else of `prompt`. The last three are known of
+    frontier models: the day of the answer (YYYY-MM-DD), what it cost, and whether it is "refusal" or "truncated" (empty: neither).
+    """
 
     example_id: str
     relation: str  # gold, as the source spells it
@@ -44,6 +48,9 @@ class Prediction:
     probabilities: dict[str, float] | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    date: str = ""
+    cost_usd: float | None = None
+    status: str = ""
 
 
 # The study's columns first, in its order.
@@ -55,16 +62,14 @@ _ARROW = pa.schema(
         ("probabilities", pa.map_(pa.string(), pa.float64())),
         ("input_tokens", pa.int64()),
         ("output_tokens", pa.int64()),
+        ("date", pa.string()),
+        ("cost_usd", pa.float64()),
+        ("status", pa.string()),
     ]
 )
 COLUMNS = tuple(_ARROW.names)
 _REQUIRED = ("example_id", "relation", "generated_relation")
 _TEXT = tuple(field.name for field in fields(Prediction) if field.type == "str")
-
-
-def hash_prompt(prompt: str) -> str:
-    """First 12 hex digits of the md5 of a prompt (the study's join key; its own is over the raw hub column `prompt_0_shot`)."""
-    return hashlib.md5(prompt.encode("utf-8"), usedforsecurity=False).hexdigest()[:12]
 
 
 def write_predictions(path: str | Path, rows: Sequence[Prediction]) -> tuple[Path, Path]:
@@ -215,6 +220,7 @@ def _prediction(row: dict[str, Any], place: str) -> Prediction:
     values["probabilities"] = _cell(row.get("probabilities"), _probabilities, "probabilities", place)
     values["input_tokens"] = _cell(row.get("input_tokens"), int, "input_tokens", place)
     values["output_tokens"] = _cell(row.get("output_tokens"), int, "output_tokens", place)
+    values["cost_usd"] = _cell(row.get("cost_usd"), float, "cost_usd", place)
     return Prediction(**values)
 
 

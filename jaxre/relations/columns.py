@@ -9,6 +9,8 @@ Where the entities are is taken from, in this order: marks in the text
 `head_start` and `head_end`; half-open characters of `text`), the one occurrence of the entity
 in the text. An entity that occurs several times gets no span; prompts then mark the first
 occurrence (`marks.locate`). Whatever is stated twice must agree.
+
+Of the study's prompt column `prompt_0_shot` only the hash is kept, by which published answers are joined.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from typing import Any
 from jaxre.errors import InputError
 from jaxre.relations.files import nearest
 from jaxre.relations.marks import Span, has_marks, has_tag, is_text, occurrences, strip_marks
-from jaxre.relations.schema import Example
+from jaxre.relations.schema import Example, hash_prompt
 
 FIELDS = (
     *("id", "text", "head", "tail", "head_type", "tail_type", "relation", "domain"),
-    *("head_span", "tail_span", "head_start", "head_end", "tail_start", "tail_end"),
+    *("head_span", "tail_span", "head_start", "head_end", "tail_start", "tail_end", "prompt_0_shot"),
 )
 # The columns of the study's hub copies (protocol.md), and the text column of the original SemEval there.
 USUAL = {"head": "entity1", "tail": "entity2", "head_type": "entity1Type", "tail_type": "entity2Type", "text": "sentence"}
@@ -124,6 +126,7 @@ def _example(values: _Record, identity: str, dataset: str, split: str, labelled:
             raise InputError(f"{values.place}: {error}") from None
     head, head_span = _entity(values, "head", text, marked["head"], must_occur)
     tail, tail_span = _entity(values, "tail", text, marked["tail"], must_occur)
+    prompt = values.text("prompt_0_shot", strip=False)
     return Example(
         id=identity,
         dataset=dataset,
@@ -137,6 +140,7 @@ def _example(values: _Record, identity: str, dataset: str, split: str, labelled:
         head_span=head_span,
         tail_span=tail_span,
         domain=values.text("domain") or "general",
+        prompt_hash="" if prompt is None else hash_prompt(prompt),
     )
 
 

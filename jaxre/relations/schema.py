@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -18,7 +19,9 @@ class Example:
     """One text with a marked head and tail entity, and the relation between them.
 
     `id` is stable: dataset, split and the source's own id. Spans are half-open character
-    ranges in `text`. `relation` is the label as the source spells it.
+    ranges in `text`. `relation` is the label as the source spells it. `prompt_hash` is
+    `hash_prompt` of the source's own prompt, where it has one (`prompt_0_shot` of the study's hub
+    copies): published answers are joined by it.
     """
 
     id: str
@@ -33,6 +36,12 @@ class Example:
     head_span: tuple[int, int] | None = None
     tail_span: tuple[int, int] | None = None
     domain: str = "general"
+    prompt_hash: str = ""
+
+
+def hash_prompt(prompt: str) -> str:
+    """First 12 hex digits of the md5 of a prompt (the study's join key; its own is over the raw hub column `prompt_0_shot`)."""
+    return hashlib.md5(prompt.encode("utf-8"), usedforsecurity=False).hexdigest()[:12]
 
 
 def normalise_label(label: str | None) -> str:
