@@ -9,6 +9,7 @@ The shape is told from the content: the study's long format (a table with `promp
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -71,7 +72,9 @@ def _read_long(path: Path) -> Cache:
             dataset=as_text(row.get("eval_dataset_name")),
             model=as_text(row.get("model_id")),
             gen_type=as_text(row.get("gen_type")),
-            prompt_shot=as_text(row.get("prompt_shot")),
+            prompt_shot=_shots(as_text(row.get("prompt_shot"))),
+            prompt=as_text(row.get("prompt")),
+            status=as_text(row.get("status")),
         )
         for row in table
     ]
@@ -81,3 +84,9 @@ def _read_long(path: Path) -> Cache:
         answers=tuple(row for row in rows if row.example_id or row.prompt_hash),
         leftover={reason: items for reason, items in leftover.items() if items},
     )
+
+
+def _shots(text: str) -> str:
+    """Published tables also write 0.0, 0-shot and 0_shot."""
+    found = re.fullmatch(r"(\d+)(?:\.0+)?(?:[\s_-]?shots?)?", text.strip(), re.IGNORECASE)
+    return found.group(1) if found else text

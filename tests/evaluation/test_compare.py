@@ -104,7 +104,7 @@ def test_predictions_without_gold_are_refused():
 def test_single_gold_labels_that_differ_are_noted():
     rows = ours(*[("a", "a")] * 4)
     result = compare(rows, cache(*(by_id(i, "a", gold="a" if i else "b") for i in range(4))))
-    assert "gold labels differ for 1 joined examples (facts/test/0)" in result.notes[0]
+    assert "gold labels differ for 1 joined examples (facts/test/0)" in result.warnings[0]
 
 
 def test_nothing_joined_shows_both_sides():
