@@ -16,13 +16,16 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxre.errors import InputError
 from jaxre.relations.schema import hash_prompt as hash_prompt
+
+# gen_open: no label list in the prompt; gen_constrained: with it (the study's names).
+GenType = Literal["gen_open", "gen_constrained"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Prediction:
     relation: str  # gold, as the source spells it
     generated_relation: str
     eval_dataset_name: str = ""
-    gen_type: str = "gen_constrained"  # gen_open: no label list in the prompt; gen_constrained: with it
+    gen_type: str = "gen_constrained"
     model_id: str = ""
     tuned_dataset_name: str = ""  # "frontier" for cached answers of a frontier model
     model_shot: str = "0"
@@ -81,7 +84,7 @@ def write_predictions(path: str | Path, rows: Sequence[Prediction]) -> tuple[Pat
 
     Returns the two paths. Raises InputError when there is no row or an example occurs twice.
     """
-    stem = _stem(Path(path))
+    stem = stem_of(Path(path))
     check_unique(rows, str(stem))
     stem.parent.mkdir(parents=True, exist_ok=True)
     targets = stem.with_name(stem.name + ".parquet"), stem.with_name(stem.name + ".csv")
@@ -150,7 +153,8 @@ def as_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _stem(path: Path) -> Path:
+def stem_of(path: Path) -> Path:
+    """What the names of both files begin with: a path without .parquet or .csv; in a folder, `predictions`."""
     if path.is_dir():
         return path / "predictions"
     return path.with_suffix("") if path.suffix in (".parquet", ".csv") else path
