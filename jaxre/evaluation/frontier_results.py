@@ -238,4 +238,5 @@ def _day(created: Any) -> str:
 
 
 def _distinct(names: list[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))
+    """Sorted, so that an account does not hang on the order of the results."""
+    return tuple(sorted(set(names)))

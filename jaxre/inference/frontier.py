@@ -10,7 +10,7 @@ import dataclasses
 import datetime
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,7 +184,7 @@ def summarise(manifest: Manifest, collected: Collected, rows: Sequence[Predictio
     return {
         "provider": manifest.ask.provider,
         "model": manifest.ask.model,
-        "models_reported": dict(Counter(outcome.model for outcome in kept if outcome.model)),
+        "models_reported": _counts(outcome.model for outcome in kept if outcome.model),
         "dataset": manifest.dataset,
         "gen_type": manifest.gen_type,
         "prompt_shot": manifest.prompt_shot,
@@ -196,7 +196,7 @@ def summarise(manifest: Manifest, collected: Collected, rows: Sequence[Predictio
         "answered_requests": len(kept),
         "answered_examples": len(rows),
         "coverage": len(rows) / manifest.examples,
-        "errors": dict(_errors(collected)),
+        "errors": _errors(collected),
         "missing": len(collected.missing),
         "unanswered_ids": [
             example.example_id
@@ -208,7 +208,7 @@ def summarise(manifest: Manifest, collected: Collected, rows: Sequence[Predictio
         "truncated": sum(outcome.truncated for outcome in kept),
         "empty": sum(outcome.kind == "answer" and not clean_answer(outcome.text) for outcome in kept),
         "malformed_rows": sum(len(answer) > MALFORMED_CHARACTERS for answer in answers),
-        "outside_schema_rows": dict(Counter(answer for answer in answers if answer not in known).most_common()),
+        "outside_schema_rows": _counts(answer for answer in answers if answer not in known),
         "repeated": len(collected.repeated),
         "contradicted_ids": list(collected.contradicted),
         "unknown_ids": list(collected.unknown),
@@ -229,7 +229,7 @@ def import_table(imported: Imported) -> Group:
     table.add_row("examples answered", f"{s['answered_examples']:,} of {s['examples']:,} ({s['coverage']:.1%})")
     table.add_row("requests answered", f"{s['answered_requests']:,} of {s['requests']:,}")
     if s["errors"]:
-        table.add_row("errors, without a row", Text(f"{sum(s['errors'].values()):,} ({_few(Counter(s['errors']))})"))
+        table.add_row("errors, without a row", Text(f"{sum(s['errors'].values()):,} ({_few(s['errors'])})"))
     for name, key in (
         ("in no file, without a row", "missing"),
         ("refusals, scored as wrong", "refusals"),
@@ -237,7 +237,7 @@ def import_table(imported: Imported) -> Group:
     ):
         table.add_row(name, f"{s[key]:,}")
     table.add_row("empty, scored as none", f"{s['empty']:,}")
-    table.add_row("no label of the schema", Text(f"{sum(s['outside_schema_rows'].values()):,} ({_few(Counter(s['outside_schema_rows']))})"))
+    table.add_row("no label of the schema", Text(f"{sum(s['outside_schema_rows'].values()):,} ({_few(s['outside_schema_rows'])})"))
     table.add_row("answered again: alike, otherwise", f"{s['repeated']:,}, {len(s['contradicted_ids']):,}")
     table.add_row("ids that are not of this export", f"{len(s['unknown_ids']):,}")
     table.add_row("tokens in, out", f"{s['input_tokens']:,}, {s['output_tokens']:,}")
@@ -291,10 +291,15 @@ def _task(config: Config, data: str | None, split: str | None) -> _Task:
     return _Task(examples, schema, ask_all(config, examples, schema, train), gen_type, str(config.prompt.shots))
 
 
-def _errors(collected: Collected) -> Counter[str]:
-    return Counter(outcome.reason for outcome in collected.kept.values() if outcome.kind == "error")
+def _errors(collected: Collected) -> dict[str, int]:
+    return _counts(outcome.reason for outcome in collected.kept.values() if outcome.kind == "error")
 
 
-def _few(counts: Counter[str]) -> str:
-    shown = ", ".join(f"{name[:60]} {number:,}" for name, number in counts.most_common(SHOWN))
+def _counts(names: Iterable[str]) -> dict[str, int]:
+    """How often each occurs, the most frequent first; the same for any order of the names."""
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
+
+
+def _few(counts: dict[str, int]) -> str:
+    shown = ", ".join(f"{name[:60]} {number:,}" for name, number in list(counts.items())[:SHOWN])
     return (shown or "none") + (", ..." if len(counts) > SHOWN else "")
