@@ -7,9 +7,12 @@ from typing import Any
 
 from jaxre.errors import InputError
 
-# sk-..., sk-ant-..., sk-or-v1-...; "Bearer ..."; a header in text.
+# sk-..., sk-ant-..., sk-or-v1-...; "Bearer ..."; a header in text. A key has digits, "the bearer internationalisation" has none.
 _TEXT = re.compile(
-    r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{16,}|\bbearer\s+[A-Za-z0-9._~+/-]{16,}|\b(?:authorization|x-api-key)\s*:\s*\S{8,}", re.IGNORECASE
+    r"(?<![a-z0-9])sk-(?=[a-z_-]*\d)[a-z0-9_-]{16,}"
+    r"|\bbearer\s+(?=[a-z._~+/-]*\d)[a-z0-9._~+/-]{16,}"
+    r"|\bx-api-key\s*:\s*\S{8,}|\bauthorization\s*:\s*(?:basic|bearer|token)\s+\S{8,}",
+    re.IGNORECASE,
 )
 _NAMES = frozenset({"authorization", "xapikey", "apikey"})
 

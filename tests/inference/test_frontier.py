@@ -218,7 +218,7 @@ def test_keys_are_refused_and_never_quoted(config, tmp_path, monkeypatch):
     import_results(written.manifest, results, tmp_path / "clean")
     assert all(KEY not in path.read_bytes().decode("latin-1") for path in tmp_path.iterdir())
     lines = results[0].read_text(encoding="utf-8").splitlines()
-    for field, value in (("note", f"used {KEY}"), ("headers", {"Authorization": "x"}), ("h", "Bearer abcdefghijklmnop"), ("api_key", "x")):
+    for field, value in (("note", f"used {KEY}"), ("headers", {"Authorization": "x"}), ("h", "Bearer abcdefgh01234567"), ("api_key", "x")):
         results[0].write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {field: value})]), encoding="utf-8")
         message = refusal(lambda: import_results(written.manifest, results, tmp_path / "cache"))
         assert f"{results[0]}:{len(lines) + 1}: " in message and KEY not in message and "take" in message
