@@ -22,7 +22,8 @@ from typer.main import get_command
 from jaxre import cli
 from jaxre.checkpoints.huggingface import atomic_folder
 from jaxre.config import load_config, save_config, shipped
-from jaxre.evaluation.predictions import Prediction, hash_prompt, write_predictions
+from jaxre.evaluation.predictions import Prediction, write_predictions
+from jaxre.relations.schema import hash_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = {"id": "1", "text": "Ada wrote Notes.", "head": "Ada", "tail": "Notes", "relation": "author_of"}

@@ -121,11 +121,8 @@ def check_cache(
         groups[answer.model, answer.gen_type, answer.prompt_shot].append(answer)
     settings = []
     for (model, gen_type, shot), group in sorted(groups.items()):
-        asked = (
-            prompts or {}
-            if setting is None or all(not ours or ours == one for ours, one in zip((gen_type, shot), setting, strict=True))
-            else {}
-        )
+        known = setting is None or (gen_type in ("", setting[0]) and shot in ("", setting[1]))
+        asked = prompts if prompts and known else {}
         rows = [Prediction(one.id, one.relation, "", prompt=asked.get(one.id, ""), prompt_hash=_hash(one, asked)) for one in examples]
         join = join_answers(rows, group, cache.uncovered)
         said = [normalise_label(label_map.cached(answer.label) if label_map else answer.label) for _, answer in join.found]
@@ -177,41 +174,26 @@ def _another_prompt(row: Prediction, answer: Answer) -> bool:
 def check_table(check: CacheCheck) -> Group:
     """A check for the terminal: one line per setting, then what is wrong or worth knowing."""
     table = Table(title=Text(f"{check.place}: answers for {check.dataset}"), title_justify="left")
-    counts = (
-        "rows",
-        "answered",
-        "coverage",
-        "gold differs",
-        "prompt differs",
-        "no example",
-        "outside schema",
-        "malformed",
-        "refused",
-        "cut",
-    )
-    for column in ("model", "gen_type", "shots", *counts):
-        table.add_column(column, justify="right" if column in counts else "left")
+    for column in ("setting", "answered", "coverage", "gold differs", "prompt differs", "no label"):
+        table.add_column(column, justify="left" if column == "setting" else "right")
+    lines = []
     for one in check.settings:
         prompts = f"{len(one.prompt_differs):,} of {one.prompts_checked:,}" if one.prompts_checked else "not checked"
-        outside = sum(one.outside.values())
-        numbers = (one.strangers, outside, one.malformed, one.refusals, one.truncated)
-        table.add_row(
-            *map(Text, (one.model, one.gen_type, one.prompt_shot)),
-            f"{one.rows:,}",
-            f"{one.answered:,}",
-            f"{one.coverage:.1%}",
-            f"{len(one.gold_differs):,}",
-            prompts,
-            *(f"{number:,}" for number in numbers),
-        )
-    lines = [
-        f"{one.name}: {reason}: {len(ids):,} ({', '.join(ids[:SHOWN])})" for one in check.settings for reason, ids in one.missing.items()
-    ]
-    lines += [
-        f"{one.name}: outside the schema: " + ", ".join(f"{label[:40]!r} {number:,}" for label, number in list(one.outside.items())[:SHOWN])
-        for one in check.settings
-        if one.outside
-    ]
+        numbers = f"{one.answered:,} of {one.examples:,}", f"{one.coverage:.1%}", f"{len(one.gold_differs):,}", prompts
+        table.add_row(Text(one.name), *numbers, f"{sum(one.outside.values()):,}")
+        said = [f"{reason}: {len(ids):,} ({', '.join(ids[:SHOWN])})" for reason, ids in one.missing.items()]
+        if one.outside:
+            few = ", ".join(f"{label[:40]!r} {number:,}" for label, number in list(one.outside.items())[:SHOWN])
+            said.append(f"outside the schema: {few}")
+        for count, what in (
+            (one.strangers, "rows belong to no example"),
+            (one.malformed, f"answers are longer than {MALFORMED_CHARACTERS} characters"),
+            (one.refusals, "answers are refusals"),
+            (one.truncated, "answers were cut"),
+        ):
+            if count:
+                said.append(f"{count:,} {what}")
+        lines += [f"{one.name}: {line}" for line in said]
     lines += [f"in the cache, {reason}: {len(items):,}" for reason, items in check.leftover.items()]
     problems = (Text(f"PROBLEM: {problem}", style="bold red") for problem in check.problems)
     return Group(table, *problems, *(Text(f"- {line}") for line in (*lines, *check.notes)))

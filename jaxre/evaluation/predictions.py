@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxre.errors import InputError
-from jaxre.relations.schema import hash_prompt as hash_prompt
 
 # gen_open: no label list in the prompt; gen_constrained: with it (the study's names).
 GenType = Literal["gen_open", "gen_constrained"]

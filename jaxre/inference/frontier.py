@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxre.config import Config, Source
-from jaxre.data.dataset import ask as ask_all
 from jaxre.data.dataset import load_schema
+from jaxre.data.tokens import demonstrator, questions_of
 from jaxre.errors import InputError
 from jaxre.evaluation.cache_check import CacheCheck, check_cache
 from jaxre.evaluation.evaluate import write_json
@@ -287,8 +287,9 @@ def _task(config: Config, data: str | None, split: str | None) -> _Task:
     source, examples = load_source(config, data, split)
     if all(example.relation for example in examples):
         schema.check(examples, source.dataset)
-    gen_type = "gen_constrained" if config.prompt.enumerate else "gen_open"
-    return _Task(examples, schema, ask_all(config, examples, schema, train), gen_type, str(config.prompt.shots))
+    prompt = config.prompt
+    questions = questions_of(examples, prompt, schema.labels, demonstrator(train, prompt, config.seed))
+    return _Task(examples, schema, questions, "gen_constrained" if prompt.enumerate else "gen_open", str(prompt.shots))
 
 
 def _errors(collected: Collected) -> dict[str, int]:

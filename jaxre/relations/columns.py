@@ -10,7 +10,7 @@ Where the entities are is taken from, in this order: marks in the text
 in the text. An entity that occurs several times gets no span; prompts then mark the first
 occurrence (`marks.locate`). Whatever is stated twice must agree.
 
-Of the study's prompt column `prompt_0_shot` only the hash is kept, by which published answers are joined.
+`prompt_0_shot` is the study's raw prompt; an example keeps its hash, which cached answers are joined by.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _example(values: _Record, identity: str, dataset: str, split: str, labelled:
         head_span=head_span,
         tail_span=tail_span,
         domain=values.text("domain") or "general",
-        prompt_hash="" if prompt is None else hash_prompt(prompt),
+        prompt_hash=None if prompt is None else hash_prompt(prompt),
     )
 
 

@@ -19,9 +19,8 @@ class Example:
     """One text with a marked head and tail entity, and the relation between them.
 
     `id` is stable: dataset, split and the source's own id. Spans are half-open character
-    ranges in `text`. `relation` is the label as the source spells it. `prompt_hash` is
-    `hash_prompt` of the source's own prompt, where it has one (`prompt_0_shot` of the study's hub
-    copies): published answers are joined by it.
+    ranges in `text`. `relation` is the label as the source spells it. `prompt_hash` is that of the
+    study's raw prompt column, where the source has one: cached frontier answers are joined by it.
     """
 
     id: str
@@ -36,7 +35,7 @@ class Example:
     head_span: tuple[int, int] | None = None
     tail_span: tuple[int, int] | None = None
     domain: str = "general"
-    prompt_hash: str = ""
+    prompt_hash: str | None = None
 
 
 def hash_prompt(prompt: str) -> str:

@@ -17,8 +17,8 @@ from jaxre.evaluation.compare import compare, compare_files, comparison_table
 from jaxre.evaluation.credentials import refuse_credentials
 from jaxre.evaluation.frontier import read_cache
 from jaxre.evaluation.label_map import LabelMap
-from jaxre.evaluation.predictions import Prediction, hash_prompt, write_predictions
-from jaxre.relations.schema import Example
+from jaxre.evaluation.predictions import Prediction, write_predictions
+from jaxre.relations.schema import Example, hash_prompt
 from jaxre.relations.sources import load
 
 # The columns of `Despina/frontier-re-generations` (protocol.md), and no others.
@@ -182,7 +182,7 @@ def published(path: Path, records: list[dict], models: dict[str, str]) -> Path:
 def predictions_on(path: Path, **fields: str) -> list[Prediction]:
     """Right predictions, as `jaxre predict` makes them: with the hash of the source's own prompt."""
     return [
-        Prediction(one.id, one.relation, one.relation, one.dataset, prompt="rendered", prompt_hash=one.prompt_hash, **fields)
+        Prediction(one.id, one.relation, one.relation, one.dataset, prompt="rendered", prompt_hash=one.prompt_hash or "", **fields)
         for one in load(Source(dataset=str(path)))
     ]
 

@@ -16,10 +16,10 @@ from jaxre.config import Prompt, check_config
 from jaxre.evaluation import frontier_requests
 from jaxre.evaluation.compare import compare_files
 from jaxre.evaluation.frontier_requests import Ask, Limits, build_manifest, custom_id, read_manifest, write_requests
-from jaxre.evaluation.predictions import hash_prompt, read_predictions, write_predictions
+from jaxre.evaluation.predictions import read_predictions, write_predictions
 from jaxre.inference.frontier import check_file, export_requests, import_results
 from jaxre.relations.prompts import turns
-from jaxre.relations.schema import Example
+from jaxre.relations.schema import Example, hash_prompt
 
 PROVIDERS = ("openai", "anthropic", "openrouter")
 QUOTED, UNICODE = 'is "also" called', "作者"
