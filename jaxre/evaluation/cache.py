@@ -23,7 +23,8 @@ SAME_ANSWER = "same answer"
 class Answer:
     """One cached answer; it belongs to `example_id`, or to every example whose prompt has `prompt_hash`.
 
-    `gold` is the gold label as the cache spells it, `status` as `Prediction` has it. What a cache does not state is empty.
+    `gold` is the gold label as the cache spells it; status, tokens and cost are those of `Prediction`. What a cache does not state
+    is empty.
     """
 
     label: str
@@ -36,6 +37,9 @@ class Answer:
     prompt_shot: str = ""
     prompt: str = ""
     status: str = ""
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float | None = None
 
     @property
     def key(self) -> str:
@@ -144,7 +148,7 @@ class Join:
     strangers: tuple[Answer, ...]
 
 
-def join_answers(rows: Sequence[Prediction], answers: Sequence[Answer], uncovered: dict[str, str]) -> Join:
+def join(rows: Sequence[Prediction], answers: Sequence[Answer], uncovered: dict[str, str]) -> Join:
     """Joins by example id, else by prompt hash; answers of one model in one setting. Repeated answers count if they agree."""
     by_id, by_hash = defaultdict(list), defaultdict(list)
     for answer in answers:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxre.errors import InputError
-from jaxre.evaluation.cache import DISAGREE, ENOUGH, Answer, Cache, gold_differs, join_answers, same_dataset
+from jaxre.evaluation.cache import DISAGREE, ENOUGH, Answer, Cache, gold_differs, join, same_dataset
 from jaxre.evaluation.label_map import LabelMap
 from jaxre.evaluation.metrics import MALFORMED_CHARACTERS
 from jaxre.evaluation.predictions import GenType, Prediction
@@ -124,9 +124,10 @@ def check_cache(
         known = setting is None or (gen_type in ("", setting[0]) and shot in ("", setting[1]))
         asked = prompts if prompts and known else {}
         rows = [Prediction(one.id, one.relation, "", prompt=asked.get(one.id, ""), prompt_hash=_hash(one, asked)) for one in examples]
-        join = join_answers(rows, group, cache.uncovered)
-        said = [normalise_label(label_map.cached(answer.label) if label_map else answer.label) for _, answer in join.found]
-        differ = [row.example_id for row, answer in join.found if _another_prompt(row, answer)]
+        joined = join(rows, group, cache.uncovered)
+        said = [normalise_label(label_map.cached(answer.label) if label_map else answer.label) for _, answer in joined.found]
+        labelled = [(row, answer) for row, answer in joined.found if row.relation]
+        differ = [row.example_id for row, answer in joined.found if _another_prompt(row, answer)]
         settings.append(
             SettingCheck(
                 model=model,
@@ -134,16 +135,16 @@ def check_cache(
                 prompt_shot=shot,
                 rows=len(group),
                 examples=len(examples),
-                answered=len(join.found),
-                missing=join.missing,
-                gold_differs=tuple(row.example_id for row, _ in gold_differs([pair for pair in join.found if pair[0].relation], label_map)),
+                answered=len(joined.found),
+                missing=joined.missing,
+                gold_differs=tuple(row.example_id for row, _ in gold_differs(labelled, label_map)),
                 prompt_differs=tuple(differ),
-                prompts_checked=sum(bool(row.prompt_hash and answer.prompt_hash) for row, answer in join.found),
-                strangers=len(join.strangers),
+                prompts_checked=sum(bool(row.prompt_hash and answer.prompt_hash) for row, answer in joined.found),
+                strangers=len(joined.strangers),
                 outside=dict(Counter(label for label in said if label not in allowed).most_common()),
                 malformed=sum(len(label) > MALFORMED_CHARACTERS for label in said),
-                refusals=sum(answer.status == "refusal" for _, answer in join.found),
-                truncated=sum(answer.status == "truncated" for _, answer in join.found),
+                refusals=sum(answer.status == "refusal" for _, answer in joined.found),
+                truncated=sum(answer.status == "truncated" for _, answer in joined.found),
             )
         )
     problems = tuple(problem for one in settings for problem in one.problems(least))

@@ -29,7 +29,7 @@ from jaxre.evaluation.cache import (
     common_gold,
     common_label,
     gold_differs,
-    join_answers,
+    join,
     one_negative,
     same_dataset,
 )
@@ -137,8 +137,8 @@ def compare(
         sides spell differently.
     """
     answers, notes = _select(cache, predictions, model)
-    join = join_answers(predictions, answers, cache.uncovered)
-    found = join.found
+    joined = join(predictions, answers, cache.uncovered)
+    found = joined.found
     if not found:
         raise InputError(_nothing_joined(predictions, answers, cache))
     warnings = _coverage(len(found), len(predictions), coverage, cache)
@@ -168,11 +168,20 @@ def compare(
         difference=paired_bootstrap(gold, ours, cached),
         mcnemar=mcnemar(ours_right, cached_right),
         quadrants=tuple(_quadrant(rows, ours_right, cached_right, ours, cached) for ours in (True, False) for cached in (True, False)),
-        not_joined=join.missing,
+        not_joined=joined.missing,
         leftover=cache.leftover,
         notes=(*cache.notes, *notes),
         warnings=tuple(warnings),
     )
+
+
+def join_answers(
+    predictions: Sequence[Prediction], cache: Cache, model: str | None = None
+) -> tuple[list[tuple[Prediction, Answer]], dict[str, tuple[str, ...]]]:
+    """Each prediction with the cached answer for it, and the ids of those without one by reason. Raises InputError as `compare`."""
+    answers, _ = _select(cache, predictions, model)
+    joined = join(predictions, answers, cache.uncovered)
+    return joined.found, joined.missing
 
 
 def _select(cache: Cache, predictions: Sequence[Prediction], model: str | None) -> tuple[list[Answer], list[str]]:

@@ -219,7 +219,17 @@ def test_a_cache_that_covers_little_or_has_other_gold_labels_warns_or_stops(tmp_
     assert "gold labels differ for" in result.warnings[0]
 
 
-def test_shots_are_read_as_other_tools_write_them(tmp_path):
+def test_numbers_are_read_as_other_tools_write_them(tmp_path):
     path = tmp_path / "c.csv"
-    path.write_text("prompt_hash,generated_relation,prompt_shot\nh,a,0.0\ni,a,2-shot\nj,a,5\nk,a,few\n")
-    assert [answer.prompt_shot for answer in read_cache(path).answers] == ["0", "2", "5", "few"]
+    rows = [
+        "prompt_hash,generated_relation,prompt_shot,input_tokens,cost_usd",
+        "h,a,0.0,7.0,0.5",
+        "i,a,2-shot,nan,",
+        "j,a,5,,x",
+        "k,a,few,7,1e-3",
+    ]
+    path.write_text("\n".join(rows) + "\n")
+    answers = read_cache(path).answers
+    assert [answer.prompt_shot for answer in answers] == ["0", "2", "5", "few"]
+    assert [answer.input_tokens for answer in answers] == [7, None, None, 7]
+    assert [answer.cost_usd for answer in answers] == [0.5, None, None, 0.001]
