@@ -29,7 +29,7 @@ console = Console()
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top of the file", metavar="[KEY=VALUE ...]")]
 LabelMapFile = Annotated[Path | None, typer.Option(help="label map, ours -> common", metavar="MAP")]
-Data = Annotated[str | None, typer.Option(help="dataset name or file; that of the run or config if not given", metavar="NAME_OR_FILE")]
+Data = Annotated[str | None, typer.Option(help="dataset name or file; the config's test data if not given", metavar="NAME_OR_FILE")]
 Split = Annotated[str | None, typer.Option(help="split of the dataset; test if not given")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", metavar="FILE")]
 
@@ -148,8 +148,8 @@ def profile(
 @app.command()
 def predict(
     model: Annotated[str, typer.Argument(help="run folder, model folder or hub id", metavar="RUN_OR_MODEL_DIR")],
-    data: Data = None,
-    split: Split = None,
+    data: Annotated[str | None, typer.Option(help="dataset name or file; the run's test data if not given", metavar="NAME_OR_FILE")] = None,
+    split: Annotated[str | None, typer.Option(help="split of the dataset; test if not given")] = None,
     mode: Annotated[Literal["score", "generate"], typer.Option(help="score: the most probable label; generate: greedy decoding")] = "score",
     output: Annotated[Path | None, typer.Option(help="predictions file (.parquet and .csv are written)", metavar="FILE")] = None,
     text: Annotated[str | None, typer.Option(help='one text, marked: "... <e1>head</e1> ... <e2>tail</e2> ..."')] = None,
