@@ -222,9 +222,7 @@ def frontier_export(
     model: Annotated[str, typer.Option(help="the provider's name of the model")],
     output: Annotated[Path, typer.Option(help="request file; its manifest is written beside it", metavar="FILE")],
     overrides: Overrides = None,
-    data: Annotated[
-        str | None, typer.Option(help="dataset name or file; the config's test data if not given", metavar="NAME_OR_FILE")
-    ] = None,
+    data: Data = None,
     split: Split = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="of an answer; what a model reasons before it counts too")] = 64,
     no_temperature: Annotated[bool, typer.Option("--no-temperature", help="for models that refuse it; else it is 0")] = False,
@@ -272,9 +270,7 @@ def frontier_import(
 def frontier_check(
     cache: Annotated[Path, typer.Argument(help="cached predictions of another model", metavar="CACHE")],
     config: Annotated[Path | None, typer.Option(help="config with data, labels and prompts", metavar="CONFIG")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="dataset name or file; the config's test data if not given", metavar="NAME_OR_FILE")
-    ] = None,
+    data: Data = None,
     split: Split = None,
     labels: LabelMapFile = None,
     model: Annotated[str | None, typer.Option(help="check the answers of this model only")] = None,

@@ -123,6 +123,8 @@ def check_cache(
     for (model, gen_type, shot), group in sorted(groups.items()):
         known = setting is None or (gen_type in ("", setting[0]) and shot in ("", setting[1]))
         asked = prompts if prompts and known else {}
+        if prompts and not known:
+            notes.append(f"{gen_type}, {shot}-shot: the config asks {setting[0]}, {setting[1]}-shot, so its prompts are not compared")
         rows = [Prediction(one.id, one.relation, "", prompt=asked.get(one.id, ""), prompt_hash=_hash(one, asked)) for one in examples]
         joined = join(rows, group, cache.uncovered)
         said = [normalise_label(label_map.cached(answer.label) if label_map else answer.label) for _, answer in joined.found]

@@ -85,7 +85,8 @@ def test_prompts_must_be_those_of_the_config_or_of_the_source():
     wrong = checked(examples, *answers, prompts=prompts | {"d/test/1": "another"}, setting=("gen_open", "0"))
     assert "another prompt in 1 cases (d/test/1)" in wrong.problems[0]
     # In another setting other prompts are asked, which are not known here.
-    assert not checked(examples, *answers, prompts={}, setting=("gen_constrained", "0")).problems
+    other = checked(examples, *answers, prompts=dict.fromkeys(prompts, "x"), setting=("gen_constrained", "0"))
+    assert not other.problems and "the config asks gen_constrained, 0-shot, so its prompts are not compared" in other.notes[0]
     stated = [example(n, "a", prompt_hash=hash_prompt("the source's own")) for n in range(2)]
     assert "another prompt in 2 cases" in checked(stated, *answers).problems[0]
 
