@@ -121,7 +121,7 @@ def predict_examples(
             model_shot=model_shot,
             prompt_shot=str(prompt.shots),
             prompt=text,
-            prompt_hash=hash_prompt(text),
+            prompt_hash=example.prompt_hash or hash_prompt(text),
             input_tokens=len(ids),
             **row,
         )
@@ -165,7 +165,7 @@ def _predict_labels(
             model_id=loaded.name,
             tuned_dataset_name=tuned_dataset_name,
             prompt=text,
-            prompt_hash=hash_prompt(text),
+            prompt_hash=example.prompt_hash or hash_prompt(text),
             generated_relation=labels[best],
             score=float(score[best]),
             probabilities=dict(zip(labels, share.tolist(), strict=True)),
