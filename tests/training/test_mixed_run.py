@@ -91,8 +91,8 @@ def test_a_mixture_of_benchmarks_from_data_to_predictions(shared_data: Path, tmp
             "cache": str(tmp_path / "cache"),
         },
         "prompt": {"system": None, "user": "{marked}\n{head} -> {tail}:", "shots": 1},
-        "predict": {"prompt": {"enumerate": True, "shots": 0}},
-        "train": {"epochs": 1, "max_steps": 1, "batch_tokens": 1024, "row_length": 1024},
+        "predict": {"batch_tokens": 1024, "prompt": {"enumerate": True, "shots": 0}},
+        "train": {"epochs": 1, "max_steps": 1, "batch_tokens": 512, "row_length": 512},
     }
     said = io.StringIO()
     console = Console(file=said, width=300)
