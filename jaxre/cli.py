@@ -26,6 +26,7 @@ console = Console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top of the file", metavar="[KEY=VALUE ...]")]
+Dedup = Annotated[bool, typer.Option("--dedup", help="data.dedup=true: leave out training examples whose text is in validation or test")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", metavar="FILE")]
 
 
@@ -79,7 +80,7 @@ def doctor() -> None:
 
 
 @app.command()
-def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
+def prepare(config: ConfigFile, overrides: Overrides = None, dedup: Dedup = False) -> None:
     """Shows the data of a run: counts, lengths, packing, and three examples with the supervised part marked.
 
     \b
@@ -89,12 +90,12 @@ def prepare(config: ConfigFile, overrides: Overrides = None) -> None:
     from jaxre.config import load_config
     from jaxre.data.preview import preview
 
-    loaded = load_config(config, overrides)
+    loaded = load_config(config, _with_dedup(overrides, dedup))
     console.print(preview(loaded, tokenizer_folder(loaded)))
 
 
 @app.command()
-def train(config: ConfigFile, overrides: Overrides = None) -> None:
+def train(config: ConfigFile, overrides: Overrides = None, dedup: Dedup = False) -> None:
     """Trains, or continues where it stopped, and writes the run folder OUTPUT/NAME.
 
     \b
@@ -104,7 +105,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from jaxre.training.loop import train
 
     try:
-        print(train(load_config(config, overrides), console))
+        print(train(load_config(config, _with_dedup(overrides, dedup)), console))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -230,6 +231,10 @@ def convert(
     if verify:
         console.print(verification_table(done))
     write_json(json, done.to_json())
+
+
+def _with_dedup(overrides: list[str] | None, dedup: bool) -> list[str]:
+    return [*(overrides or []), *(["data.dedup=true"] if dedup else [])]
 
 
 def write_json(path: Path | None, value: dict) -> None:

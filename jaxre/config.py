@@ -73,7 +73,7 @@ class Source(Settings):
     """One split of one dataset."""
 
     dataset: str = Field(
-        min_length=1, description="a benchmark (facts, semeval2010_task8, conll04), a file (.jsonl, .csv, .parquet), or hub:OWNER/NAME"
+        min_length=1, description="a benchmark (facts, semeval2010_task8, ...), a file (.jsonl, .csv, .parquet), or hub:OWNER/NAME"
     )
     split: str | None = Field(None, description="split of the benchmark or hub dataset; a file has none")
     subset: str | None = Field(None, description="configuration name of a hub dataset")
@@ -81,8 +81,10 @@ class Source(Settings):
     part: tuple[Proportion, Proportion] = Field((0.0, 1.0), description="the share of the split used, by a fixed hash of the example id")
     limit: Int | None = Field(None, ge=1, description="at most this many examples, after a shuffle with seed 42")
     negatives: Float = Field(
-        1.0, ge=0.0, description="unrelated entity pairs drawn per related pair, where a benchmark states none (conll04)"
+        1.0, ge=0.0, description="unrelated entity pairs drawn per related pair, where a benchmark states none (conll04, re_docred)"
     )
+    window: Int = Field(1, ge=0, description="sentences around a pair where a benchmark has whole documents (re_docred)")
+    label_map: str | None = Field(None, min_length=1, description="file that maps labels to others; unlisted ones are left out and counted")
     _columns_key: str = PrivateAttr("columns")
 
     @property
@@ -161,6 +163,7 @@ class Data(Settings):
         description="the schema: labels, or for each dataset its labels or the source they are collected from; "
         "those of a dataset's training examples if not given",
     )
+    dedup: Flag = Field(False, description="leave out training examples whose text occurs in the validation or test data")
     too_long: Literal["drop", "error"] = Field("drop", description="an example longer than a row: drop (counted, listed) or stop")
     cache: str = Field("~/.cache/jaxre/tokens", min_length=1, description="folder (or gs:// bucket) of the token cache")
 

@@ -32,7 +32,7 @@ from jaxre.data.tokens import (
     texts_digest,
 )
 from jaxre.errors import InputError
-from jaxre.relations import sources
+from jaxre.relations import leaks, sources
 from jaxre.relations.schema import Example, Schema
 
 
@@ -93,7 +93,7 @@ def load_dataset(config: Config, folder: Path) -> Dataset:
     if config.train.objective == "classify":
         return _load_marked(config, tokenizer)
     template = ChatTemplate(tokenizer, config.prompt.date, str(folder))
-    read = functools.cache(lambda: sources.load(config.data.train))
+    read = functools.cache(lambda: leaks.load_train(config.data))
     recipe = recipe_of(config, template)
     known = recipe and read_note(config.data.cache, recipe)
     stored = known and stored_tokens(config.data.cache, known["digest"])
@@ -115,7 +115,7 @@ def recipe_of(config: Config, template: ChatTemplate) -> str | None:
 
     None where a source has no local files to tell by (the hub); it is read every time.
     """
-    files = sources.digest_of(config.data.train)
+    files = leaks.digest_of(config.data)
     if files is None:
         return None
     code = hashlib.sha256(f"{__version__} {pyarrow.__version__}".encode())
@@ -139,7 +139,7 @@ def load_schema(config: Config) -> tuple[Schema, list[Example]]:
     """The schema and the training examples, which demonstrations are drawn from."""
     if config.data.train is None:
         raise InputError(f"{config.name}: a run without data.train has no schema; predict with a run that was trained on relations")
-    train = sources.load(config.data.train)
+    train = leaks.load_train(config.data)
     return schema_of(config, train), train
 
 
@@ -175,7 +175,7 @@ def tokenise(
 
 
 def _load_marked(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    train = sources.load(config.data.train)
+    train = leaks.load_train(config.data)
     schema = schema_of(config, train)
     new_tokens = add_markers(tokenizer, train)
     known, number = markers_in(tokenizer), {label: number for number, label in enumerate(schema.labels)}

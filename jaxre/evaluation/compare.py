@@ -23,10 +23,10 @@ from jaxre.config import Source
 from jaxre.errors import InputError
 from jaxre.evaluation.cache import Answer, Cache
 from jaxre.evaluation.frontier import read_cache
-from jaxre.evaluation.label_map import LabelMap, read_label_map
 from jaxre.evaluation.metrics import Scores, score
 from jaxre.evaluation.predictions import Prediction, read_predictions
 from jaxre.evaluation.significance import Interval, McNemar, PairedBootstrap, bootstrap_f1, mcnemar, paired_bootstrap
+from jaxre.relations.label_map import LabelMap, read_label_map
 from jaxre.relations.schema import NEGATIVES, Example, is_negative, normalise_label
 from jaxre.relations.sources import load
 

@@ -10,7 +10,6 @@ Both files hold the same rows. In the CSV everything is text, so the labels `no`
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import os
 import sys
@@ -60,11 +59,6 @@ _ARROW = pa.schema(
 COLUMNS = tuple(_ARROW.names)
 _REQUIRED = ("example_id", "relation", "generated_relation")
 _TEXT = tuple(field.name for field in fields(Prediction) if field.type == "str")
-
-
-def hash_prompt(prompt: str) -> str:
-    """First 12 hex digits of the md5 of a prompt (the study's join key; its own is over the raw hub column `prompt_0_shot`)."""
-    return hashlib.md5(prompt.encode("utf-8"), usedforsecurity=False).hexdigest()[:12]
 
 
 def write_predictions(path: str | Path, rows: Sequence[Prediction]) -> tuple[Path, Path]:

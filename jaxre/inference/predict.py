@@ -23,7 +23,7 @@ from jaxre.data.markers import encode_marked, marked_text, markers_in
 from jaxre.data.template import ChatTemplate, Turn, load_tokenizer
 from jaxre.data.tokens import questions_of
 from jaxre.errors import InputError
-from jaxre.evaluation.predictions import Prediction, hash_prompt
+from jaxre.evaluation.predictions import Prediction
 from jaxre.inference.answers import label_answers
 from jaxre.inference.classification import plan_classification, run_classification
 from jaxre.inference.decoding import clean_answer, decode
@@ -31,7 +31,7 @@ from jaxre.inference.model import Model
 from jaxre.inference.scoring import plan_scoring, probabilities, run_scoring
 from jaxre.models.architecture import EncoderArchitecture, check_vocabulary
 from jaxre.models.lora import scale_of
-from jaxre.relations.schema import Example
+from jaxre.relations.schema import Example, hash_prompt
 
 
 def model_of(loaded: Loaded) -> Model:

@@ -9,6 +9,8 @@ Where the entities are is taken from, in this order: marks in the text
 `head_start` and `head_end`; half-open characters of `text`), the one occurrence of the entity
 in the text. An entity that occurs several times gets no span; prompts then mark the first
 occurrence (`marks.locate`). Whatever is stated twice must agree.
+
+`prompt_0_shot` is the study's raw prompt; an example keeps its hash, which cached answers are joined by.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from typing import Any
 
 from jaxre.errors import InputError
 from jaxre.relations.files import nearest
-from jaxre.relations.marks import Span, has_marks, has_tag, is_text, occurrences, strip_marks
-from jaxre.relations.schema import Example
+from jaxre.relations.marks import Span, has_marks, has_tag, is_text, occurrences, only_occurrence, strip_marks
+from jaxre.relations.schema import Domain, Example, hash_prompt
 
 FIELDS = (
     *("id", "text", "head", "tail", "head_type", "tail_type", "relation", "domain"),
-    *("head_span", "tail_span", "head_start", "head_end", "tail_start", "tail_end"),
+    *("head_span", "tail_span", "head_start", "head_end", "tail_start", "tail_end", "prompt_0_shot"),
 )
 # The columns of the study's hub copies (protocol.md), and the text column of the original SemEval there.
 USUAL = {"head": "entity1", "tail": "entity2", "head_type": "entity1Type", "tail_type": "entity2Type", "text": "sentence"}
@@ -84,6 +86,8 @@ def read_records(
     labelled: bool = True,
     must_occur: bool = True,
     key: str = KEY,
+    prefix: str | None = None,
+    domain: Domain = "general",
 ) -> list[Example]:
     """One example per record, in order.
 
@@ -96,6 +100,8 @@ def read_records(
       must_occur: whether an entity that does not occur in its text is an error. Some published
         sets name entities in other words than the text; such an example then has no span.
       key: as in `resolve`.
+      prefix: what ids begin with in place of the dataset.
+      domain: of records that state none.
     Raises:
       InputError: as the module says; the first record that cannot be used.
     """
@@ -109,12 +115,12 @@ def read_records(
         if own in place_of:
             raise InputError(f'{place}: id {own!r} is that of {place_of[own]}; correct it, or number the records with {key}.id=""')
         place_of[own] = place
-        prefix = f"{dataset}/{split}/" if split else f"{dataset}/"
-        examples.append(_example(values, prefix + own, dataset, split, labelled, must_occur))
+        identity = "/".join(part for part in (prefix or dataset, split, own) if part)
+        examples.append(_example(values, identity, dataset, split, labelled, must_occur, domain))
     return examples
 
 
-def _example(values: _Record, identity: str, dataset: str, split: str, labelled: bool, must_occur: bool) -> Example:
+def _example(values: _Record, identity: str, dataset: str, split: str, labelled: bool, must_occur: bool, domain: str) -> Example:
     text = values.needed("text", strip=False)
     marked: dict[str, Span | None] = {"head": None, "tail": None}
     if has_marks(text) or (has_tag(text) and not values.places("head") and not values.places("tail")):
@@ -124,6 +130,7 @@ def _example(values: _Record, identity: str, dataset: str, split: str, labelled:
             raise InputError(f"{values.place}: {error}") from None
     head, head_span = _entity(values, "head", text, marked["head"], must_occur)
     tail, tail_span = _entity(values, "tail", text, marked["tail"], must_occur)
+    prompt = values.text("prompt_0_shot", strip=False)
     return Example(
         id=identity,
         dataset=dataset,
@@ -136,7 +143,8 @@ def _example(values: _Record, identity: str, dataset: str, split: str, labelled:
         tail_type=values.type("tail_type"),
         head_span=head_span,
         tail_span=tail_span,
-        domain=values.text("domain") or "general",
+        domain=values.text("domain") or domain,
+        prompt_hash=None if prompt is None else hash_prompt(prompt),
     )
 
 
@@ -161,10 +169,9 @@ def _entity(values: _Record, side: str, text: str, marked: Span | None, must_occ
         raise _no_column(values.place, side, list(values.record), values.key)
     if name is None:
         raise InputError(f'{values.place}: no "{values.column.get(side, side)}"; add it or remove the record')
-    found = occurrences(text, name)
-    if not found and must_occur:
+    if must_occur and not occurrences(text, name):
         raise InputError(f"{values.place}: the {side} {_short(name)} does not occur in the text; correct its spelling or remove the record")
-    return name, found[0] if len(found) == 1 and text[slice(*found[0])] == name else None
+    return name, only_occurrence(text, name)
 
 
 def _short(text: str) -> str:

@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import ast
 import itertools
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxre.errors import InputError
 from jaxre.relations.draws import draw
-from jaxre.relations.files import read_lines, read_text, split_file
-from jaxre.relations.marks import Span
+from jaxre.relations.files import Record, json_array, read_lines, split_file
+from jaxre.relations.marks import Span, join_tokens
 from jaxre.relations.schema import Example
 
 UNIFIED = "conll04"
@@ -73,25 +72,35 @@ def read_conll04_multihead(folder: Path, split: str | None, negatives: float = 1
     return _examples(_multihead_sentences(path), MULTIHEAD, split, negatives, seed)
 
 
-def _examples(sentences: Iterator[Sentence], dataset: str, split: str, negatives: float, seed: int) -> list[Example]:
+def read_conll04_rows(rows: Iterable[Record], split: str, prefix: str, negatives: float = 1.0) -> list[Example]:
+    """Rows of the hub's copy (DFKI-SLT/conll04), in which a relation names its entities by their positions in the list of entities.
+
+    Raises InputError: a row that does not fit its own tokens or entities.
+    """
+    return _examples(_hub_sentences(rows), UNIFIED, split, negatives, 42, prefix)
+
+
+def _examples(
+    sentences: Iterator[Sentence], dataset: str, split: str, negatives: float, seed: int, prefix: str | None = None
+) -> list[Example]:
     """Positives and drawn negatives in the order of the sentences, positives of a sentence first.
 
     Args:
       sentences: of one split.
-      dataset, split: for the ids, such as `conll04/test/17/5-7/10-11` (sentence, head and tail tokens).
+      dataset, split, prefix: of the examples, and for the ids, such as `conll04/test/17/5-7/10-11` (sentence, head and tail
+        tokens), which begin with the prefix in place of the dataset, if given.
       negatives: how many to draw per positive of the split; more than there are means all.
       seed: of that draw, which hangs on the ids only. The draw for 1 contains the draw for 0.5.
     """
     positives, candidates, order = [], [], {}
     for sentence in sentences:
-        offsets = [0, *itertools.accumulate(len(token) + 1 for token in sentence.tokens)]
-        text = " ".join(sentence.tokens)
+        text, places = join_tokens(sentence.tokens)
         related = list(sentence.relations.items())
         unrelated = [(pair, NEGATIVE) for pair in itertools.permutations(sentence.entities, 2) if pair not in sentence.relations]
         for (head, tail), label in related + unrelated:
-            head_span, tail_span = ((offsets[first], offsets[last] - 1) for first, last in (head, tail))
+            head_span, tail_span = ((places[first][0], places[last - 1][1]) for first, last in (head, tail))
             example = Example(
-                id=f"{dataset}/{split}/{sentence.id}/{head[0]}-{head[1]}/{tail[0]}-{tail[1]}",
+                id=f"{prefix or dataset}/{split}/{sentence.id}/{head[0]}-{head[1]}/{tail[0]}-{tail[1]}",
                 dataset=dataset,
                 split=split,
                 text=text,
@@ -132,14 +141,7 @@ def _sentence(
 
 def _unified_sentences(path: Path) -> Iterator[Sentence]:
     """`{"tokens": [...], "entities": [[first, last, type]], "relations": [[first, last, first, last, label]]}`, in one array."""
-    try:
-        array = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}; download it again") from None
-    if not isinstance(array, list):
-        raise InputError(f"{path}: not an array of sentences; download it again")
-    for number, record in enumerate(array):
-        place = f"{path}: sentence {number}"
+    for number, (place, record) in enumerate(json_array(path, "sentence")):
         try:
             if not isinstance(record["tokens"], list):
                 raise TypeError
@@ -149,6 +151,20 @@ def _unified_sentences(path: Path) -> Iterator[Sentence]:
         except (KeyError, TypeError, ValueError):
             raise InputError(
                 f"{place}: not a sentence; it has tokens, entities [first, last, type] and relations [first, last, first, last, label]"
+            ) from None
+        yield _sentence(str(number), place, tokens, entities, relations)
+
+
+def _hub_sentences(rows: Iterable[Record]) -> Iterator[Sentence]:
+    for number, (place, row) in enumerate(rows):
+        try:
+            entities = [((int(one["start"]), int(one["end"])), _string(one["type"])) for one in row["entities"]]
+            spans = dict(enumerate(span for span, _ in entities))
+            relations = [(spans[one["head"]], spans[one["tail"]], _string(one["type"])) for one in row["relations"]]
+            tokens = [_string(token) for token in row["tokens"]]
+        except (KeyError, TypeError, ValueError):
+            raise InputError(
+                f"{place}: not a sentence; it has tokens, entities {{start, end, type}} and relations {{head, tail, type}}"
             ) from None
         yield _sentence(str(number), place, tokens, entities, relations)
 

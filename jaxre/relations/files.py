@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxre.errors import InputError
 
@@ -43,6 +45,48 @@ def read_lines(path: Path) -> list[str]:
     """
     lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
     return lines if lines[-1] else lines[:-1]
+
+
+Record = tuple[str, dict[str, Any]]  # place for errors, values by name
+
+
+def json_array(path: Path, kind: str) -> Iterator[Record]:
+    """The objects of a JSON array, with the place `path: kind NUMBER` (from 0).
+
+    Raises:
+      InputError: as `read_text`; no valid JSON (names the line), no array, an element that is no object.
+    """
+    try:
+        array = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}; download it again") from None
+    except RecursionError:
+        raise InputError(f"{path}: nested too deep; download it again") from None
+    if not isinstance(array, list):
+        raise InputError(f"{path}: not an array of {kind}s; download it again")
+    for number, record in enumerate(array):
+        yield _object(f"{path}: {kind} {number}", record)
+
+
+def json_lines(path: Path) -> Iterator[Record]:
+    """The objects of a JSON Lines file, with the place `path:line`. Empty lines are passed over.
+
+    Raises:
+      InputError: as `read_text`; a line that is not a JSON object (names it).
+    """
+    for number, line in enumerate(read_lines(path), start=1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError):
+                raise InputError(f"{path}:{number}: not valid JSON; download it again") from None
+            yield _object(f"{path}:{number}", record)
+
+
+def _object(place: str, record: Any) -> Record:
+    if not isinstance(record, dict):
+        raise InputError(f"{place}: not a JSON object; download it again")
+    return place, record
 
 
 def check_split(dataset: str, split: str | None, splits: Collection[str]) -> str:

@@ -1,53 +1,44 @@
 """Datasets of the Hugging Face hub by id, with the column logic of `columns`.
 
-The study's copies (`Despina/conll04`, ...) and the original SemEval
-(`SemEvalWorkshop/sem_eval_2010_task_8`: a sentence with `<e1>` tags, the relation as a number with
-names) need no mapping. Code of a dataset is never run.
+The study's copies (`Despina/conll04`, ...) and the originals of benchmarks (`benchmarks` has their ids) need no
+mapping. Code of a dataset is never run: an original that needs it (`Babelscape/rebel-dataset`) is to be downloaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
+from jaxre import config
 from jaxre.errors import InputError
-from jaxre.relations import semeval
-from jaxre.relations.columns import KEY, Columns, read_records, resolve
-from jaxre.relations.files import check_split
-from jaxre.relations.schema import Example
+from jaxre.relations.benchmarks import COPIES, ORIGINALS
+from jaxre.relations.columns import read_records, resolve
+from jaxre.relations.files import Record, check_split
+from jaxre.relations.schema import Reading
 
 if TYPE_CHECKING:
     import datasets
 
 PREFIX = "hub:"
-# Benchmarks that we read from files too: their name there, and by split the number of items and of the first one. The hub's
-# rows are taken for the items in file order, which they do not number (not checked against the hub itself).
-KNOWN = {"SemEvalWorkshop/sem_eval_2010_task_8": (semeval.NAME, {"train": (8000, 1), "test": (2717, 8001)})}
+# SemEval by split: the number of items and of the first one. The hub's rows are taken for the items in file order, which they
+# do not number (not checked against the hub itself).
+NUMBERED = {"SemEvalWorkshop/sem_eval_2010_task_8": {"train": (8000, 1), "test": (2717, 8001)}}
 
 
-def read_hub(
-    name: str,
-    split: str | None,
-    subset: str | None = None,
-    columns: Columns | None = None,
-    labelled: bool = True,
-    key: str = KEY,
-) -> list[Example]:
+def read_hub(source: config.Source, labelled: bool = True) -> Reading:
     """One split of a hub dataset, in order, with ids such as `Despina/conll04/train/17`.
 
-    A benchmark that we read from files too gives the same examples, ids and dataset name included.
+    The copy or original of a benchmark gives examples of that benchmark, in name and domain; the whole original of SemEval
+    even the ids of its files. Where `columns` is given, or the original has not its own columns, rows are read by column.
 
     An entity that does not occur in its text is no error here: the study's copies name some
     entities in other words than the text, and a reader of a published set cannot mend it. Such an
     example has no span, and a prompt does not mark it (`sources.unlocated` lists them).
 
     Args:
-      name: OWNER/NAME, or a local folder that `datasets` can load.
-      split: of the dataset.
-      subset: its configuration, where it has several.
-      columns: our field -> column, where the names differ.
+      source: its dataset is `hub:` with OWNER/NAME, or with a local folder that `datasets` can load; with a subset where the
+        dataset has several.
       labelled: False lets a dataset without relations through (relation "").
-      key: what a user writes for `columns`, for errors.
     Raises:
       InputError: the hub cannot be reached; no such dataset, subset or split; columns as in `columns`.
     """
@@ -55,7 +46,8 @@ def read_hub(
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
-    place = f"{PREFIX}{name}"
+    place, name = source.dataset, source.dataset.removeprefix(PREFIX)
+    split, subset, key = source.split, source.subset, source.columns_key
     try:
         splits = datasets.load_dataset(name, subset)
     except ConnectionError as error:
@@ -66,23 +58,29 @@ def read_hub(
     except Exception as error:
         mend = "choose another subset" if "config" in str(error).lower() else "check OWNER/NAME"
         raise InputError(f"{place}: cannot be loaded: {_one_line(error)}; {mend}") from error
-    table = splits[check_split(place, split, list(splits))]
+    known = COPIES.get(name) or ORIGINALS.get(name)
+    nested = known is not None and known.rows is not None and name == known.original and not source.columns
+    whole = nested and known.whole
+    if whole:
+        check_split(place, split, known.splits)
+    table = splits[check_split(place, "train" if whole else split, list(splits))]
     if len(table) == 0:
         raise InputError(f"{place}: split {split} has no records; choose another split")
-    column = resolve(columns or {}, table.column_names, place, labelled, key)
-    known, items = KNOWN.get(name, (None, {}))
-    count, first = items.get(split, (None, 1))
-    # The benchmark only where the rows are its items: others would pass for them by their numbers.
-    same = len(table) == count and "id" not in column
-    dataset = known if same else f"{name}/{subset}" if subset else name
     records = _records(table, f"{place}/{split}")
-    if same:
-        column = {**column, "id": "id"}
+    prefix = f"{name}/{subset}" if subset else name
+    if nested:
+        return known.rows(records, split, prefix, source)
+    column = resolve(source.columns, table.column_names, place, labelled, key)
+    dataset, domain = (known.name, known.domain) if known and name not in NUMBERED else (prefix, "general")
+    count, first = NUMBERED.get(name, {}).get(split, (None, 1))
+    # The benchmark only where the rows are its items: others would pass for them by their numbers.
+    if len(table) == count and "id" not in column:
+        column, dataset, prefix = {**column, "id": "id"}, known.name, known.name
         records = ((at, {**record, "id": number}) for number, (at, record) in enumerate(records, first))
-    return read_records(records, column, dataset, split, labelled, must_occur=False, key=key)
+    return Reading(read_records(records, column, dataset, split, labelled, must_occur=False, key=key, prefix=prefix, domain=domain))
 
 
-def _records(table: datasets.Dataset, place: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _records(table: datasets.Dataset, place: str) -> Iterator[Record]:
     """The rows, with class numbers as their names (-1, the hub's "unknown", as None)."""
     names = {key: feature.names for key, feature in table.features.items() if hasattr(feature, "names")}
     for number, record in enumerate(table, start=1):

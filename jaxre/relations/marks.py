@@ -5,7 +5,9 @@ A span is a half-open character range `(start, end)` of the text without marks.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Sequence
 
 Span = tuple[int, int]
 
@@ -55,6 +57,18 @@ def _trimmed(plain: str, name: str, at: dict[str, int]) -> Span:
     if not inside.strip():
         raise ValueError(f"nothing between <{name}> and </{name}>; put the tags around the entity")
     return start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())
+
+
+def join_tokens(tokens: Sequence[str]) -> tuple[str, list[Span]]:
+    """The tokens joined by single spaces, and the span of each."""
+    ends = list(itertools.accumulate(len(token) + 1 for token in tokens))
+    return " ".join(tokens), [(end - 1 - len(token), end - 1) for token, end in zip(tokens, ends, strict=True)]
+
+
+def only_occurrence(text: str, entity: str) -> Span | None:
+    """The span of an entity that stands once in the text, in just these characters; else None."""
+    found = occurrences(text, entity)
+    return found[0] if len(found) == 1 and text[slice(*found[0])] == entity else None
 
 
 def is_text(value: str) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from jaxre.errors import InputError
+
+Domain = Literal["general", "literary"]
 
 # Labels that mean "no relation", after normalisation (study's scoring rules).
 NEGATIVES = frozenset({"none", "other", "no_relation", "na", "nan", "null", ""})
@@ -18,7 +22,8 @@ class Example:
     """One text with a marked head and tail entity, and the relation between them.
 
     `id` is stable: dataset, split and the source's own id. Spans are half-open character
-    ranges in `text`. `relation` is the label as the source spells it.
+    ranges in `text`. `relation` is the label as the source spells it. `prompt_hash` is that of the
+    study's raw prompt column, where the source has one: cached frontier answers are joined by it.
     """
 
     id: str
@@ -33,6 +38,23 @@ class Example:
     head_span: tuple[int, int] | None = None
     tail_span: tuple[int, int] | None = None
     domain: str = "general"
+    prompt_hash: str | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The examples of a split, and an account of what the reader left out or changed.
+
+    `account` maps what happened, as a phrase that follows a count, to the ids or places it happened to.
+    """
+
+    examples: list[Example]
+    account: dict[str, list[str]] = field(default_factory=dict)
+
+
+def hash_prompt(prompt: str) -> str:
+    """First 12 hex digits of the md5 of a prompt (the study's join key; its own is over the raw hub column `prompt_0_shot`)."""
+    return hashlib.md5(prompt.encode("utf-8"), usedforsecurity=False).hexdigest()[:12]
 
 
 def normalise_label(label: str | None) -> str:

@@ -1,8 +1,11 @@
-"""A `Source` of the config to its examples: the one place that knows which dataset is read how."""
+"""A `Source` of the config to its examples: a benchmark (`benchmarks`), a file (`tables`) or a hub dataset (`hub`)."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,17 +13,23 @@ from pathlib import Path
 
 from jaxre import config
 from jaxre.errors import InputError
-from jaxre.relations import conll04, hub, semeval, tables
+from jaxre.relations import hub, tables
+from jaxre.relations.benchmarks import BENCHMARKS
 from jaxre.relations.draws import draw, fraction
-from jaxre.relations.files import nearest, split_file
+from jaxre.relations.files import nearest
+from jaxre.relations.label_map import read_label_map
 from jaxre.relations.marks import locate
-from jaxre.relations.schema import Example
-
-FACTS = "facts"
-BENCHMARKS = (FACTS, semeval.NAME, conll04.UNIFIED, conll04.MULTIHEAD)
+from jaxre.relations.schema import Example, Reading, normalise_label
 
 # The study's seed of every cap (protocol.md).
 LIMIT_SEED = 42
+FEW = 3  # ids that a report names
+
+UNMAPPED = "examples are left out: the label map does not list their label"
+SEVERAL = "examples put a further label on a pair of the same text; each label is an example of its own"
+ABSENT = "examples name an entity that does not stand in the text, so that no prompt can mark it"
+
+logger = logging.getLogger(__name__)
 
 
 def load(source: config.Source, labelled: bool = True) -> list[Example]:
@@ -28,7 +37,8 @@ def load(source: config.Source, labelled: bool = True) -> list[Example]:
 
     `part` takes the examples whose id hashes into [start, end): [0, 0.9] and [0.9, 1] divide a
     split. It goes by example, so two pairs of one sentence can land on different sides
-    (`overlap` tells). `limit` then draws that many, by seed 42 and id.
+    (`overlap` tells). `limit` then draws that many, by seed 42 and id. What the reader left out
+    or changed is logged as warnings, each once in a process.
 
     Args:
       source: what to read.
@@ -37,7 +47,10 @@ def load(source: config.Source, labelled: bool = True) -> list[Example]:
       InputError: unknown dataset or split, missing folder or file, a record that cannot be used,
         ids that are not unique, a setting that this dataset does not have, nothing left.
     """
-    examples = _read(source, labelled)
+    found = read(source, labelled)
+    for line in told(source, found):
+        say(line)
+    examples = found.examples
     twice = [name for name, count in Counter(example.id for example in examples).items() if count > 1]
     if twice:
         raise InputError(f"{source.dataset}: id {twice[0]!r} occurs twice; every example needs its own")
@@ -49,10 +62,53 @@ def load(source: config.Source, labelled: bool = True) -> list[Example]:
     return draw(kept, source.limit, LIMIT_SEED) if source.limit else kept
 
 
+@functools.cache
+def say(line: str) -> None:
+    """Logs a line as a warning, once in a process."""
+    logger.warning("%s", line)
+
+
+def read(source: config.Source, labelled: bool = True) -> Reading:
+    """All examples of a source with their labels mapped, before `part` and `limit`, and what was left out or is odd. As `load`."""
+    found = _read(source, labelled)
+    examples, account = found.examples, dict(found.account)
+    if source.label_map is not None:
+        common = read_label_map(source.label_map).common
+        # What has no label, as of data to be predicted, stays so.
+        mapped = [(example, example.relation and common.get(normalise_label(example.relation))) for example in examples]
+        examples = [dataclasses.replace(example, relation=label) for example, label in mapped if label is not None]
+        account[UNMAPPED] = [example.id for example, label in mapped if label is None]
+    if source.dataset in BENCHMARKS or source.dataset.startswith(hub.PREFIX):
+        account[SEVERAL] = further_labels(examples)
+        account[ABSENT] = unlocated(examples)
+    return Reading(examples, {reason: items for reason, items in account.items() if items})
+
+
+def told(source: config.Source, found: Reading) -> list[str]:
+    """One line per reason of the account."""
+    place = "/".join(part for part in (source.dataset, source.subset, source.split) if part)
+    return [
+        f"{place}: {len(items):,} {reason} ({', '.join(items[:FEW])}{', ...' if len(items) > FEW else ''})"
+        for reason, items in found.account.items()
+    ]
+
+
+def further_labels(examples: Iterable[Example]) -> list[str]:
+    """Ids of the examples whose text and pair an earlier example has with another label: one prompt, several right answers."""
+    first: dict[tuple, str] = {}
+    further = []
+    for example in examples:
+        pair = (example.text, example.head, example.tail, example.head_span, example.tail_span)
+        if first.setdefault(pair, example.relation) != example.relation:
+            further.append(example.id)
+    return further
+
+
 def digest_of(source: config.Source) -> str | None:
     """Digest of the bytes of the files that a source is read from; None for the hub, and where one cannot be read (`load` says why)."""
     try:
-        return _digest_of_files(_files_of(source.dataset))
+        files = _files_of(source.dataset)
+        return _digest_of_files([*files, Path(source.label_map)] if files and source.label_map else files)
     except OSError:
         return None
 
@@ -60,11 +116,8 @@ def digest_of(source: config.Source) -> str | None:
 def _files_of(name: str) -> list[Path]:
     if Path(name).suffix.lower() in tables.SUFFIXES:
         return [Path(name).expanduser()]
-    if name == FACTS:
-        return sorted(config.shipped("corpus").glob("*.jsonl"))
     if name in BENCHMARKS:
-        folder = config.data_root() / (semeval.NAME if name == semeval.NAME else conll04.UNIFIED)
-        return sorted(path for path in folder.rglob("*") if path.is_file())
+        return sorted(path for path in BENCHMARKS[name].path.rglob("*") if path.is_file())
     return []
 
 
@@ -77,7 +130,7 @@ def _digest_of_files(files: list[Path]) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def _read(source: config.Source, labelled: bool) -> list[Example]:
+def _read(source: config.Source, labelled: bool) -> Reading:
     name, split = source.dataset, source.split
     is_hub, is_file = name.startswith(hub.PREFIX), Path(name).suffix.lower() in tables.SUFFIXES
     if source.subset and not is_hub:
@@ -85,23 +138,13 @@ def _read(source: config.Source, labelled: bool) -> list[Example]:
     if source.columns and not (is_hub or is_file):
         raise InputError(f"{name}: only a file or a hub dataset has columns; remove columns")
     if is_hub:
-        return hub.read_hub(name.removeprefix(hub.PREFIX), split, source.subset, source.columns, labelled, source.columns_key)
+        return hub.read_hub(source, labelled)
     if is_file:
         if split is not None:
             raise InputError(f"{name}: a file has no splits; remove split={split} and give each split its own file")
-        return tables.read_table(Path(name).expanduser(), source.columns, labelled=labelled, key=source.columns_key)
-    if name == FACTS:
-        folder = config.shipped("corpus")
-        files = {path.stem: path.name for path in sorted(folder.glob("*.jsonl"))}
-        if not files:
-            raise InputError(f"{folder}: the shipped corpus is missing; install jaxre again")
-        return tables.read_table(split_file(folder, FACTS, split, files), dataset=FACTS, split=split)
-    if name == semeval.NAME:
-        return semeval.read_semeval(config.data_root() / semeval.NAME, split)
-    if name == conll04.UNIFIED:
-        return conll04.read_conll04(config.data_root() / conll04.UNIFIED, split, source.negatives)
-    if name == conll04.MULTIHEAD:
-        return conll04.read_conll04_multihead(config.data_root() / conll04.UNIFIED, split, source.negatives)
+        return Reading(tables.read_table(Path(name).expanduser(), source.columns, labelled=labelled, key=source.columns_key))
+    if name in BENCHMARKS:
+        return BENCHMARKS[name].read(BENCHMARKS[name].path, source)
     if Path(name).exists():
         raise InputError(f"{name}: unknown kind of file; convert it to one of {', '.join(tables.SUFFIXES)}")
     raise InputError(

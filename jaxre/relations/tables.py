@@ -14,16 +14,13 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from jaxre.errors import InputError
 from jaxre.relations.columns import KEY, Columns, read_records, resolve
-from jaxre.relations.files import read_lines, read_text
+from jaxre.relations.files import Record, read_lines, read_text
 from jaxre.relations.schema import Example
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
-
-Record = tuple[str, dict[str, Any]]  # place for errors, values by column
 
 
 def read_table(
@@ -47,6 +44,14 @@ def read_table(
       InputError: missing, empty or broken file, or a record that cannot be used (`columns`);
         names the line (Parquet: the row) and the mend.
     """
+    records = read_rows(path)
+    names = dict.fromkeys(name for _, record in records for name in record)
+    column = resolve(columns or {}, names, str(path), labelled, key)
+    return read_records(records, column, dataset or path.stem, split, labelled, key=key)
+
+
+def read_rows(path: Path) -> list[Record]:
+    """The records of a file by column name, with their places. Raises InputError: missing, empty or broken file."""
     kind = path.suffix.lower()
     if kind == ".jsonl":
         records = list(_json_lines(path))
@@ -58,9 +63,7 @@ def read_table(
         raise InputError(f"{path}: unknown kind of file; convert it to one of {', '.join(SUFFIXES)}")
     if not records:
         raise InputError(f"{path}: the file has no records; give one with at least one")
-    names = dict.fromkeys(name for _, record in records for name in record)
-    column = resolve(columns or {}, names, str(path), labelled, key)
-    return read_records(records, column, dataset or path.stem, split, labelled, key=key)
+    return records
 
 
 def _json_lines(path: Path) -> Iterator[Record]:

@@ -10,10 +10,10 @@ from rich.console import Console
 from jaxre.errors import InputError
 from jaxre.evaluation.cache import Answer, Cache
 from jaxre.evaluation.compare import compare, compare_files, comparison_table
-from jaxre.evaluation.label_map import LabelMap, read_label_map
 from jaxre.evaluation.metrics import score
 from jaxre.evaluation.predictions import Prediction, write_predictions
 from jaxre.relations.conll04 import read_conll04
+from jaxre.relations.label_map import LabelMap, read_label_map
 from jaxre.relations.schema import normalise_label
 from jaxre.relations.semeval import LABELS, read_semeval
 

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxre.errors import InputError
-from jaxre.evaluation.predictions import COLUMNS, Prediction, hash_prompt, read_predictions, write_predictions
+from jaxre.evaluation.predictions import COLUMNS, Prediction, read_predictions, write_predictions
+from jaxre.relations.schema import hash_prompt
 
 TRICKY = ["no", "NA", "null", "nan", "None", "true", "1e-4", "", 'say "x", then y', "a,b", "línea\nzwei", "关系", "=1+1", "  spaces "]
 

@@ -3,9 +3,15 @@
 import datasets
 import pytest
 
+from jaxre.config import Source
 from jaxre.errors import InputError
-from jaxre.relations.hub import read_hub
+from jaxre.relations import hub
 from jaxre.relations.semeval import read_semeval
+
+
+def read_hub(name, split, labelled=True, **settings):
+    return hub.read_hub(Source(dataset=f"hub:{name}", split=split, **settings), labelled).examples
+
 
 STUDY = {"text": ["Ada saw London."] * 2, "entity1": ["Ada"] * 2, "entity2": ["London"] * 2, "relation": ["no", "NA"]}
 STUDY |= {"entity1Type": ["PER", "None"], "entity2Type": ["LOC", None], "prompt_0_shot": ["?", "?"]}
@@ -129,13 +135,13 @@ def test_semeval_from_the_hub_gives_the_examples_of_its_files(shared_data, monke
     features = datasets.Features({"sentence": datasets.Value("string"), "relation": datasets.ClassLabel(names=labels)})
     rows = {"sentence": [item[0].partition("\t")[2].strip()[1:-1] for item in items]}
     rows["relation"] = [labels.index(item[1]) for item in items]
-    hub = {split: datasets.Dataset.from_dict(rows, features=features)}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: hub)
+    splits = {split: datasets.Dataset.from_dict(rows, features=features)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: splits)
     assert read_hub("SemEvalWorkshop/sem_eval_2010_task_8", split) == read_semeval(shared_data / "semeval2010_task8", split)
 
 
 def test_a_part_of_semeval_on_the_hub_does_not_pass_for_the_benchmark(monkeypatch):
-    hub = {"test": datasets.Dataset.from_dict({"sentence": ["A <e1>b</e1> <e2>c</e2>"], "relation": ["Other"]})}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: hub)
+    splits = {"test": datasets.Dataset.from_dict({"sentence": ["A <e1>b</e1> <e2>c</e2>"], "relation": ["Other"]})}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: splits)
     (example,) = read_hub("SemEvalWorkshop/sem_eval_2010_task_8", "test")
     assert (example.id, example.dataset) == ("SemEvalWorkshop/sem_eval_2010_task_8/test/1", "SemEvalWorkshop/sem_eval_2010_task_8")

@@ -12,7 +12,7 @@ from jaxre.config import Source
 from jaxre.errors import InputError
 from jaxre.relations import hub
 from jaxre.relations.draws import draw, fraction
-from jaxre.relations.schema import Example
+from jaxre.relations.schema import Example, Reading
 from jaxre.relations.sources import Overlap, load, overlap, unlocated
 
 
@@ -74,9 +74,11 @@ def test_a_file_loads_by_its_ending_with_its_columns(tmp_path):
 
 
 def test_the_hub_gets_name_split_subset_and_columns(monkeypatch):
-    monkeypatch.setattr(hub, "read_hub", lambda *arguments: [example(repr(arguments))])
-    (one,) = load(Source(dataset="hub:o/n", split="test", subset="small", columns={"head": "h"}))
-    assert one.id == repr(("o/n", "test", "small", {"head": "h"}, True, "columns"))
+    seen = []
+    monkeypatch.setattr(hub, "read_hub", lambda *arguments: seen.append(arguments) or Reading([example("1")]))
+    source = Source(dataset="hub:o/n", split="test", subset="small", columns={"head": "h"})
+    assert load(source) == [example("1")]
+    assert seen == [(source, True)]
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
@@ -176,7 +178,7 @@ def test_one_row_is_enough(tmp_path):
 
 
 def test_repeated_ids_are_refused_whatever_the_reader(monkeypatch):
-    monkeypatch.setattr(hub, "read_hub", lambda *arguments: [example("x"), example("y"), example("x")])
+    monkeypatch.setattr(hub, "read_hub", lambda *arguments: Reading([example("x"), example("y"), example("x")]))
     with pytest.raises(InputError, match="hub:o/n: id 'x' occurs twice"):
         load(Source(dataset="hub:o/n", split="test"))
 

@@ -54,7 +54,7 @@ def read_label_map(path: str | Path) -> LabelMap:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such label map; correct the path after --labels (configs/labels has some)")
+        raise InputError(f"{path}: no such label map; correct the path of the label map (configs/labels has some)")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
