@@ -146,6 +146,14 @@ def compare(predictions: Sequence[Prediction], cache: Cache, label_map: LabelMap
     )
 
 
+def join_answers(
+    predictions: Sequence[Prediction], cache: Cache, model: str | None = None
+) -> tuple[list[tuple[Prediction, Answer]], dict[str, tuple[str, ...]]]:
+    """Each prediction with the cached answer for it, and the ids of those without one by reason. Raises InputError as `compare`."""
+    answers, _ = _select(cache, predictions, model)
+    return _join(predictions, answers, cache)
+
+
 def _select(cache: Cache, predictions: Sequence[Prediction], model: str | None) -> tuple[list[Answer], list[str]]:
     """The answers of one model in the setting of our predictions."""
     answers, notes = list(cache.answers), []

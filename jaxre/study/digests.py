@@ -20,6 +20,7 @@ import jaxre_kernels
 
 from jaxre.checkpoints.huggingface import resolve_model
 from jaxre.config import Config, Mixture, Source
+from jaxre.errors import InputError
 from jaxre.relations import sources
 from jaxre.relations.schema import Example, Schema
 from jaxre.study.grid import Run
@@ -74,7 +75,9 @@ def run_digest(run: Run, read: Read, before: str | None) -> str:
     """
     config = run.config
     settings = without(config.model_dump(mode="json"), {"name", "model.path", "data.text", *FREE_ON_RESUME})
-    return digest(settings, before or model_digest(config.model.path), [read.digest(one) for one in sources_of(config)], text_digest(config))
+    return digest(
+        settings, before or model_digest(config.model.path), [read.digest(one) for one in sources_of(config)], text_digest(config)
+    )
 
 
 def sources_of(config: Config) -> list[Source]:
@@ -97,6 +100,15 @@ def without(tree: dict[str, Any], dropped: Iterable[str], place: str = "") -> di
     """Settings without those of dotted names."""
     kept = {name: value for name, value in tree.items() if place + name not in dropped}
     return {name: without(value, dropped, f"{place}{name}.") if isinstance(value, dict) else value for name, value in kept.items()}
+
+
+def file_digest(path: Path) -> str:
+    """Of the bytes of a file. Raises InputError."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); correct its path in the study's config") from None
 
 
 @functools.cache

@@ -31,7 +31,6 @@ from jaxre.profiling.ledger import Work, flops_of, work_of
 from jaxre.profiling.measure import matrix_rate
 from jaxre.relations import mixtures
 from jaxre.relations.draws import draw
-from jaxre.relations.schema import Example
 from jaxre.study.digests import Read
 from jaxre.training import sharding
 
@@ -59,13 +58,16 @@ class Load:
 class Rates:
     """FLOP/s by kind of work and architecture; `seen` has (FLOPs, seconds) of finished steps."""
 
-    mesh: jax.sharding.Mesh
+    mesh: jax.sharding.Mesh | None
     seen: dict[tuple[str, AnyArchitecture], tuple[float, float]] = field(default_factory=dict)
     measured: dict[AnyArchitecture, float] = field(default_factory=dict)
 
-    def add(self, kind: str, architecture: AnyArchitecture, flops: float, seconds: float) -> None:
-        before = self.seen.get((kind, _alike(architecture)), (0.0, 0.0))
-        self.seen[kind, _alike(architecture)] = before[0] + flops, before[1] + seconds
+    def add(self, step: str, architecture: AnyArchitecture, load: Load, seconds: float) -> None:
+        """A finished step: of training without its validations, or of prediction."""
+        flops = {"train": load.train_flops, "predict": load.predict_flops}.get(step)
+        if flops:
+            before = self.seen.get((step, _alike(architecture)), (0.0, 0.0))
+            self.seen[step, _alike(architecture)] = before[0] + flops, before[1] + seconds
 
     def rate(self, kind: str, architecture: AnyArchitecture, dtype: np.dtype) -> float:
         """FLOP/s; measures the products of the architecture at its first call."""
@@ -217,9 +219,3 @@ def sizes_of(architecture: AnyArchitecture, itemsize: int, lora: Any = None) -> 
     if not isinstance(architecture, EncoderArchitecture):
         sizes["nf4"] = nf4
     return sizes | ({"adapter": adapter} if lora is not None else {})
-
-
-def count_of(read: Read, source: Source) -> tuple[int, Sequence[Example]]:
-    """Number of examples of a source, and they themselves."""
-    examples = read.examples(source)
-    return len(examples), examples

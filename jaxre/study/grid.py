@@ -15,7 +15,7 @@ from typing import Any
 from jaxre.config import Config, Mixture, Prompt, Source, check_config, check_settings
 from jaxre.errors import InputError
 from jaxre.evaluation.study_record import Kind
-from jaxre.study.settings import Adaptation, Encoder, Regime, Sections, StudyConfig
+from jaxre.study.settings import Adaptation, Encoder, Regime, StudyConfig
 
 PRIMARY = "trained"
 
@@ -54,6 +54,7 @@ class System:
     regime: str = ""
     train_shots: int | None = None
     trained_on: tuple[str, ...] = ()
+    style: str = ""
     config: Config | None = None
     note: str = ""
 
@@ -97,7 +98,11 @@ def tuned(settings: StudyConfig, model: str, regime: str, shots: int, after: str
     """SFT of a model in a regime, with so many demonstrations; `after` a language-model run, of the adaptation `called` so."""
     name = f"{called or model}-{regime}-{shots}shot"
     mixed = settings.regimes[regime]
-    sections = [settings.base.tree(), settings.models[model].tree(), {"prompt": {"shots": shots}, "data": _mixture(settings, regime, mixed)}]
+    sections = [
+        settings.base.tree(),
+        settings.models[model].tree(),
+        {"prompt": {"shots": shots}, "data": _mixture(settings, regime, mixed)},
+    ]
     if after:
         sections.append({"model": {"path": after}})
     return Run(name, "adapted" if after else "tuned", model, _config(name, *sections), regime, shots, mixed.datasets, after)
@@ -136,7 +141,9 @@ def _mixture(settings: StudyConfig, regime: str, mixed: Regime) -> dict[str, Any
 def _train(settings: StudyConfig, dataset: str) -> Source:
     source = settings.datasets[dataset].train
     if source is None:
-        raise InputError(f"{settings.name}: datasets.{dataset} is trained on, but has no train; add it, or take it out of regimes and encoders")
+        raise InputError(
+            f"{settings.name}: datasets.{dataset} is trained on, but has no train; add it, or take it out of regimes and encoders"
+        )
     return source
 
 

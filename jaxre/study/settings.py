@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 from jaxre.config import DatasetLabels, Flag, Int, Settings, Source, Text, check_settings, data_root, load_tree
 from jaxre.relations.files import nearest
 
-OWN_DATA = ("cache", "too_long")  # of a run's `data`; the rest is the study's
+OWN_DATA = ("cache", "too_long", "dedup")  # of a run's `data`; the rest is the study's
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -26,7 +26,7 @@ class Sections(Settings):
 
     seed: Int | None = None
     model: dict[str, Any] = Field(default_factory=dict)
-    data: dict[str, Any] = Field(default_factory=dict, description="cache and too_long only")
+    data: dict[str, Any] = Field(default_factory=dict, description="cache, too_long and dedup only")
     prompt: dict[str, Any] = Field(default_factory=dict)
     lora: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
@@ -53,7 +53,6 @@ class StudyDataset(Settings):
     validation: Source | None = None
     test: Source
     labels: DatasetLabels | None = Field(None, description="the schema, or the source it is collected from; that of `train` if not given")
-    open_licence: Flag = Field(False, description="whether its sentences may be shown in public")
 
     @model_validator(mode="after")
     def _schema(self) -> StudyDataset:
@@ -109,6 +108,14 @@ class Frontier(Settings):
         return given if given.exists() else data_root() / self.cache
 
 
+class Styles(Settings):
+    """Prompt sensitivity: runs that are also asked in each of the prompt styles (`relations/prompt_styles.py`)."""
+
+    runs: tuple[str, ...] = Field(min_length=1, description="names of runs of the study, such as MODEL-REGIME-0shot")
+    names: tuple[str, ...] | None = Field(None, description="of the styles; all if not given")
+    datasets: tuple[str, ...] | None = Field(None, description="all that the run is asked for if not given")
+
+
 class Evaluation(Settings):
     """How each system is asked."""
 
@@ -121,6 +128,7 @@ class Evaluation(Settings):
         ("trained",), min_length=1, description="demonstrations in a prompt: as many as in training, or a number"
     )
     mode: Literal["score", "generate"] = "score"
+    styles: Styles | None = None
     cross_domain: Flag = Field(True, description="ask also for the datasets that a regime does not train on")
 
 

@@ -151,7 +151,7 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
         # ---- the best checkpoint, for others to load ----------------------------------------------
         best = store.best_step
         if not log.ended:  # a finished run that is started again has its record
-            log.write("end", steps, summary_of(config, dataset, plan, clock, best, len(compiled.updates), steps))
+            log.write("end", steps, summary_of(config, dataset, plan, clock, best, compiled, steps))
         if best != steps:
             del state
             state = store.restore(best, like)
@@ -162,7 +162,9 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
     return run
 
 
-def summary_of(config: Config, dataset: Dataset, plan: Plan, clock: Clock, best: int, compilations: int, steps: int) -> dict[str, Any]:
+def summary_of(
+    config: Config, dataset: Dataset, plan: Plan, clock: Clock, best: int, compiled: CompiledUpdates, steps: int
+) -> dict[str, Any]:
     """The figures of the whole run; time and speed are of this process (a resumed one did the rest only)."""
     tokens = dataset.train.tokens
     fill = plan.fill(tokens.lengths, supervised_of(config, tokens))
@@ -174,7 +176,8 @@ def summary_of(config: Config, dataset: Dataset, plan: Plan, clock: Clock, best:
         "pad_share": fill.pad,
         "supervised_share": fill.supervised,
         "shared_share": fill.shared,
-        "compilations": compilations,
+        "compilations": len(compiled.updates),
+        "memory_bytes": sum(compiled.memory),
     }
 
 
