@@ -150,6 +150,7 @@ def predict(
     output: Annotated[Path | None, typer.Option(help="predictions file (.parquet and .csv are written)", metavar="FILE")] = None,
     text: Annotated[str | None, typer.Option(help='one text, marked: "... <e1>head</e1> ... <e2>tail</e2> ..."')] = None,
     config: Annotated[Path | None, typer.Option(help="config with prompt and labels, for a model that is no run")] = None,
+    style: Annotated[str | None, typer.Option(help="prompt style in place of the run's prompt, such as shots2-task")] = None,
 ) -> None:
     """Predicts relations, with exact label probabilities.
 
@@ -161,11 +162,11 @@ def predict(
 
     use_compilation_cache(console.print)
     if text is not None:
-        if data or split or output:
-            raise InputError("--text prints one prediction; give it without --data, --split and --output")
-        console.print(predict_text(model, text, mode, config))
+        if split or output:
+            raise InputError("--text prints one prediction; give it without --split and --output (--data NAME says whose labels it has)")
+        console.print(predict_text(model, text, mode, config, data, style))
         return
-    found = predict_data(model, data, split, mode, output, config, console)
+    found = predict_data(model, data, split, mode, output, config, console, style)
     console.print(found.summary)
     print(found.path)
 

@@ -194,10 +194,33 @@ class Prompt(Settings):
 
     system: str | None = "You are an expert relation extraction system. Answer with only the relation label."
     user: str = "Text: {marked}\nHead: {head}\nTail: {tail}\nAnswer:"
+    task_definition: Flag = Field(False, description="say in the system turn what relation extraction is, and which way a relation is read")
     enumerate: Flag = Field(False, description="list all labels in the system turn")
+    label_definitions: dict[str, str] | Literal["shipped"] | None = Field(
+        None,
+        description="what each listed label means: label -> definition, a YAML file or shipped name of such, or shipped: those of each "
+        "dataset's own name; read when the config is, so that a run keeps them",
+    )
     shots: Int = Field(0, ge=0, description="demonstrations before the example")
-    demonstrations: Literal["fixed", "per_example"] = Field("fixed", description="the same for all, or drawn for each example")
+    demonstrations: Literal["fixed", "per_example", "stratified"] = Field(
+        "fixed",
+        description="fixed: the same for all, of labels drawn at random; stratified: the same for all, of the most frequent labels; "
+        "per_example: drawn for each example",
+    )
     date: str = Field("2026-01-01", description="YYYY-MM-DD: what a template that asks for today's date gets")
+
+    @field_validator("label_definitions", mode="before")
+    @classmethod
+    def _defined(cls, given: Any) -> Any:
+        if given is None or given == "shipped":
+            return given
+        return read_definitions(given) if isinstance(given, str) else check_definitions(given)
+
+    @model_validator(mode="after")
+    def _listed(self) -> Prompt:
+        if self.label_definitions is not None and not self.enumerate:
+            raise ValueError("label_definitions stand beside the listed labels; set enumerate=true too, or leave them out")
+        return self
 
     @field_validator("date")
     @classmethod
@@ -300,6 +323,9 @@ class Kernels(Settings):
 class Predict(Settings):
     batch_tokens: Int = Field(8192, ge=128, description="tokens of a scoring batch")
     max_new_tokens: Int = Field(128, ge=1, description="of greedy decoding")
+    prompt: Prompt | None = Field(
+        None, description="the prompt at prediction, where it is not that of training: what is not given here is that of training"
+    )
 
 
 class Config(Settings):
@@ -319,6 +345,20 @@ class Config(Settings):
     def run_folder(self) -> Path:
         return Path(self.output) / self.name
 
+    @property
+    def prediction_prompt(self) -> Prompt:
+        return self.predict.prompt or self.prompt
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prediction_prompt(cls, tree: Any) -> Any:
+        """`predict.prompt` completed by `prompt`, so that a saved config holds the whole of it."""
+        parts = [tree.get("prompt", {}), tree.get("predict"), isinstance(tree.get("predict"), dict) and tree["predict"].get("prompt")]
+        if not all(isinstance(part, dict) for part in parts):
+            return tree
+        training, predict, prediction = parts
+        return {**tree, "predict": {**predict, "prompt": {**training, **prediction}}}
+
     @model_validator(mode="after")
     def _objective(self) -> Config:
         if self.train.objective == "lm" and self.data.text is None:
@@ -333,7 +373,7 @@ class Config(Settings):
             raise ValueError("train.objective=classify trains one head for one schema; give data.train and data.validation one source each")
         if self.train.objective == "classify" and self.train.method != "full":
             raise ValueError("train.objective=classify trains all weights of an encoder; set train.method=full")
-        if self.train.objective == "classify" and (self.train.prompt_weight or self.prompt != Prompt()):
+        if self.train.objective == "classify" and (self.train.prompt_weight or self.prompt != Prompt() or self.predict.prompt):
             raise ValueError("train.objective=classify has no prompt, an encoder reads the marked text; leave prompt and prompt_weight out")
         if self.train.objective == "classify" and self.kernels != Kernels():
             raise ValueError("kernels are those of decoders, train.objective=classify takes an encoder; leave them out")
@@ -342,6 +382,37 @@ class Config(Settings):
         if self.model.quantise and self.train.method == "full":
             raise ValueError("model.quantise=nf4 freezes the base; set train.method=lora, or leave model.quantise out")
         return self
+
+
+def read_definitions(name: str) -> dict[str, str]:
+    """Label -> definition, of a YAML file, or of what ships under a name such as `conll04`. Raises ValueError."""
+    path = Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        there = sorted(one.stem for one in shipped("definitions").glob("*.yaml"))
+        if name not in there:
+            raise ValueError(f"no definitions ship under this name; write one of {', '.join(there)}, shipped, or a .yaml file")
+        path = shipped("definitions") / f"{name}.yaml"
+    try:
+        return check_definitions(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); give a YAML file of lines such as `born_in: the head was born in the tail`"
+        ) from None
+    except InputError as error:
+        raise ValueError(str(error)) from None
+
+
+def check_definitions(given: Any) -> dict[str, str]:
+    """The mapping, if each label has a definition in words. Raises ValueError."""
+    if not isinstance(given, dict) or not given:
+        raise ValueError("should map each label to its definition")
+    given = {_label(label): words for label, words in given.items()}
+    for label, words in given.items():
+        if not isinstance(label, str):
+            raise ValueError(f"the label {label!r} should be text; put it in quotes")
+        if not isinstance(words, str) or not words.strip() or len(words.splitlines()) != 1:
+            raise ValueError(f"the definition of {label!r} should be one line of text")
+    return given
 
 
 def shipped(name: str) -> Path:

@@ -24,7 +24,7 @@ from jaxre.evaluation.metrics import confusion_matrix
 from jaxre.evaluation.predictions import Prediction, read_predictions, write_predictions
 from jaxre.evaluation.report import System, draw_report, summary_table
 from jaxre.inference.commands import predict_data
-from jaxre.relations import sources
+from jaxre.relations import mixtures, sources
 from jaxre.relations.schema import Example
 from jaxre.training.log import read_log
 from jaxre.training.loop import train
@@ -54,7 +54,7 @@ def quickstart(run: Path, console: Console, config_path: Path = CONFIG) -> dict:
     untuned = predict_data(config.model.path, None, None, "score", run / "predictions" / "untuned-base", config_path, console)
 
     console.rule("3 of 5: evaluate, beside the baselines")
-    examples, test = sources.load(config.data.train), sources.load(config.data.test)
+    examples, test = mixtures.load(config.data.train, "data.train"), sources.load(config.data.test)
     systems = [System("fine-tuned (LoRA)", evaluate_rows(ours.rows, "test"), ours=True, note="this run")]
     cached = {}
     for name, (baseline, note) in BASELINES.items():

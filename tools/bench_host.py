@@ -66,10 +66,11 @@ def settings(work: Path, model: Path, examples: Path, **train: object) -> dict:
 def bench_data(work: Path, model: Path, count: int) -> Phases:
     from jaxre.config import check_config
     from jaxre.data.cache import cached_tokens
-    from jaxre.data.dataset import ask, make_plan, schema_of
+    from jaxre.data.dataset import ask, make_plan
     from jaxre.data.template import ChatTemplate, load_tokenizer
     from jaxre.data.tokens import encode_examples, examples_digest
-    from jaxre.relations import sources
+    from jaxre.relations import mixtures
+    from jaxre.relations.labels import schemas_of
 
     config = check_config(settings(work, model, write_examples(work, count)), "bench")
     phases: Phases = {}
@@ -77,10 +78,10 @@ def bench_data(work: Path, model: Path, count: int) -> Phases:
         with phase(phases, "tokenizer and template"):
             template = ChatTemplate(load_tokenizer(model), config.prompt.date, str(model))
         with phase(phases, "read the examples"):
-            examples = sources.load(config.data.train)
-            schema = schema_of(config, examples)
+            pool = mixtures.read(config.data.train, "data.train")
+            examples, schemas = pool.examples, schemas_of(config.data, pool.by_dataset)
         with phase(phases, "prompts"):
-            questions = ask(config, examples, schema, examples)
+            questions = ask(config, examples, schemas, pool.by_dataset)
         with phase(phases, "digest"):
             digest = examples_digest(questions, examples, template, config.train.row_length)
         with phase(phases, "tokenise and write the cache"):

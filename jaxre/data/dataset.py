@@ -15,7 +15,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from jaxre import __version__
-from jaxre.config import Config
+from jaxre.config import Config, Source, shipped
 from jaxre.data.cache import cached_tokens, read_note, stored_tokens, write_note
 from jaxre.data.markers import add_markers, encode_marked, marked_digest, marked_text, markers_in
 from jaxre.data.packing import Plan, plan_by_examples, plan_by_tokens
@@ -32,8 +32,11 @@ from jaxre.data.tokens import (
     texts_digest,
 )
 from jaxre.errors import InputError
-from jaxre.relations import leaks, sources
-from jaxre.relations.schema import Example, Schema
+from jaxre.relations import labels, leaks, mixtures, sources
+from jaxre.relations.mixtures import Count
+from jaxre.relations.schema import ANY, Example, Schema, Schemas, by_dataset
+
+Pools = Mapping[str, Sequence[Example]]  # dataset (or ANY) -> its training examples, for demonstrations
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Split:
     """One split: its examples that fit a row as tokens, and on request what they were made from.
 
     `examples` and `questions` go together and are read when they are first asked for; `tokens` leaves out the examples
-    whose ids are in `dropped`; `digest` is that of the token cache.
+    whose ids are in `dropped`; `digest` is that of the token cache; `counts` are of its sources.
     """
 
     tokens: TokenSet
@@ -50,6 +53,7 @@ class Split:
     read: Callable[[], list[Example]] = list
     ask: Callable[[], list[list[Turn]]] = list
     digest: str = ""
+    counts: tuple[Count, ...] = ()
 
     @property
     def examples(self) -> list[Example]:
@@ -64,17 +68,24 @@ class Split:
 class Dataset:
     """What a run trains and validates on.
 
-    `template` is None for the language-model objective and for classification. `new_tokens` are the entity
-    markers that classification gave the tokenizer, as `add_markers` returns them. `recipe` is that of `recipe_of`.
+    `schemas` is None for the language-model objective, `template` for that and for classification. `new_tokens` are the entity
+    markers that classification gave the tokenizer, as `add_markers` returns them. `recipe` is that of `recipe_of`. `told` is
+    what a user should know of labels, line by line.
     """
 
     train: Split
     validation: Split | None
-    schema: Schema | None
+    schemas: Schemas | None
     template: ChatTemplate | None
     tokenizer: PreTrainedTokenizerBase
     new_tokens: Mapping[int, list[int]] = field(default_factory=dict)
     recipe: str | None = None
+    told: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> Schema:
+        """The only schema, of a run on one source."""
+        return self.schemas.by_dataset[ANY]
 
 
 def load_dataset(config: Config, folder: Path) -> Dataset:
@@ -93,21 +104,33 @@ def load_dataset(config: Config, folder: Path) -> Dataset:
     if config.train.objective == "classify":
         return _load_marked(config, tokenizer)
     template = ChatTemplate(tokenizer, config.prompt.date, str(folder))
-    read = functools.cache(lambda: leaks.load_train(config.data))
+    pool = functools.cache(lambda: leaks.read_train(config.data))
     recipe = recipe_of(config, template)
     known = recipe and read_note(config.data.cache, recipe)
     stored = known and stored_tokens(config.data.cache, known["digest"])
-    schema = Schema(tuple(known["labels"])) if stored else schema_of(config, read())
-    train = tokenise(config, read, schema, template, read, "data.train", (known["digest"], stored) if stored else None)
+    if stored:
+        schemas, told = Schemas.from_json(known["labels"]), known["told"]
+        counts = tuple(Count(*count) for count in known["counts"])
+    else:
+        schemas, counts = labels.schemas_of(config.data, pool().by_dataset), pool().counts
+        told = schemas.check(pool().examples, "data.train", strict=config.prompt.enumerate)
+    pools = lambda: pool().by_dataset  # noqa: E731
+    read = lambda: pool().examples  # noqa: E731
+    train = tokenise(config, read, schemas, template, pools, "data.train", (known["digest"], stored) if stored else None)
+    train = dataclasses.replace(train, counts=counts)
     # Not where a file changed between its digest and its reading.
     if recipe and not stored and recipe == recipe_of(config, template):
-        write_note(config.data.cache, recipe, {"labels": schema.labels, "digest": train.digest})
+        note = {"labels": schemas.to_json(), "told": told, "counts": list(map(dataclasses.astuple, counts)), "digest": train.digest}
+        write_note(config.data.cache, recipe, note)
     validation = None
     if config.data.validation:
-        held_out = sources.load(config.data.validation)
-        schema.check(held_out, "data.validation")
-        validation = tokenise(config, lambda: held_out, schema, template, read, "data.validation")
-    return Dataset(train, validation, schema, template, tokenizer, recipe=recipe)
+        held_out = mixtures.read(config.data.validation, "data.validation")
+        schemas = labels.with_given(schemas, config.data, by_dataset(held_out.examples))
+        told = told + schemas.check(held_out.examples, "data.validation")
+        validation = tokenise(config, lambda: held_out.examples, schemas, template, pools, "data.validation")
+        validation = dataclasses.replace(validation, counts=held_out.counts)
+    told = (*labels.told_tested(config.data), *told)
+    return Dataset(train, validation, schemas, template, tokenizer, recipe=recipe, told=told)
 
 
 def recipe_of(config: Config, template: ChatTemplate) -> str | None:
@@ -115,55 +138,53 @@ def recipe_of(config: Config, template: ChatTemplate) -> str | None:
 
     None where a source has no local files to tell by (the hub); it is read every time.
     """
-    files = leaks.digest_of(config.data)
-    if files is None:
+    listed = config.data.labels if isinstance(config.data.labels, dict) else {}
+    files = [leaks.digest_of(config.data), *(sources.digest_of(one) for one in listed.values() if isinstance(one, Source))]
+    if None in files:
         return None
     code = hashlib.sha256(f"{__version__} {pyarrow.__version__}".encode())
-    for package in ("data", "relations"):
-        for path in sorted((Path(__file__).parents[1] / package).glob("*.py")):
-            code.update(path.read_bytes())
-    settings = [config.data.train.model_dump(), config.prompt.model_dump(), config.data.labels, config.seed, config.train.row_length]
+    parts = [path for package in ("data", "relations") for path in sorted((Path(__file__).parents[1] / package).glob("*.py"))]
+    for path in (*parts, *sorted(shipped("definitions").glob("*.yaml"))):
+        code.update(path.read_bytes())
+    data = config.data.model_dump(include={"train", "labels"})
+    settings = [data, config.prompt.model_dump(), config.seed, config.train.row_length]
     return hashlib.sha256(json.dumps([files, code.hexdigest(), template.digest, *settings]).encode()).hexdigest()
 
 
-def schema_of(config: Config, train: Sequence[Example]) -> Schema:
-    """The config's labels, or those of the training split. Raises InputError for an example outside of them."""
-    if config.data.labels is None:
-        return Schema.of(train)
-    schema = Schema(tuple(sorted(set(config.data.labels))))
-    schema.check(train, "data.train")
-    return schema
+def ask(config: Config, examples: Sequence[Example], schemas: Schemas, pools: Pools) -> list[list[Turn]]:
+    """The chat turns of each example up to the question, with the labels and demonstrations of its own dataset.
 
-
-def load_schema(config: Config) -> tuple[Schema, list[Example]]:
-    """The schema and the training examples, which demonstrations are drawn from."""
-    if config.data.train is None:
-        raise InputError(f"{config.name}: a run without data.train has no schema; predict with a run that was trained on relations")
-    train = leaks.load_train(config.data)
-    return schema_of(config, train), train
-
-
-def ask(config: Config, examples: Sequence[Example], schema: Schema, train: Sequence[Example]) -> list[list[Turn]]:
-    """The chat turns of each example up to the question, with demonstrations from `train`."""
-    return questions_of(examples, config.prompt, schema.labels, demonstrator(train, config.prompt, config.seed))
+    Raises:
+      InputError: a dataset without schema or, where demonstrations are asked for, training examples.
+    """
+    turns = {}
+    for name, members in by_dataset(examples).items():
+        pool = pools.get(name) or pools.get(ANY) or []
+        if config.prompt.shots and not pool:
+            raise InputError(
+                f"{name}: not a dataset of data.train, so there are no demonstrations of it; set prompt.shots=0, or train on it"
+            )
+        asked = questions_of(members, config.prompt, schemas.of(name).labels, demonstrator(pool, config.prompt, config.seed))
+        turns.update(zip((example.id for example in members), asked, strict=True))
+    return [turns[example.id] for example in examples]
 
 
 def tokenise(
     config: Config,
     read: Callable[[], list[Example]],
-    schema: Schema,
+    schemas: Schemas,
     template: ChatTemplate,
-    read_train: Callable[[], list[Example]],
+    pools: Callable[[], Pools],
     place: str,
     stored: tuple[str, TokenSet] | None = None,
 ) -> Split:
     """Examples as tokens, from the cache where it has them.
 
     Args:
-      read, read_train: give the examples, and the training ones for demonstrations.
+      read: gives the examples; pools: the training ones of each dataset, for demonstrations.
       stored: digest and tokens, if they are known; then nothing is read.
     """
-    questions = functools.cache(lambda: ask(config, read(), schema, read_train() if config.prompt.shots else []))
+    questions = functools.cache(lambda: ask(config, read(), schemas, pools() if config.prompt.shots else {}))
     row_length = config.train.row_length
     if stored:
         (digest, tokens), cached = stored, True
@@ -175,8 +196,10 @@ def tokenise(
 
 
 def _load_marked(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    train = leaks.load_train(config.data)
-    schema = schema_of(config, train)
+    train = leaks.read_train(config.data).examples
+    schemas = labels.schemas_of(config.data, {ANY: train})
+    schema = schemas.of(ANY)
+    schema.check(train, "data.train")
     new_tokens = add_markers(tokenizer, train)
     known, number = markers_in(tokenizer), {label: number for number, label in enumerate(schema.labels)}
     held_out = sources.load(config.data.validation) if config.data.validation else None
@@ -187,12 +210,13 @@ def _load_marked(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         texts = [marked_text(example, known) for example in examples]
         digest = marked_digest(examples, texts, tokenizer)
         tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_marked(examples, texts, tokenizer))
-        labels = np.array([number[example.relation] for example in examples], np.int32)
-        fitting, dropped = dataclasses.replace(tokens, labels=labels).fitting(config.train.row_length, config.data.too_long, place)
+        numbers = np.array([number[example.relation] for example in examples], np.int32)
+        fitting, dropped = dataclasses.replace(tokens, labels=numbers).fitting(config.train.row_length, config.data.too_long, place)
         return Split(fitting, dropped, cached, lambda: examples)
 
     validation = None if held_out is None else split(held_out, "data.validation")
-    return Dataset(split(train, "data.train"), validation, schema, None, tokenizer, new_tokens)
+    told = tuple(labels.told_tested(config.data))
+    return Dataset(split(train, "data.train"), validation, schemas, None, tokenizer, new_tokens, told=told)
 
 
 def _load_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:

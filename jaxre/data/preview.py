@@ -12,14 +12,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from jaxre.config import Config
+from jaxre.config import Config, Mixture
 from jaxre.data.cache import read_note, write_note
 from jaxre.data.dataset import Dataset, load_dataset, make_plan, supervised_of
 from jaxre.data.tokens import TokenSet
 from jaxre.errors import InputError
-from jaxre.relations import sources
+from jaxre.relations import mixtures, sources
 from jaxre.relations.hub import PREFIX
-from jaxre.relations.schema import Example, is_negative, label_counts
+from jaxre.relations.schema import ANY, Example, by_dataset, is_negative, label_counts
 
 SHOWN = 3
 LISTED = 10
@@ -28,7 +28,7 @@ BAR = 40
 
 
 def preview(config: Config, folder: Path) -> Group:
-    """Counts, leakage, length histogram, packing, and three examples decoded with the supervised part marked.
+    """Counts, also of each source, labels, leakage, length histogram, packing, and three examples decoded with the supervised part marked.
 
     Args:
       folder: of the model, for its tokenizer.
@@ -37,10 +37,10 @@ def preview(config: Config, folder: Path) -> Group:
       InputError: as `load_dataset`.
     """
     dataset = load_dataset(config, folder)
-    test = sources.load(config.data.test) if config.data.test and dataset.schema else []
-    parts = [_counts(config, dataset, test)]
-    if dataset.schema is not None:
-        parts += [_labels(dataset), _leakage(dataset, test)]
+    test = sources.load(config.data.test) if config.data.test and dataset.schemas else []
+    parts = [_counts(config, dataset, test), *_mixed(config, dataset)]
+    if dataset.schemas is not None:
+        parts += [*_labels(dataset), _leakage(dataset, test)]
     parts += [_histogram(dataset.train.tokens, config.train.row_length), _packing(config, dataset.train.tokens)]
     parts += [_shown(dataset, number) for number in range(min(SHOWN, len(dataset.train.tokens)))]
     return Group(*parts)
@@ -53,14 +53,14 @@ def told_leaks(config: Config, dataset: Dataset) -> str:
     The line is kept in the token cache, so that a second start need not read the training examples for it.
     """
     given = {name: getattr(config.data, name) for name in ("validation", "test") if getattr(config.data, name)}
-    compared = [dataset.recipe, *(sources.digest_of(source) for source in given.values())]
+    compared = [dataset.recipe, *(digest for one in given.values() for digest in mixtures.digests_of(one))]
     settings = {name: source.model_dump() for name, source in given.items()}
     key = None if None in compared else hashlib.sha256(json.dumps(["leaks", compared, settings]).encode()).hexdigest()
     if key and (note := read_note(config.data.cache, key)):
         return note["told"]
     told = []
     for name, examples in (("validation", lambda: dataset.validation.examples), ("test", lambda: sources.load(config.data.test))):
-        if name not in given or dataset.schema is None or (name == "test" and given[name].dataset.startswith(PREFIX)):
+        if name not in given or dataset.schemas is None or (name == "test" and given[name].dataset.startswith(PREFIX)):
             continue
         try:
             held_out = examples()
@@ -90,15 +90,44 @@ def _counts(config: Config, dataset: Dataset, test: list[Example]) -> Table:
     return table
 
 
-def _labels(dataset: Dataset) -> Table:
-    counts = label_counts(dataset.train.examples)
-    table = Table(title="labels of the training split", title_justify="left")
-    table.add_column("label")
-    table.add_column("examples", justify="right")
-    table.add_column("")
-    for label in dataset.schema.labels:
-        table.add_row(Text(label), f"{counts[label]:,}", "no relation" if is_negative(label) else "")
-    return table
+def told_data(config: Config, dataset: Dataset) -> list[str]:
+    """Lines on the sources of a mixture, then on labels that come from where they should not, or are not known."""
+    lines = []
+    for name, split in (("train", dataset.train), ("validation", dataset.validation)):
+        if isinstance(getattr(config.data, name), Mixture):
+            listed = ", ".join(f"{count.used:,} of {count.read:,} of {count.source} ({count.domain})" for count in split.counts)
+            lines.append(f"{name}: {listed}")
+    return [*lines, *dataset.told]
+
+
+def _mixed(config: Config, dataset: Dataset) -> list[Table | Text]:
+    """A table of the sources for each mixture, and what is to be said of labels."""
+    parts = []
+    for name, split in (("train", dataset.train), ("validation", dataset.validation)):
+        if not isinstance(getattr(config.data, name), Mixture):
+            continue
+        table = Table(title=f"sources of {name}", title_justify="left")
+        for column in ("source", "domain", "examples", "used"):
+            table.add_column(column, justify="left" if column in ("source", "domain") else "right")
+        for count in split.counts:
+            table.add_row(Text(count.source), Text(count.domain), f"{count.read:,}", f"{count.used:,}")
+        parts.append(table)
+    return [*parts, *(Text(line, style="bold red") for line in dataset.told)]
+
+
+def _labels(dataset: Dataset) -> list[Table]:
+    tables = []
+    for name, examples in by_dataset(dataset.train.examples).items():
+        counts = label_counts(examples)
+        of = "the training split" if ANY in dataset.schemas.by_dataset else f"{name} in the training examples"
+        table = Table(title=Text(f"labels of {of}"), title_justify="left")
+        table.add_column("label")
+        table.add_column("examples", justify="right")
+        table.add_column("")
+        for label in dataset.schemas.of(name).labels:
+            table.add_row(Text(label), f"{counts[label]:,}", "no relation" if is_negative(label) else "")
+        tables.append(table)
+    return tables
 
 
 def _leakage(dataset: Dataset, test: list[Example]) -> Text:

@@ -19,7 +19,7 @@ from jaxre.config import Prompt, Text, data_root
 from jaxre.data.template import ChatTemplate, Encoded, tokenizer_digest
 from jaxre.errors import InputError
 from jaxre.relations import sources
-from jaxre.relations.prompts import by_label, choose_demonstrations, marked_text, turns
+from jaxre.relations.prompts import by_label, choose_demonstrations, marked_text, system_turn, turns_after
 from jaxre.relations.schema import Example
 
 FORMAT = 1  # part of every digest: raise it when the meaning of the tokens changes
@@ -112,8 +112,9 @@ def _owner(name: str) -> int:
 def questions_of(
     examples: Sequence[Example], prompt: Prompt, labels: Sequence[str], demonstrations: Callable[[Example], list[Example]]
 ) -> list[list[dict[str, str]]]:
-    """The chat turns of each example, up to and including the question."""
-    return [turns(example, prompt, labels, demonstrations(example)) for example in examples]
+    """The chat turns of each example, up to and including the question; `labels` is the schema of all."""
+    systems = {name: system_turn(prompt, labels, name) for name in {example.dataset for example in examples}}
+    return [turns_after(systems[example.dataset], example, prompt, demonstrations(example)) for example in examples]
 
 
 def demonstrator(train: Sequence[Example], prompt: Prompt, seed: int) -> Callable[[Example], list[Example]]:

@@ -37,6 +37,7 @@ class Prediction:
     tuned_dataset_name: str = ""  # "frontier" for cached answers of a frontier model
     model_shot: str = "0"
     prompt_shot: str = "0"
+    prompt_style: str = ""  # of relations/prompt_styles.py, if one was asked for
     prompt: str = ""
     prompt_hash: str = ""
     score: float | None = None
@@ -50,6 +51,7 @@ _ARROW = pa.schema(
     [
         *((name, pa.string()) for name in ("eval_dataset_name", "relation", "gen_type", "model_id", "tuned_dataset_name")),
         *((name, pa.string()) for name in ("model_shot", "prompt_shot", "generated_relation", "prompt", "prompt_hash", "example_id")),
+        ("prompt_style", pa.string()),
         ("score", pa.float64()),
         ("probabilities", pa.map_(pa.string(), pa.float64())),
         ("input_tokens", pa.int64()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +15,7 @@ from rich.text import Text
 
 from jaxre.checkpoints.huggingface import resolve_model
 from jaxre.checkpoints.source import Loaded, compute_dtype, kind_of, open_model
-from jaxre.config import Config, Source, load_config
-from jaxre.data.dataset import load_schema
+from jaxre.config import Config, Prompt, Source, load_config
 from jaxre.data.markers import markers_in, unknown_types
 from jaxre.data.template import load_tokenizer
 from jaxre.data.tokens import demonstrator
@@ -28,8 +27,11 @@ from jaxre.models.architecture import EncoderArchitecture
 from jaxre.relations import sources
 from jaxre.relations.columns import NoColumn
 from jaxre.relations.hub import PREFIX
+from jaxre.relations.labels import DatasetTask, task_of
+from jaxre.relations.mixtures import name_of, sources_of
+from jaxre.relations.prompt_styles import styled
 from jaxre.relations.prompts import parse_marked
-from jaxre.relations.schema import Example, Schema
+from jaxre.relations.schema import ANY, Example, Schemas
 from jaxre.relations.tables import SUFFIXES
 
 Mode = Literal["score", "generate"]
@@ -46,12 +48,12 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Task:
-    """A model with the config, schema and demonstrations it predicts with."""
+    """A model with the config, prompt, schema and demonstrations that it predicts a dataset with."""
 
     loaded: Loaded
     config: Config
-    schema: Schema
-    demonstrations: Callable[[Example], list[Example]]
+    prompt: Prompt
+    asked: DatasetTask
     folder: Path | None  # of the run, if it is one
 
     def predict(self, examples: list[Example], mode: Mode, advance: Callable[[int], None] = lambda examples: None) -> list[Prediction]:
@@ -59,40 +61,48 @@ class Task:
         return predict_examples(
             self.loaded,
             examples,
-            self.schema.labels,
-            config.prompt,
+            self.asked.schema.labels,
+            self.prompt,
             config.predict,
             mode=mode,
-            demonstrations=self.demonstrations,
-            tuned_dataset_name=config.data.train.dataset if self.loaded.factors is not None or self.folder else "none",
+            demonstrations=demonstrator(self.asked.train, self.prompt, config.seed),
+            tuned_dataset_name=name_of(config.data.train) if self.loaded.factors is not None or self.folder else "none",
             model_shot=str(config.prompt.shots),
             advance=advance,
         )
 
 
-def open_task(model: str, config_path: Path | None) -> Task:
-    """A run with its own config, or any other model with the given one.
+def open_config(model: str, config_path: Path | None, style: str | None) -> tuple[Config, Prompt, Path | None]:
+    """The config that a model predicts with, the prompt (in a style, if one is given), and the folder of the run if it is one.
 
     Raises:
-      InputError: a model that is no run and no config for it; anything that does not open.
+      InputError: a model that is no run and no config for it; a config that cannot be used; no such style.
     """
     folder = resolve_model(model)
     is_run = kind_of(folder) == "run"
     if config_path is None and not is_run:
         raise InputError(f"{model}: not a run folder, so its prompt and labels are not known; give --config CONFIG with prompt and data")
     config = load_config(config_path or folder / "config.yaml")
-    schema, train = load_schema(config)
-    loaded = open_model(model, compute_dtype(config.model.dtype), config.model.quantise)
-    return Task(loaded, config, schema, demonstrator(train, config.prompt, config.seed), folder if is_run else None)
+    if style and config.train.objective == "classify":
+        raise InputError(f"{model}: an encoder has no prompt; leave --style {style} out")
+    prompt = styled(config.prediction_prompt, style) if style else config.prediction_prompt
+    return config, prompt, folder if is_run else None
 
 
-def predict_text(model: str, text: str, mode: Mode, config_path: Path | None) -> Table:
-    """The labels of one marked text with their probabilities, the most probable first. Raises InputError."""
+def predict_text(model: str, text: str, mode: Mode, config_path: Path | None, data: str | None = None, style: str | None = None) -> Table:
+    """The labels of one marked text with their probabilities, the most probable first; `data` says whose labels, where the run has several.
+
+    Raises InputError.
+    """
     example = parse_marked(text)
-    task = open_task(model, config_path)
+    config, prompt, folder = open_config(model, config_path, style)
+    asked = task_of(config, source_of(config, data, None) if data else None, shots=prompt.shots)
+    task = Task(open_model(model, compute_dtype(config.model.dtype), config.model.quantise), config, prompt, asked, folder)
+    if asked.dataset:
+        example = replace(example, dataset=asked.dataset)  # whose shipped label definitions the prompt may hold
     (row,) = task.predict([example], mode)
     table = Table(title=Text(f"{example.head} -> {example.tail}"), title_justify="left")  # not markup: a head may be "[/b]"
-    table.caption = untyped_notice(task.loaded, [example])
+    table.caption = "\n".join([*asked.told, *filter(None, [untyped_notice(task.loaded, [example])])]) or None
     table.add_column("label")
     table.add_column("probability", justify="right")
     shares = row.probabilities or {row.generated_relation: float("nan")}
@@ -104,27 +114,40 @@ def predict_text(model: str, text: str, mode: Mode, config_path: Path | None) ->
 
 
 def predict_data(
-    model: str, data: str | None, split: str | None, mode: Mode, output: Path | None, config_path: Path | None, console: Console
+    model: str,
+    data: str | None,
+    split: str | None,
+    mode: Mode,
+    output: Path | None,
+    config_path: Path | None,
+    console: Console,
+    style: str | None = None,
 ) -> Predicted:
-    """Predicts a split and writes its rows, by default to `predictions/DATASET-SPLIT-MODE` in the run folder.
+    """Predicts a split and writes its rows, by default to `predictions/DATASET-SPLIT-MODE[-STYLE]` in the run folder.
+
+    Args:
+      style: one of `prompt_styles.STYLES`, in place of the run's own prompt.
 
     Raises:
       InputError: unknown data, labels outside of the schema, prompts that do not fit.
     """
-    task = open_task(model, config_path)
-    source, examples = load_source(task.config, data, split)
+    config, prompt, folder = open_config(model, config_path, style)
+    source, examples = load_source(config, data, split)
+    asked = task_of(config, source, examples[0].dataset, prompt.shots)
     gold = sum(bool(example.relation) for example in examples)
     labelled = gold == len(examples)
-    if labelled:
-        task.schema.check(examples, source.dataset)
-    notice = untyped_notice(task.loaded, examples)
-    if notice:
-        console.print(notice)
+    told = [*asked.told, *(Schemas({ANY: asked.schema}).check(examples, source.dataset) if labelled else [])]
+    task = Task(open_model(model, compute_dtype(config.model.dtype), config.model.quantise), config, prompt, asked, folder)
+    for line in [*told, *filter(None, [untyped_notice(task.loaded, examples)])]:
+        console.print(line, markup=False)
     with Progress(console=console, transient=True) as bar:
         waiting = bar.add_task(f"predicting {len(examples):,} examples", total=len(examples))
         rows = task.predict(examples, mode, lambda done: bar.advance(waiting, done))
-    name = "-".join(part for part in (Path(source.dataset).stem.replace("/", "_").replace(":", "_"), source.split, mode) if part)
-    path, _ = write_predictions(output or (task.folder or Path()) / "predictions" / name, rows)
+    if style:
+        rows = [replace(row, prompt_style=style) for row in rows]
+    dataset = Path(source.dataset).stem.replace("/", "_").replace(":", "_")
+    name = "-".join(part for part in (dataset, source.split, mode, style) if part)
+    path, _ = write_predictions(output or (folder or Path()) / "predictions" / name, rows)
     if not labelled:
         return Predicted(rows, path, Text(f"{len(rows):,} examples, {gold or 'no'} gold labels{'; not scored' if gold else ''}"))
     found = evaluate_rows(rows, str(path))
@@ -164,7 +187,8 @@ def load_source(config: Config, data: str | None, split: str | None) -> tuple[So
 
 
 def _known(config: Config) -> list[Source]:
-    return [source for source in (config.data.test, config.data.validation, config.data.train) if source]
+    data = config.data
+    return [source for given in (data.test, data.validation, data.train) for source in sources_of(given)]
 
 
 def _kind(dataset: str) -> str | None:

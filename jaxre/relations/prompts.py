@@ -7,17 +7,26 @@ The answer of the example itself is not among them: it is what the model is trai
 
 from __future__ import annotations
 
+import functools
 import string
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from jaxre.config import Prompt
+from jaxre.config import Prompt, read_definitions
 from jaxre.errors import InputError
 from jaxre.relations.draws import digest
 from jaxre.relations.marks import insert_marks, is_text, locate, strip_marks
 from jaxre.relations.schema import Example
 
 FIELDS = ("text", "marked", "head", "tail", "head_type", "tail_type")
+
+# What `prompt.task_definition` says.
+TASK = (
+    "Relation extraction names how two entities of a text are related, the head and the tail. A relation is read from the head to the "
+    "tail: what the head is or does with regard to the tail. The same fact read from the tail to the head is another relation, or the "
+    "same label with the other direction. Only what the text says counts; where it relates the two in no way of interest, the label "
+    "for no relation is right."
+)
 
 # What a template's {head_type} or {tail_type} says of an entity whose type is not known.
 UNKNOWN_TYPE = "entity"
@@ -29,13 +38,17 @@ def turns(example: Example, prompt: Prompt, labels: Sequence[str], demonstration
     Args:
       example: asked about; its relation is not used.
       prompt: templates.
-      labels: the schema, for `prompt.enumerate`.
+      labels: the schema of the example's dataset, for `prompt.enumerate`.
       demonstrations: each becomes a user and an assistant turn, in this order.
     Raises:
-      InputError: a template that cannot be filled.
+      InputError: a template that cannot be filled, a label without definition.
     """
+    return turns_after(system_turn(prompt, labels, example.dataset), example, prompt, demonstrations)
+
+
+def turns_after(system: str | None, example: Example, prompt: Prompt, demonstrations: Sequence[Example] = ()) -> list[dict[str, str]]:
+    """`turns` with a system turn that is there already: the examples of a dataset share it."""
     chat = []
-    system = system_turn(prompt, labels)
     if system is not None:
         chat.append({"role": "system", "content": system})
     for demonstration in demonstrations:
@@ -44,12 +57,41 @@ def turns(example: Example, prompt: Prompt, labels: Sequence[str], demonstration
     return [*chat, {"role": "user", "content": user_turn(example, prompt)}]
 
 
-def system_turn(prompt: Prompt, labels: Sequence[str]) -> str | None:
-    """The system turn, with the sorted labels when `prompt.enumerate`; None if there is nothing to say."""
-    if not prompt.enumerate:
-        return prompt.system
-    listed = f"The answer is exactly one label from this allowed set: {', '.join(sorted(labels))}"
-    return listed if prompt.system is None else f"{prompt.system} {listed}"
+def system_turn(prompt: Prompt, labels: Sequence[str], dataset: str = "") -> str | None:
+    """The system turn: `prompt.system`, what the task is, the sorted labels, each as the prompt asks; None if there is nothing to say.
+
+    Args:
+      dataset: whose labels they are, for the definitions that ship with it.
+    Raises:
+      InputError: a label without definition.
+    """
+    said = [] if prompt.system is None else [prompt.system]
+    if prompt.task_definition:
+        said.append(TASK)
+    if prompt.enumerate:
+        said.append(f"The answer is exactly one label from this allowed set:{_listed(prompt, sorted(labels), dataset)}")
+    return " ".join(said) if said else None
+
+
+def _listed(prompt: Prompt, labels: Sequence[str], dataset: str) -> str:
+    if prompt.label_definitions is None:
+        return f" {', '.join(labels)}"
+    definitions = _shipped(dataset) if prompt.label_definitions == "shipped" else prompt.label_definitions
+    missing = [label for label in labels if label not in definitions]
+    if missing:
+        given = f"those shipped for {dataset}" if prompt.label_definitions == "shipped" else "it"
+        raise InputError(f"prompt.label_definitions: {given} lack {len(missing)} of {len(labels)} labels (first {missing[0]!r}); add them")
+    return "".join(f"\n- {label}: {definitions[label]}" for label in labels)
+
+
+@functools.cache
+def _shipped(dataset: str) -> dict[str, str]:
+    try:
+        return read_definitions(dataset)
+    except ValueError:
+        raise InputError(
+            f"prompt.label_definitions=shipped: no definitions ship for the dataset {dataset}; give a mapping or a file"
+        ) from None
 
 
 def user_turn(example: Example, prompt: Prompt) -> str:
@@ -131,20 +173,22 @@ def by_label(train: Iterable[Example]) -> dict[str, list[Example]]:
 def choose_demonstrations(
     train: Iterable[Example] | Mapping[str, Sequence[Example]], prompt: Prompt, seed: int, example: Example | None = None
 ) -> list[Example]:
-    """The `prompt.shots` demonstrations for an example.
+    """The `prompt.shots` demonstrations for an example, from the training examples of its dataset.
 
-    They go round the labels (each once before any twice), which labels and which of their
-    examples being drawn by hash: from the seed for `fixed`, from the seed and the example's id
-    for `per_example`. None shares its text with the example or with another. With `fixed`, all
-    examples have the same demonstrations but for those whose text is among them: they get the
-    next in line, or the prompt would hold their answer.
+    They go round the labels: each once before any twice. In which order, and which examples of a label, are:
+    - `fixed`: drawn by hash from the seed.
+    - `stratified`: the most frequent label of `train` first (of equals the first by name), so that few demonstrations show what
+      most answers are; the examples are drawn as for `fixed`.
+    - `per_example`: drawn by hash from the seed and the example's id.
+    None shares its text with the example or with another. With `fixed` and `stratified`, all examples have the same
+    demonstrations but for those whose text is among them: they get the next in line, or the prompt would hold their answer.
 
     Args:
       train: training examples in any order, or `by_label(train)`, which saves the grouping when
         this is called for many examples.
       prompt: how many, and which way.
       seed: of the run.
-      example: the one asked about; may be None for `fixed`.
+      example: the one asked about; may be None but for `per_example`.
     Raises:
       InputError: fewer training examples with other texts than shots.
       ValueError: `per_example` without an example.
@@ -155,7 +199,10 @@ def choose_demonstrations(
         raise ValueError("per_example demonstrations need the example")
     pools = train if isinstance(train, Mapping) else by_label(train)
     key = f"{seed}:{example.id}" if prompt.demonstrations == "per_example" else str(seed)
-    order = sorted(pools, key=lambda label: digest(f"{key}:label:{label}"))
+    if prompt.demonstrations == "stratified":
+        order = sorted(pools, key=lambda label: (-len(pools[label]), label))
+    else:
+        order = sorted(pools, key=lambda label: digest(f"{key}:label:{label}"))
     queues = [_from_drawn_place(pools[label], f"{key}:start:{label}") for label in order]
     texts = set() if example is None else {example.text}
     chosen: list[Example] = []

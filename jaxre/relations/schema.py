@@ -1,11 +1,11 @@
-"""What an example and a label are: the record every reader yields, label normalisation, negatives."""
+"""What an example and a label are: the record every reader yields, label normalisation, negatives, the schema of a dataset."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -77,14 +77,18 @@ def is_negative(label: str | None) -> bool:
 
 @dataclass(frozen=True)
 class Schema:
-    """The labels of a dataset, in sorted order."""
+    """The labels of a dataset, in sorted order.
+
+    strict: False for labels that were collected from other examples; a label outside of them is no fault then, but is told.
+    """
 
     labels: tuple[str, ...]
+    strict: bool = True
 
     @classmethod
-    def of(cls, examples: Iterable[Example]) -> Schema:
+    def of(cls, examples: Iterable[Example], strict: bool = True) -> Schema:
         """The labels that occur in `examples`."""
-        return cls(tuple(sorted({example.relation for example in examples})))
+        return cls(tuple(sorted({example.relation for example in examples})), strict)
 
     def check(self, examples: Iterable[Example], place: str) -> None:
         """Raises InputError, naming the first example whose label is outside the schema."""
@@ -95,6 +99,59 @@ class Schema:
                     f"{place}: example {example.id} has the label {example.relation!r}, which is not in the schema "
                     f"({', '.join(self.labels)}); correct it or add it to data.labels"
                 )
+
+
+# The key of a run's only schema, which holds for all its files, whatever they are called.
+ANY = ""
+
+
+@dataclass(frozen=True)
+class Schemas:
+    """The schema of each dataset of a run, by the dataset's name; that of a run on one source under `ANY`."""
+
+    by_dataset: Mapping[str, Schema]
+
+    def of(self, dataset: str) -> Schema:
+        """The schema of a dataset. Raises InputError where the run has none for it."""
+        found = self.by_dataset.get(dataset) or self.by_dataset.get(ANY)
+        if found is None:
+            raise InputError(f"{dataset}: not a dataset of data.train, so its labels are not known; give them in data.labels.{dataset}")
+        return found
+
+    def check(self, examples: Iterable[Example], place: str, strict: bool = False) -> list[str]:
+        """What to say of examples whose label is outside of their dataset's schema, a line for each dataset that has some.
+
+        Raises InputError where a schema is strict, or with `strict` any.
+        """
+        told = []
+        for name, members in by_dataset(examples).items():
+            schema = self.of(name)
+            known = set(schema.labels)
+            outside = [example for example in members if example.relation not in known]
+            if outside and (strict or schema.strict):
+                schema.check(outside, place)
+            if outside:
+                labels = sorted({example.relation for example in outside})
+                listed = f"{', '.join(labels[:3])}{', ...' if labels[3:] else ''}"
+                told.append(
+                    f"{place}: {len(outside):,} of {len(members):,} examples of {name} have labels outside of its schema ({listed})"
+                )
+        return told
+
+    def to_json(self) -> dict[str, list]:
+        return {name: [list(schema.labels), schema.strict] for name, schema in self.by_dataset.items()}
+
+    @classmethod
+    def from_json(cls, tree: dict[str, list]) -> Schemas:
+        return cls({name: Schema(tuple(labels), strict) for name, (labels, strict) in tree.items()})
+
+
+def by_dataset(examples: Iterable[Example]) -> dict[str, list[Example]]:
+    """The examples of each dataset, in their order."""
+    groups = defaultdict(list)
+    for example in examples:
+        groups[example.dataset].append(example)
+    return dict(groups)
 
 
 def label_counts(examples: Iterable[Example]) -> Counter[str]:

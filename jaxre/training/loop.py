@@ -29,7 +29,7 @@ from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan, supervised_of
 from jaxre.data.loader import updates
 from jaxre.data.packing import Plan
-from jaxre.data.preview import told_leaks
+from jaxre.data.preview import told_data, told_leaks
 from jaxre.data.rows import Rows
 from jaxre.errors import InputError
 from jaxre.models.quantised import base_bytes, is_nf4
@@ -72,6 +72,9 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
     plan = make_plan(config, dataset.train.tokens, sharding.row_shards(mesh))
     if leaks := told_leaks(config, dataset):
         say(leaks)
+    data_told = told_data(config, dataset)
+    for line in data_told:
+        say(line)
     steps = min(len(plan.updates), config.train.max_steps or len(plan.updates))
     epoch_steps = plan.epoch_ends[0]
 
@@ -104,6 +107,8 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
         dropped = {
             name: split.dropped for name, split in (("train", dataset.train), ("validation", dataset.validation)) if split and split.dropped
         }
+        if data_told and not start:
+            log.write("data", 0, {"told": data_told})
         if dropped and not start:
             log.write("too_long", 0, dropped)
             say(f"longer than a row and left out, ids in log.jsonl: {', '.join(f'{len(ids)} of {name}' for name, ids in dropped.items())}")

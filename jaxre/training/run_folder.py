@@ -101,5 +101,5 @@ def first_difference(old: Any, new: Any, place: str = "") -> str | None:
         return None
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return f"{place} ({old!r}, now {new!r})"
-    parts = (first_difference(old.get(key), new.get(key), f"{place}.{key}" if place else key) for key in new)
+    parts = (first_difference(old.get(key), new.get(key), f"{place}.{key}" if place else key) for key in {**old, **new})
     return next((part for part in parts if part), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -18,15 +19,26 @@ from jaxre.evaluation.metrics import score
 from jaxre.inference.answers import label_answers
 from jaxre.inference.classification import plan_classification, run_classification
 from jaxre.inference.model import Model
-from jaxre.inference.scoring import plan_scoring, run_scoring
+from jaxre.inference.scoring import ScoringPlan, plan_scoring, run_scoring
 from jaxre.models.architecture import Architecture, EncoderArchitecture
 from jaxre.models.lora import scale_of
+from jaxre.relations.schema import by_dataset
 from jaxre.training import sharding
 from jaxre.training.initial import check_vocabulary
 from jaxre.training.kernels import ops_of
 from jaxre.training.step import loss_sum, model_of
 
 Tree = Any
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The validation examples of one dataset, to be scored with its labels."""
+
+    dataset: str
+    gold: tuple[str, ...]
+    labels: tuple[str, ...]
+    plan: ScoringPlan
 
 
 class Validation:
@@ -57,19 +69,7 @@ class Validation:
         rows = -(-packed // -(-packed // most))
         plan = pack(rows=-(-rows // shards) * shards)
         self.batches = [Rows(*(array[0] for array in fill_update(tokens, plan.prefixes, update))) for update in plan.updates]
-        self.scoring = None
-        if dataset.template is not None:
-            prompts, answers = label_answers(dataset.template, self.split.questions, dataset.schema.labels)
-            check_vocabulary(max(token for labels in answers for ids in labels for token in ids), architecture)
-            self.labels = dataset.schema.labels
-            self.scoring = plan_scoring(
-                prompts,
-                answers,
-                architecture,
-                batch_tokens=config.predict.batch_tokens,
-                sharding=self.sharding,
-                names=[example.id for example in self.split.examples],
-            )
+        self.scored = [] if dataset.template is None else self._scored(dataset)
         ops = ops_of(config.kernels, mesh)
         (shape,) = plan.shapes
 
@@ -79,18 +79,44 @@ class Validation:
 
         self.batch_loss = jax.jit(batch_loss, out_shardings=sharding.replicated(mesh))
 
+    def _scored(self, dataset: Dataset) -> list[Scored]:
+        asked = dict(zip((example.id for example in self.split.examples), self.split.questions, strict=True))
+        scored = []
+        for name, examples in by_dataset(self.split.examples).items():
+            labels = dataset.schemas.of(name).labels
+            prompts, answers = label_answers(dataset.template, [asked[example.id] for example in examples], labels)
+            check_vocabulary(max(token for given in answers for ids in given for token in ids), self.architecture)
+            plan = plan_scoring(
+                prompts,
+                answers,
+                self.architecture,
+                batch_tokens=self.config.predict.batch_tokens,
+                sharding=self.sharding,
+                names=[example.id for example in examples],
+            )
+            scored.append(Scored(name, tuple(example.relation for example in examples), labels, plan))
+        return scored
+
     def run(self, trainable: Tree, base: Tree) -> dict[str, float]:
-        """`loss` per supervised token and, for relations, `f1` (positive-class micro), `accuracy` and `collapsed`."""
+        """`loss` per supervised token and, for relations, `f1` (positive-class micro), `accuracy` and `collapsed`.
+
+        Of several datasets these are means, unweighted (`collapsed`: of any), and each has its own as `f1/NAME` and so on.
+        """
         sums = [self.batch_loss(trainable, base, sharding.put_rows(rows, self.sharding)) for rows in self.batches]
         count = sum(float(rows.weights.sum()) for rows in self.batches)
         measured = {"loss": float(sum(map(float, sums)) / count)}
-        if self.scoring is None:
+        if not self.scored:
             return measured
         params, adapter = model_of(trainable, base, self.config, None, self.dtype)
         factors = adapter.factors if adapter else None
         model = Model(params, self.architecture, factors, scale_of(self.config.lora))
-        scores = run_scoring(model, self.scoring)
-        return measured | _figures([example.relation for example in self.split.examples], scores, self.labels)
+        figures = {one.dataset: _figures(one.gold, run_scoring(model, one.plan), one.labels) for one in self.scored}
+        if len(figures) == 1:
+            return measured | figures[self.scored[0].dataset]
+        for name in ("f1", "accuracy"):
+            measured[name] = float(np.mean([one[name] for one in figures.values()]))
+        measured["collapsed"] = any(one["collapsed"] for one in figures.values())
+        return measured | {f"{name}/{dataset}": value for dataset, one in figures.items() for name, value in one.items()}
 
 
 class LabelValidation:
@@ -122,6 +148,9 @@ def _figures(gold: Sequence[str], scores: np.ndarray, labels: Sequence[str]) -> 
 
 
 def told(validated: dict[str, float]) -> str:
-    """What a run prints of a validation."""
-    figures = "  ".join(f"validation {name} {value:.4f}" for name, value in validated.items() if name != "collapsed")
-    return figures + ("  COLLAPSED: one label is predicted for every example" if validated.get("collapsed") else "")
+    """What a run prints of a validation; of each dataset's figures the F1."""
+    shown = [name for name in validated if "/" not in name or name.startswith("f1/")]
+    figures = "  ".join(f"validation {name} {validated[name]:.4f}" for name in shown if name != "collapsed")
+    collapsed = [name.partition("/")[2] for name, value in validated.items() if name.startswith("collapsed/") and value]
+    where = f" of {', '.join(collapsed)}" if collapsed else ""
+    return figures + (f"  COLLAPSED: one label is predicted for every example{where}" if validated.get("collapsed") else "")

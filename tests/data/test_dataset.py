@@ -18,12 +18,13 @@ from tiny import TEMPLATE, tiny_config
 from transformers import PreTrainedTokenizerBase
 
 from jaxre.config import Config, Prompt, Source, Text
-from jaxre.data.dataset import ask, load_dataset, load_schema, make_plan
+from jaxre.data.dataset import ask, load_dataset, make_plan
 from jaxre.data.preview import preview, told_leaks
 from jaxre.data.template import ChatTemplate, Encoded, load_tokenizer
 from jaxre.data.tokens import TokenSet, demonstrator, encode_texts, read_texts, texts_digest
+from jaxre.relations.labels import task_of
 from jaxre.relations.prompts import by_label, choose_demonstrations
-from jaxre.relations.schema import Schema
+from jaxre.relations.schema import ANY, Schema, Schemas
 from jaxre.relations.sources import load
 
 
@@ -169,7 +170,7 @@ def test_a_faulty_template_leaves_no_cache_entry(tiny_model: Path, tmp_path: Pat
 
 def test_a_run_without_training_data_has_no_schema(tiny_model: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tiny_model, data={"train": None, "text": {"paths": ["x"]}}, train={"objective": "lm"})
-    assert "has no schema" in refusal(lambda: load_schema(config))
+    assert "has no schema" in refusal(lambda: task_of(config))
 
 
 def test_rows_that_the_devices_cannot_share_are_refused(tiny_model: Path, tmp_path: Path) -> None:
@@ -353,7 +354,8 @@ def test_questions_do_not_hang_on_the_gold_label() -> None:
     schema = Schema.of(examples)
     config = tiny_config(Path("unused"), Path("unused"), prompt={"shots": 0})
     hidden = [replace(example, relation=schema.labels[0]) for example in examples]
-    assert ask(config, examples, schema, examples) == ask(config, hidden, schema, examples)
+    schemas = Schemas({ANY: schema})
+    assert ask(config, examples, schemas, {ANY: examples}) == ask(config, hidden, schemas, {ANY: examples})
 
 
 def test_prompts_of_a_dataset_are_rendered_by_its_own_template(tiny_model: Path, tmp_path: Path) -> None:
