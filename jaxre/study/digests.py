@@ -51,6 +51,13 @@ class Read:
             self.found[key] = sources.load(source)
         return self.found[key]
 
+    def test(self, dataset: str) -> list[Example]:
+        """What is asked of a dataset. Raises InputError also where its examples have another dataset's name."""
+        examples = self.examples(self.datasets[dataset].test)
+        if examples[0].dataset != dataset:
+            raise InputError(f"datasets.{dataset}: its examples are of the dataset {examples[0].dataset!r}; call it so in the study")
+        return examples
+
     def digest(self, source: Source) -> str:
         """Of the examples of a source."""
         key = source.model_dump_json()

@@ -150,7 +150,7 @@ def _validation(config: Config, read: Read) -> Load:
     total = Load()
     for source, count in zip(pool.sources, pool.counts, strict=True):
         if count.used:
-            total += asked_load(config, read, source.dataset, config.prompt, "score", source, count.used)
+            total += asked_load(config, read, read.examples(source)[0].dataset, config.prompt, "score", source, count.used)
     return total
 
 
@@ -167,8 +167,8 @@ def asked_load(config: Config, read: Read, dataset: str, prompt: Prompt, mode: s
         work = Work(round(length * count), count, count, round(length * length * count), round(length * count))
         return Load(count, length * count, predict_flops=forward_flops(work, architecture))
     template = ChatTemplate(load_tokenizer(folder), prompt.date, str(folder))
-    train = read.datasets[dataset].train
-    shown = demonstrator(read.examples(train), prompt, config.seed) if prompt.shots and train else lambda example: []
+    train = read.examples(read.datasets[dataset].train) if prompt.shots else []
+    shown = demonstrator(train, prompt, config.seed)
     labels = read.labels(dataset)
     prompts, answers = label_answers(template, questions_of(examples, prompt, labels, shown), labels)
     length, shared = float(np.mean([len(one) for one in prompts])), _common(prompts)

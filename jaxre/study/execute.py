@@ -27,7 +27,7 @@ from jaxre.checkpoints.peft import load_adapter
 from jaxre.checkpoints.source import Loaded, open_model
 from jaxre.compilation_cache import use_compilation_cache
 from jaxre.config import Config, Prompt, Source
-from jaxre.data.dataset import demonstrator
+from jaxre.data.tokens import demonstrator
 from jaxre.errors import InputError
 from jaxre.evaluation.baselines import majority, tfidf_marked
 from jaxre.evaluation.compare import ALL_PAIRS, join_answers
@@ -183,7 +183,7 @@ class Execution:
     def answers(self, step: Step) -> tuple[list[Prediction], dict[str, Any]]:
         """Of a model."""
         system, given = step.system, self.settings.datasets[step.dataset]
-        examples, prompt, config = self.plan.read.examples(given.test), system.prompt or Prompt(), step.config
+        examples, prompt, config = self.plan.read.test(step.dataset), system.prompt or Prompt(), step.config
         train_examples = self.plan.read.examples(given.train) if prompt.shots else []
         model = self.model(step)
         with Progress(console=self.console, transient=True) as bar:
@@ -200,12 +200,12 @@ class Execution:
                 model_shot="n/a" if system.train_shots is None else str(system.train_shots),
                 advance=lambda done: bar.advance(task, done),
             )
-        return rows, {}
+        return [dataclasses.replace(row, prompt_style=system.style) for row in rows], {}
 
     def baseline(self, step: Step) -> tuple[list[Prediction], dict[str, Any]]:
         """Trained here on the dataset's training split."""
         given = self.settings.datasets[step.dataset]
-        examples = self.plan.read.examples(given.test)
+        examples = self.plan.read.test(step.dataset)
         found = TFIDF[step.system.name](self.plan.read.examples(given.train), examples)
         shares = [dict(zip(found.classes, row, strict=True)) for row in found.probabilities.tolist()]
         return [
@@ -227,7 +227,7 @@ class Execution:
         """Cached answers of those test examples that join; with a label map both sides carry the common labels."""
         cached = next(one for one in self.settings.frontier if (one.name, one.dataset) == (step.system.name, step.dataset))
         source = self.settings.datasets[step.dataset].test
-        examples = self.plan.read.examples(source)
+        examples = self.plan.read.test(step.dataset)
         whole = Source(dataset=source.dataset, split=source.split, subset=source.subset, negatives=ALL_PAIRS)
         cache = read_cache(cached.path, lambda: self.plan.read.examples(whole))
         label_map = read_label_map(cached.labels) if cached.labels else None

@@ -15,6 +15,8 @@ from typing import Any
 from jaxre.config import Config, Mixture, Prompt, Source, check_config, check_settings
 from jaxre.errors import InputError
 from jaxre.evaluation.study_record import Kind
+from jaxre.relations.files import nearest
+from jaxre.relations.prompt_styles import STYLES, styled
 from jaxre.study.settings import Adaptation, Encoder, Regime, StudyConfig
 
 PRIMARY = "trained"
@@ -68,6 +70,7 @@ def grid(settings: StudyConfig) -> tuple[tuple[Run, ...], tuple[System, ...]]:
     """
     runs = list(_runs(settings))
     systems = [system for run in runs if run.kind in ("tuned", "adapted") for system in _asked(settings, run)]
+    systems += list(_styled(settings, runs))
     systems += list(_encoders(settings, runs)) + list(_untuned(settings)) + list(_baselines(settings)) + list(_frontier(settings))
     for kind, given in (("runs", runs), ("systems", systems)):
         twice = [name for name, count in Counter(one.name for one in given).items() if count > 1]
@@ -80,8 +83,8 @@ def grid(settings: StudyConfig) -> tuple[tuple[Run, ...], tuple[System, ...]]:
 
 def _runs(settings: StudyConfig) -> Iterator[Run]:
     for model in settings.models:
-        for regime in settings.regimes:
-            for shots in settings.shots:
+        for regime, mixed in settings.regimes.items():
+            for shots in mixed.shots or settings.shots:
                 yield tuned(settings, model, regime, shots)
     for name, adaptation in settings.adaptation.items():
         first = language_model(settings, name, adaptation)
@@ -172,19 +175,36 @@ def merged(*trees: dict[str, Any]) -> dict[str, Any]:
 def _asked(settings: StudyConfig, run: Run) -> Iterator[System]:
     """A tuned model with every prompt."""
     datasets = tuple(settings.datasets) if settings.evaluation.cross_domain else run.datasets
-    for ending, prompt in _prompts(settings, run.config.prompt, run.shots):
-        yield System(
-            f"{run.name}-{ending}",
-            run.kind,
-            run.model,
-            datasets,
-            prompt,
-            dict.fromkeys(datasets, run.name),
-            run.regime,
-            run.shots,
-            run.datasets,
-            note=f"after language modelling ({run.after})" if run.after else "",
-        )
+    for ending, prompt in _prompts(settings, run.config.prediction_prompt, run.shots):
+        yield _system(run, f"{run.name}-{ending}", datasets, prompt)
+
+
+def _styled(settings: StudyConfig, runs: list[Run]) -> Iterator[System]:
+    """The runs whose sensitivity to the prompt is measured, in each style."""
+    given, known = settings.evaluation.styles, {run.name: run for run in runs if run.kind in ("tuned", "adapted")}
+    for name in given.runs if given else ():
+        if name not in known:
+            near = f"; the nearest is {nearest(name, known)}" if known else ""
+            raise InputError(f"{settings.name}: evaluation.styles.runs: there is no run {name!r} that has a prompt{near}")
+        for style in given.names or STYLES:
+            prompt = styled(known[name].config.prediction_prompt, style)
+            yield _system(known[name], f"{name}-style-{style}", given.datasets or known[name].datasets, prompt, style)
+
+
+def _system(run: Run, name: str, datasets: tuple[str, ...], prompt: Prompt, style: str = "") -> System:
+    return System(
+        name=name,
+        kind=run.kind,
+        model=run.model,
+        datasets=datasets,
+        prompt=prompt,
+        runs=dict.fromkeys(datasets, run.name),
+        regime=run.regime,
+        train_shots=run.shots,
+        trained_on=run.datasets,
+        style=style,
+        note=f"after language modelling ({run.after})" if run.after else "",
+    )
 
 
 def _prompts(settings: StudyConfig, prompt: Prompt, trained: int) -> Iterator[tuple[str, Prompt]]:
@@ -208,7 +228,7 @@ def _untuned(settings: StudyConfig) -> Iterator[System]:
     data = {"train": _dumped(next(iter(settings.datasets.values())).test)}
     for model, sections in settings.models.items():
         config = _config(f"{model}-untuned", settings.base.tree(), sections.tree(), {"data": data})
-        asked = {name: prompt for shots in settings.shots for name, prompt in _prompts(settings, config.prompt, shots)}
+        asked = {name: prompt for shots in settings.shots for name, prompt in _prompts(settings, config.prediction_prompt, shots)}
         for ending, prompt in asked.items():
             yield System(f"{model}-untuned-{ending}", "untuned", model, tuple(settings.datasets), prompt, config=config)
 

@@ -194,8 +194,10 @@ class Planner:
 
         def found() -> tuple[str, Load]:
             given, prompt, evaluation = self.settings.datasets[dataset], system.prompt, self.settings.evaluation
-            examples = self.read.examples(given.test)
+            examples = self.read.test(dataset)
             shown = given.train if prompt and prompt.shots else None
+            if prompt and prompt.shots and shown is None:
+                raise InputError(f"datasets.{dataset} has no train, so there are no demonstrations of it; add it, or ask without (shots=0)")
             made = digest(
                 "predict",
                 self._model(needs, config),
@@ -219,12 +221,12 @@ class Planner:
         given = self.settings.datasets[dataset]
 
         def found() -> tuple[str, Load]:
-            test = self.read.digest(given.test)
+            count, test = Load(len(self.read.test(dataset))), self.read.digest(given.test)
             if system.kind == "baseline":
-                return digest("baseline", system.name, self.read.digest(given.train), test), Load(len(self.read.examples(given.test)))
+                return digest("baseline", system.name, self.read.digest(given.train), test), count
             cached = next(one for one in self.settings.frontier if (one.name, one.dataset) == (system.name, dataset))
             maps = cached.labels and file_digest(Path(cached.labels))
-            return digest("frontier", file_digest(cached.path), maps, cached.model, test), Load(len(self.read.examples(given.test)))
+            return digest("frontier", file_digest(cached.path), maps, cached.model, test), count
 
         return _tried(step, found)
 
@@ -287,41 +289,43 @@ def read_records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def plan_table(plan: Plan) -> Group:
-    """Every step, with the predictions of one system in one line, and what is left to do in hours."""
+    """Every run and system with what it takes, what cannot be done and why, and the hours that are left."""
     table = Table(title=f"plan of {plan.settings.name}", title_justify="left")
-    for column in ("step", "after", "examples", "tokens", "PFLOP", "hours", "state"):
-        table.add_column(column, justify="left" if column in ("step", "after", "state") else "right", overflow="fold")
+    for column in ("step", "examples", "k tokens", "TFLOP", "hours", "state"):
+        table.add_column(column, justify="left" if column in ("step", "state") else "right", overflow="fold")
     left, problems = 0.0, {}
     for _, group in itertools.groupby(in_order(plan), lambda step: (step.kind, step.run or step.system or step.name)):
         steps = list(group)
         states = [plan.state(step) for step in steps]
-        load = sum((step.load for step in steps), Load())
-        seconds = sum(plan.seconds(step) for step in steps)
-        left += sum(plan.seconds(step) for step, state in zip(steps, states, strict=True) if state != "done")
-        known = any(step.architecture for step in steps)
-        first = steps[0]
-        called = first.name if first.system is None else f"predict {first.system.name} ({len(steps)} datasets)"
-        flops = load.train_flops + load.predict_flops
-        table.add_row(
-            Text(called.replace(".", " ", 1)),
-            Text(first.needs),
-            f"{load.examples:,}" if load.examples else "",
-            f"{load.tokens:,.0f}" if load.tokens else "",
-            f"{flops / 1e15:,.3g}" if flops else "",
-            f"{seconds / 3600:.2f}" if known and flops else "",
-            Text(", ".join(f"{states.count(one)} {one}" if len(steps) > 1 else one for one in dict.fromkeys(states))),
-        )
+        seconds = [plan.seconds(step) for step in steps]
+        left += sum(one for one, state in zip(seconds, states, strict=True) if state not in ("done", "impossible"))
         for step in steps:
             if step.problem:
                 problems.setdefault(step.problem, []).append(step.name)
+        if steps[0].kind == "measure":
+            continue  # seconds each; their state is in the next start's plan where they fail
+        load = sum((step.load for step in steps), Load())
+        flops = load.train_flops + load.predict_flops
+        table.add_row(
+            Text(_called(steps)),
+            f"{load.examples:,}" if load.examples else "",
+            f"{load.tokens / 1e3:,.0f}" if load.tokens else "",
+            f"{flops / 1e12:,.3g}" if flops else "",
+            f"{sum(seconds) / 3600:.2f}" if flops else "",
+            Text(", ".join(f"{states.count(one)} {one}" if len(steps) > 1 else one for one in dict.fromkeys(states))),
+        )
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     lines = [f"expected on {devices}: {left / 3600:.2f} hours for what is left to do"]
-    other = [
-        step.name for step in plan.steps.values() if plan.state(step) == "done" and plan.records[step.name].get("code") != code_digest()
-    ]
+    other = [name for name, step in plan.steps.items() if plan.state(step) == "done" and plan.records[name].get("code") != code_digest()]
     if other:
-        lines.append(
-            f"{len(other)} finished steps were made by other code of jaxre; to make one again, delete its file in steps/ ({other[0]}, ...)"
-        )
+        lines.append(f"{len(other)} finished steps were made by other code of jaxre; to make one again, delete its file in steps/")
     lines += [f"impossible: {len(names)} steps ({names[0]}, ...): {problem}" for problem, names in problems.items()]
     return Group(table, *map(Text, lines))
+
+
+def _called(steps: list[Step]) -> str:
+    """A run, with the one that it starts from, or a system with its number of datasets."""
+    first = steps[0]
+    if first.run:
+        return f"train {first.run.name}" + (f" (after {first.run.after})" if first.run.after else "")
+    return f"  ask {first.system.name}, {len(steps)} dataset{'s' if len(steps) > 1 else ''}"

@@ -46,7 +46,7 @@ def write_study(plan: Plan) -> StudyRecord:
 def _dataset(plan: Plan, name: str) -> RecordedDataset | None:
     """None where its examples cannot be read; the plan told why."""
     try:
-        examples, labels = plan.read.examples(plan.settings.datasets[name].test), plan.read.labels(name)
+        examples, labels = plan.read.test(name), plan.read.labels(name)
     except InputError:
         return None
     path = f"data/{name}.jsonl"

@@ -71,6 +71,7 @@ class Regime(Settings):
 
     datasets: tuple[str, ...] = Field(min_length=1)
     balance: Literal["none", "domains"] = "none"
+    shots: tuple[Int, ...] | None = Field(None, min_length=1, description="those of the study if not given")
     limit: Int | None = Field(None, ge=1, description="at most this many training examples")
     validation_limit: Int | None = Field(None, ge=1, description="at most this many validation examples")
 
@@ -113,7 +114,7 @@ class Styles(Settings):
 
     runs: tuple[str, ...] = Field(min_length=1, description="names of runs of the study, such as MODEL-REGIME-0shot")
     names: tuple[str, ...] | None = Field(None, description="of the styles; all if not given")
-    datasets: tuple[str, ...] | None = Field(None, description="all that the run is asked for if not given")
+    datasets: tuple[str, ...] | None = Field(None, description="those that the run trains on if not given")
 
 
 class Evaluation(Settings):
@@ -166,6 +167,7 @@ class StudyConfig(Settings):
             *((f"encoders.{name}.datasets", one.datasets or (), self.datasets) for name, one in self.encoders.items()),
             *((f"adaptation.{name}.of", (one.of,), self.models) for name, one in self.adaptation.items()),
             *((f"adaptation.{name}.regimes", one.regimes, self.regimes) for name, one in self.adaptation.items()),
+            ("evaluation.styles.datasets", (self.evaluation.styles and self.evaluation.styles.datasets) or (), self.datasets),
             *((f"frontier.{number}.dataset", (one.dataset,), self.datasets) for number, one in enumerate(self.frontier)),
         ):
             for name in given:
