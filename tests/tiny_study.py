@@ -29,7 +29,10 @@ def study_tree(folder: Path, model: Path) -> dict:
         },
         "models": {"tiny": {"model": {"path": str(model)}}},
         "datasets": {
-            "facts": {"train": {"dataset": "facts", "split": "train", "limit": 30}, "test": {"dataset": "facts", "split": "test", "limit": 12}},
+            "facts": {
+                "train": {"dataset": "facts", "split": "train", "limit": 30},
+                "test": {"dataset": "facts", "split": "test", "limit": 12},
+            },
             "verbs": {
                 "train": {"dataset": str(folder / "train" / "verbs.jsonl")},
                 "test": {"dataset": str(folder / "verbs.jsonl")},

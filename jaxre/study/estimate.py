@@ -108,19 +108,21 @@ def training_load(config: Config, read: Read) -> Load:
     """Of a run from step 1 to its end, with its validations. Raises InputError: data, a tokenizer or a template that cannot be used."""
     architecture = architecture_for(config)
     used, sampled = _sampled(config)
-    tokens = load_dataset(sampled, tokenizer_folder(config)).train.tokens
+    split = load_dataset(sampled, tokenizer_folder(config)).train
+    tokens = split.tokens
     one = sampled.model_copy(update={"train": sampled.train.model_copy(update={"epochs": 1})})
     plan = make_plan(one, tokens, shards=1)
     work = Work(0, 0, 0, 0, 0)
     for update in plan.updates:
         work += work_of(fill_update(tokens, plan.prefixes, update), isinstance(architecture, EncoderArchitecture))
     flops = sum(flops_of(work, architecture, config.lora if config.train.method == "lora" else None).values())
-    times = used / len(tokens) * config.train.epochs
+    fits = len(tokens) / (len(tokens) + len(split.dropped))
+    times = fits * used / len(tokens) * config.train.epochs
     updates = len(plan.updates) * times
     if config.train.max_steps:
         times *= min(1.0, config.train.max_steps / updates)
         updates = min(updates, config.train.max_steps)
-    trained = Load(round(used), float(tokens.lengths.sum()) * times, flops * times)
+    trained = Load(round(fits * used), float(tokens.lengths.sum()) * times, flops * times)
     if config.data.validation is None:
         return trained
     every = config.train.evaluate_every or max(1.0, updates / config.train.epochs)
@@ -136,7 +138,7 @@ def _sampled(config: Config) -> tuple[int, Config]:
     pool = mixtures.read(config.data.train, "data.train")
     used = sum(count.used for count in pool.counts)
     drawn = tuple(
-        source.model_copy(update={"limit": max(1, math.ceil(SAMPLE * count.used / used))})
+        source.model_copy(update={"limit": min(count.read, math.ceil(SAMPLE * count.used / used))})
         for source, count in zip(pool.sources, pool.counts, strict=True)
         if count.used
     )
