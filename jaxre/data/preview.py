@@ -119,7 +119,7 @@ def _labels(dataset: Dataset) -> list[Table]:
     tables = []
     for name, examples in by_dataset(dataset.train.examples).items():
         counts = label_counts(examples)
-        of = "the training split" if ANY in dataset.schemas.by_dataset else f"{name} in the training examples"
+        of = "the training split" if ANY in dataset.schemas.by_dataset else name
         table = Table(title=Text(f"labels of {of}"), title_justify="left")
         table.add_column("label")
         table.add_column("examples", justify="right")

@@ -133,7 +133,8 @@ def task_of(config: Config, source: Source | None = None, dataset: str | None = 
         train = sources.load(data.train)
         named = isinstance(data.labels, dict) and dataset in data.labels
         own = {one.dataset for one in (data.train, *sources_of(data.validation), data.test) if one}
-        like = source is None or source.dataset in own or source.dataset not in sources.BENCHMARKS  # a file may be called anything
+        # A file may be called anything: it is taken for the run's dataset.
+        like = source is None or source.dataset in own or not {dataset, source.dataset} & set(sources.BENCHMARKS)
         if dataset == train[0].dataset or (like and not named):
             told = told_tested(data, source, {train[0].dataset, data.train.dataset})
             return DatasetTask(schemas_of(data, {ANY: train}).of(ANY), train, tuple(told))

@@ -147,11 +147,11 @@ class Schemas:
 
 
 def by_dataset(examples: Iterable[Example]) -> dict[str, list[Example]]:
-    """The examples of each dataset, in their order."""
+    """The examples of each dataset, in their order; the datasets by name."""
     groups = defaultdict(list)
     for example in examples:
         groups[example.dataset].append(example)
-    return dict(groups)
+    return {name: groups[name] for name in sorted(groups)}
 
 
 def label_counts(examples: Iterable[Example]) -> Counter[str]:

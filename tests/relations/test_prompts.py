@@ -7,7 +7,7 @@ import pytest
 
 from jaxre.config import Prompt
 from jaxre.errors import InputError
-from jaxre.relations.prompts import by_label, choose_demonstrations, marked_text, parse_marked, turns, user_turn
+from jaxre.relations.prompts import TASK, by_label, choose_demonstrations, marked_text, parse_marked, turns, user_turn
 from jaxre.relations.schema import Example
 
 LABELS = ("none", "born_in", "Died-In")
@@ -182,3 +182,20 @@ def test_too_few_demonstrations_are_said():
 
 def test_no_shots_need_no_training_examples():
     assert choose_demonstrations([], Prompt(), 42, example()) == []
+
+
+def test_stratified_demonstrations_are_of_the_most_frequent_labels(train):
+    """none 60, a 40, b 30, c 3: in this order, one each, then around again; the same for all examples."""
+    for shots, labels in ((1, ["none"]), (2, ["none", "a"]), (6, ["none", "a", "b", "c", "none", "a"])):
+        prompt = Prompt(shots=shots, demonstrations="stratified")
+        chosen = choose_demonstrations(train, prompt, 42, example())
+        assert [one.relation for one in chosen] == labels
+        assert choose_demonstrations(random.Random(1).sample(train, len(train)), prompt, 42, example("9", "Ada left.")) == chosen
+    even = [one for one in train if one.relation in "ab"][10:]  # 30 of a, 30 of b
+    assert [one.relation for one in choose_demonstrations(even, Prompt(shots=2, demonstrations="stratified"), 1)] == ["a", "b"]
+
+
+def test_what_the_task_is_stands_between_the_system_turn_and_the_labels():
+    chat = turns(example(), Prompt(system="S.", task_definition=True, enumerate=True), LABELS)
+    assert chat[0]["content"] == f"S. {TASK} The answer is exactly one label from this allowed set: Died-In, born_in, none"
+    assert turns(example(), Prompt(system=None, task_definition=True), LABELS)[0] == {"role": "system", "content": TASK}
