@@ -9,7 +9,7 @@ the name and the domain of the benchmark; their ids begin with that of the copy,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,8 @@ class Benchmark:
 
     folder: below the data folder (`config.data_root`); None for what the project ships. read: folder and source to examples.
     open_licence: whether its sentences may be shown in public. copy, original: ids on the hub. rows: reads the rows of
-    the original, None where its columns are the usual ones. whole: the original is one split there, which `rows` divides.
+    the original, None where its columns are the usual ones. whole: the original is one split there, which `rows` divides. files:
+    split -> file of the original, where the hub would take several files for one split.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Benchmark:
     original: str | None = None
     rows: Rows | None = None
     whole: bool = False
+    files: Mapping[str, str] | None = None
 
     @property
     def path(self) -> Path:
@@ -133,6 +135,7 @@ _ALL = (
         copy="Despina/biographical",
         original="plumaj/biographical",
         rows=lambda rows, split, prefix, source: biographical.read_biographical_rows(rows, split, prefix),
+        files={split: f"en/{name}" for split, name in biographical.FILES.items()},
     ),
     Benchmark(
         pg_fiction.NAME,

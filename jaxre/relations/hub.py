@@ -48,8 +48,13 @@ def read_hub(source: config.Source, labelled: bool = True) -> Reading:
 
     place, name = source.dataset, source.dataset.removeprefix(PREFIX)
     split, subset, key = source.split, source.subset, source.columns_key
+    known = COPIES.get(name) or ORIGINALS.get(name)
+    nested = known is not None and known.rows is not None and name == known.original and not source.columns
+    if nested and (known.whole or known.files):
+        check_split(place, split, known.splits)
+    files = {"data_files": {split: known.files[split]}} if nested and known.files else {}
     try:
-        splits = datasets.load_dataset(name, subset)
+        splits = datasets.load_dataset(name, subset, **files)
     except ConnectionError as error:
         raise InputError(f"{place}: the hub cannot be reached ({_one_line(error)}); connect, or give a downloaded file") from None
     except DatasetNotFoundError:
@@ -57,13 +62,10 @@ def read_hub(source: config.Source, labelled: bool = True) -> Reading:
     # Anything else too: time-outs come as exceptions of whichever HTTP library the hub client has this year.
     except Exception as error:
         mend = "choose another subset" if "config" in str(error).lower() else "check OWNER/NAME"
+        if "scripts are no longer supported" in str(error):
+            mend = "its code is never run; download its files" + (f" to JAXRE_DATA/{known.folder} and read {known.name}" if known else "")
         raise InputError(f"{place}: cannot be loaded: {_one_line(error)}; {mend}") from error
-    known = COPIES.get(name) or ORIGINALS.get(name)
-    nested = known is not None and known.rows is not None and name == known.original and not source.columns
-    whole = nested and known.whole
-    if whole:
-        check_split(place, split, known.splits)
-    table = splits[check_split(place, "train" if whole else split, list(splits))]
+    table = splits[check_split(place, "train" if nested and known.whole else split, list(splits))]
     if len(table) == 0:
         raise InputError(f"{place}: split {split} has no records; choose another split")
     records = _records(table, f"{place}/{split}")

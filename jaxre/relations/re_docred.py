@@ -23,6 +23,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from jaxre.errors import InputError
 from jaxre.relations.draws import draw
@@ -137,8 +138,7 @@ RELATIONS = {
 }
 
 
-@dataclass(frozen=True)
-class Mention:
+class Mention(NamedTuple):
     """Half-open range of tokens in a sentence."""
 
     sentence: int
@@ -155,9 +155,8 @@ class Document:
     labels: dict[tuple[int, int], list[str]]  # (head, tail) -> properties
 
 
-@dataclass(frozen=True)
-class Pair:
-    """What an example is made of, once it is known to be wanted."""
+class Pair(NamedTuple):
+    """What an example is made of, once it is known to be wanted: most pairs are not drawn."""
 
     id: str
     document: Document

@@ -7,9 +7,9 @@ The full release has a file per split (en_train.jsonl, en_val.jsonl, en_test.jso
 by a fixed hash of `docid`, 80, 10 and 10 of a hundred, so that no document stands on two sides.
 
 Measured on the sample: 1,000 documents, 80 of them without a triple, 2,868 triples, 186 predicates (26 of them not in the authors'
-relations_count.tsv). Boundaries count characters, but 636 of 5,736 lie two or four to the right of their entity, since characters
-before it were lost from the text; each is moved to the nearest place where the surface form stands. REBEL states no unrelated
-pairs, and what it does not align may be related all the same, so none are built.
+relations_count.tsv). Boundaries count characters, but 636 of 5,736 lie two or four to the right of their entity; each is moved to
+the nearest place where the surface form stands. REBEL states no unrelated pairs, and what it does not align may be related all
+the same, so none are built.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def read_rebel_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
                 if None in spans:
                     account[LOST].append(identity)
                     continue
-                account[MOVED] += [identity for span, (_, stated) in zip(spans, sides, strict=True) if stated and span != tuple(stated)]
+                for span, (_, stated) in zip(spans, sides, strict=True):
+                    if stated and span != tuple(stated):
+                        account[MOVED].append(identity)
                 head, tail = (name for name, _ in sides)
                 examples.append(_example(identity, split, text, head, tail, relation, *spans))
         except (KeyError, TypeError, ValueError):

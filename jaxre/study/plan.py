@@ -24,6 +24,7 @@ from jaxre.checkpoints.source import check_finished
 from jaxre.config import Config
 from jaxre.errors import InputError
 from jaxre.models.weights import AnyArchitecture
+from jaxre.relations import sources
 from jaxre.study.digests import Read, code_digest, digest, file_digest, model_digest, run_digest
 from jaxre.study.estimate import Load, Rates, architecture_for, asked_load, dtype_for, training_load
 from jaxre.study.grid import Run, System, grid
@@ -319,8 +320,25 @@ def plan_table(plan: Plan) -> Group:
     other = [name for name, step in plan.steps.items() if plan.state(step) == "done" and plan.records[name].get("code") != code_digest()]
     if other:
         lines.append(f"{len(other)} finished steps were made by other code of jaxre; to make one again, delete its file in steps/")
+    lines += leaks_of(plan)
     lines += [f"impossible: {len(names)} steps ({names[0]}, ...): {problem}" for problem, names in problems.items()]
     return Group(table, *map(Text, lines))
+
+
+def leaks_of(plan: Plan) -> list[str]:
+    """A line for each dataset of which some test examples have a text of its training split."""
+    lines = []
+    for name, dataset in plan.settings.datasets.items():
+        try:
+            test, train = plan.read.test(name), plan.read.examples(dataset.train) if dataset.train else []
+        except InputError:
+            continue  # told at the steps that need it
+        if found := sources.overlap(train, test):
+            pairs = f"{len(found.same_pair):,} with the same pair"
+            lines.append(
+                f"leak: {len(found.same_text):,} of {len(test):,} test examples of {name} have a text of its training split, {pairs}"
+            )
+    return lines
 
 
 def _called(steps: list[Step]) -> str:

@@ -102,7 +102,7 @@ def _footprint(plan: Plan, system: System) -> dict[str, Any]:
 def results_table(record: StudyRecord) -> Table:
     """Positive-class micro-F1 of each system on each dataset, and its mean over the datasets of each domain.
 
-    What a system was not trained on stands in brackets; a mean is of the datasets that it was asked for, marked where that is not all.
+    What a system was not trained on stands in brackets and is left out of its mean, unless that is all of the domain.
     """
     domains = defaultdict(list)
     for dataset in record.datasets:
@@ -117,18 +117,23 @@ def results_table(record: StudyRecord) -> Table:
     for system in record.systems:
         scores = {name: evaluate_rows(record.rows(system, name), system.predictions[name]).f1 for name in system.predictions}
         cells = [_cell(system, name, scores) for names in domains.values() for name in names]
-        table.add_row(Text(system.name), *cells, *(_mean(names, scores) for names in domains.values()))
-    table.caption = "(x): not trained on this dataset; *: the mean is not over all datasets of the domain"
+        table.add_row(Text(system.name), *cells, *(_mean(system, names, scores) for names in domains.values()))
+    table.caption = "(x): not trained on this, and not in the mean beside it; *: the mean is not over all datasets of the domain"
     return table
 
 
 def _cell(system: RecordedSystem, dataset: str, scores: dict[str, float]) -> str:
     if dataset not in scores:
         return ""
-    return f"{scores[dataset]:.3f}" if dataset in system.trained_on else f"({scores[dataset]:.3f})"
+    carried = system.trained_on and dataset not in system.trained_on
+    return f"({scores[dataset]:.3f})" if carried else f"{scores[dataset]:.3f}"
 
 
-def _mean(names: list[str], scores: dict[str, float]) -> str:
-    """Unweighted, over the datasets of a domain."""
-    found = [scores[name] for name in names if name in scores]
-    return f"{np.mean(found):.3f}{'' if len(found) == len(names) else '*'}" if found else ""
+def _mean(system: RecordedSystem, names: list[str], scores: dict[str, float]) -> str:
+    """Unweighted, over the datasets of a domain that a system was trained on, or over all of them in brackets."""
+    asked = [name for name in names if name in scores]
+    trained = [name for name in asked if not system.trained_on or name in system.trained_on]
+    if not asked:
+        return ""
+    mean = f"{np.mean([scores[name] for name in trained or asked]):.3f}"
+    return (mean if trained else f"({mean})") + ("" if len(trained or asked) == len(names) else "*")

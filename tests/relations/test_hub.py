@@ -1,11 +1,16 @@
 """Hub datasets: what `datasets` loads from a folder stands in for the hub, which no test may reach."""
 
+import dataclasses
+import hashlib
+import json
+
 import datasets
 import pytest
 
 from jaxre.config import Source
 from jaxre.errors import InputError
 from jaxre.relations import hub
+from jaxre.relations.conll04 import read_conll04
 from jaxre.relations.semeval import read_semeval
 
 
@@ -145,3 +150,158 @@ def test_a_part_of_semeval_on_the_hub_does_not_pass_for_the_benchmark(monkeypatc
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: splits)
     (example,) = read_hub("SemEvalWorkshop/sem_eval_2010_task_8", "test")
     assert (example.id, example.dataset) == ("SemEvalWorkshop/sem_eval_2010_task_8/test/1", "SemEvalWorkshop/sem_eval_2010_task_8")
+
+
+@pytest.fixture
+def hub_of(tmp_path, monkeypatch):
+    """Lets an id of the hub be a local folder, which `datasets` really loads."""
+    real = datasets.load_dataset
+
+    def serve(name, **splits):
+        folder = folder_of(tmp_path, **splits)
+        monkeypatch.setattr(datasets, "load_dataset", lambda asked, subset=None, **settings: {name: real}[asked](folder, **settings))
+        return name
+
+    return serve
+
+
+@pytest.mark.parametrize(
+    ("name", "dataset", "domain"),
+    [
+        ("Despina/semeval2010_task8", "semeval2010_task8", "general"),
+        ("Despina/conll04", "conll04", "general"),
+        ("Despina/nyt_11", "nyt11", "general"),
+        ("Despina/gids", "gids", "general"),
+        ("Despina/re-docred", "re_docred", "general"),
+        ("Despina/rebel-dataset", "rebel", "general"),
+        ("Despina/tacred", "tacred", "general"),
+        ("Despina/biographical", "biographical", "literary"),
+        ("Despina/project-gutenberg-fiction-relations", "pg_fiction", "literary"),
+    ],
+)
+def test_a_copy_of_the_study_is_its_benchmark_by_name_and_domain(hub_of, name, dataset, domain):
+    """Ids are those of the copy: its rows are not numbered as the original's."""
+    hub_of(name, test=STUDY)
+    examples = read_hub(name, "test")
+    assert {(e.dataset, e.split, e.domain) for e in examples} == {(dataset, "test", domain)}
+    assert [e.id for e in examples] == [f"{name}/test/1", f"{name}/test/2"]
+
+
+def test_the_raw_prompt_of_the_study_is_hashed_as_it_stands(hub_of):
+    prompts = [" Text: <b>é\nAnswer: ", "Text: <b>é\nAnswer:"]
+    hub_of("Despina/gids", test=STUDY | {"prompt_0_shot": prompts})
+    hashes = [example.prompt_hash for example in read_hub("Despina/gids", "test")]
+    assert hashes == [hashlib.md5(prompt.encode()).hexdigest()[:12] for prompt in prompts]
+    assert hashes[0] != hashes[1]
+
+
+def test_without_that_prompt_there_is_no_hash(hub_of):
+    hub_of("Despina/gids", test={key: value for key, value in STUDY.items() if key != "prompt_0_shot"})
+    assert {example.prompt_hash for example in read_hub("Despina/gids", "test")} == {None}
+
+
+def test_the_original_conll04_gives_the_examples_of_its_files(shared_data, hub_of):
+    """The hub names the entities of a relation by their numbers."""
+    (path,) = (shared_data / "conll04").rglob("valid.CoNLL04.json")
+    rows = {"tokens": [], "entities": [], "relations": [], "orig_id": []}
+    for number, one in enumerate(json.loads(path.read_text())):
+        numbers = {tuple(entity[:2]): at for at, entity in enumerate(one["entities"])}
+        rows["tokens"].append(one["tokens"])
+        rows["entities"].append([{"start": start, "end": end, "type": kind} for start, end, kind in one["entities"]])
+        rows["relations"].append([{"head": numbers[a, b], "tail": numbers[c, d], "type": label} for a, b, c, d, label in one["relations"]])
+        rows["orig_id"].append(5000 + number)
+    hub_of("DFKI-SLT/conll04", validation=rows)
+    found = read_hub("DFKI-SLT/conll04", "validation", negatives=1e9)
+    assert {e.id.removeprefix("DFKI-SLT/") for e in found} == {e.id for e in read_conll04(shared_data / "conll04", "validation", 1e9)}
+    assert [dataclasses.replace(e, id="") for e in found] == [
+        dataclasses.replace(e, id="") for e in read_conll04(shared_data / "conll04", "validation", 1e9)
+    ]
+
+
+def test_the_original_gids_is_read_like_its_files(hub_of):
+    labels = ["NA", "/people/person/place_of_birth"]
+    features = {key: datasets.Value("string") for key in ("sentence", "subj_id", "obj_id", "subj_text", "obj_text")}
+    rows = {"sentence": ["Ada_Lovelace saw London . ###END###"], "subj_id": ["/m/1"], "obj_id": ["/m/2"], "subj_text": ["Ada_Lovelace"]}
+    rows |= {"obj_text": ["London"], "relation": [1]}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features | {"relation": datasets.ClassLabel(names=labels)}))
+    hub_of("DFKI-SLT/gids", train=table)
+    (example,) = read_hub("DFKI-SLT/gids", "train")
+    assert (example.dataset, example.text, example.head, example.head_span) == (
+        "gids",
+        "Ada Lovelace saw London .",
+        "Ada Lovelace",
+        (0, 12),
+    )
+    assert (example.id, example.relation) == ("DFKI-SLT/gids/train/1", labels[1])
+
+
+def test_the_original_re_docred_keeps_its_nested_shape(hub_of):
+    mention = {"name": "Ada", "type": "PER", "sent_id": 0, "pos": [0, 1], "global_pos": [0, 0], "index": "0_0"}
+    place = {"name": "London", "type": "LOC", "sent_id": 0, "pos": [2, 3], "global_pos": [2, 2], "index": "1_0"}
+    rows = {"title": ["Ada"], "sents": [[["Ada", "saw", "London"]]], "vertexSet": [[[mention], [place]]]}
+    rows |= {"labels": [[{"r": "P19", "h": 0, "t": 1, "evidence": [0]}]]}
+    hub_of("tonytan48/Re-DocRED", test=rows)
+    found = read_hub("tonytan48/Re-DocRED", "test", negatives=9)
+    assert [(e.dataset, e.head, e.tail, e.relation) for e in found] == [
+        ("re_docred", "Ada", "London", "place of birth"),
+        ("re_docred", "London", "Ada", "none"),
+    ]
+
+
+def test_the_original_rebel_keeps_its_nested_shape(hub_of):
+    sides = {"subject": {"surfaceform": "Ada", "boundaries": [0, 3]}, "object": {"surfaceform": "London", "boundaries": [8, 14]}}
+    rows = {
+        "docid": ["7"],
+        "text": ["Ada saw London"],
+        "triples": [[{**sides, "predicate": {"surfaceform": "visited", "boundaries": None}}]],
+    }
+    hub_of("Babelscape/rebel-dataset", train=rows)
+    (example,) = read_hub("Babelscape/rebel-dataset", "train")
+    assert (example.id, example.dataset, example.tail_span) == ("Babelscape/rebel-dataset/train/7/1", "rebel", (8, 14))
+
+
+def test_the_original_biographical_is_asked_for_the_file_of_the_split(tmp_path, monkeypatch):
+    """Its repository holds several ways of building the set, which the hub would mix."""
+    path = tmp_path / "gold.tsv"
+    path.write_text("wp_id\tsentence\tP1\tP2\trelation\tANNOTATION\n1\t<e1>1815</e1> saw <e2>Ada</e2>\te2\te1\tdeathdate\tbirthdate\n")
+    real = datasets.load_dataset
+
+    def load(name, subset, data_files):
+        assert (name, data_files) == ("plumaj/biographical", {"gold": "en/m2_gold.tsv"})
+        return real("csv", data_files={"gold": str(path)}, sep="\t")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (example,) = read_hub("plumaj/biographical", "gold")
+    assert (example.head, example.tail, example.relation, example.domain) == ("Ada", "1815", "birthdate", "literary")
+    with pytest.raises(InputError, match="no split 'validation'; choose one of train, "):
+        read_hub("plumaj/biographical", "validation")
+
+
+def test_the_original_fiction_is_one_split_that_is_divided_by_book(hub_of):
+    relation = str([{"entity1": "Ada", "entity2": "Bob", "entity1Type": "PER", "entity2Type": "PER", "relation": "friend of"}])
+    rows = {
+        "book_id": [str(book) for book in range(60)],
+        "chunk_id": ["0"] * 60,
+        "chunk": ["Ada met Bob."] * 60,
+        "relations": [relation] * 60,
+    }
+    hub_of("Despina/project_gutenberg", train=rows)
+    found = {split: read_hub("Despina/project_gutenberg", split) for split in ("train", "validation", "test")}
+    assert sum(map(len, found.values())) == 60
+    assert {e.split for e in found["test"]} == {"test"}
+    assert {e.domain for e in found["train"]} == {"literary"}
+
+
+def test_an_original_that_is_a_script_says_where_its_files_go(monkeypatch):
+    def refuse(*arguments, **settings):
+        raise RuntimeError("Dataset scripts are no longer supported, but found rebel-dataset.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(InputError, match="code is never run; download its files to JAXRE_DATA/rebel and read rebel"):
+        read_hub("Babelscape/rebel-dataset", "train")
+
+
+def test_a_mapping_of_columns_reads_an_original_by_column(hub_of):
+    hub_of("DFKI-SLT/gids", train={"s": ["a to b"], "x": ["a"], "y": ["b"], "z": ["l"]})
+    (example,) = read_hub("DFKI-SLT/gids", "train", columns={"text": "s", "head": "x", "tail": "y", "relation": "z"})
+    assert (example.dataset, example.relation) == ("gids", "l")
