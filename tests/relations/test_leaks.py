@@ -93,13 +93,13 @@ def test_a_part_of_the_held_out_data_removes_no_more_than_it_holds(data):
 
 def test_the_digest_follows_the_held_out_files_and_settings_only_where_they_matter(tmp_path, data):
     plain = data.model_copy(update={"dedup": False})
-    seen = [leaks.digest_of(one, sources.digest_of) for one in (plain, data)]
+    seen = [leaks.digest_of(one) for one in (plain, data)]
     limited = data.model_copy(update={"test": data.test.model_copy(update={"limit": 1})})
-    seen.append(leaks.digest_of(limited, sources.digest_of))
+    seen.append(leaks.digest_of(limited))
     write(tmp_path / "test.jsonl", ["other text"])
-    seen.append(leaks.digest_of(data, sources.digest_of))
+    seen.append(leaks.digest_of(data))
     assert len(set(seen)) == 4
     assert None not in seen
-    assert leaks.digest_of(plain, sources.digest_of) == seen[0]
+    assert leaks.digest_of(plain) == seen[0]
     hub = data.model_copy(update={"test": Source(dataset="hub:o/n", split="test")})
-    assert leaks.digest_of(hub, sources.digest_of) is None
+    assert leaks.digest_of(hub) is None
