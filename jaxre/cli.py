@@ -327,6 +327,29 @@ def convert(
     write_json(json, done.to_json())
 
 
+@app.command()
+def study(
+    config: Annotated[Path, typer.Argument(help="YAML file of the study", metavar="CONFIG")],
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="show what would be done, and how long it takes, and stop")] = False,
+) -> None:
+    """A grid of runs: shows the plan with expected hours, trains, predicts, and writes OUTPUT/NAME/study.json. Goes on where it stopped.
+
+    \b
+    Example: jaxre study configs/study/small.yaml --plan
+    """
+    from jaxre.study.execute import study
+    from jaxre.study.settings import load_study
+
+    try:
+        failed = study(load_study(config, overrides), console, plan_only=plan)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if failed:
+        raise typer.Exit(1)
+
+
 def _with_dedup(overrides: list[str] | None, dedup: bool) -> list[str]:
     return [*(overrides or []), *(["data.dedup=true"] if dedup else [])]
 

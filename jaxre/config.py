@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -66,6 +66,7 @@ Float = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 Label = Annotated[str, BeforeValidator(_label)]
 Proportion = Annotated[Float, Field(ge=0.0, le=1.0)]
+Checked = TypeVar("Checked", bound=Settings)
 
 
 class Source(Settings):
@@ -433,6 +434,11 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
       InputError: missing file, broken YAML, a resolver, an unknown key (with the nearest
         valid one), a wrong type or bound.
     """
+    return check_config(load_tree(path, overrides), str(path))
+
+
+def load_tree(path: str | Path, overrides: list[str] | None = None) -> dict:
+    """A YAML file with overrides on top, as plain values that nothing has been checked of. Raises InputError as `load_config`."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such config file; give the path of a YAML file, such as configs/quickstart.yaml")
@@ -445,15 +451,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise InputError(f"{path}: a config is a mapping of keys to values; write lines such as `name: mine`")
     for override in overrides or []:
         _apply_override(tree, override)
-    return check_config(_interpolate(tree, str(path)), str(path))
+    return _interpolate(tree, str(path))
 
 
 def check_config(tree: dict, place: str) -> Config:
     """A plain dict as a Config; InputError names the first offending key."""
+    return check_settings(Config, tree, place)
+
+
+def check_settings(kind: type[Checked], tree: dict, place: str) -> Checked:
+    """A plain dict as settings of a kind; InputError names the first offending key."""
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise InputError(f"{place}: {_first_problem(error)}") from None
+        raise InputError(f"{place}: {_first_problem(error, kind)}") from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -569,7 +580,7 @@ def _map_strings(tree: Any, change: Callable[[str], str]) -> Any:
     return [_map_strings(value, change) for value in tree] if isinstance(tree, list) else tree
 
 
-def _valid_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+def _valid_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
@@ -584,9 +595,9 @@ def _parts(annotation: Any) -> list[Any]:
     return [annotation, *(inner for part in get_args(annotation) for inner in _parts(part))]
 
 
-def _nearest_key(key: str) -> str:
+def _nearest_key(key: str, kind: type[BaseModel]) -> str:
     """The valid key most like an unknown one: by name anywhere (`rank` is lora.rank), else by spelling."""
-    valid, (section, _, name) = _valid_keys(), key.rpartition(".")
+    valid, (section, _, name) = _valid_keys(kind), key.rpartition(".")
     namesakes = [one for one in valid if one.rpartition(".")[2] == name]
     beside = [one for one in valid if one.rpartition(".")[0] == section]
     for candidates, cutoff in ((namesakes, 0.0), (beside, 0.8), (valid, 0.0)):
@@ -596,7 +607,7 @@ def _nearest_key(key: str) -> str:
     return valid[0]
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(error: ValidationError, kind: type[BaseModel]) -> str:
     problems = error.errors(include_url=False)
     # A misspelt key is told before the required one that it leaves missing.
     problem = next((one for one in problems if one["type"] == "extra_forbidden"), problems[0])
@@ -606,7 +617,7 @@ def _first_problem(error: ValidationError) -> str:
         plain = ".".join(part for part in place if isinstance(part, str))
         if "<mixture>" in problem["loc"] and place[-1] in Source.model_fields:
             return f"{key}: unknown key; a mixture has it in each of its sources"
-        return f"{key}: unknown key; the nearest valid key is {_nearest_key(plain)}"
+        return f"{key}: unknown key; the nearest valid key is {_nearest_key(plain, kind)}"
     if problem["type"] == "missing":
         return f"{key}: missing; add it"
     message = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import hashlib
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,8 +70,30 @@ def say(line: str) -> None:
     logger.warning("%s", line)
 
 
+_kept: contextvars.ContextVar[dict[str, Reading] | None] = contextvars.ContextVar("kept", default=None)
+
+
+@contextlib.contextmanager
+def remembered() -> Iterator[None]:
+    """While this is entered, a source is read once, whatever `part` and `limit` of it are asked for; its files must not change."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
 def read(source: config.Source, labelled: bool = True) -> Reading:
     """All examples of a source with their labels mapped, before `part` and `limit`, and what was left out or is odd. As `load`."""
+    kept, key = _kept.get(), f"{labelled} {source.model_dump_json(exclude={'part', 'limit'})}"
+    if kept is None:
+        return _read_mapped(source, labelled)
+    if key not in kept:
+        kept[key] = _read_mapped(source, labelled)
+    return kept[key]
+
+
+def _read_mapped(source: config.Source, labelled: bool) -> Reading:
     found = _read(source, labelled)
     examples, account = found.examples, dict(found.account)
     if source.label_map is not None:

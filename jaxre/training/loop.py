@@ -23,7 +23,7 @@ from rich.table import Table
 from jaxre.checkpoints.huggingface import save_base
 from jaxre.checkpoints.peft import save_adapter
 from jaxre.checkpoints.run_store import RunStore, shapes_of
-from jaxre.checkpoints.source import base_of, compute_dtype, tokenizer_folder
+from jaxre.checkpoints.source import Loaded, base_of, compute_dtype, tokenizer_folder
 from jaxre.compilation_cache import use_compilation_cache
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan, supervised_of
@@ -43,11 +43,14 @@ from jaxre.training.step import Metrics, State, make_optimiser, make_schedule
 from jaxre.training.validate import LabelValidation, Validation, told
 
 
-def train(config: Config, console: Console | None = None) -> Path:
+def train(config: Config, console: Console | None = None, opened: Loaded | None = None) -> Path:
     """Runs or resumes a run and returns its folder.
 
     A folder that holds checkpoints of the same config is continued where it stopped; the loss
     curve goes on as if it had not.
+
+    Args:
+      opened: what `read_model` gave for such a `model`, where a study has it in memory; it is not changed.
 
     Raises:
       InputError: anything in the config, data, weights or run folder that cannot be used.
@@ -63,7 +66,8 @@ def train(config: Config, console: Console | None = None) -> Path:
     folder = tokenizer_folder(config)
     mesh = sharding.make_mesh(config.mesh)
     dtype = compute_dtype(config.model.dtype)
-    read = start_reading(config, dtype)  # on one core, while the other one prepares the data
+    # Read on one core, while the other one prepares the data.
+    read = start_reading(config, dtype) if opened is None else lambda: opened
     dataset = load_dataset(config, folder)
     plan = make_plan(config, dataset.train.tokens, sharding.row_shards(mesh))
     if leaks := told_leaks(config, dataset):
@@ -152,7 +156,7 @@ def train(config: Config, console: Console | None = None) -> Path:
         # ---- the best checkpoint, for others to load ----------------------------------------------
         best = store.best_step
         if not log.ended:  # a finished run that is started again has its record
-            log.write("end", steps, summary_of(config, dataset, plan, clock, best, len(compiled.updates), steps))
+            log.write("end", steps, summary_of(config, dataset, plan, clock, best, compiled, steps))
         if best != steps:
             del state
             state = store.restore(best, like)
@@ -163,7 +167,9 @@ def train(config: Config, console: Console | None = None) -> Path:
     return run
 
 
-def summary_of(config: Config, dataset: Dataset, plan: Plan, clock: Clock, best: int, compilations: int, steps: int) -> dict[str, Any]:
+def summary_of(
+    config: Config, dataset: Dataset, plan: Plan, clock: Clock, best: int, compiled: CompiledUpdates, steps: int
+) -> dict[str, Any]:
     """The figures of the whole run; time and speed are of this process (a resumed one did the rest only)."""
     tokens = dataset.train.tokens
     fill = plan.fill(tokens.lengths, supervised_of(config, tokens))
@@ -175,7 +181,8 @@ def summary_of(config: Config, dataset: Dataset, plan: Plan, clock: Clock, best:
         "pad_share": fill.pad,
         "supervised_share": fill.supervised,
         "shared_share": fill.shared,
-        "compilations": compilations,
+        "compilations": len(compiled.updates),
+        "memory_bytes": sum(compiled.memory),
     }
 
 

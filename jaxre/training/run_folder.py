@@ -73,11 +73,24 @@ def _claim(config: Config, run: Path) -> IO[str]:
     return lock
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A folder, made if it is not there, for one process until the block ends or the process dies. Raises InputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made ({error.strerror}); name a folder that can be written (output=...)") from None
+    with lock:
+        _lock(lock, folder)
+        yield
+
+
 def _lock(lock: IO[str], run: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back however the process ends
     except BlockingIOError:
-        raise InputError(f"{run}: another process trains in it; wait for it, or give this run another name (name=...)") from None
+        raise InputError(f"{run}: another process trains in it; wait for it, or give this one another name (name=...)") from None
     except OSError as error:
         raise InputError(f"{run}: cannot be locked ({error.strerror}); name a folder on another file system (output=...)") from None
 

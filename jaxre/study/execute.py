@@ -1,0 +1,270 @@
+"""`jaxre study`: plans a grid of runs, shows the plan, does what is not done, and writes the record of the study.
+
+    failed = study(load_study("configs/study/small.yaml"), Console())
+
+A killed study goes on: a run from its last checkpoint, everything else from the last finished step. A step that fails is
+recorded and told, the rest goes on, and the next start tries it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import gc
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+
+from jaxre import __version__
+from jaxre.checkpoints.peft import load_adapter
+from jaxre.checkpoints.source import Loaded, open_model
+from jaxre.compilation_cache import use_compilation_cache
+from jaxre.config import Config, Prompt, Source
+from jaxre.data.tokens import demonstrator
+from jaxre.errors import InputError
+from jaxre.evaluation.baselines import majority, tfidf_marked
+from jaxre.evaluation.compare import ALL_PAIRS, join_answers
+from jaxre.evaluation.evaluate import write_json
+from jaxre.evaluation.frontier import read_cache
+from jaxre.evaluation.predictions import Prediction, write_predictions
+from jaxre.inference.predict import predict_examples
+from jaxre.relations import sources
+from jaxre.relations.label_map import read_label_map
+from jaxre.relations.schema import Example
+from jaxre.study.digests import code_digest
+from jaxre.study.estimate import dtype_for
+from jaxre.study.latency import latency_ms
+from jaxre.study.plan import Plan, Step, in_order, make_plan, plan_table
+from jaxre.study.results import results_table, write_study
+from jaxre.study.settings import StudyConfig
+from jaxre.training.log import read_log
+from jaxre.training.loop import train
+from jaxre.training.run_folder import locked
+
+TFIDF = {"majority": majority, "tfidf": tfidf_marked}
+
+
+def study(settings: StudyConfig, console: Console, plan_only: bool = False) -> int:
+    """Plans, and unless only the plan is wanted, does what is left and writes `study.json`; returns how many steps have no result.
+
+    Raises:
+      InputError: settings that make no valid run, a folder that cannot be written, another process that runs this study.
+    """
+    with sources.remembered():
+        plan = make_plan(settings)
+        console.print(plan_table(plan))
+        if plan_only:
+            return 0
+        use_compilation_cache(lambda *told: console.print(*told, markup=False))
+        with locked(settings.folder):
+            return Execution(plan, console).everything()
+
+
+class Execution:
+    """What is in memory while a study runs: its plan, the base that is open, and the model that is asked."""
+
+    def __init__(self, plan: Plan, console: Console):
+        self.plan, self.console = plan, console
+        self.settings, self.folder = plan.settings, plan.settings.folder
+        self.base: tuple[tuple[str, ...], Loaded] | None = None
+        self.asked: tuple[str, Loaded] | None = None
+
+    def everything(self) -> int:
+        """All steps that are not done, then the record; returns how many steps have no result."""
+        order = in_order(self.plan)
+        without: list[tuple[str, str]] = []
+        for number, step in enumerate(order, 1):
+            if self.plan.state(step) == "done":
+                continue
+            self.console.rule(f"{number} of {len(order)}: {step.name}", characters="-")
+            if problem := self.attempt(step):
+                without.append((step.name, problem))
+                self.console.print(f"FAILED {step.name}: {problem}", style="bold red", markup=False, highlight=False)
+        record = write_study(self.plan)
+        self.console.print(results_table(record))
+        self.console.print(f"{record.folder / 'study.json'}", markup=False, highlight=False)
+        if without:
+            self.console.print(f"{len(without)} steps have no result; the same command tries them again:", markup=False)
+            for name, problem in without:
+                self.console.print(f"  {name}: {problem}", markup=False, highlight=False, soft_wrap=True)
+        return len(without)
+
+    def attempt(self, step: Step) -> str | None:
+        """Does a step and records it, done or failed; returns why it failed."""
+        if step.digest is None:
+            return step.problem
+        if step.needs and self.plan.state(self.plan.steps[f"train.{step.needs}"]) != "done":
+            return f"needs {step.needs}, which has no result"
+        began = time.perf_counter()
+        try:
+            made = {"train": self.train, "measure": self.measure, "predict": self.predict}[step.kind](step)
+        # Whatever goes wrong in one run of a study of days, memory that is short or a fault of ours, must not end the others.
+        except Exception as error:  # noqa: BLE001
+            told = str(error) if isinstance(error, InputError) else "".join(traceback.format_exception_only(error)).strip()
+            self.record(step, {"failed": told, "traceback": traceback.format_exc()})
+            return told.splitlines()[0]
+        self.record(step, {"seconds": time.perf_counter() - began, **made})
+        return None
+
+    def record(self, step: Step, made: dict[str, Any]) -> None:
+        """Writes `steps/NAME.json`, whole or not at all."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        record = {"digest": step.digest, "kind": step.kind, **made, "finished": now, "version": __version__, "code": code_digest()}
+        write_json(self.folder / "steps" / f"{step.name}.json", record)
+        self.plan.records[step.name] = record
+
+    # ---- training ---------------------------------------------------------------------------
+    def train(self, step: Step) -> dict[str, Any]:
+        """Trains a run, or goes on with it; the seconds are those of its updates, over all processes that took part."""
+        self.asked = None
+        config = self.config(step)
+        folder = train(config, self.console, opened=None if config.model.architecture else self.opened(step.base, config))
+        end = next(record for record in read_log(folder) if record["kind"] == "end")
+        return {"seconds": trained_seconds(folder), "memory_bytes": end["memory_bytes"], "folder": folder.name}
+
+    def config(self, step: Step) -> Config:
+        """A run's config with its folder, and the folder of the run that it starts from."""
+        run, folder = step.run, self.plan.run_folder(step.run.name)
+        changes: dict[str, Any] = {"name": folder.name, "output": str(folder.parent)}
+        if run.after:
+            changes["model"] = run.config.model.model_copy(update={"path": str(self.plan.run_folder(run.after))})
+        return run.config.model_copy(update=changes)
+
+    def opened(self, base: tuple[str, ...], config: Config) -> Loaded:
+        """The base weights on the host; those of one base stay until another one is asked for."""
+        if self.base is None or self.base[0] != base:
+            self.base = self.asked = None
+            gc.collect()
+            jax.clear_caches()  # the programs of another base are of no use any more
+            dtype = np.dtype(np.float32) if config.train.method == "full" else dtype_for(config)
+            self.base = base, open_model(config.model.path, dtype, config.model.quantise)
+        return self.base[1]
+
+    # ---- what is asked of a model ---------------------------------------------------------------
+    def model(self, step: Step) -> Loaded:
+        """The model that a step asks, on the device: an untuned one, or the result of a run."""
+        if self.asked is None or self.asked[0] != step.needs or self.base is None or self.base[0] != step.base:
+            self.asked = None
+            loaded = self._result(step)
+            self.asked = step.needs, dataclasses.replace(loaded, base=jax.tree.map(jnp.asarray, loaded.base))
+        return self.asked[1]
+
+    def _result(self, step: Step) -> Loaded:
+        if not step.needs:
+            return self.opened(step.base, step.config)
+        trained = self.plan.steps[f"train.{step.needs}"]
+        folder, config = self.plan.run_folder(step.needs), self.config(trained)
+        if config.train.method == "full":
+            return self.opened(step.base, config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})}))
+        base = self.opened(step.base, config)
+        lora, factors = load_adapter(folder / "adapter", base.architecture)
+        return dataclasses.replace(base, lora=lora, factors=factors, kind="run")
+
+    def measure(self, step: Step) -> dict[str, Any]:
+        """Latency of one answer."""
+        return {"latency_ms": latency_ms(self.model(step))}
+
+    # ---- predictions ------------------------------------------------------------------------
+    def predict(self, step: Step) -> dict[str, Any]:
+        """The predictions of a system for a dataset, written whole or not at all."""
+        asked = {"baseline": self.baseline, "frontier": self.frontier}.get(step.system.kind, self.answers)
+        began = time.perf_counter()
+        rows, made = asked(step)
+        write_predictions(self.plan.predictions(step), rows)
+        return {"seconds": time.perf_counter() - began, "examples": len(rows), **made}
+
+    def answers(self, step: Step) -> tuple[list[Prediction], dict[str, Any]]:
+        """Of a model."""
+        system, given = step.system, self.settings.datasets[step.dataset]
+        examples, prompt, config = self.plan.read.test(step.dataset), system.prompt or Prompt(), step.config
+        train_examples = self.plan.read.examples(given.train) if prompt.shots else []
+        model = self.model(step)
+        with Progress(console=self.console, transient=True) as bar:
+            task = bar.add_task(f"{len(examples):,} examples", total=len(examples))
+            rows = predict_examples(
+                dataclasses.replace(model, name=system.model),
+                examples,
+                self.plan.read.labels(step.dataset),
+                prompt,
+                config.predict,
+                mode="score" if system.kind == "encoder" else self.settings.evaluation.mode,
+                demonstrations=demonstrator(train_examples, prompt, config.seed),
+                tuned_dataset_name=f"re_{system.regime}" if system.regime else step.dataset if system.kind == "encoder" else "none",
+                model_shot="n/a" if system.train_shots is None else str(system.train_shots),
+                advance=lambda done: bar.advance(task, done),
+            )
+        return [dataclasses.replace(row, prompt_style=system.style) for row in rows], {}
+
+    def baseline(self, step: Step) -> tuple[list[Prediction], dict[str, Any]]:
+        """Trained here on the dataset's training split."""
+        given = self.settings.datasets[step.dataset]
+        examples = self.plan.read.test(step.dataset)
+        found = TFIDF[step.system.name](self.plan.read.examples(given.train), examples)
+        shares = [dict(zip(found.classes, row, strict=True)) for row in found.probabilities.tolist()]
+        return [
+            Prediction(
+                example.id,
+                example.relation,
+                label,
+                step.dataset,
+                model_id=step.system.name,
+                tuned_dataset_name=step.dataset,
+                model_shot="n/a",
+                prompt_shot="n/a",
+                probabilities=share,
+            )
+            for example, label, share in zip(examples, found.labels, shares, strict=True)
+        ], {}
+
+    def frontier(self, step: Step) -> tuple[list[Prediction], dict[str, Any]]:
+        """Cached answers of those test examples that join; with a label map both sides carry the common labels."""
+        cached = next(one for one in self.settings.frontier if (one.name, one.dataset) == (step.system.name, step.dataset))
+        source = self.settings.datasets[step.dataset].test
+        examples = self.plan.read.test(step.dataset)
+        whole = Source(dataset=source.dataset, split=source.split, subset=source.subset, negatives=ALL_PAIRS)
+        cache = read_cache(cached.path, lambda: self.plan.read.examples(whole))
+        label_map = read_label_map(cached.labels) if cached.labels else None
+        asked = [_asked(example) for example in examples]
+        joined, missing = join_answers(asked, cache, cached.model)
+        if not joined:
+            raise InputError(
+                f"{cached.path}: none of its answers is of a test example of {step.dataset}; correct frontier or the test split"
+            )
+        rows = [
+            Prediction(
+                row.example_id,
+                label_map.gold(row.relation, row.example_id) if label_map else row.relation,
+                label_map.cached(answer.label) if label_map else answer.label,
+                step.dataset,
+                model_id=answer.model or cached.name,
+                tuned_dataset_name="frontier",
+                model_shot="n/a",
+                prompt_shot=answer.prompt_shot or "n/a",
+                prompt_hash=answer.prompt_hash,
+            )
+            for row, answer in joined
+        ]
+        told = f"{len(rows):,} of {len(examples):,} test examples have a cached answer"
+        told += "".join(f"; {len(ids):,} {reason}" for reason, ids in missing.items())
+        return rows, {"note": told + (f"; scored with the common labels of {cached.labels}" if cached.labels else "")}
+
+
+def _asked(example: Example) -> Prediction:
+    return Prediction(example.id, example.relation, "", example.dataset, gen_type="", prompt_shot="", prompt_hash=example.prompt_hash or "")
+
+
+def trained_seconds(folder: Path) -> float:
+    """Seconds of a run's updates, pauses left out, over all the processes that it took."""
+    total = before = 0.0
+    for record in read_log(folder):
+        if record["kind"] == "speed":
+            total += record["seconds"] - (before if record["seconds"] > before else 0.0)
+            before = record["seconds"]
+    return total

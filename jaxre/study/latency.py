@@ -1,0 +1,44 @@
+"""Latency of one answer at batch 1, as the study has it: a prompt of 150 tokens and 5 new ones."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import numpy as np
+
+from jaxre.checkpoints.source import Loaded
+from jaxre.data.tokens import TokenSet
+from jaxre.inference.classification import plan_classification, run_classification
+from jaxre.inference.decoding import decode
+from jaxre.inference.predict import model_of
+from jaxre.models.architecture import EncoderArchitecture
+
+PROMPT, NEW, TRIES = 150, 5, 5
+
+
+def latency_ms(loaded: Loaded) -> float:
+    """Milliseconds, the median of 5 answers after one that compiles. An encoder classifies the 150 tokens. Adapters are not merged."""
+    architecture = loaded.architecture
+    tokens = (np.arange(PROMPT) % architecture.vocabulary).astype(np.int32)
+    if isinstance(architecture, EncoderArchitecture):
+        starts, one = np.array([0, PROMPT], np.int64), np.array([PROMPT], np.int32)
+        asked = TokenSet(tokens, starts, one, ("latency",), np.zeros(1, np.int32))
+        plan = plan_classification(asked, architecture, batch_tokens=PROMPT)
+        params = jax.tree.map(jax.numpy.asarray, loaded.base)
+
+        def answer() -> object:
+            return run_classification(params, architecture, plan)
+    else:
+        model = model_of(loaded)
+
+        def answer() -> object:
+            return decode(model, [tokens.tolist()], (), NEW, batch_tokens=PROMPT + NEW)
+
+    answer()
+    times = []
+    for _ in range(TRIES):
+        began = time.perf_counter()
+        answer()
+        times.append(time.perf_counter() - began)
+    return 1e3 * float(np.median(times))
