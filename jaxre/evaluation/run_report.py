@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
 from jaxre.errors import InputError
+from jaxre.evaluation.figures import BLUE, GREY, INK, ORANGE, bare, draw_confusion, plain, save
 from jaxre.evaluation.metrics import Confusion, Scores
 
-# Colours that stay apart in grey and for colour-blind readers (Okabe & Ito 2008).
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#9A9A9A"
-INK = "#333333"
+CONFUSION_TITLE = (
+    "Which relation is taken for which: a perfect model fills only the diagonal\n(numbers: examples; shade: share of the row)"
+)
 
 Curve = Sequence[tuple[int, float]]  # (step, loss)
 
@@ -74,20 +74,19 @@ def draw_report(
     if not systems:
         raise InputError("a report needs at least one system to show; give one")
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [_save(_summary(systems, train_loss, validation_loss, title), folder / "summary.png")]
+    paths = save(_summary(systems, train_loss, validation_loss, title), folder / "summary.png")
     if confusion is not None:
-        paths.append(_save(_confusion(confusion), folder / "confusion.png"))
+        paths += save(draw_confusion(confusion, CONFUSION_TITLE), folder / "confusion.png")
     return paths
 
 
 def _summary(systems: Sequence[System], train_loss: Curve, validation_loss: Curve, title: str) -> Figure:
     figure = Figure(figsize=(11, max(3.6, 1.6 + 0.5 * len(systems))), layout="constrained")
     if title:
-        figure.suptitle(_plain(title), x=0.01, ha="left", fontweight="bold", color=INK)
+        figure.suptitle(plain(title), x=0.01, ha="left", fontweight="bold", color=INK)
     curves, bars = figure.subplots(1, 2)
 
-    _bare(curves)
+    bare(curves)
     curves.set_title("Training: the loss should fall", loc="left", fontsize=11, color=INK)
     curves.set_xlabel("step (one update of the weights)")
     curves.set_ylabel("loss per supervised token")
@@ -104,60 +103,16 @@ def _summary(systems: Sequence[System], train_loss: Curve, validation_loss: Curv
     else:
         curves.text(0.5, 0.5, "no training in this run", ha="center", color=GREY, transform=curves.transAxes)
 
-    _bare(bars)
+    bare(bars)
     bars.set_title("F1 on the test split: higher is better", loc="left", fontsize=11, color=INK)
     values = [system.scores.f1 for system in systems]
     places = np.arange(len(systems))
     bars.barh(places, values, color=[BLUE if system.ours else GREY for system in systems], height=0.62)
     for place, value, system in zip(places, values, systems, strict=True):
         bars.text(value + 0.012, place, f"{value:.3f}", va="center", color=INK, fontweight="bold" if system.ours else "normal")
-    bars.set_yticks(places, [_plain(system.name) for system in systems])
+    bars.set_yticks(places, [plain(system.name) for system in systems])
     bars.invert_yaxis()
     bars.set_xlim(0, 1.12)
     bars.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
     bars.set_xlabel("positive-class micro-F1")
     return figure
-
-
-def _confusion(confusion: Confusion) -> Figure:
-    counts = confusion.counts
-    rows, columns = counts.shape
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    cell = min(0.52, 20 / columns)  # inches; a hundred labels still fit a screen when zoomed
-    figure = Figure(figsize=(max(6.5, 4.0 + cell * columns), 3.0 + cell * rows), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row in range(rows):
-        for column in range(columns):
-            if counts[row, column]:
-                colour = "white" if shares[row, column] > 0.55 else INK
-                axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour, fontsize=15 * cell)
-    axes.set_xticks(range(columns), [_plain(label) for label in confusion.columns], rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(rows), [_plain(label) for label in confusion.labels])
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("gold")
-    axes.set_title(
-        "Which relation is taken for which: a perfect model fills only the diagonal\n(numbers: examples; shade: share of the row)",
-        fontsize=10,
-        color=INK,
-    )
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    return figure
-
-
-def _bare(axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
-
-
-def _plain(text: str) -> str:
-    """Text for matplotlib, which reads what stands between two dollar signs as mathematics."""
-    text = text.replace("$", r"\$")
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    FigureCanvasAgg(figure)  # no display, and no global pyplot state
-    figure.savefig(path, dpi=150)
-    return path

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from jaxre.errors import InputError
 from jaxre.evaluation.metrics import confusion_matrix, score
-from jaxre.evaluation.report import System, draw_report, summary_table
+from jaxre.evaluation.run_report import System, draw_report, summary_table
 
 GOOD, BAD = score(["a", "b"], ["a", "b"]), score(["a", "b"], ["a", "a"])
 
