@@ -7,11 +7,23 @@ planned_comparisons(study)    # tuned against frontier, Holm-corrected
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from scipy import stats
+
+from jaxre.evaluation.published import PublishedSystem, published
+from jaxre.evaluation.regression import ScalePoint, ScaleRegression, family_of, scale_regression
 from jaxre.evaluation.rows import Row
-from jaxre.evaluation.study_scores import Average, StudyScores
+from jaxre.evaluation.study_record import RecordedSystem
+from jaxre.evaluation.study_scores import OVERALL, Average, StudyScores
+
+IN_BOTH = "measured and published"
+
+# A rank correlation over fewer datasets says nothing.
+DATASETS = 5
 
 
 @dataclass(frozen=True)
@@ -49,40 +61,14 @@ class HeadlineRow(Row):
 
 @dataclass(frozen=True)
 class Headline(Row):
-    """groups: domain -> datasets, then "overall" -> all, in the order of the columns."""
+    """groups: domain -> datasets, then "overall" -> all, in the order of the columns.
+
+    With published rows, "measured and published" holds the datasets of the study that both have, where these are not all: the one average
+    that compares measured with published rows.
+    """
 
     groups: dict[str, tuple[str, ...]]
     rows: tuple[HeadlineRow, ...]
-
-
-@dataclass(frozen=True)
-class Difference(Row):
-    """first - second in F1 on the examples that both answered.
-
-    scope: a dataset, a domain, or "overall" (then the unweighted mean over `datasets`, clustered). p: two-sided bootstrap;
-    mcnemar_p: over the pooled examples; p_holm, mcnemar_p_holm: corrected over the table, None where nothing is corrected.
-    few_datasets: a clustered interval that rests on fewer than five datasets; read it as a lower bound of the uncertainty.
-    flags: of either side. difference, low, high, p are None where a side is broken.
-    """
-
-    first: str
-    second: str
-    scope: str
-    datasets: tuple[str, ...]
-    examples: int
-    first_f1: float | None
-    second_f1: float | None
-    difference: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    mcnemar_p: float
-    only_first: int
-    only_second: int
-    p_holm: float | None = None
-    mcnemar_p_holm: float | None = None
-    few_datasets: bool = False
-    flags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +80,7 @@ class LabelsPoint(Row):
 
 @dataclass(frozen=True)
 class LabelsEffect(Row):
-    """F1 against the number of labels of one system: Spearman's rho with a bootstrap interval; None with fewer than four datasets."""
+    """F1 against the number of labels of one system: Spearman's rho with a bootstrap interval; None with fewer than five datasets."""
 
     name: str
     source: Literal["measured", "published"]
@@ -125,73 +111,188 @@ class FootprintRow(Row):
     note: str = ""
 
 
-@dataclass(frozen=True)
-class StyleRow(Row):
-    """One prompt style of one model: overall F1 and per dataset."""
-
-    style: str
-    task_definition: bool
-    label_definitions: bool
-    demonstrations: int
-    system: str
-    average: Average
-    f1: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Effect(Row):
-    """A main effect on F1: mean with - mean without (demonstrations: mean at `level` - mean at 0)."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class PromptSensitivity(Row):
-    """The styles of one model in one setting; effects only where all eight are there, else `problem` says what is missing."""
-
-    model: str
-    setting: str
-    rows: tuple[StyleRow, ...]
-    spread: float | None  # best - worst overall F1
-    effects: tuple[Effect, ...]
-    problem: str = ""
-
-
 def headline(study: StudyScores, with_published: bool = True) -> Headline:
     """Systems x datasets, with unweighted averages per domain and over all."""
-    raise NotImplementedError
+    groups = _groups(study, with_published)
+    rows = [_measured(study, system, groups) for system in study.record.systems]
+    if with_published:
+        rows += [_published(system, groups) for system in published().systems]
+    return Headline(groups, tuple(rows))
 
 
-def planned_comparisons(study: StudyScores) -> tuple[Difference, ...]:
-    """Every tuned system (labels enumerated, prompt shots = training shots) against every frontier system: datasets, domains, overall."""
-    raise NotImplementedError
+def _groups(study: StudyScores, with_published: bool) -> dict[str, tuple[str, ...]]:
+    if not with_published:
+        return study.groups
+    ours, theirs = study.groups, published().domains
+    domains = {name: tuple(dict.fromkeys((*ours.get(name, ()), *theirs.get(name, ())))) for name in {**ours, **theirs} if name != OVERALL}
+    everything = tuple(name for names in domains.values() for name in names)
+    both = tuple(name for name in ours[OVERALL] if any(name in names for names in theirs.values()))
+    return {**domains, OVERALL: everything, **({IN_BOTH: both} if both and len(both) < len(everything) else {})}
 
 
-def cross_domain(study: StudyScores) -> tuple[Difference, ...]:
-    """GenTune against LitTune of the same model and shots, on each domain: trained outside of it against trained inside."""
-    raise NotImplementedError
+def _measured(study: StudyScores, system: RecordedSystem, groups: dict[str, tuple[str, ...]]) -> HeadlineRow:
+    cells = {
+        cell.dataset: HeadlineCell(
+            f1=cell.interval.value,
+            low=cell.interval.low,
+            high=cell.interval.high,
+            official=cell.scores.semeval_official_f1,
+            answered=len(cell.ids),
+            asked=cell.asked,
+            flags=cell.flags,
+            broken=cell.broken,
+        )
+        for cell in study.asked(system.name, groups[OVERALL])
+    }
+    return HeadlineRow(
+        name=system.name,
+        source="measured",
+        kind=system.kind,
+        model=system.model,
+        parameters=system.parameters,
+        regime=system.regime,
+        train_shots=system.train_shots,
+        prompt_shots=system.prompt_shots,
+        enumerated=system.enumerated,
+        style=system.style,
+        cells=cells,
+        averages={group: study.average_over(system.name, names) for group, names in groups.items()},
+        note=system.note,
+    )
 
 
-def enumerated_effect(study: StudyScores) -> tuple[Difference, ...]:
-    """Schema-enumerated prompts against generic ones, of systems alike in all else."""
-    raise NotImplementedError
+def _published(system: PublishedSystem, groups: dict[str, tuple[str, ...]]) -> HeadlineRow:
+    flags = (system.note,) if system.note else ()
+    return HeadlineRow(
+        name=system.name,
+        source="published",
+        kind=system.kind,
+        model=system.model,
+        parameters=system.parameters,
+        regime=system.regime,
+        train_shots=system.shots if system.kind in ("tuned", "adapted") else None,
+        prompt_shots=system.shots,
+        enumerated=None if system.kind == "encoder" else True,
+        style="",
+        cells={dataset: HeadlineCell(f1, flags=flags, broken=bool(flags)) for dataset, f1 in system.f1.items()},
+        averages={group: _published_average(system, names) for group, names in groups.items()},
+        note=system.note,
+    )
 
 
-def matched_shots(study: StudyScores) -> tuple[Difference, ...]:
-    """Prompt shots = training shots against other prompt shots, of systems alike in all else."""
-    raise NotImplementedError
+def _published_average(system: PublishedSystem, names: Sequence[str]) -> Average:
+    datasets = tuple(name for name in names if name in system.f1)
+    broken = datasets if system.note else ()
+    return Average(
+        value=float(np.mean([system.f1[name] for name in datasets])) if datasets and not broken else None,
+        low=None,
+        high=None,
+        datasets=datasets,
+        missing=tuple(name for name in names if name not in system.f1),
+        broken=broken,
+        flags=(system.note,) if broken else (),
+    )
+
+
+def scaling(study: StudyScores, with_published: bool = True) -> tuple[ScaleRegression, ...]:
+    """The scale regression over the tuned systems of the study, and over the published ones. Broken systems are left out and named."""
+    tuned = [one for one in study.record.systems if one.kind == "tuned" and not one.style and one.parameters]
+    cells = [(one, cell) for one in tuned for cell in study.asked(one.name, study.groups[OVERALL])]
+    points = [
+        ScalePoint(
+            f1=cell.interval.value,
+            parameters=one.parameters or 0,
+            family=family_of(one.model),
+            dataset=cell.dataset,
+            regime=one.regime,
+            shots=f"{one.train_shots} trained, {one.prompt_shots} asked",
+            name=one.name,
+        )
+        for one, cell in cells
+        if not cell.broken
+    ]
+    excluded = dict.fromkeys(f"{one.name} on {cell.dataset}" for one, cell in cells if cell.broken)
+    fits = [scale_regression(points, excluded=tuple(excluded))]
+    if with_published:
+        theirs = [one for one in published().systems if one.kind == "tuned"]
+        points = [
+            ScalePoint(f1, one.parameters or 0, family_of(one.model), dataset, one.regime, str(one.shots), one.name, "published")
+            for one in theirs
+            if not one.note
+            for dataset, f1 in one.f1.items()
+        ]
+        fits.append(scale_regression(points, source="published", excluded=tuple(one.name for one in theirs if one.note)))
+    return tuple(fits)
 
 
 def labels_effect(study: StudyScores, with_published: bool = True) -> tuple[LabelsEffect, ...]:
-    raise NotImplementedError
+    """Of each system without broken answers: Spearman's rho of F1 and number of labels, resampling datasets and their examples."""
+    found = []
+    labels = {one.name: len(one.labels) for one in study.record.datasets}
+    for system in study.record.systems:
+        cells = study.asked(system.name, study.groups[OVERALL])
+        if cells and not any(cell.broken for cell in cells):
+            points = [LabelsPoint(cell.dataset, labels[cell.dataset], cell.interval.value) for cell in cells]
+            drawn = np.stack([cell.resampled.drawn[:, 0] for cell in cells])
+            found.append(_labels_effect(system.name, "measured", points, drawn, study.seed))
+    if with_published:
+        for one in published().systems:
+            if not one.note:
+                points = [LabelsPoint(dataset, published().labels[dataset], f1) for dataset, f1 in one.f1.items()]
+                # Of published figures, datasets alone can be resampled.
+                drawn = np.repeat([[point.f1] for point in points], study.resamples, axis=1)
+                found.append(_labels_effect(one.name, "published", points, drawn, study.seed))
+    return tuple(found)
+
+
+def _labels_effect(name: str, source, points: list[LabelsPoint], drawn: np.ndarray, seed: int) -> LabelsEffect:
+    """drawn: [D, R] F1 of each dataset's resamples."""
+    counts, f1 = np.array([point.labels for point in points]), np.array([point.f1 for point in points])
+    if len(points) < DATASETS or len(set(counts.tolist())) < 2 or len(set(f1.tolist())) < 2:
+        problem = f"{len(points)} datasets with {len(set(counts.tolist()))} numbers of labels; it takes {DATASETS} that differ"
+        return LabelsEffect(name, source, tuple(points), None, None, None, problem)
+    datasets, resamples = drawn.shape
+    chosen = np.random.default_rng(seed).integers(datasets, size=(resamples, datasets))
+    place = (np.arange(resamples)[:, None] + np.arange(datasets)) % resamples  # as in significance.clustered
+    rho = _spearman(counts[chosen], drawn[chosen, place])
+    low, high = np.percentile(rho[np.isfinite(rho)], [2.5, 97.5])
+    whole = _spearman(counts[None], f1[None])[0]
+    return LabelsEffect(name, source, tuple(points), float(whole), float(low), float(high))
+
+
+def _spearman(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Rank correlation along the last axis of [R, D]; nan where one side is constant."""
+    ranks = [stats.rankdata(side, axis=1) for side in (first, second)]
+    one, other = (side - side.mean(axis=1, keepdims=True) for side in ranks)
+    with np.errstate(invalid="ignore"):
+        return (one * other).sum(axis=1) / np.sqrt((one**2).sum(axis=1) * (other**2).sum(axis=1))
 
 
 def footprint(study: StudyScores, with_published: bool = True) -> tuple[FootprintRow, ...]:
-    raise NotImplementedError
-
-
-def prompt_sensitivity(study: StudyScores) -> tuple[PromptSensitivity, ...]:
-    raise NotImplementedError
+    """What each system takes: bytes by form, memory, batch-1 latency, training time, cost."""
+    rows = [
+        FootprintRow(
+            name=one.name,
+            source="measured",
+            kind=one.kind,
+            parameters=one.parameters,
+            base=one.sizes.get("base"),
+            nf4=one.sizes.get("nf4"),
+            adapter=one.sizes.get("adapter"),
+            merged=one.sizes.get("merged"),
+            peak_memory=one.peak_memory_bytes,
+            latency_ms=one.latency_ms,
+            training_seconds=one.seconds,
+            cost_usd=one.cost_usd,
+            f1=study.average(one.name, OVERALL).value,
+            note=one.note,
+        )
+        for one in study.record.systems
+    ]
+    if with_published:
+        for one in published().footprint:
+            note = f"RTX 4090; {one.cpu_ms:g} ms on its CPU; about {one.gigabytes:g} GB as deployed"
+            nothing = dict.fromkeys(("base", "nf4", "adapter", "merged", "peak_memory", "training_seconds", "cost_usd", "f1"))
+            latency, parameters = one.gpu_ms, one.parameters
+            rows.append(FootprintRow(one.name, "published", "tuned", parameters, latency_ms=latency, note=note, **nothing))
+    return tuple(rows)
