@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,26 +19,23 @@ import numpy as np
 from matplotlib import colormaps
 
 from jaxre.evaluation.metrics import Confusion, confusion_matrix
-from jaxre.evaluation.regression import ScalePoint, ScaleRegression, family_of, scale_regression
+from jaxre.evaluation.prompt_effects import PromptSensitivity, prompt_sensitivity
+from jaxre.evaluation.regression import ScaleRegression
 from jaxre.evaluation.slices import Slice, slices
 from jaxre.evaluation.strata import STRATA, error_strata
-from jaxre.evaluation.study_record import RecordedDataset, RecordedSystem, StudyRecord
-from jaxre.evaluation.study_scores import OVERALL, Cell, StudyScores
+from jaxre.evaluation.study_contrasts import Difference, cross_domain, enumerated_effect, matched_shots, planned_comparisons
+from jaxre.evaluation.study_record import RecordedDataset, StudyRecord
+from jaxre.evaluation.study_scores import OVERALL, Average, Cell, StudyScores
 from jaxre.evaluation.study_tables import (
-    Difference,
+    IN_BOTH,
     FootprintRow,
     Headline,
     HeadlineRow,
     LabelsEffect,
-    PromptSensitivity,
-    cross_domain,
-    enumerated_effect,
     footprint,
     headline,
     labels_effect,
-    matched_shots,
-    planned_comparisons,
-    prompt_sensitivity,
+    scaling,
 )
 from jaxre.relations.draws import digest
 from jaxre.relations.marks import locate
@@ -72,6 +69,8 @@ KIND_TITLES = {
     "frontier": "frontier model",
 }
 REGIME_TITLES = {"gentune": "GenTune", "littune": "LitTune", "mixtune": "MixTune"}
+
+SLICE_FIELDS = ("level", "name", "domain", "dataset", "n", "measure", "value", "low", "high", "whole", "status")
 
 Segment = tuple[str, str]  # text, and what it is: "", "head", "tail" or "head tail"
 
@@ -127,21 +126,20 @@ class Disagreements:
     withheld: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Findings:
-    """All that the page and the figures show. `best`: the fine-tuned system with the highest overall F1, if any."""
+    """All that the page and the figures show."""
 
     study: StudyScores
     public: bool
     datasets: tuple[DatasetRow, ...]
     headline: Headline
-    best: HeadlineRow | None
     comparisons: tuple[Difference, ...]
     effects: dict[str, tuple[Difference, ...]]
     labels: tuple[LabelsEffect, ...]
     footprint: tuple[FootprintRow, ...]
     styles: tuple[PromptSensitivity, ...]
-    regressions: dict[str, ScaleRegression]
+    regressions: tuple[ScaleRegression, ...]
     slices: dict[str, tuple[Slice, ...]]
     strata: tuple[StrataRow, ...]
     confusions: dict[tuple[str, str], Confusion]
@@ -151,18 +149,46 @@ class Findings:
     def record(self) -> StudyRecord:
         return self.study.record
 
+    @property
+    def domains(self) -> dict[str, tuple[str, ...]]:
+        """Domain -> datasets of this study."""
+        return {name: names for name, names in self.study.groups.items() if name != OVERALL}
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The datasets that the paper has too, where these are some of the study's, not all."""
+        names = self.headline.groups.get(IN_BOTH, ())
+        return names if len(names) < len(self.study.groups[OVERALL]) else ()
+
+    def wanted(self, group: str) -> tuple[str, ...]:
+        """The datasets that a mean is over."""
+        return self.shared if group == IN_BOTH else self.study.groups[group]
+
+    def average(self, row: HeadlineRow, group: str) -> Average | None:
+        """The mean of a row; None where it is over datasets that this study does not have, so that it would compare with nothing."""
+        if row.source == "published" and group == OVERALL and not self.shared and IN_BOTH in row.averages:
+            group = IN_BOTH
+        found = row.averages[group]
+        return found if set(found.datasets) <= set(self.study.groups[OVERALL]) else None
+
     @cached_property
+    def rows(self) -> tuple[HeadlineRow, ...]:
+        """Measured rows, best first, then those published rows that have a figure for a dataset of this study."""
+        names = set(self.study.groups[OVERALL])
+        return tuple(sorted((row for row in self.headline.rows if row.source == "measured" or names & set(row.cells)), key=self._rank))
+
+    @property
     def measured(self) -> tuple[HeadlineRow, ...]:
-        """Measured rows, best first."""
-        return tuple(row for row in self.headline.rows if row.source == "measured")
+        return tuple(row for row in self.rows if row.source == "measured")
 
-    @cached_property
+    @property
     def published(self) -> tuple[HeadlineRow, ...]:
-        return tuple(row for row in self.headline.rows if row.source == "published")
+        return tuple(row for row in self.rows if row.source == "published")
 
-    @cached_property
-    def systems(self) -> dict[str, RecordedSystem]:
-        return {system.name: system for system in self.record.systems}
+    def _rank(self, row: HeadlineRow) -> tuple[bool, bool, float, str]:
+        average = self.average(row, OVERALL)
+        value = None if average is None else average.value
+        return row.source == "published", value is None, -(value or 0.0), row.name
 
 
 def collect(study: StudyScores, public: bool = False) -> Findings:
@@ -171,36 +197,35 @@ def collect(study: StudyScores, public: bool = False) -> Findings:
     Args:
       public: sentences of datasets whose licence does not allow to republish them are left out.
     """
-    table = headline(study)
-    table = Headline(table.groups, tuple(sorted(table.rows, key=_rank)))
-    tuned = [row for row in table.rows if row.source == "measured" and row.kind in ("tuned", "adapted") and overall(row) is not None]
-    best = tuned[0] if tuned else None
+    best = best_tuned(study)
     return Findings(
         study=study,
         public=public,
         datasets=tuple(_dataset(study, one) for one in study.record.datasets),
-        headline=table,
-        best=best,
+        headline=headline(study),
         comparisons=planned_comparisons(study),
         effects={
-            "Enumerated against generic prompts": enumerated_effect(study),
-            "Trained inside against outside of the domain": cross_domain(study),
-            "As many demonstrations as in training against another number": matched_shots(study),
+            "Labels listed in the prompt (first) against not listed": enumerated_effect(study),
+            "Trained on the other domain (first) against on this one": cross_domain(study),
+            "As many demonstrations as in training (first) against another number": matched_shots(study),
         },
         labels=labels_effect(study),
         footprint=footprint(study),
         styles=prompt_sensitivity(study),
-        regressions=_regressions(table.rows),
-        slices={system.name: tuple(slices(study, system.name)) for system in study.record.systems},
+        regressions=scaling(study),
+        slices={system.name: slices(study, system.name) for system in study.record.systems},
         strata=tuple(_strata(study, cell) for cell in study.cells.values()),
         confusions={key: _confusion(study, cell) for key, cell in study.cells.items()},
-        disagreements=None if best is None else _disagreements(study, best.name, public),
+        disagreements=None if best is None else _disagreements(study, best, public),
     )
 
 
-def overall(row: HeadlineRow) -> float | None:
-    """The average over all datasets of the study that the row has."""
-    return row.averages[OVERALL].value if OVERALL in row.averages else None
+def best_tuned(study: StudyScores) -> str | None:
+    """The fine-tuned system with the most datasets and, of these, the highest mean F1; those of the style table do not count."""
+    tuned = [one.name for one in study.record.systems if one.kind in ("tuned", "adapted") and not one.style]
+    averages = [(study.average(name, OVERALL), name) for name in tuned]
+    ranked = [(len(average.datasets), average.value, name) for average, name in averages if average.value is not None]
+    return max(ranked)[2] if ranked else None
 
 
 def dataset_title(name: str) -> str:
@@ -235,16 +260,10 @@ def cividis(value: float) -> tuple[str, str]:
 def page_data(findings: Findings) -> dict[str, Any]:
     """What the page's own script draws: the points of the charts, the slices and the confusion matrices."""
     return {
+        "kinds": KIND_TITLES,
         "charts": {"scaling": scaling_points(findings), "cost": cost_points(findings)},
-        "slices": {
-            name: [
-                [one.level, one.name, scope_title(one.dataset or one.domain), one.n, one.positive, one.measure]
-                + [round(value, 4) for value in (one.value, one.low, one.high, one.whole)]
-                + [one.status, one.domain]
-                for one in table
-            ]
-            for name, table in findings.slices.items()
-        },
+        "sliceFields": SLICE_FIELDS,
+        "slices": {name: [_slice_cells(one) for one in table] for name, table in findings.slices.items()},
         "confusions": [
             {
                 "system": system,
@@ -252,67 +271,49 @@ def page_data(findings: Findings) -> dict[str, Any]:
                 "title": dataset_title(dataset),
                 "rows": one.labels,
                 "columns": one.columns,
-                "counts": [
-                    [row, column, int(one.counts[row, column])] for row, column in zip(*map(list, one.counts.nonzero()), strict=True)
-                ],
+                "counts": [[*cell, int(one.counts[*cell])] for cell in np.argwhere(one.counts).tolist()],
             }
             for (system, dataset), one in findings.confusions.items()
         ],
     }
 
 
+def _slice_cells(one: Slice) -> list[Any]:
+    cells = {name: getattr(one, name) for name in SLICE_FIELDS}
+    if one.level in ("domain", "dataset"):
+        cells["name"] = scope_title(one.name)
+    return [round(cell, 4) if isinstance(cell, float) else cell for cell in cells.values()]
+
+
 def scaling_points(findings: Findings) -> list[dict[str, Any]]:
-    """F1 against parameters, one point per row and group (domains and overall)."""
+    """F1 against parameters, one point per row and group: the domains and all."""
     return [
-        {
-            "name": row.name,
-            "x": row.parameters,
-            "group": group,
-            "kind": row.kind,
-            "source": row.source,
-            "y": average.value,
-            "low": average.low,
-            "high": average.high,
-        }
-        for row in findings.headline.rows
-        for group, average in row.averages.items()
-        if row.parameters and average.value is not None
+        _point(row, average, group, row.parameters)
+        for row in findings.rows
+        for group in findings.study.groups
+        if row.parameters and (average := findings.average(row, group)) is not None and average.value is not None
     ]
 
 
 def cost_points(findings: Findings) -> list[dict[str, Any]]:
     """Overall F1 against what the answers cost (USD per 1,000), what training took (hours) and how long one answer takes (ms)."""
+    systems = {system.name: system for system in findings.record.systems}
     points = []
     for row in findings.measured:
-        average, system = row.averages.get(OVERALL), findings.systems[row.name]
-        if average is None or average.value is None:
-            continue
-        answers = sum(len(cell.ids) for (name, _), cell in findings.study.cells.items() if name == row.name)
-        found = {
+        average, system = row.averages[OVERALL], systems[row.name]
+        answers = sum(len(cell.ids) for cell in findings.study.asked(row.name, findings.study.groups[OVERALL]))
+        prices = {
             "dollars": None if system.cost_usd is None or not answers else 1000 * system.cost_usd / answers,
             "hours": None if system.seconds is None else system.seconds / 3600,
             "milliseconds": system.latency_ms,
         }
-        points += [
-            {
-                "name": row.name,
-                "x": x,
-                "group": group,
-                "kind": row.kind,
-                "source": row.source,
-                "y": average.value,
-                "low": average.low,
-                "high": average.high,
-            }
-            for group, x in found.items()
-            if x is not None
-        ]
+        points += [_point(row, average, group, price) for group, price in prices.items() if price is not None and average.value is not None]
     return points
 
 
-def _rank(row: HeadlineRow) -> tuple[bool, bool, float, str]:
-    value = overall(row)
-    return row.source == "published", value is None, -(value or 0.0), row.name
+def _point(row: HeadlineRow, average: Average, group: str, x: float) -> dict[str, Any]:
+    place = {"x": x, "y": average.value, "low": average.low, "high": average.high}
+    return {"name": row.name, "group": group, "kind": row.kind, "source": row.source, **place}
 
 
 def _dataset(study: StudyScores, one: RecordedDataset) -> DatasetRow:
@@ -326,19 +327,6 @@ def _dataset(study: StudyScores, one: RecordedDataset) -> DatasetRow:
         one.open_licence,
         sum(dataset == one.name for _, dataset in study.cells),
     )
-
-
-def _regressions(rows: Iterable[HeadlineRow]) -> dict[str, ScaleRegression]:
-    points: dict[str, list[ScalePoint]] = {}
-    for row in rows:
-        if row.parameters and row.kind == "tuned":
-            for dataset, cell in row.cells.items():
-                if not cell.broken:
-                    point = ScalePoint(
-                        cell.f1, row.parameters, family_of(row.model), dataset, row.regime, str(row.train_shots), row.name, row.source
-                    )
-                    points.setdefault(row.source, []).append(point)
-    return {source: scale_regression(found) for source, found in points.items()}
 
 
 def _labels(study: StudyScores, dataset: str) -> tuple[str, ...]:
@@ -359,9 +347,7 @@ def _confusion(study: StudyScores, cell: Cell) -> Confusion:
         return whole
     support = Counter(normalise_label(example.relation) for example in study.record.examples[cell.dataset].values())
     kept = sorted(sorted(range(len(labels)), key=lambda i: (-support[normalise_label(labels[i])], labels[i]))[:CONFUSION_LABELS])
-    place = np.full(
-        len(whole.columns), len(kept)
-    )  # the rest takes what is not kept
+    place = np.full(len(whole.columns), len(kept))  # the rest takes what is not kept
     place[kept] = np.arange(len(kept))
     place[len(labels) :] = len(kept) + 1
     counts = np.zeros((len(kept) + 1, len(kept) + 1 + len(whole.columns) - len(labels)), int)
@@ -383,7 +369,7 @@ def _disagreements(study: StudyScores, model: str, public: bool) -> Disagreement
             found = [
                 _disagreement(study.record.examples[dataset.name][id], frontier, answer, answers[id], dataset.open_licence)
                 for id, answer in zip(ours.ids, ours.predicted, strict=True)
-                if id in answers and normalise_label(answer) != normalise_label(answers[id])
+                if id in answers and not _same(answer, answers[id])
             ]
             chosen = _in_turns(found)
             counts[dataset.name, frontier] = len(found), len(chosen)
@@ -401,8 +387,7 @@ def _in_turns(found: Sequence[Disagreement]) -> list[Disagreement]:
 
 
 def _disagreement(example: Example, frontier: str, ours: str, theirs: str, open_licence: bool) -> Disagreement:
-    gold = normalise_label(example.relation)
-    right = "model" if normalise_label(ours) == gold else "frontier" if normalise_label(theirs) == gold else "neither"
+    right = "model" if _same(ours, example.relation) else "frontier" if _same(theirs, example.relation) else "neither"
     return Disagreement(
         example.id,
         example.dataset,
@@ -416,6 +401,11 @@ def _disagreement(example: Example, frontier: str, ours: str, theirs: str, open_
         right,
         open_licence,
     )
+
+
+def _same(first: str, second: str) -> bool:
+    """Whether two labels are one; all that say "no relation" are."""
+    return normalise_label(first) == normalise_label(second) or (is_negative(first) and is_negative(second))
 
 
 def segments(example: Example) -> tuple[Segment, ...]:
