@@ -17,7 +17,7 @@ import numpy as np
 from jaxre.evaluation.attributes import DISTANCE, ENTITY_TYPES, LENGTH
 from jaxre.evaluation.rows import Row
 from jaxre.evaluation.significance import Interval, Resamples, clustered, f1_interval, resample_ratios
-from jaxre.evaluation.study_scores import OVERALL, Cell, StudyScores
+from jaxre.evaluation.study_scores import OVERALL, Cell, StudyScores, at_home
 from jaxre.relations.schema import is_negative, normalise_label
 
 # Hundreds of intervals per system: their ends need less precision than a headline's.
@@ -39,7 +39,7 @@ class Slice(Row):
     measure: what value, low, high and whole are: "F1" (positive-class micro; of a relation its own F1; of a domain the unweighted
       average over its datasets), or "accuracy" where the slice has too few positive gold labels for an F1.
     low, high: 95% bootstrap interval. whole, whole_low, whole_high: the same measure of the next larger whole: the dataset for
-      relations, types, lengths and distances, all datasets for domains and datasets. difference: value - whole.
+      relations, types, lengths and distances; for domains and datasets all that the system was trained on. difference: value - whole.
     status: "too small" to judge (fewer than EXAMPLES), "hole" (the interval lies wholly below that of the whole), "broken" (a domain or
       dataset whose answers are faulty as a whole: study_scores), else "fine".
     """
@@ -70,8 +70,7 @@ def slices(study: StudyScores, system: str, resamples: int = RESAMPLES) -> tuple
     cells = study.asked(system, study.groups[OVERALL])
     if not cells:
         return ()
-    everything = clustered([cell.resampled for cell in cells], study.seed)
-    whole = f1_interval(everything)
+    whole = f1_interval(clustered([cell.resampled for cell in at_home(cells)], study.seed))
     found = []
     for domain in dict.fromkeys(cell.domain for cell in cells):
         members = [cell for cell in cells if cell.domain == domain]

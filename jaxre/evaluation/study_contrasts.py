@@ -63,20 +63,18 @@ class Difference(Row):
 def planned_comparisons(study: StudyScores) -> tuple[Difference, ...]:
     """Every tuned system in the primary setting against every frontier system: on each dataset, and overall.
 
-    Primary: labels enumerated, prompt shots = training shots, no prompt style of the sensitivity table. Both p values are
-    Holm-corrected over the whole table.
+    Primary: labels enumerated, prompt shots = training shots, no prompt style of the sensitivity table, and the datasets that the
+    system was trained on (`cross_domain` has the others). Both p values are Holm-corrected over the whole table.
     """
     tuned = [one for one in study.record.systems if one.kind == "tuned" and _primary(one)]
     frontier = [one for one in study.record.systems if one.kind == "frontier" and one.enumerated is not False and not one.style]
-    rows = [row for first, second in itertools.product(tuned, frontier) for row in _differences(study, first, second, (OVERALL,))]
+    rows: list[Difference] = []
+    for first, second in itertools.product(tuned, frontier):
+        rows += _differences(study, first, second, (OVERALL,), _home(study, first))
     tested = [row for row in rows if row.p is not None]
-    corrected = dict(
-        zip(map(id, tested), zip(holm([row.p for row in tested]), holm([row.mcnemar_p for row in tested]), strict=True), strict=True)
-    )
-    none = (None, None)
-    return tuple(
-        dataclasses.replace(row, **dict(zip(("p_holm", "mcnemar_p_holm"), corrected.get(id(row), none), strict=True))) for row in rows
-    )
+    corrected = zip(holm([row.p for row in tested]), holm([row.mcnemar_p for row in tested]), strict=True)
+    of = {id(row): {"p_holm": p, "mcnemar_p_holm": mcnemar_p} for row, (p, mcnemar_p) in zip(tested, corrected, strict=True)}
+    return tuple(dataclasses.replace(row, **of.get(id(row), {})) for row in rows)
 
 
 def _primary(system: RecordedSystem) -> bool:
@@ -84,20 +82,21 @@ def _primary(system: RecordedSystem) -> bool:
 
 
 def cross_domain(study: StudyScores) -> tuple[Difference, ...]:
-    """Trained on the other domain (first) against trained on this one (second), of one model and one number of shots.
+    """Not trained on a dataset (first) against trained on it (second), of systems alike in all but the regime.
 
-    GenTune against LitTune on the literary datasets, LitTune against GenTune on the general ones.
+    Such as GenTune against LitTune and MixTune on the literary datasets, and LitTune against GenTune and MixTune on the general ones.
     """
-    outside = {"general": "littune", "literary": "gentune"}
-    inside = {"general": "gentune", "literary": "littune"}
     rows: list[Difference] = []
     for alike in _alike(study, "regime"):
-        by_regime = {one.regime.lower().removeprefix("re_"): one for one in alike}
-        for domain, names in study.groups.items():
-            first, second = by_regime.get(outside.get(domain, "")), by_regime.get(inside.get(domain, ""))
-            if first and second:
-                rows += _differences(study, first, second, (domain,), names)
+        for first, second in itertools.permutations(alike, 2):
+            names = [name for name in study.groups[OVERALL] if name in second.trained_on and name not in _home(study, first)]
+            rows += _differences(study, first, second, tuple(study.groups), names)
     return tuple(rows)
+
+
+def _home(study: StudyScores, system: RecordedSystem) -> list[str]:
+    """The datasets that it was trained on, or all where it is not trained."""
+    return [name for name in study.groups[OVERALL] if not system.trained_on or name in system.trained_on]
 
 
 def enumerated_effect(study: StudyScores) -> tuple[Difference, ...]:
@@ -121,7 +120,7 @@ def _contrasts(
     rows: list[Difference] = []
     for alike in _alike(study, varied):
         for one, other in itertools.product(filter(first, alike), filter(second, alike)):
-            rows += _differences(study, one, other, tuple(study.groups))
+            rows += _differences(study, one, other, tuple(study.groups), _home(study, one))
     return tuple(rows)
 
 
@@ -135,14 +134,14 @@ def _alike(study: StudyScores, varied: str) -> Iterable[list[RecordedSystem]]:
 
 
 def _differences(
-    study: StudyScores, first: RecordedSystem, second: RecordedSystem, groups: Sequence[str], names: Sequence[str] | None = None
+    study: StudyScores, first: RecordedSystem, second: RecordedSystem, groups: Sequence[str], names: Sequence[str]
 ) -> list[Difference]:
     """On each dataset that both were asked (of `names`), then on each group with at least two of them.
 
     A group that is all there is, is given once, as the last of `groups` that it is.
     """
     pairs = {}
-    for name in study.groups[OVERALL] if names is None else names:
+    for name in names:
         cells = study.cell(first.name, name), study.cell(second.name, name)
         if cells[0] and cells[1] and len(np.intersect1d(cells[0].places, cells[1].places)):
             pairs[name] = _Pair(study, cells)
@@ -168,7 +167,9 @@ def joint(study: StudyScores, cells: Sequence[Cell]) -> tuple[Resamples, np.ndar
     """
     common = reduce(np.intersect1d, [cell.places for cell in cells])
     if not len(common):
-        raise InputError(f"{cells[0].dataset}: no example was answered by {' and '.join(cell.system for cell in cells)}; ask them the same ones")
+        raise InputError(
+            f"{cells[0].dataset}: no example was answered by {' and '.join(cell.system for cell in cells)}; ask them the same ones"
+        )
     at = [np.searchsorted(cell.places, common) for cell in cells]
     parts = np.stack([cell.parts[index] for cell, index in zip(cells, at, strict=True)], axis=2)  # n 2 C
     resampled = resample_ratios(parts[:, 0], parts[:, 1], study.resamples, study.seed_of(cells[0].dataset))

@@ -45,6 +45,7 @@ class RecordedSystem:
     kind: tuned (SFT), adapted (language modelling on raw text, then SFT), encoder, untuned (the base itself), baseline
     (majority, TF-IDF), frontier (cached answers). regime: of the training data, such as gentune. seconds: of training; cost_usd: of
     the predictions, where the cache states it. latency_ms: of one answer at batch 1. sizes: name -> bytes (base, nf4, adapter, merged).
+    trained_on: datasets whose training split it has seen; the others of `predictions` show how it carries over.
     """
 
     name: str
@@ -63,6 +64,7 @@ class RecordedSystem:
     peak_memory_bytes: int | None = None
     sizes: dict[str, int] = field(default_factory=dict)
     note: str = ""
+    trained_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,11 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def write_examples(path: Path, examples: list[Example]) -> None:
-    """One JSON object per line, every field of `Example`."""
+    """One JSON object per line, every field of `Example`; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in examples), encoding="utf-8")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in examples), encoding="utf-8")
+    partial.replace(path)
 
 
 def write_record(record: StudyRecord) -> Path:
@@ -125,7 +129,7 @@ def read_record(folder: str | Path) -> StudyRecord:
 
 
 def _system(tree: dict[str, Any]) -> RecordedSystem:
-    system = RecordedSystem(**tree)
+    system = RecordedSystem(**{**tree, "trained_on": tuple(tree.get("trained_on", ()))})
     if system.kind not in get_args(Kind):
         raise ValueError(f"unknown kind {system.kind!r} of {system.name}")
     return system

@@ -37,7 +37,7 @@ class Cell:
     """One system on one dataset.
 
     places: [n] int64, the answered examples, as indices into the dataset's; ids, gold, predicted: of these; asked: how many it has.
-    labels: the same, normalised, as codes.
+    labels: the same, normalised, as codes. trained: whether the system has seen the dataset's training split; None where it is not trained.
     flags: what is wrong with the answers as a whole; broken: so wrong that their F1 must not go into an average.
     """
 
@@ -54,6 +54,7 @@ class Cell:
     resampled: Resamples
     flags: tuple[str, ...]
     broken: bool
+    trained: bool | None
 
     @cached_property
     def parts(self) -> np.ndarray:
@@ -82,6 +83,8 @@ class Average(Row):
 
     value, low, high are None where nothing was asked, and where a dataset is `broken`: its flags say why. Published ones have no interval.
     datasets: in the mean; missing: of the group, not asked of this system, so that the mean is of fewer datasets than others' are.
+    untrained: asked, but the system was not trained on them. They are left out where it was trained on others of the group, as the study
+      has it (the overall mean of GenTune is that of the general sets); else the mean is of them alone, a cross-domain one.
     flags: of its cells, each as "dataset: flag".
     """
 
@@ -90,6 +93,7 @@ class Average(Row):
     high: float | None
     datasets: tuple[str, ...]
     missing: tuple[str, ...]
+    untrained: tuple[str, ...]
     broken: tuple[str, ...]
     flags: tuple[str, ...]
 
@@ -128,7 +132,8 @@ class StudyScores:
 
     def average_over(self, system: str, names: Sequence[str]) -> Average:
         """Over the datasets named."""
-        cells = self.asked(system, names)
+        asked = self.asked(system, names)
+        cells = at_home(asked)
         broken = tuple(cell.dataset for cell in cells if cell.broken)
         shown = None if broken or not cells else f1_interval(clustered([cell.resampled for cell in cells], self.seed))
         datasets = tuple(cell.dataset for cell in cells)
@@ -137,7 +142,8 @@ class StudyScores:
             low=shown and shown.low,
             high=shown and shown.high,
             datasets=datasets,
-            missing=tuple(name for name in names if name not in datasets),
+            missing=tuple(name for name in names if (system, name) not in self.cells),
+            untrained=tuple(cell.dataset for cell in asked if cell.trained is False),
             broken=broken,
             flags=tuple(f"{cell.dataset}: {flag}" for cell in cells for flag in cell.flags),
         )
@@ -145,6 +151,11 @@ class StudyScores:
     def seed_of(self, dataset: str) -> tuple[int, int]:
         """The seed of a dataset's draws: of its own, so that datasets vary independently, whatever their order."""
         return self.seed, zlib.crc32(dataset.encode())
+
+
+def at_home(cells: Sequence[Cell]) -> list[Cell]:
+    """Those that the system was trained on, or need no training; all of them if there are none."""
+    return [cell for cell in cells if cell.trained is not False] or list(cells)
 
 
 def measure(record: StudyRecord, resamples: int = RESAMPLES, seed: int = SEED) -> StudyScores:
@@ -232,6 +243,7 @@ def _cell(system: RecordedSystem, dataset: RecordedDataset, examples: list[Examp
         resampled=resample_ratios(parts[:, :1], parts[:, 1:], study.resamples, study.seed_of(dataset.name)),
         flags=flags,
         broken=broken,
+        trained=dataset.name in system.trained_on if system.trained_on else None,
     )
 
 

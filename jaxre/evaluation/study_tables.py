@@ -18,7 +18,7 @@ from jaxre.evaluation.published import PublishedSystem, published
 from jaxre.evaluation.regression import ScalePoint, ScaleRegression, family_of, scale_regression
 from jaxre.evaluation.rows import Row
 from jaxre.evaluation.study_record import RecordedSystem
-from jaxre.evaluation.study_scores import OVERALL, Average, StudyScores
+from jaxre.evaluation.study_scores import OVERALL, Average, StudyScores, at_home
 
 IN_BOTH = "measured and published"
 
@@ -28,7 +28,10 @@ DATASETS = 5
 
 @dataclass(frozen=True)
 class HeadlineCell(Row):
-    """F1 with its interval (none for published figures). official: SemEval's macro-F1, on SemEval only."""
+    """F1 with its interval (none for published figures). official: SemEval's macro-F1, on SemEval only.
+
+    trained: whether the system has seen the dataset's training split; None where it is not trained.
+    """
 
     f1: float
     low: float | None = None
@@ -38,6 +41,7 @@ class HeadlineCell(Row):
     asked: int | None = None
     flags: tuple[str, ...] = ()
     broken: bool = False
+    trained: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ def _measured(study: StudyScores, system: RecordedSystem, groups: dict[str, tupl
             asked=cell.asked,
             flags=cell.flags,
             broken=cell.broken,
+            trained=cell.trained,
         )
         for cell in study.asked(system.name, groups[OVERALL])
     }
@@ -163,6 +168,7 @@ def _measured(study: StudyScores, system: RecordedSystem, groups: dict[str, tupl
 
 def _published(system: PublishedSystem, groups: dict[str, tuple[str, ...]]) -> HeadlineRow:
     flags = (system.note,) if system.note else ()
+    trained = None if system.kind == "frontier" else True
     return HeadlineRow(
         name=system.name,
         source="published",
@@ -174,7 +180,7 @@ def _published(system: PublishedSystem, groups: dict[str, tuple[str, ...]]) -> H
         prompt_shots=system.shots,
         enumerated=None if system.kind == "encoder" else True,
         style="",
-        cells={dataset: HeadlineCell(f1, flags=flags, broken=bool(flags)) for dataset, f1 in system.f1.items()},
+        cells={dataset: HeadlineCell(f1, flags=flags, broken=bool(flags), trained=trained) for dataset, f1 in system.f1.items()},
         averages={group: _published_average(system, names) for group, names in groups.items()},
         note=system.note,
     )
@@ -189,15 +195,19 @@ def _published_average(system: PublishedSystem, names: Sequence[str]) -> Average
         high=None,
         datasets=datasets,
         missing=tuple(name for name in names if name not in system.f1),
+        untrained=(),
         broken=broken,
         flags=(system.note,) if broken else (),
     )
 
 
 def scaling(study: StudyScores, with_published: bool = True) -> tuple[ScaleRegression, ...]:
-    """The scale regression over the tuned systems of the study, and over the published ones. Broken systems are left out and named."""
+    """The scale regression over the tuned systems on what they were trained on, and over the published ones.
+
+    Broken systems are left out and named.
+    """
     tuned = [one for one in study.record.systems if one.kind == "tuned" and not one.style and one.parameters]
-    cells = [(one, cell) for one in tuned for cell in study.asked(one.name, study.groups[OVERALL])]
+    cells = [(one, cell) for one in tuned for cell in study.asked(one.name, study.groups[OVERALL]) if cell.trained is not False]
     points = [
         ScalePoint(
             f1=cell.interval.value,
@@ -230,7 +240,7 @@ def labels_effect(study: StudyScores, with_published: bool = True) -> tuple[Labe
     found = []
     labels = {one.name: len(one.labels) for one in study.record.datasets}
     for system in study.record.systems:
-        cells = study.asked(system.name, study.groups[OVERALL])
+        cells = at_home(study.asked(system.name, study.groups[OVERALL]))
         if cells and not any(cell.broken for cell in cells):
             points = [LabelsPoint(cell.dataset, labels[cell.dataset], cell.interval.value) for cell in cells]
             drawn = np.stack([cell.resampled.drawn[:, 0] for cell in cells])
