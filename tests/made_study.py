@@ -25,7 +25,7 @@ STYLES = [
 NASTY = '<script>window.broken = 1</script> & "quotes" \u202eמוזר'
 
 
-def make_study(folder: Path, nasty: bool = False, systems: tuple[str, ...] | None = None, per_dataset: int = 120) -> StudyRecord:
+def make_study(folder: Path, nasty: bool = False, systems: tuple[str, ...] | None = None, per_dataset: int = 133) -> StudyRecord:
     """Writes the study and returns its record.
 
     Args:
@@ -92,7 +92,22 @@ def _systems(nasty: bool) -> list[tuple[RecordedSystem, float]]:
             (dataclasses.replace(small, name=f"SmolLM2-360M MixTune {style}", style=style, seconds=None, sizes={}), 0.62 + 0.02 * index)
         )
     found += [
-        (RecordedSystem("Qwen2.5-3B LitTune 0-shot", "tuned", "Qwen2.5-3B", {}, int(3.1e9), "littune", 0, 0, True, seconds=5400), 0.9),
+        (
+            RecordedSystem(
+                "Qwen2.5-3B LitTune 0-shot",
+                "tuned",
+                "Qwen2.5-3B",
+                {},
+                int(3.1e9),
+                "littune",
+                0,
+                0,
+                True,
+                seconds=5400,
+                trained_on=("pg_fiction",),
+            ),
+            0.9,
+        ),
         (RecordedSystem("SmolLM2-360M, not tuned", "untuned", "SmolLM2-360M", {}, int(0.36e9), prompt_shots=0, enumerated=True), 0.3),
         (RecordedSystem("RoBERTa-base", "encoder", "RoBERTa-base", {}, int(125e6), "", seconds=1800, latency_ms=4.0), 0.8),
         (RecordedSystem("always author_of", "baseline", "majority", {}, note="one label for all"), -1.0),
@@ -111,11 +126,10 @@ def _systems(nasty: bool) -> list[tuple[RecordedSystem, float]]:
 def _answered(folder: Path, system: RecordedSystem, skill: float, examples: dict[str, list[Example]], nasty: bool) -> RecordedSystem:
     paths = {}
     for place, (name, _, _, hardness) in enumerate(DATASETS):
-        if system.regime == "littune" and name != "pg_fiction":
-            continue
+        away = 0.4 if system.trained_on and name not in system.trained_on else 0.0
         draw = random.Random(f"{system.name} {name}")
         rows = [
-            Prediction(one.id, one.relation, _answer(one, skill - hardness, draw), name, "gen_constrained", system.name)
+            Prediction(one.id, one.relation, _answer(one, skill - hardness - away, draw), name, "gen_constrained", system.name)
             for one in examples[name]
         ]
         if nasty:
@@ -134,15 +148,15 @@ def _answer(example: Example, skill: float, draw: random.Random) -> str:
         return "<think> The user asks about"
     if skill < -0.5:
         return "author_of"
-    if example.relation == "born_in":  # a hole
-        skill -= 0.4
+    if (example.head_type, example.tail_type) == ("PLACE", "PLACE"):  # a hole
+        skill -= 0.5
     if draw.random() < skill:
         return example.relation
     return draw.choice([INVERSE.get(example.relation, "none"), "none", "educated_at", "is a kind of"])
 
 
 def _renamed(example: Example, dataset: str, domain: str) -> Example:
-    return dataclasses.replace(example, id=f"{dataset}/test/{example.id}", dataset=dataset, domain=domain)
+    return dataclasses.replace(example, id=f"{dataset}/test/{example.id.rsplit('/', 1)[-1]}", dataset=dataset, domain=domain)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_report` left. closed: datasets whose sentences the page shows, though their licence does not allow to republish them."""
+    """What `write_report` left. closed: datasets without an open licence whose sentences the page shows."""
 
     page: Path
     figures: tuple[Path, ...]
@@ -36,7 +36,7 @@ def write_report(folder: str | Path, output: str | Path | None = None, figures: 
       folder: of a study (study_record).
       output: the page; `report.html` in the study's folder if not given.
       figures: folder of the PNG and PDF files; none are drawn if not given.
-      public: leave out the sentences of datasets whose licence does not allow to republish them.
+      public: leave out the sentences of datasets without an open licence.
 
     Raises:
       InputError: no study, one that cannot be scored, or a place that cannot be written.

@@ -173,7 +173,7 @@ class Findings:
 
     @cached_property
     def rows(self) -> tuple[HeadlineRow, ...]:
-        """Measured rows, best first, then those published rows that have a figure for a dataset of this study."""
+        """Measured rows, then published ones with a figure for a dataset of this study; in each, means of most datasets first."""
         names = set(self.study.groups[OVERALL])
         return tuple(sorted((row for row in self.headline.rows if row.source == "measured" or names & set(row.cells)), key=self._rank))
 
@@ -185,19 +185,22 @@ class Findings:
     def published(self) -> tuple[HeadlineRow, ...]:
         return tuple(row for row in self.rows if row.source == "published")
 
-    def _rank(self, row: HeadlineRow) -> tuple[bool, bool, float, str]:
-        average = self.average(row, OVERALL)
-        value = None if average is None else average.value
-        return row.source == "published", value is None, -(value or 0.0), row.name
+    def _rank(self, row: HeadlineRow) -> tuple[bool, int, float, str]:
+        group = IN_BOTH if row.source == "published" and self.shared else OVERALL
+        average = self.average(row, group)
+        if average is None or average.value is None:
+            return row.source == "published", len(self.wanted(group)) + 1, 0.0, row.name
+        return row.source == "published", len(self.wanted(group)) - len(average.datasets), -average.value, row.name
 
 
 def collect(study: StudyScores, public: bool = False) -> Findings:
     """Everything the report shows.
 
     Args:
-      public: sentences of datasets whose licence does not allow to republish them are left out.
+      public: sentences of datasets without an open licence are left out.
     """
     best = best_tuned(study)
+    styled = {one.name for one in study.record.systems if one.style}  # the same weights as another row
     return Findings(
         study=study,
         public=public,
@@ -210,7 +213,7 @@ def collect(study: StudyScores, public: bool = False) -> Findings:
             "As many demonstrations as in training (first) against another number": matched_shots(study),
         },
         labels=labels_effect(study),
-        footprint=footprint(study),
+        footprint=tuple(row for row in footprint(study) if row.name not in styled),
         styles=prompt_sensitivity(study),
         regressions=scaling(study),
         slices={system.name: slices(study, system.name) for system in study.record.systems},
@@ -286,12 +289,12 @@ def _slice_cells(one: Slice) -> list[Any]:
 
 
 def scaling_points(findings: Findings) -> list[dict[str, Any]]:
-    """F1 against parameters, one point per row and group: the domains and all."""
+    """F1 against parameters, one point per row and group: the domains and all. Prompt styles have a section of their own."""
     return [
         _point(row, average, group, row.parameters)
         for row in findings.rows
         for group in findings.study.groups
-        if row.parameters and (average := findings.average(row, group)) is not None and average.value is not None
+        if row.parameters and not row.style and (average := findings.average(row, group)) is not None and average.value is not None
     ]
 
 
@@ -299,7 +302,7 @@ def cost_points(findings: Findings) -> list[dict[str, Any]]:
     """Overall F1 against what the answers cost (USD per 1,000), what training took (hours) and how long one answer takes (ms)."""
     systems = {system.name: system for system in findings.record.systems}
     points = []
-    for row in findings.measured:
+    for row in (row for row in findings.measured if not row.style):
         average, system = row.averages[OVERALL], systems[row.name]
         answers = sum(len(cell.ids) for cell in findings.study.asked(row.name, findings.study.groups[OVERALL]))
         prices = {

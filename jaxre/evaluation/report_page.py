@@ -98,34 +98,34 @@ def render(findings: Findings) -> str:
         cost_panels=COST_PANELS,
         cost_groups=cost,
         scaling=[group for group in (OVERALL, *findings.domains) if group in scaling],
-        hole_rows=[(name, *holes(table)) for name, table in findings.slices.items() if table],
+        hole_rows=[(row.name, *holes(table)) for row in findings.measured if (table := findings.slices[row.name])],
         scopes=[scope for scope in (OVERALL, *findings.study.groups[OVERALL]) if any(row.scope == scope for row in findings.comparisons)],
         cut_labels=CONFUSION_LABELS if any(REST in one.columns for one in findings.confusions.values()) else 0,
-        asked=list(dict.fromkeys(system for system, _ in findings.confusions)),
+        asked=[row.name for row in findings.measured if row.cells],
     )
 
 
 def at_a_glance(findings: Findings) -> list[str]:
     """The study in two or three sentences."""
     whole = findings.study.groups[OVERALL]
-    sentences = []
+    sentences, best = [], []
     for kinds, words in ((("tuned", "adapted"), "fine-tuned system"), (("frontier",), "frontier model")):
         rows = [row for row in findings.measured if row.kind in kinds and not row.style and row.averages[OVERALL].value is not None]
-        full = [row for row in rows if not set(whole) - set(row.averages[OVERALL].datasets)]
-        if full:
-            average = full[0].averages[OVERALL]
-            interval = f"95% interval {average.low:.3f} to {average.high:.3f}"
-            datasets = "dataset" if len(whole) == 1 else "datasets"
-            sentences.append(f"The best {words} is {full[0].name}: mean F1 {average.value:.3f} over {len(whole)} {datasets} ({interval}).")
-        else:
+        full = [row for row in rows if len(row.averages[OVERALL].datasets) == len(whole)]
+        if not full:
             sentences.append(f"No {words} answered all {len(whole)} datasets." if rows else f"This study has no {words}.")
-    overall = [row for row in findings.comparisons if len(row.datasets) == len(whole) and row.difference is not None]
-    if overall:
-        largest = max(overall, key=lambda row: row.first_f1 or 0.0)
-        sentences.append(
-            f"{largest.first} against {largest.second} on the same examples: {verdict(largest, largest.first, largest.second)} "
-            f"(difference {points(largest.difference)}, 95% interval {points(largest.low)} to {points(largest.high)})."
-        )
+            continue
+        best.append(full[0].name)
+        average = full[0].averages[OVERALL]
+        over = f"over {len(whole)} {'dataset' if len(whole) == 1 else 'datasets'}"
+        interval = f"95% interval {average.low:.3f} to {average.high:.3f}"
+        sentences.append(f"The best {words} is {full[0].name}: mean F1 {average.value:.3f} {over} ({interval}).")
+    for row in findings.comparisons:
+        if [row.first, row.second] == best and len(row.datasets) == len(whole) and row.difference is not None:
+            sentences.append(
+                f"On the same examples: {verdict(row, *best)} (difference {points(row.difference)}, 95% interval {points(row.low)} to "
+                f"{points(row.high)}; p {p_value(row.p_holm)} after Holm's correction for {len(findings.comparisons)} comparisons)."
+            )
     return sentences
 
 

@@ -1,7 +1,7 @@
 "use strict";
-// The report's own script: sorting, filters, charts, slices, confusion. Data comes from #data and goes in as text, never as markup.
+// The report's own script: sorting, filters, charts, slices, confusion. Data comes from #findings and goes in as text, never as markup.
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+  const data = JSON.parse(document.getElementById("findings").textContent);
   const SVG = "http://www.w3.org/2000/svg";
 
   const fill = (node, attributes, children) => {
@@ -72,13 +72,15 @@
     const [unit, factor] = [["B", 1e9], ["M", 1e6], ["K", 1e3]].find(([, one]) => value >= one) ?? ["", 1];
     return `${+(value / factor).toPrecision(3)}${unit}`;
   };
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.font = `12px ${getComputedStyle(document.body).fontFamily}`;
   const drawChart = (box, points) => {
     if (!points.length) {
       box.replaceChildren(html("p", { class: "empty" }, "No system of this study has both figures."));
       return;
     }
     const width = Math.max(260, box.clientWidth), height = Math.min(430, Math.max(270, width * 0.6));
-    const margin = { left: 46, right: 14, top: 14, bottom: 44 };
+    const margin = { left: 50, right: 14, top: 14, bottom: 44 };
     const xs = points.map((one) => one.x);
     const log = Math.min(...xs) > 0;
     const [x0, x1] = log ? [Math.min(...xs) / 1.6, Math.max(...xs) * 1.6] : [0, Math.max(...xs) * 1.1 || 1];
@@ -97,7 +99,7 @@
       root.append(svg("line", { x1: left(tick), x2: left(tick), y1: floor, y2: floor + 5 }),
         svg("text", { class: "tick", x: left(tick), y: floor + 18, "text-anchor": "middle" }, short(tick)));
     root.append(svg("text", { class: "axis", x: (margin.left + width - margin.right) / 2, y: height - 6, "text-anchor": "middle" }, title),
-      svg("text", { class: "axis", transform: `translate(12 ${(margin.top + floor) / 2}) rotate(-90)`, "text-anchor": "middle" }, "mean F1"));
+      svg("text", { class: "axis", transform: `translate(11 ${(margin.top + floor) / 2}) rotate(-90)`, "text-anchor": "middle" }, "mean F1"));
     const taken = points.map((one) => [left(one.x) - 6, top(one.y) - 6, left(one.x) + 6, top(one.y) + 6]);
     const free = (a) => a[0] >= margin.left && a[2] <= width && a[1] >= 0 && a[3] <= floor && !taken.some((b) => a[0] < b[2] && a[2] > b[0] && a[1] < b[3] && a[3] > b[1]);
     for (const one of [...points].sort((a, b) => (a.source === "measured") - (b.source === "measured"))) {
@@ -110,12 +112,12 @@
     // Names of measured systems where there is room, beside their point, never over another; the others tell theirs when pointed at.
     for (const one of points.filter((point) => point.source === "measured")) {
       const name = one.name.length > 28 ? `${one.name.slice(0, 27)}…` : one.name;
-      const long = 6.4 * name.length, x = left(one.x), y = top(one.y);
+      const long = pen.measureText(name).width, x = left(one.x), y = top(one.y);
       for (const [dx, dy] of [[9, 4], [-9 - long, 4], [9, -8], [-9 - long, -8], [9, 16], [-9 - long, 16], [-long / 2, -13], [-long / 2, 22]]) {
         const area = [x + dx, y + dy - 11, x + dx + long, y + dy + 3];
         if (!free(area)) continue;
         taken.push(area);
-        root.append(svg("text", { x: x + dx, y: y + dy }, name));
+        root.append(svg("text", { class: "name", x: x + dx, y: y + dy }, name));
         break;
       }
     }
