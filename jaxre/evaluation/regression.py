@@ -20,11 +20,10 @@ from scipy import stats
 
 from jaxre.errors import InputError
 from jaxre.evaluation.rows import Row
+from jaxre.evaluation.significance import FEW_CLUSTERS
 
 FACTORS = ("regime", "shots", "dataset")
 SLOPE = "log10(parameters)"
-# Fewer clusters than this make clustered standard errors far too small (Cameron, Gelbach & Miller 2008).
-CLUSTERS = 5
 
 
 @dataclass(frozen=True)
@@ -172,7 +171,7 @@ def _fit(design: np.ndarray, f1: np.ndarray, clusters: Sequence[str]) -> tuple[n
     coefficients = bread @ design.T @ f1
     scores = design * (f1 - design @ coefficients)[:, None]  # N K
     groups = sorted(set(clusters))
-    if len(groups) >= CLUSTERS:
+    if len(groups) >= FEW_CLUSTERS:
         member = np.array(clusters)[None] == np.array(groups)[:, None]  # G N
         sums = member @ scores
         factor = len(groups) / (len(groups) - 1) * (count - 1) / (count - columns)

@@ -23,6 +23,9 @@ from jaxre.evaluation.metrics import Labels
 RESAMPLES = 10_000
 SEED = 42
 
+# Fewer clusters than this make clustered intervals and standard errors far too narrow (Cameron, Gelbach & Miller 2008).
+FEW_CLUSTERS = 5
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -99,7 +102,7 @@ def clustered(datasets: Sequence[Resamples], seed: int = SEED) -> Resamples:
     A resample draws D datasets with replacement. Slot s of resample r takes resample r + s of its dataset, so that a dataset
     drawn twice brings two independent samples, and each resample of a dataset is used once on average. All systems
     share the draws. Over one dataset it is that dataset's own bootstrap. The percentile interval of a mean of few
-    clusters is too narrow by about sqrt((D - 1) / D), and tells little below five (Cameron, Gelbach & Miller 2008).
+    clusters is too narrow by about sqrt((D - 1) / D), and tells little below FEW_CLUSTERS.
 
     Args:
       datasets: as `resample_f1` gives them, of the same systems and number of resamples, each with a seed of its own.

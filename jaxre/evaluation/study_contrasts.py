@@ -19,12 +19,9 @@ import numpy as np
 
 from jaxre.errors import InputError
 from jaxre.evaluation.rows import Row
-from jaxre.evaluation.significance import Resamples, clustered, difference_of, holm, mcnemar, resample_ratios
+from jaxre.evaluation.significance import FEW_CLUSTERS, Resamples, clustered, difference_of, holm, mcnemar, resample_ratios
 from jaxre.evaluation.study_record import RecordedSystem
 from jaxre.evaluation.study_scores import OVERALL, Cell, StudyScores
-
-# A clustered interval over fewer datasets is too narrow to be believed (Cameron, Gelbach & Miller 2008).
-FEW_DATASETS = 5
 
 
 @dataclass(frozen=True)
@@ -125,10 +122,10 @@ def _contrasts(
 
 
 def _alike(study: StudyScores, varied: str) -> Iterable[list[RecordedSystem]]:
-    """The systems in groups that differ in one field of their setting alone."""
-    fields = [name for name in ("kind", "model", "regime", "train_shots", "prompt_shots", "enumerated", "style") if name != varied]
+    """The systems in groups that differ in one field of their setting alone; without those asked in a prompt style (prompt_effects.py)."""
+    fields = [name for name in ("kind", "model", "regime", "train_shots", "prompt_shots", "enumerated") if name != varied]
     groups = defaultdict(list)
-    for system in study.record.systems:
+    for system in (one for one in study.record.systems if not one.style):
         groups[tuple(getattr(system, name) for name in fields)].append(system)
     return groups.values()
 
@@ -203,5 +200,5 @@ def _difference(study: StudyScores, first: str, second: str, scope: str, pairs: 
         only_first=test.only_first,
         only_second=test.only_second,
         at_floor=found.p <= 2 / (found.resamples + 1),
-        few_datasets=scope in study.groups and len(pairs) < FEW_DATASETS,
+        few_datasets=scope in study.groups and len(pairs) < FEW_CLUSTERS,
     )

@@ -17,13 +17,11 @@ from scipy import stats
 from jaxre.evaluation.published import PublishedSystem, published
 from jaxre.evaluation.regression import ScalePoint, ScaleRegression, family_of, scale_regression
 from jaxre.evaluation.rows import Row
+from jaxre.evaluation.significance import FEW_CLUSTERS
 from jaxre.evaluation.study_record import RecordedSystem
 from jaxre.evaluation.study_scores import OVERALL, Average, StudyScores, at_home
 
 IN_BOTH = "measured and published"
-
-# A rank correlation over fewer datasets says nothing.
-DATASETS = 5
 
 
 @dataclass(frozen=True)
@@ -77,6 +75,8 @@ class Headline(Row):
 
 @dataclass(frozen=True)
 class LabelsPoint(Row):
+    """labels: of the schema, the negative ones too."""
+
     dataset: str
     labels: int
     f1: float
@@ -258,8 +258,8 @@ def labels_effect(study: StudyScores, with_published: bool = True) -> tuple[Labe
 def _labels_effect(name: str, source, points: list[LabelsPoint], drawn: np.ndarray, seed: int) -> LabelsEffect:
     """drawn: [D, R] F1 of each dataset's resamples."""
     counts, f1 = np.array([point.labels for point in points]), np.array([point.f1 for point in points])
-    if len(points) < DATASETS or len(set(counts.tolist())) < 2 or len(set(f1.tolist())) < 2:
-        problem = f"{len(points)} datasets with {len(set(counts.tolist()))} numbers of labels; it takes {DATASETS} that differ"
+    if len(points) < FEW_CLUSTERS or len(set(counts.tolist())) < 2 or len(set(f1.tolist())) < 2:
+        problem = f"{len(points)} datasets with {len(set(counts.tolist()))} numbers of labels; it takes {FEW_CLUSTERS} that differ"
         return LabelsEffect(name, source, tuple(points), None, None, None, problem)
     datasets, resamples = drawn.shape
     chosen = np.random.default_rng(seed).integers(datasets, size=(resamples, datasets))

@@ -112,6 +112,7 @@ def test_each_contrast_pairs_systems_that_differ_in_one_thing(tmp_path):
         gen_zero={**shots, "regime": "gentune", "prompt_shots": 0, "right": 0.5},
         lit={**literary, "right": 0.9},
         other={**literary, "model": "n-1B"},
+        styled={**shots, "regime": "gentune", "prompt_shots": 4, "style": "shots4"},
     )
     generic = enumerated_effect(scores)
     assert [(row.first, row.second, row.scope) for row in generic] == [
