@@ -37,10 +37,10 @@ def make_study(folder: Path, nasty: bool = False, systems: tuple[str, ...] | Non
     for index, (name, domain, open_licence, _) in enumerate(DATASETS):
         part = [_renamed(one, name, domain) for one in corpus[index * per_dataset : (index + 1) * per_dataset]]
         if nasty:
-            part[0] = dataclasses.replace(part[0], text=part[0].text + " " + NASTY + "</script><b>x</b>")
+            part = [dataclasses.replace(one, text=f"{one.text} {NASTY}</script><b>x</b>", relation=_nasty(one.relation)) for one in part]
         examples[name] = part
         write_examples(folder / "data" / f"{name}.jsonl", part)
-        labels = tuple(sorted({one.relation for one in corpus}))
+        labels = tuple(sorted({_nasty(one.relation) if nasty else one.relation for one in corpus}))
         datasets.append(RecordedDataset(name, domain, labels, f"data/{name}.jsonl", open_licence))
     recorded = tuple(
         _answered(folder, one, skill, examples, nasty) for one, skill in _systems(nasty) if systems is None or one.name in systems
@@ -132,8 +132,8 @@ def _answered(folder: Path, system: RecordedSystem, skill: float, examples: dict
             Prediction(one.id, one.relation, _answer(one, skill - hardness - away, draw), name, "gen_constrained", system.name)
             for one in examples[name]
         ]
-        if nasty:
-            rows[0] = dataclasses.replace(rows[0], generated_relation=NASTY)
+        if nasty and system.kind == "tuned":
+            rows = [row if place % 3 else dataclasses.replace(row, generated_relation=NASTY) for place, row in enumerate(rows)]
         stem = f"predictions/{random.Random(system.name).getrandbits(32)}/{place}"
         write_predictions(folder / stem, rows)
         paths[name] = f"{stem}.parquet"
@@ -153,6 +153,10 @@ def _answer(example: Example, skill: float, draw: random.Random) -> str:
     if draw.random() < skill:
         return example.relation
     return draw.choice([INVERSE.get(example.relation, "none"), "none", "educated_at", "is a kind of"])
+
+
+def _nasty(relation: str) -> str:
+    return "<b>author</b> & 'of'" if relation == "author_of" else relation
 
 
 def _renamed(example: Example, dataset: str, domain: str) -> Example:

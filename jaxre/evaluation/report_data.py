@@ -256,7 +256,8 @@ def setting(row: HeadlineRow) -> str:
 def cividis(value: float) -> tuple[str, str]:
     """Colour of a share in [0, 1] on a scale that colour-blind readers see alike, and that of text on it."""
     red, green, blue, _ = colormaps["cividis"](min(max(value, 0.0), 1.0))
-    light = 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.42
+    # Relative luminance (WCAG 2.2, with 2.2 for its piecewise exponent); from 0.18 on black contrasts more than white.
+    light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.18
     return "#" + "".join(f"{round(255 * part):02x}" for part in (red, green, blue)), "#111" if light else "#fff"
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from jaxre.evaluation.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, YELLOW, bare, draw_confusion, plain, save
 from jaxre.evaluation.report_data import KIND_TITLES, Findings, best_tuned, cividis, cost_points, dataset_title, scaling_points
@@ -51,7 +52,8 @@ def draw_figures(findings: Findings, folder: Path) -> list[Path]:
 
 
 def _means(findings: Findings) -> Figure | None:
-    shown = [(row, average) for row in findings.rows if (average := findings.average(row, OVERALL)) and average.value is not None]
+    candidates = (row for row in findings.rows if not row.style)
+    shown = [(row, average) for row in candidates if (average := findings.average(row, OVERALL)) and average.value is not None]
     rows = sorted(shown, key=lambda one: -(one[1].value or 0.0))[:ROWS]
     if not rows:
         return None
@@ -76,7 +78,7 @@ def _means(findings: Findings) -> Figure | None:
     axes.set_xlabel("mean F1 over datasets (line: 95% interval, clustered by dataset)")
     more = f"; {len(shown) - ROWS} lower ones are in the page only" if len(shown) > ROWS else ""
     axes.set_title(f"Which system finds relations best{more}", loc="left", color=INK)
-    _legend(axes, [(row.kind, row.source) for row, _ in rows])
+    _legend(figure, [(row.kind, row.source) for row, _ in rows])
     return figure
 
 
@@ -109,6 +111,7 @@ def _cost(findings: Findings) -> Figure | None:
     for axes, (title, points) in zip(np.atleast_1d(figure.subplots(1, len(found))), found, strict=True):
         _scatter(axes, points, title)
     figure.suptitle("Cost against quality: up is better, left is cheaper", x=0.01, ha="left", color=INK)
+    _legend(figure, [(one["kind"], one["source"]) for _, points in found for one in points])
     return figure
 
 
@@ -120,6 +123,7 @@ def _scaling(findings: Findings) -> Figure | None:
     axes = figure.subplots()
     _scatter(axes, points, "parameters")
     axes.set_title("F1 against size", loc="left", color=INK)
+    _legend(figure, [(one["kind"], one["source"]) for one in points])
     return figure
 
 
@@ -133,18 +137,15 @@ def _prompts(findings: Findings) -> Figure | None:
     colours = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, INK)
     for index, one in enumerate(findings.styles):
         rows = [row for row in one.rows if row.average.value is not None]
-        marker = "os^Dv<>p"[index % 8]
-        places = [styles.index(row.style) for row in rows]
-        axes.plot(
-            places,
-            [row.average.value for row in rows],
-            marker,
-            color=colours[index % len(colours)],
-            label=plain(f"{one.model}, {one.setting}"),
-        )
+        # Side by side, so that the intervals of several models can be told apart.
+        places = [styles.index(row.style) + 0.12 * (index - (len(findings.styles) - 1) / 2) for row in rows]
+        means = np.array([row.average.value for row in rows])
+        around = np.abs(np.array([[row.average.low, row.average.high] for row in rows]).reshape(-1, 2).T - means)
+        label, colour, marker = plain(f"{one.model}, {one.setting}", 80), colours[index % len(colours)], "os^Dv<>p"[index % 8]
+        axes.errorbar(places, means, around, fmt=marker, color=colour, elinewidth=1.2, label=label)
     axes.set_xticks(range(len(styles)), [plain(style) for style in styles], rotation=30, ha="right", rotation_mode="anchor")
     axes.grid(axis="y", color="#e4e4e4")
-    axes.set_ylabel("mean F1")
+    axes.set_ylabel("mean F1 (line: 95% interval)")
     axes.set_title("The same question in several wordings", loc="left", color=INK)
     axes.legend(frameon=False, fontsize=8)
     return figure
@@ -158,18 +159,20 @@ def _scatter(axes: Axes, points: Sequence[dict[str, Any]], title: str) -> None:
             axes.plot([one["x"], one["x"]], [one["low"], one["high"]], color=colour, linewidth=1.2, alpha=0.5)
         axes.plot(one["x"], one["y"], marker, color=colour, markerfacecolor=_face(one["source"], colour), markersize=8, linestyle="none")
         if one["source"] == "measured":
-            axes.annotate(plain(one["name"], 26), (one["x"], one["y"]), (6, 5), textcoords="offset points", fontsize=7, color=INK)
+            axes.annotate(plain(one["name"], 32), (one["x"], one["y"]), (6, 5), textcoords="offset points", fontsize=7, color=INK)
     if min(one["x"] for one in points) > 0:
         axes.set_xscale("log")
-        axes.margins(x=0.2)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(x=0.25)
     axes.grid(axis="y", color="#e4e4e4")
     axes.set_axisbelow(True)
     axes.set_xlabel(title)
     axes.set_ylabel("mean F1")
-    _legend(axes, [(one["kind"], one["source"]) for one in points])
 
 
-def _legend(axes: Axes, found: Sequence[tuple[str, str]]) -> None:
+def _legend(figure: Figure, found: Sequence[tuple[str, str]]) -> None:
     entries = [(kind, source) for kind in KINDS for source in ("measured", "published") if (kind, source) in set(found)]
     handles = [
         Line2D(
@@ -184,7 +187,7 @@ def _legend(axes: Axes, found: Sequence[tuple[str, str]]) -> None:
         for kind, source in entries
         for colour, marker in [KINDS[kind]]
     ]
-    axes.legend(handles=handles, frameon=False, fontsize=8, loc="best")
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
 
 
 def _face(source: str, colour: str) -> str:
