@@ -156,7 +156,7 @@ def _answer(example: Example, skill: float, draw: random.Random) -> str:
 
 
 def _nasty(relation: str) -> str:
-    return "<b>author</b> & 'of'" if relation == "author_of" else relation
+    return "<b>educated</b> & 'at'" if relation == "educated_at" else relation
 
 
 def _renamed(example: Example, dataset: str, domain: str) -> Example:

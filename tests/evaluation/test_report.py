@@ -122,8 +122,8 @@ def test_data_is_escaped_wherever_it_stands(tmp_path):
     html = render(found(tmp_path))
     page = Page(html)
     assert f"{NASTY}</script><b>x</b>" in page.sections["examples"]
-    assert "<b>author</b> & 'of'" in page.data["confusions"][0]["rows"]
-    assert "<script>window" not in html and "</script><b>" not in html and "A <b>" not in html and "<b>author" not in html
+    assert "<b>educated</b> & 'at'" in page.data["confusions"][0]["rows"]
+    assert "<script>window" not in html and "</script><b>" not in html and "A <b>" not in html and "<b>educated" not in html
     assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == ["application/json", None]
     assert "Frontier A <b>" in page.data["slices"]
 
