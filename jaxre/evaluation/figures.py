@@ -1,8 +1,8 @@
 """What all figures share: colours that stay apart for colour-blind readers and in grey, bare axes, plain text, saving.
 
-    figure = Figure(layout="constrained")
-    bare(figure.subplots())
-    save(figure, Path("figure.png"), Path("figure.pdf"))
+figure = Figure(layout="constrained")
+bare(figure.subplots())
+save(figure, Path("figure.png"), Path("figure.pdf"))
 """
 
 from __future__ import annotations

@@ -237,7 +237,9 @@ def dataset_title(name: str) -> str:
 
 def scope_title(scope: str) -> str:
     """A domain, a dataset or the overall average as a heading."""
-    return {OVERALL: "Overall", "general": "General", "literary": "Literary"}.get(scope) or dataset_title(scope)
+    return {OVERALL: "Overall", IN_BOTH: "Datasets that the paper has too", "general": "General", "literary": "Literary"}.get(
+        scope
+    ) or dataset_title(scope)
 
 
 def setting(row: HeadlineRow) -> str:
@@ -290,11 +292,11 @@ def _slice_cells(one: Slice) -> list[Any]:
 
 
 def scaling_points(findings: Findings) -> list[dict[str, Any]]:
-    """F1 against parameters, one point per row and group: the domains and all. Prompt styles have a section of their own."""
+    """F1 against parameters, one point per row and group: domains, all, and what the paper has too. Prompt styles have a section of their own."""
     return [
         _point(row, average, group, row.parameters)
         for row in findings.rows
-        for group in findings.study.groups
+        for group in (*findings.study.groups, *((IN_BOTH,) if findings.shared else ()))
         if row.parameters and not row.style and (average := findings.average(row, group)) is not None and average.value is not None
     ]
 

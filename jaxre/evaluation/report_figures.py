@@ -14,11 +14,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from jaxre.evaluation.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, YELLOW, bare, draw_confusion, plain, save
 from jaxre.evaluation.report_data import KIND_TITLES, Findings, best_tuned, cividis, cost_points, dataset_title, scaling_points
 from jaxre.evaluation.study_scores import OVERALL
+from jaxre.evaluation.study_tables import IN_BOTH
 
 # Colour and marker of each kind: none is told by its colour alone.
 KINDS = {
@@ -112,18 +113,23 @@ def _cost(findings: Findings) -> Figure | None:
         _scatter(axes, points, title)
     figure.suptitle("Cost against quality: up is better, left is cheaper", x=0.01, ha="left", color=INK)
     _legend(figure, [(one["kind"], one["source"]) for _, points in found for one in points])
+    for axes, (_, points) in zip(figure.axes, found, strict=True):
+        _name(figure, axes, points)
     return figure
 
 
 def _scaling(findings: Findings) -> Figure | None:
-    points = [one for one in scaling_points(findings) if one["group"] == OVERALL]
+    group = IN_BOTH if findings.shared else OVERALL
+    points = [one for one in scaling_points(findings) if one["group"] == group]
     if not points:
         return None
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     _scatter(axes, points, "parameters")
-    axes.set_title("F1 against size", loc="left", color=INK)
+    title = "F1 against size" + (": datasets that the paper has too" if findings.shared else "")
+    axes.set_title(title, loc="left", color=INK)
     _legend(figure, [(one["kind"], one["source"]) for one in points])
+    _name(figure, axes, points)
     return figure
 
 
@@ -158,18 +164,40 @@ def _scatter(axes: Axes, points: Sequence[dict[str, Any]], title: str) -> None:
         if one["low"] is not None:
             axes.plot([one["x"], one["x"]], [one["low"], one["high"]], color=colour, linewidth=1.2, alpha=0.5)
         axes.plot(one["x"], one["y"], marker, color=colour, markerfacecolor=_face(one["source"], colour), markersize=8, linestyle="none")
-        if one["source"] == "measured":
-            axes.annotate(plain(one["name"], 32), (one["x"], one["y"]), (6, 5), textcoords="offset points", fontsize=7, color=INK)
     if min(one["x"] for one in points) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.margins(x=0.25)
     axes.grid(axis="y", color="#e4e4e4")
     axes.set_axisbelow(True)
     axes.set_xlabel(title)
     axes.set_ylabel("mean F1")
+
+
+def _name(figure: Figure, axes: Axes, points: Sequence[dict[str, Any]]) -> None:
+    """Names measured points where there is room beside them; the page tells the others."""
+    figure.draw_without_rendering()  # the layout, so that places are known
+    point = figure.dpi / 72
+    places = axes.transData.transform([(one["x"], one["y"]) for one in points]) / point
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    right = figure.bbox.width / point
+    for one, (x, y) in zip(points, places, strict=True):
+        name = plain(one["name"], 34)
+        long = 4.1 * len(name)  # of 7 point letters
+        for left, up in ((7, -2), (-7 - long, -2), (7, 6), (-7 - long, 6), (7, -10), (-7 - long, -10)):
+            area = (x + left, y + up, x + left + long, y + up + 7)
+            crossed = any(area[0] < b[2] and b[0] < area[2] and area[1] < b[3] and b[1] < area[3] for b in taken)
+            if one["source"] == "measured" and not crossed and area[2] < right:
+                taken.append(area)
+                axes.annotate(name, (one["x"], one["y"]), (left, up), textcoords="offset points", fontsize=7, color=INK)
+                break
+
+
+def _short(value: float) -> str:
+    unit, factor = next(((unit, one) for unit, one in (("B", 1e9), ("M", 1e6), ("K", 1e3)) if value >= one), ("", 1.0))
+    return f"{value / factor:g}{unit}"
 
 
 def _legend(figure: Figure, found: Sequence[tuple[str, str]]) -> None:

@@ -97,7 +97,7 @@ def render(findings: Findings) -> str:
         flagged=[(row, found) for row in findings.rows if (found := flags_of(row))],
         cost_panels=COST_PANELS,
         cost_groups=cost,
-        scaling=[group for group in (OVERALL, *findings.domains) if group in scaling],
+        scaling=[group for group in (OVERALL, *findings.domains, IN_BOTH) if group in scaling],
         hole_rows=[(row.name, *holes(table)) for row in findings.measured if (table := findings.slices[row.name])],
         scopes=[scope for scope in (OVERALL, *findings.study.groups[OVERALL]) if any(row.scope == scope for row in findings.comparisons)],
         cut_labels=CONFUSION_LABELS if any(REST in one.columns for one in findings.confusions.values()) else 0,

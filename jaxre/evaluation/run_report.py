@@ -19,9 +19,7 @@ from jaxre.errors import InputError
 from jaxre.evaluation.figures import BLUE, GREY, INK, ORANGE, bare, draw_confusion, plain, save
 from jaxre.evaluation.metrics import Confusion, Scores
 
-CONFUSION_TITLE = (
-    "Which relation is taken for which: a perfect model fills only the diagonal\n(numbers: examples; shade: share of the row)"
-)
+CONFUSION_TITLE = "Which relation is taken for which: a perfect model fills only the diagonal\n(numbers: examples; shade: share of the row)"
 
 Curve = Sequence[tuple[int, float]]  # (step, loss)
 
