@@ -71,6 +71,7 @@ KIND_TITLES = {
 REGIME_TITLES = {"gentune": "GenTune", "littune": "LitTune", "mixtune": "MixTune"}
 
 SLICE_FIELDS = ("level", "name", "domain", "dataset", "n", "measure", "value", "low", "high", "whole", "status")
+SLICE_WORDS = ("level", "domain", "dataset", "measure", "status")
 
 Segment = tuple[str, str]  # text, and what it is: "", "head", "tail" or "head tail"
 
@@ -171,6 +172,11 @@ class Findings:
         found = row.averages[group]
         return found if set(found.datasets) <= set(self.study.groups[OVERALL]) else None
 
+    def whole_average(self, row: HeadlineRow, group: str) -> Average | None:
+        """The mean of a row over all datasets of a group; None where it lacks one, so that it would not compare with other rows."""
+        found = self.average(row, group)
+        return found if found and found.value is not None and set(self.wanted(group)) <= set(found.datasets) else None
+
     @cached_property
     def rows(self) -> tuple[HeadlineRow, ...]:
         """Measured rows, then published ones with a figure for a dataset of this study; in each, means of most datasets first."""
@@ -268,8 +274,7 @@ def page_data(findings: Findings) -> dict[str, Any]:
     return {
         "kinds": KIND_TITLES,
         "charts": {"scaling": scaling_points(findings), "cost": cost_points(findings)},
-        "sliceFields": SLICE_FIELDS,
-        "slices": {name: [_slice_cells(one) for one in table] for name, table in findings.slices.items()},
+        "slices": _slices_data(findings.slices),
         "confusions": [
             {
                 "system": system,
@@ -284,20 +289,27 @@ def page_data(findings: Findings) -> dict[str, Any]:
     }
 
 
-def _slice_cells(one: Slice) -> list[Any]:
-    cells = {name: getattr(one, name) for name in SLICE_FIELDS}
-    if one.level in ("domain", "dataset"):
-        cells["name"] = scope_title(one.name)
-    return [round(cell, 4) if isinstance(cell, float) else cell for cell in cells.values()]
+def _slices_data(tables: dict[str, tuple[Slice, ...]]) -> dict[str, Any]:
+    """Rows of SLICE_FIELDS. What recurs is a number into `words`: a study has tens of thousands of slices."""
+    words: dict[str, int] = {}
+
+    def cells(one: Slice) -> list[Any]:
+        shown = {name: getattr(one, name) for name in SLICE_FIELDS}
+        shown["name"] = scope_title(one.name) if one.level in ("domain", "dataset") else one.name
+        shown |= {name: words.setdefault(shown[name], len(words)) for name in SLICE_WORDS}
+        return [round(cell, 3) if isinstance(cell, float) else cell for cell in shown.values()]
+
+    systems = {name: [cells(one) for one in table] for name, table in tables.items()}
+    return {"fields": SLICE_FIELDS, "worded": SLICE_WORDS, "words": list(words), "systems": systems}
 
 
 def scaling_points(findings: Findings) -> list[dict[str, Any]]:
-    """F1 against parameters, one point per row and group: domains, all, and what the paper has too. Prompt styles have a section of their own."""
+    """F1 against parameters, one point per row and group (domains, all, what the paper has too) that it has all datasets of."""
     return [
         _point(row, average, group, row.parameters)
         for row in findings.rows
         for group in (*findings.study.groups, *((IN_BOTH,) if findings.shared else ()))
-        if row.parameters and not row.style and (average := findings.average(row, group)) is not None and average.value is not None
+        if row.parameters and not row.style and (average := findings.whole_average(row, group)) is not None
     ]
 
 
@@ -306,14 +318,16 @@ def cost_points(findings: Findings) -> list[dict[str, Any]]:
     systems = {system.name: system for system in findings.record.systems}
     points = []
     for row in (row for row in findings.measured if not row.style):
-        average, system = row.averages[OVERALL], systems[row.name]
+        average, system = findings.whole_average(row, OVERALL), systems[row.name]
+        if average is None:
+            continue
         answers = sum(len(cell.ids) for cell in findings.study.asked(row.name, findings.study.groups[OVERALL]))
         prices = {
             "dollars": None if system.cost_usd is None or not answers else 1000 * system.cost_usd / answers,
             "hours": None if system.seconds is None else system.seconds / 3600,
             "milliseconds": system.latency_ms,
         }
-        points += [_point(row, average, group, price) for group, price in prices.items() if price is not None and average.value is not None]
+        points += [_point(row, average, group, price) for group, price in prices.items() if price is not None]
     return points
 
 

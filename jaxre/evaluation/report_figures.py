@@ -27,7 +27,7 @@ KINDS = {
     "adapted": (GREEN, "s"),
     "encoder": (PURPLE, "^"),
     "untuned": (GREY, "D"),
-    "baseline": (INK, "_"),
+    "baseline": (INK, "X"),
     "frontier": (ORANGE, "v"),
 }
 # Rows of a figure; the page has them all.
@@ -153,7 +153,7 @@ def _prompts(findings: Findings) -> Figure | None:
     axes.grid(axis="y", color="#e4e4e4")
     axes.set_ylabel("mean F1 (line: 95% interval)")
     axes.set_title("The same question in several wordings", loc="left", color=INK)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center")
     return figure
 
 
@@ -182,14 +182,14 @@ def _name(figure: Figure, axes: Axes, points: Sequence[dict[str, Any]]) -> None:
     point = figure.dpi / 72
     places = axes.transData.transform([(one["x"], one["y"]) for one in points]) / point
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
-    right = figure.bbox.width / point
+    left_end, right_end = axes.bbox.x0 / point, axes.bbox.x1 / point
     for one, (x, y) in zip(points, places, strict=True):
         name = plain(one["name"], 34)
         long = 4.1 * len(name)  # of 7 point letters
         for left, up in ((7, -2), (-7 - long, -2), (7, 6), (-7 - long, 6), (7, -10), (-7 - long, -10)):
             area = (x + left, y + up, x + left + long, y + up + 7)
             crossed = any(area[0] < b[2] and b[0] < area[2] and area[1] < b[3] and b[1] < area[3] for b in taken)
-            if one["source"] == "measured" and not crossed and area[2] < right:
+            if one["source"] == "measured" and not crossed and left_end < area[0] and area[2] < right_end:
                 taken.append(area)
                 axes.annotate(name, (one["x"], one["y"]), (left, up), textcoords="offset points", fontsize=7, color=INK)
                 break

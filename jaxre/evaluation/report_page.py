@@ -135,8 +135,7 @@ def best_of_columns(findings: Findings) -> dict[str, str]:
     for row in findings.measured:
         values = {name: cell.f1 for name, cell in row.cells.items() if not cell.broken}
         for group in (*findings.study.groups, *((IN_BOTH,) if findings.shared else ())):
-            average = row.averages[group]
-            if average.value is not None and set(findings.wanted(group)) <= set(average.datasets):
+            if average := findings.whole_average(row, group):
                 values[group] = average.value
         for column, value in values.items():
             best[column] = max(best.get(column, (-1.0, "")), (value, row.name))

@@ -117,6 +117,29 @@ def test_a_published_mean_over_other_datasets_is_not_shown_beside_ours(findings)
             assert average is None or set(average.datasets) <= {name for name, *_ in DATASETS}
 
 
+def test_slices_are_read_back_as_they_were(findings):
+    data = Page(render(findings)).data["slices"]
+    for system, table in findings.slices.items():
+        for row, one in zip(data["systems"][system], table, strict=True):
+            shown = dict(zip(data["fields"], row, strict=True))
+            shown |= {name: data["words"][shown[name]] for name in data["worded"]}
+            assert (shown["level"], shown["dataset"], shown["measure"], shown["status"]) == (
+                one.level,
+                one.dataset,
+                one.measure,
+                one.status,
+            )
+            assert (shown["n"], shown["value"], shown["whole"]) == (one.n, round(one.value, 3), round(one.whole, 3))
+
+
+def test_a_chart_has_only_means_over_the_same_datasets(tmp_path):
+    make_study(tmp_path, systems=("Qwen2.5-3B LitTune 0-shot", SOME[0]))
+    points = Page(render(found(tmp_path))).data["charts"]["scaling"]
+    groups = {group for one in points if one["name"] == "Qwen2.5-3B LitTune 0-shot" for group in [one["group"]]}
+    assert "literary" in groups and "overall" not in groups
+    assert {one["group"] for one in points if one["name"] == SOME[0]} >= {"literary", "overall"}
+
+
 def test_data_is_escaped_wherever_it_stands(tmp_path):
     make_study(tmp_path, nasty=True, systems=(SOME[0], "Frontier A <b>"))
     html = render(found(tmp_path))
@@ -125,7 +148,7 @@ def test_data_is_escaped_wherever_it_stands(tmp_path):
     assert "<b>educated</b> & 'at'" in page.data["confusions"][0]["rows"]
     assert "<script>window" not in html and "</script><b>" not in html and "A <b>" not in html and "<b>educated" not in html
     assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == ["application/json", None]
-    assert "Frontier A <b>" in page.data["slices"]
+    assert "Frontier A <b>" in page.data["slices"]["systems"]
 
 
 @pytest.mark.parametrize("text", ["</script><script>alert(1)</script>", "<!--", "&lt;", "\u2028\u2029", '"', "\u202eמ"])

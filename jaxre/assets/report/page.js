@@ -156,7 +156,9 @@
     return parts;
   };
   const drawSlices = () => {
-    const table = (data.slices[byId("slice-system").value] ?? []).map((row) => Object.fromEntries(data.sliceFields.map((field, index) => [field, row[index]])));
+    const { fields, worded, words, systems } = data.slices;
+    const read = (row) => Object.fromEntries(fields.map((field, index) => [field, worded.includes(field) ? words[row[index]] : row[index]]));
+    const table = systems[byId("slice-system").value].map(read);
     const onlyHoles = byId("only-holes").checked;
     const holes = (rows) => rows.filter((one) => one.status === "hole").length;
     const inside = (rows) => holes(rows) ? [" ", html("span", { class: "hole" }, `⚠ ${holes(rows)} ${holes(rows) === 1 ? "hole" : "holes"} inside`)] : [];
