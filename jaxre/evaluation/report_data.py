@@ -132,7 +132,6 @@ class Findings:
     """All that the page and the figures show."""
 
     study: StudyScores
-    public: bool
     datasets: tuple[DatasetRow, ...]
     headline: Headline
     comparisons: tuple[Difference, ...]
@@ -209,7 +208,6 @@ def collect(study: StudyScores, public: bool = False) -> Findings:
     styled = {one.name for one in study.record.systems if one.style}  # the same weights as another row
     return Findings(
         study=study,
-        public=public,
         datasets=tuple(_dataset(study, one) for one in study.record.datasets),
         headline=headline(study),
         comparisons=planned_comparisons(study),
