@@ -303,6 +303,28 @@ def frontier_check(
 
 
 @app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="folder of a study", metavar="FOLDER")],
+    output: Annotated[Path | None, typer.Option(help="the page; FOLDER/report.html if not given", metavar="FILE")] = None,
+    figures: Annotated[Path | None, typer.Option(help="also draw PNG and PDF figures into this folder", metavar="FOLDER")] = None,
+    public: Annotated[bool, typer.Option("--public", help="leave out sentences that may not be republished")] = False,
+) -> None:
+    """Writes what a study found as one HTML page that needs no network, and as figures.
+
+    \b
+    Example: jaxre report runs/study-small --figures runs/study-small/figures
+    """
+    from jaxre.evaluation.report import write_report
+
+    written = write_report(folder, output, figures, public)
+    if written.closed:
+        sets = ", ".join(written.closed)
+        print(f"do not publish the page: it shows sentences of {sets}; --public leaves them out", file=sys.stderr)
+    for path in (*written.figures, written.page):
+        print(path)
+
+
+@app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="run, adapter or model folder, or hub id", metavar="SOURCE")],
     target: Annotated[Path, typer.Argument(help="folder to write", metavar="TARGET")],

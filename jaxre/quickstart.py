@@ -22,7 +22,7 @@ from jaxre.evaluation.compare import compare_files, comparison_table
 from jaxre.evaluation.evaluate import evaluate_rows, write_json
 from jaxre.evaluation.metrics import confusion_matrix
 from jaxre.evaluation.predictions import Prediction, read_predictions, write_predictions
-from jaxre.evaluation.report import System, draw_report, summary_table
+from jaxre.evaluation.run_report import System, draw_report, summary_table
 from jaxre.inference.commands import predict_data
 from jaxre.relations import mixtures, sources
 from jaxre.relations.schema import Example

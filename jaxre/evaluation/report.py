@@ -1,163 +1,64 @@
-"""A run at a glance: a table for the terminal and two pictures for people who did not run it.
+"""`jaxre report`: what a study found, as one HTML page and as figures.
 
-print(summary_table(systems))
-draw_report(folder, systems, train_loss, validation_loss, confusion)     # summary.png, confusion.png
+written = write_report("runs/study-small", figures="runs/study-small/report/figures")
+print(written.page)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from rich.table import Table
-from rich.text import Text
-
 from jaxre.errors import InputError
-from jaxre.evaluation.metrics import Confusion, Scores
+from jaxre.evaluation.report_data import collect
+from jaxre.evaluation.report_figures import draw_figures
+from jaxre.evaluation.report_page import render
+from jaxre.evaluation.study_record import read_record
+from jaxre.evaluation.study_scores import measure
 
-# Colours that stay apart in grey and for colour-blind readers (Okabe & Ito 2008).
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#9A9A9A"
-INK = "#333333"
-
-Curve = Sequence[tuple[int, float]]  # (step, loss)
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)
-class System:
-    """One line of the report. `ours`: the fine-tuned model; everything else is there to be compared with."""
+class Written:
+    """What `write_report` left. closed: datasets without an open licence whose sentences the page shows."""
 
-    name: str
-    scores: Scores
-    ours: bool = False
-    note: str = ""
-
-
-def summary_table(systems: Sequence[System], title: str = "Test split") -> Table:
-    """F1, precision, recall, macro-F1 and accuracy of each system; a system that ours does not beat is marked so."""
-    table = Table(title=title, title_justify="left", caption="F1 counts found relations; 'no relation' answers are not rewarded.")
-    table.add_column("system")
-    for column in ("F1", "precision", "recall", "macro-F1", "accuracy"):
-        table.add_column(column, justify="right")
-    table.add_column("note")
-    best = max((system.scores.f1 for system in systems if system.ours), default=None)
-    for system in systems:
-        s = system.scores
-        ahead = best is not None and not system.ours and s.f1 >= best
-        flags = ("ours does not beat it" if ahead else "", "collapsed: one label for all" if s.collapsed else "")
-        note = "; ".join(part for part in (system.note, *flags) if part)
-        cells = (f"{value:.3f}" for value in (s.f1, s.precision, s.recall, s.macro_f1, s.accuracy))
-        table.add_row(Text(system.name), *cells, Text(note), style="bold" if system.ours else "")
-    return table
+    page: Path
+    figures: tuple[Path, ...]
+    closed: tuple[str, ...]
 
 
-def draw_report(
-    folder: str | Path,
-    systems: Sequence[System],
-    train_loss: Curve,
-    validation_loss: Curve = (),
-    confusion: Confusion | None = None,
-    title: str = "",
-) -> list[Path]:
-    """Writes `summary.png` (loss curves, F1 per system) and, with `confusion`, `confusion.png`.
+def write_report(folder: str | Path, output: str | Path | None = None, figures: str | Path | None = None, public: bool = False) -> Written:
+    """Writes the page, whole or not at all, and the figures.
 
     Args:
-      folder: made if missing.
-      systems: at least one, from the top of the picture down.
-      train_loss, validation_loss: (step, mean loss per supervised token); either may be empty.
+      folder: of a study (study_record).
+      output: the page; `report.html` in the study's folder if not given.
+      figures: folder of the PNG and PDF files; none are drawn if not given.
+      public: leave out the sentences of datasets without an open licence.
 
-    Returns the paths. Raises InputError without systems.
+    Raises:
+      InputError: no study, one that cannot be scored, or a place that cannot be written.
     """
-    if not systems:
-        raise InputError("a report needs at least one system to show; give one")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [_save(_summary(systems, train_loss, validation_loss, title), folder / "summary.png")]
-    if confusion is not None:
-        paths.append(_save(_confusion(confusion), folder / "confusion.png"))
-    return paths
+    findings = collect(measure(read_record(folder)), public)
+    page = Path(output) if output is not None else Path(folder) / PAGE
+    write_text(page, render(findings))
+    drawn = draw_figures(findings, Path(figures)) if figures is not None else []
+    shown = findings.disagreements.shown if findings.disagreements else ()
+    return Written(page, tuple(drawn), tuple(dict.fromkeys(one.dataset for one in shown if not one.open_licence)))
 
 
-def _summary(systems: Sequence[System], train_loss: Curve, validation_loss: Curve, title: str) -> Figure:
-    figure = Figure(figsize=(11, max(3.6, 1.6 + 0.5 * len(systems))), layout="constrained")
-    if title:
-        figure.suptitle(_plain(title), x=0.01, ha="left", fontweight="bold", color=INK)
-    curves, bars = figure.subplots(1, 2)
-
-    _bare(curves)
-    curves.set_title("Training: the loss should fall", loc="left", fontsize=11, color=INK)
-    curves.set_xlabel("step (one update of the weights)")
-    curves.set_ylabel("loss per supervised token")
-    for curve, name, style in (
-        (train_loss, "training", {"color": BLUE}),
-        (validation_loss, "validation", {"color": ORANGE, "marker": "o"}),
-    ):
-        if len(curve):
-            steps, losses = zip(*curve, strict=True)
-            curves.plot(steps, losses, linewidth=1.8, markersize=4, label=name, **style)
-    if len(train_loss) or len(validation_loss):
-        curves.set_ylim(bottom=0)
-        curves.legend(frameon=False)
-    else:
-        curves.text(0.5, 0.5, "no training in this run", ha="center", color=GREY, transform=curves.transAxes)
-
-    _bare(bars)
-    bars.set_title("F1 on the test split: higher is better", loc="left", fontsize=11, color=INK)
-    values = [system.scores.f1 for system in systems]
-    places = np.arange(len(systems))
-    bars.barh(places, values, color=[BLUE if system.ours else GREY for system in systems], height=0.62)
-    for place, value, system in zip(places, values, systems, strict=True):
-        bars.text(value + 0.012, place, f"{value:.3f}", va="center", color=INK, fontweight="bold" if system.ours else "normal")
-    bars.set_yticks(places, [_plain(system.name) for system in systems])
-    bars.invert_yaxis()
-    bars.set_xlim(0, 1.12)
-    bars.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
-    bars.set_xlabel("positive-class micro-F1")
-    return figure
-
-
-def _confusion(confusion: Confusion) -> Figure:
-    counts = confusion.counts
-    rows, columns = counts.shape
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    cell = min(0.52, 20 / columns)  # inches; a hundred labels still fit a screen when zoomed
-    figure = Figure(figsize=(max(6.5, 4.0 + cell * columns), 3.0 + cell * rows), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row in range(rows):
-        for column in range(columns):
-            if counts[row, column]:
-                colour = "white" if shares[row, column] > 0.55 else INK
-                axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour, fontsize=15 * cell)
-    axes.set_xticks(range(columns), [_plain(label) for label in confusion.columns], rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(rows), [_plain(label) for label in confusion.labels])
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("gold")
-    axes.set_title(
-        "Which relation is taken for which: a perfect model fills only the diagonal\n(numbers: examples; shade: share of the row)",
-        fontsize=10,
-        color=INK,
-    )
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    return figure
-
-
-def _bare(axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
-
-
-def _plain(text: str) -> str:
-    """Text for matplotlib, which reads what stands between two dollar signs as mathematics."""
-    text = text.replace("$", r"\$")
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _save(figure: Figure, path: Path) -> Path:
-    FigureCanvasAgg(figure)  # no display, and no global pyplot state
-    figure.savefig(path, dpi=150)
-    return path
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises InputError for one that cannot be written."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Half a surrogate pair, which JSON can hold, has no UTF-8 form: it is shown as a question mark.
+        partial.write_bytes(text.encode("utf-8", "replace"))
+        partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); name another file with --output") from None
+    finally:
+        if partial.is_file():
+            partial.unlink()

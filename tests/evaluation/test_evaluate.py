@@ -9,7 +9,7 @@ from rich.console import Console
 from jaxre.evaluation.evaluate import evaluate_file, evaluation_table
 from jaxre.evaluation.metrics import semeval_official_f1
 from jaxre.evaluation.predictions import Prediction, write_predictions
-from jaxre.evaluation.report import System, summary_table
+from jaxre.evaluation.run_report import System, summary_table
 from jaxre.relations.semeval import NAME
 
 GOLD = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "Other"]

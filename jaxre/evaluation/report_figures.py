@@ -1,0 +1,222 @@
+"""The figures of a study as PNG and PDF: means, heat map, cost, size, prompt styles, confusion of the best tuned system.
+
+paths = draw_figures(findings, Path("figures"))
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from jaxre.evaluation.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, YELLOW, bare, draw_confusion, plain, save
+from jaxre.evaluation.report_data import KIND_TITLES, Findings, best_tuned, cividis, cost_points, dataset_title, scaling_points
+from jaxre.evaluation.study_scores import OVERALL
+from jaxre.evaluation.study_tables import IN_BOTH
+
+# Colour and marker of each kind: none is told by its colour alone.
+KINDS = {
+    "tuned": (BLUE, "o"),
+    "adapted": (GREEN, "s"),
+    "encoder": (PURPLE, "^"),
+    "untuned": (GREY, "D"),
+    "baseline": (INK, "X"),
+    "frontier": (ORANGE, "v"),
+}
+# Rows of a figure; the page has them all.
+ROWS = 40
+
+
+def draw_figures(findings: Findings, folder: Path) -> list[Path]:
+    """Draws each figure that the study has data for, as NAME.png and NAME.pdf; returns the paths. Raises InputError."""
+    drawers: dict[str, Callable[[Findings], Figure | None]] = {
+        "means": _means,
+        "heatmap": _heatmap,
+        "cost": _cost,
+        "scaling": _scaling,
+        "prompts": _prompts,
+    }
+    figures = {name: draw(findings) for name, draw in drawers.items()}
+    best = best_tuned(findings.study)
+    for (system, dataset), confusion in findings.confusions.items():
+        if system == best:
+            title = f"{plain(system)} on {plain(dataset_title(dataset))}: a perfect system fills only the diagonal"
+            figures[f"confusion-{re.sub(r'[^A-Za-z0-9_.-]+', '-', dataset)}"] = draw_confusion(confusion, title)
+    return [path for name, figure in figures.items() if figure for path in save(figure, folder / f"{name}.png", folder / f"{name}.pdf")]
+
+
+def _means(findings: Findings) -> Figure | None:
+    candidates = (row for row in findings.rows if not row.style)
+    shown = [(row, average) for row in candidates if (average := findings.average(row, OVERALL)) and average.value is not None]
+    rows = sorted(shown, key=lambda one: -(one[1].value or 0.0))[:ROWS]
+    if not rows:
+        return None
+    figure = Figure(figsize=(9, 1.6 + 0.3 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    bare(axes)
+    for place, (row, average) in enumerate(rows):
+        colour, marker = KINDS[row.kind]
+        if average.low is not None:
+            axes.plot([average.low, average.high], [place, place], color=colour, linewidth=1.4, alpha=0.7)
+        axes.plot(average.value, place, marker, color=colour, markerfacecolor=_face(row.source, colour), markersize=7)
+    whole = len(findings.study.groups[OVERALL])
+    names = [
+        plain(row.name, 48) + ("" if len(average.datasets) == whole else f" ({len(average.datasets)} of {whole})") for row, average in rows
+    ]
+    axes.set_yticks(range(len(rows)), names)
+    for label, (row, _) in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_style("italic" if row.source == "published" else "normal")
+    axes.invert_yaxis()
+    axes.grid(axis="x", color="#e4e4e4")
+    axes.set_axisbelow(True)
+    axes.set_xlabel("mean F1 over datasets (line: 95% interval, clustered by dataset)")
+    more = f"; {len(shown) - ROWS} lower ones are in the page only" if len(shown) > ROWS else ""
+    axes.set_title(f"Which system finds relations best{more}", loc="left", color=INK)
+    _legend(figure, [(row.kind, row.source) for row, _ in rows])
+    return figure
+
+
+def _heatmap(findings: Findings) -> Figure | None:
+    rows, names = findings.measured[:ROWS], findings.study.groups[OVERALL]
+    if not rows or not names:
+        return None
+    values = np.array([[row.cells[name].f1 if name in row.cells else np.nan for name in names] for row in rows])
+    figure = Figure(figsize=(4.5 + 0.85 * len(names), 2.2 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for (row, column), value in np.ndenumerate(values):
+        if not np.isnan(value):
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=cividis(value)[1], fontsize=8)
+    axes.set_xticks(range(len(names)), [plain(dataset_title(name)) for name in names], rotation=40, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), [plain(row.name, 48) for row in rows])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, colors=INK)
+    axes.set_title("F1 of each system on each dataset", loc="left", color=INK)
+    figure.colorbar(image, ax=axes, shrink=0.6, label="F1")
+    return figure
+
+
+def _cost(findings: Findings) -> Figure | None:
+    groups = (("dollars", "USD per 1,000 answers"), ("hours", "hours of training"), ("milliseconds", "milliseconds per answer"))
+    found = [(title, points) for group, title in groups if (points := [one for one in cost_points(findings) if one["group"] == group])]
+    if not found:
+        return None
+    figure = Figure(figsize=(5 * len(found), 4.2), layout="constrained")
+    for axes, (title, points) in zip(np.atleast_1d(figure.subplots(1, len(found))), found, strict=True):
+        _scatter(axes, points, title)
+    figure.suptitle("Cost against quality: up is better, left is cheaper", x=0.01, ha="left", color=INK)
+    _legend(figure, [(one["kind"], one["source"]) for _, points in found for one in points])
+    for axes, (_, points) in zip(figure.axes, found, strict=True):
+        _name(figure, axes, points)
+    return figure
+
+
+def _scaling(findings: Findings) -> Figure | None:
+    group = IN_BOTH if findings.shared else OVERALL
+    points = [one for one in scaling_points(findings) if one["group"] == group]
+    if not points:
+        return None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    _scatter(axes, points, "parameters")
+    title = "F1 against size" + (": datasets that the paper has too" if findings.shared else "")
+    axes.set_title(title, loc="left", color=INK)
+    _legend(figure, [(one["kind"], one["source"]) for one in points])
+    _name(figure, axes, points)
+    return figure
+
+
+def _prompts(findings: Findings) -> Figure | None:
+    if not findings.styles:
+        return None
+    styles = sorted({row.style for one in findings.styles for row in one.rows})
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    bare(axes)
+    colours = (BLUE, ORANGE, GREEN, PURPLE, YELLOW, INK)
+    for index, one in enumerate(findings.styles):
+        rows = [row for row in one.rows if row.average.value is not None]
+        # Side by side, so that the intervals of several models can be told apart.
+        places = [styles.index(row.style) + 0.12 * (index - (len(findings.styles) - 1) / 2) for row in rows]
+        means = np.array([row.average.value for row in rows])
+        around = np.abs(np.array([[row.average.low, row.average.high] for row in rows]).reshape(-1, 2).T - means)
+        label, colour, marker = plain(f"{one.model}, {one.setting}", 80), colours[index % len(colours)], "os^Dv<>p"[index % 8]
+        axes.errorbar(places, means, around, fmt=marker, color=colour, elinewidth=1.2, label=label)
+    axes.set_xticks(range(len(styles)), [plain(style) for style in styles], rotation=30, ha="right", rotation_mode="anchor")
+    axes.grid(axis="y", color="#e4e4e4")
+    axes.set_ylabel("mean F1 (line: 95% interval)")
+    axes.set_title("The same question in several wordings", loc="left", color=INK)
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center")
+    return figure
+
+
+def _scatter(axes: Axes, points: Sequence[dict[str, Any]], title: str) -> None:
+    bare(axes)
+    for one in points:
+        colour, marker = KINDS[one["kind"]]
+        if one["low"] is not None:
+            axes.plot([one["x"], one["x"]], [one["low"], one["high"]], color=colour, linewidth=1.2, alpha=0.5)
+        axes.plot(one["x"], one["y"], marker, color=colour, markerfacecolor=_face(one["source"], colour), markersize=8, linestyle="none")
+    if min(one["x"] for one in points) > 0:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.margins(x=0.25)
+    axes.grid(axis="y", color="#e4e4e4")
+    axes.set_axisbelow(True)
+    axes.set_xlabel(title)
+    axes.set_ylabel("mean F1")
+
+
+def _name(figure: Figure, axes: Axes, points: Sequence[dict[str, Any]]) -> None:
+    """Names measured points where there is room beside them; the page tells the others."""
+    figure.draw_without_rendering()  # the layout, so that places are known
+    point = figure.dpi / 72
+    places = axes.transData.transform([(one["x"], one["y"]) for one in points]) / point
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    left_end, right_end = axes.bbox.x0 / point, axes.bbox.x1 / point
+    for one, (x, y) in zip(points, places, strict=True):
+        name = plain(one["name"], 34)
+        long = 4.1 * len(name)  # of 7 point letters
+        for left, up in ((7, -2), (-7 - long, -2), (7, 6), (-7 - long, 6), (7, -10), (-7 - long, -10)):
+            area = (x + left, y + up, x + left + long, y + up + 7)
+            crossed = any(area[0] < b[2] and b[0] < area[2] and area[1] < b[3] and b[1] < area[3] for b in taken)
+            if one["source"] == "measured" and not crossed and left_end < area[0] and area[2] < right_end:
+                taken.append(area)
+                axes.annotate(name, (one["x"], one["y"]), (left, up), textcoords="offset points", fontsize=7, color=INK)
+                break
+
+
+def _short(value: float) -> str:
+    unit, factor = next(((unit, one) for unit, one in (("B", 1e9), ("M", 1e6), ("K", 1e3)) if value >= one), ("", 1.0))
+    return f"{value / factor:g}{unit}"
+
+
+def _legend(figure: Figure, found: Sequence[tuple[str, str]]) -> None:
+    entries = [(kind, source) for kind in KINDS for source in ("measured", "published") if (kind, source) in set(found)]
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=colour,
+            marker=marker,
+            linestyle="none",
+            markerfacecolor=_face(source, colour),
+            label=f"{KIND_TITLES[kind]}, {source}",
+        )
+        for kind, source in entries
+        for colour, marker in [KINDS[kind]]
+    ]
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside lower center", ncols=3)
+
+
+def _face(source: str, colour: str) -> str:
+    return "white" if source == "published" else colour
