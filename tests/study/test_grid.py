@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from refusals import refusal
-from tiny_study import study_of, study_tree
+from tiny_grid import study_of, study_tree
 
 from jaxre.study.grid import grid
 from jaxre.study.settings import load_study

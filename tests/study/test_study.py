@@ -14,7 +14,7 @@ import pytest
 from refusals import refusal
 from rich.console import Console
 from tiny import write_tiny_model
-from tiny_study import study_of, study_tree
+from tiny_grid import study_of, study_tree
 
 from jaxre.checkpoints.source import open_model
 from jaxre.data.dataset import load_dataset
