@@ -22,11 +22,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+frontier = typer.Typer(help="Asks frontier models through files that you send, and caches their answers.", rich_markup_mode=None)
+app.add_typer(frontier, name="frontier")
 console = Console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top of the file", metavar="[KEY=VALUE ...]")]
 Dedup = Annotated[bool, typer.Option("--dedup", help="data.dedup=true: leave out training examples whose text is in validation or test")]
+LabelMapFile = Annotated[Path | None, typer.Option(help="label map, ours -> common", metavar="MAP")]
+Data = Annotated[str | None, typer.Option(help="dataset name or file; the config's test data if not given", metavar="NAME_OR_FILE")]
+Split = Annotated[str | None, typer.Option(help="split of the dataset; test if not given")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", metavar="FILE")]
 
 
@@ -146,7 +151,12 @@ def predict(
     model: Annotated[str, typer.Argument(help="run folder, model folder or hub id", metavar="RUN_OR_MODEL_DIR")],
     data: Annotated[str | None, typer.Option(help="dataset name or file; the run's test data if not given", metavar="NAME_OR_FILE")] = None,
     split: Annotated[str | None, typer.Option(help="split of the dataset; test if not given")] = None,
-    mode: Annotated[Literal["score", "generate"], typer.Option(help="score: the most probable label; generate: greedy decoding")] = "score",
+    mode: Annotated[
+        Literal["score", "best", "generate"],
+        typer.Option(
+            help="score: the most probable label, and the probability of each; best: that label alone, faster; generate: greedy decoding"
+        ),
+    ] = "score",
     output: Annotated[Path | None, typer.Option(help="predictions file (.parquet and .csv are written)", metavar="FILE")] = None,
     text: Annotated[str | None, typer.Option(help='one text, marked: "... <e1>head</e1> ... <e2>tail</e2> ..."')] = None,
     config: Annotated[Path | None, typer.Option(help="config with prompt and labels, for a model that is no run")] = None,
@@ -191,8 +201,11 @@ def evaluate(
 def compare(
     predictions: Annotated[Path, typer.Argument(help="our predictions file", metavar="PREDICTIONS")],
     cache: Annotated[Path, typer.Argument(help="cached predictions of another model", metavar="CACHE")],
-    labels: Annotated[Path | None, typer.Option(help="label map, ours -> common", metavar="MAP")] = None,
+    labels: LabelMapFile = None,
     model: Annotated[str | None, typer.Option(help="which model of a cache that holds several")] = None,
+    coverage: Annotated[
+        float | None, typer.Option(min=0, max=1, help="stop if less than this share of the predictions has an answer in the cache")
+    ] = None,
     json: JsonFile = None,
 ) -> None:
     """Compares predictions with cached ones on the same examples: F1, difference with interval, McNemar.
@@ -204,9 +217,89 @@ def compare(
     """
     from jaxre.evaluation.compare import compare_files, comparison_table
 
-    found = compare_files(predictions, cache, labels, model)
+    found = compare_files(predictions, cache, labels, model, coverage)
     console.print(comparison_table(found))
     write_json(json, found.to_json())
+
+
+@frontier.command("export")
+def frontier_export(
+    config: ConfigFile,
+    provider: Annotated[Literal["openai", "anthropic", "openrouter"], typer.Option(help="whose form the request files have")],
+    model: Annotated[str, typer.Option(help="the provider's name of the model")],
+    output: Annotated[Path, typer.Option(help="request file; its manifest is written beside it", metavar="FILE")],
+    overrides: Overrides = None,
+    data: Data = None,
+    split: Split = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="of an answer; what a model reasons before it counts too")] = 64,
+    no_temperature: Annotated[bool, typer.Option("--no-temperature", help="for models that refuse it; else it is 0")] = False,
+) -> None:
+    """Writes request files for a frontier model: the prompts of a run, equal ones once. You send them; no key is read or stored.
+
+    \b
+    Example: jaxre frontier export configs/quickstart.yaml --provider openai --model gpt-4.1-mini \
+      --output requests/facts.jsonl
+    """
+    from jaxre.config import load_config
+    from jaxre.evaluation.frontier_requests import Ask
+    from jaxre.inference.frontier import export_requests
+
+    asked = Ask(provider, model, max_tokens, None if no_temperature else 0.0)
+    written = export_requests(load_config(config, overrides), asked, data, split, output)
+    console.print(written.summary, markup=False, highlight=False)
+    for path in (*written.files, written.manifest):
+        print(path)
+
+
+@frontier.command("import")
+def frontier_import(
+    manifest: Annotated[Path, typer.Argument(help="manifest that the export wrote", metavar="MANIFEST")],
+    results: Annotated[list[Path], typer.Argument(help="result and error files of the provider", metavar="RESULT_FILES...")],
+    output: Annotated[Path, typer.Option(help="cache (.parquet, .csv and .summary.json are written)", metavar="FILE")],
+    price: Annotated[
+        tuple[float, float] | None, typer.Option(help="USD per million tokens in and out, where the files state no cost", metavar="IN OUT")
+    ] = None,
+) -> None:
+    """Makes a cache of predictions from a provider's result files; errors and missing answers are counted and have no row.
+
+    \b
+    Example: jaxre frontier import requests/facts.manifest.json output.jsonl errors.jsonl --output caches/facts \
+      --price 0.2 0.8
+    """
+    from jaxre.inference.frontier import import_results, import_table
+
+    done = import_results(manifest, results, output, price)
+    console.print(import_table(done))
+    print(done.path)
+
+
+@frontier.command("check")
+def frontier_check(
+    cache: Annotated[Path, typer.Argument(help="cached predictions of another model", metavar="CACHE")],
+    config: Annotated[Path | None, typer.Option(help="config with data, labels and prompts", metavar="CONFIG")] = None,
+    data: Data = None,
+    split: Split = None,
+    labels: LabelMapFile = None,
+    model: Annotated[str | None, typer.Option(help="check the answers of this model only")] = None,
+    coverage: Annotated[float, typer.Option(min=0, max=1, help="the share of the examples that must have an answer")] = 0.95,
+    json: JsonFile = None,
+) -> None:
+    """Checks a cache against the data it covers: coverage, gold labels, prompts, repeated answers, labels. Exit code 2 if it fails.
+
+    \b
+    Example: jaxre frontier check caches/facts.parquet --config configs/quickstart.yaml
+    """
+    from jaxre.config import load_config
+    from jaxre.evaluation.cache_check import check_table
+    from jaxre.inference.frontier import check_file
+
+    found = check_file(cache, load_config(config) if config else None, data, split, model, labels, coverage)
+    console.print(check_table(found))
+    write_json(json, found.to_json())
+    if found.problems:
+        raise InputError(
+            f"{cache}: {found.problems[0]}{f' (and {len(found.problems) - 1} more)' if found.problems[1:] else ''}; mend the cache"
+        )
 
 
 @app.command()

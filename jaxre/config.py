@@ -375,8 +375,10 @@ class Config(Settings):
             raise ValueError("train.objective=classify trains all weights of an encoder; set train.method=full")
         if self.train.objective == "classify" and (self.train.prompt_weight or self.prompt != Prompt() or self.predict.prompt):
             raise ValueError("train.objective=classify has no prompt, an encoder reads the marked text; leave prompt and prompt_weight out")
-        if self.train.objective == "classify" and self.kernels != Kernels():
-            raise ValueError("kernels are those of decoders, train.objective=classify takes an encoder; leave them out")
+        if self.train.objective == "classify" and self.kernels != Kernels(attention=self.kernels.attention):
+            raise ValueError(
+                "kernels.lora and kernels.cross_entropy are for decoders, train.objective=classify takes an encoder; leave them out"
+            )
         if self.train.method == "full" and self.kernels.lora:
             raise ValueError("kernels.lora is for train.method=lora; leave it out")
         if self.model.quantise and self.train.method == "full":

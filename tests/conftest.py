@@ -24,8 +24,17 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 
 
+# They hold no array program of their own: another JAX shows nothing new of them.
+WITHOUT_ARRAYS = {"relations", "evaluation", "study", "profiling", "tools"}
+
+
+# First, so that `-m` knows the mark.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no processor is without work at the end."""
+    """The longest files first, so that no processor is without work at the end; rooms without arrays are tested `once`."""
+    for item in items:
+        if item.path.relative_to(ROOT / "tests").parts[0] in WITHOUT_ARRAYS:
+            item.add_marker("once")
     items.sort(key=lambda item: "training" not in item.path.parts)
 
 

@@ -14,14 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_provider import answer_files
 from safetensors.numpy import load_file, save_file
 from tiny import ARCHITECTURE, tiny_config, write_tiny_model
 from typer.main import get_command
 
 from jaxre import cli
 from jaxre.checkpoints.huggingface import atomic_folder
-from jaxre.config import load_config, save_config
+from jaxre.config import load_config, save_config, shipped
 from jaxre.evaluation.predictions import Prediction, write_predictions
+from jaxre.relations.schema import hash_prompt
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = {"id": "1", "text": "Ada wrote Notes.", "head": "Ada", "tail": "Notes", "relation": "author_of"}
@@ -201,7 +203,8 @@ def test_predict_needs_a_config_for_a_model_that_is_no_run(run: Callable, model:
     refused(run("predict", model, "--data", "facts"), "--config")
 
 
-COMMANDS = ["train", "predict", "evaluate", "compare", "convert", "prepare", "profile", "doctor", "quickstart"]
+COMMANDS = ["train", "predict", "evaluate", "compare", "convert", "prepare", "profile", "doctor", "quickstart", "frontier"]
+PAGES = [*COMMANDS[:-1], "frontier export", "frontier import", "frontier check"]
 
 
 def example_of(help_text: str) -> list[str]:
@@ -210,12 +213,17 @@ def example_of(help_text: str) -> list[str]:
     return shlex.split(pasted.splitlines()[0])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", PAGES)
 def test_help_shows_an_example_that_can_be_pasted(run: Callable, command: str) -> None:
-    code, out, _ = run(command, "--help")
-    name, of, *arguments = example_of(out)
-    assert (code, name, of) == (0, "jaxre", command)
-    get_command(cli.app).commands[command].make_context(command, arguments)  # raises for what the command does not take
+    words = command.split()
+    code, out, _ = run(*words, "--help")
+    name, *arguments = example_of(out)
+    assert (code, name, arguments[: len(words)]) == (0, "jaxre", words)
+    page = get_command(cli.app)
+    for word in words:
+        page = page.commands[word]
+    arguments = arguments[len(words) :]
+    page.make_context(command, arguments)  # raises for what the command does not take
     assert all((ROOT / argument).is_file() for argument in arguments if argument.startswith("configs/"))
     assert not any(argument.endswith("-") for argument in arguments)  # a path that was wrapped at its hyphen
 
@@ -272,6 +280,42 @@ def test_the_main_job_by_commands(run: Callable, tmp_path: Path, model: Path) ->
     differences = json.loads((tmp_path / "tensors.json").read_text())["differences"]
     assert differences.keys() == load_file(tmp_path / "hf/model.safetensors").keys() and not any(differences.values())
     refused(run("convert", folder, tmp_path / "hf", "--to", "hf", "--merge"), "hf", "exists")
+
+
+def test_a_frontier_model_is_asked_and_compared_by_commands(run: Callable, tmp_path: Path, model: Path) -> None:
+    """export, import, check and compare, each on what the one before left; and a cache of the study's shape on a copy with its prompts."""
+    lines = (shipped("corpus") / "test.jsonl").read_text(encoding="utf-8").splitlines()[:8]
+    records = [json.loads(line) | {"prompt_0_shot": f"Which relation? {json.loads(line)['text']}"} for line in lines]
+    data = tmp_path / "copy.jsonl"
+    data.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    path = tmp_path / "config.yaml"
+    save_config(tiny_config(tmp_path, model, data={"test": {"dataset": str(data)}}), path)
+    code, out, err = run(
+        "frontier", "export", path, "--provider", "anthropic", "--model", "big", "--output", tmp_path / "asked.json", "prompt.shots=1"
+    )
+    assert code == 0, err
+    *requests, manifest = map(Path, out.splitlines()[-2:])
+    gold = [one["relation"] for one in records]
+    results = answer_files("anthropic", requests, tmp_path, lambda question: [(gold[0], "stop")])
+    code, out, _ = run("frontier", "import", manifest, *results, "--output", tmp_path / "cache", "--price", "1", "5")
+    assert code == 0 and "8 of 8 (100.0%)" in out and "0.0010 USD" in out
+    cache = Path(out.splitlines()[-1])
+    code, out, err = run("frontier", "check", cache, "--config", path, "--json", tmp_path / "check.json")
+    assert code == 0 and json.loads((tmp_path / "check.json").read_text())["settings"][0]["coverage"] == 1, err
+    refused(run("frontier", "check", cache, "--data", "facts"), "cache.parquet", "of 399 examples (0.0%)")
+    refused(run("frontier", "check", cache), "--config", "--data")
+
+    code, _, err = run("predict", model, "--config", path, "--output", tmp_path / "ours")
+    assert code == 0, err
+    compared = ["compare", tmp_path / "ours.parquet", cache, "--json", tmp_path / "one.json"]
+    assert run(*compared, "--coverage", "1")[0] == 0
+    assert json.loads((tmp_path / "one.json").read_text())["joined"] == 8
+    rows = ["eval_dataset_name,relation,gen_type,model_id,tuned_dataset_name,model_shot,prompt_shot,generated_relation,prompt_hash"]
+    rows += [f"facts,{one['relation']},gen_open,gpt,frontier,n/a,0,none,{hash_prompt(one['prompt_0_shot'])}" for one in records[:6]]
+    (tmp_path / "published.csv").write_text("\n".join(rows) + "\n")
+    code, out, _ = run("compare", tmp_path / "ours.csv", tmp_path / "published.csv")
+    assert code == 0 and out.startswith("WARNING: the cache answers 6 of 8 predictions")
+    refused(run("compare", tmp_path / "ours.csv", tmp_path / "published.csv", "--coverage", "0.9"), "published.csv", "75.0%")
 
 
 def test_doctor_says_what_would_be_chosen(run: Callable) -> None:

@@ -27,6 +27,7 @@ SHAPES = {
     "smollm2-135m": ("HuggingFaceTB/SmolLM2-360M-Instruct", SMOLLM2_135M),
     "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M-Instruct", {}),
     "qwen2.5-0.5b": ("Qwen/Qwen2.5-0.5B-Instruct", {}),
+    "qwen2.5-3b": ("Qwen/Qwen2.5-3B-Instruct", {}),
     "tiny": ("HuggingFaceTB/SmolLM2-360M-Instruct", SMOLLM2_135M | {"num_hidden_layers": 2}),
 }
 

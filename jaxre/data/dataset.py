@@ -104,7 +104,7 @@ def load_dataset(config: Config, folder: Path) -> Dataset:
     if config.train.objective == "classify":
         return _load_marked(config, tokenizer)
     template = ChatTemplate(tokenizer, config.prompt.date, str(folder))
-    pool = functools.cache(lambda: leaks.read_train(config.data))
+    pool = functools.cache(lambda: mixtures.read(config.data.train, "data.train", lambda given: leaks.load_train(config.data, given)))
     recipe = recipe_of(config, template)
     known = recipe and read_note(config.data.cache, recipe)
     stored = known and stored_tokens(config.data.cache, known["digest"])
@@ -139,7 +139,10 @@ def recipe_of(config: Config, template: ChatTemplate) -> str | None:
     None where a source has no local files to tell by (the hub); it is read every time.
     """
     listed = config.data.labels if isinstance(config.data.labels, dict) else {}
-    files = [leaks.digest_of(config.data), *(sources.digest_of(one) for one in listed.values() if isinstance(one, Source))]
+    collected = [one for one in listed.values() if isinstance(one, Source)]
+    held_out = leaks.held_out_of(config.data)
+    read = [*mixtures.sources_of(config.data.train), *collected, *held_out]
+    files = [sources.digest_of(source) for source in read]
     if None in files:
         return None
     code = hashlib.sha256(f"{__version__} {pyarrow.__version__}".encode())
@@ -147,7 +150,7 @@ def recipe_of(config: Config, template: ChatTemplate) -> str | None:
     for path in (*parts, *sorted(shipped("definitions").glob("*.yaml"))):
         code.update(path.read_bytes())
     data = config.data.model_dump(include={"train", "labels"})
-    settings = [data, config.prompt.model_dump(), config.seed, config.train.row_length]
+    settings = [data, [one.model_dump() for one in held_out], config.prompt.model_dump(), config.seed, config.train.row_length]
     return hashlib.sha256(json.dumps([files, code.hexdigest(), template.digest, *settings]).encode()).hexdigest()
 
 
@@ -196,7 +199,7 @@ def tokenise(
 
 
 def _load_marked(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    train = leaks.read_train(config.data).examples
+    (train,) = leaks.load_train(config.data, [config.data.train])
     schemas = labels.schemas_of(config.data, {ANY: train})
     schema = schemas.of(ANY)
     schema.check(train, "data.train")

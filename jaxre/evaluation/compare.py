@@ -4,12 +4,13 @@
     print(comparison.to_json()["difference"])
 
 Rows join by example id or prompt hash, or by what the cache's adapter proved (frontier.py).
-What does not join is counted and listed with its reason, never guessed.
+What does not join is counted and listed with its reason, never guessed. Before anything is compared the cache is checked: how many of
+our examples it answers, whether its gold labels are ours, what its labels are; what is wrong is a warning above the figures, or stops.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +22,23 @@ from rich.text import Text
 
 from jaxre.config import Source
 from jaxre.errors import InputError
-from jaxre.evaluation.cache import Answer, Cache
+from jaxre.evaluation.cache import (
+    ENOUGH,
+    Answer,
+    Cache,
+    common_gold,
+    common_label,
+    gold_differs,
+    join,
+    one_negative,
+    same_dataset,
+)
 from jaxre.evaluation.frontier import read_cache
 from jaxre.evaluation.metrics import Scores, score
 from jaxre.evaluation.predictions import Prediction, read_predictions
 from jaxre.evaluation.significance import Interval, McNemar, PairedBootstrap, bootstrap_f1, mcnemar, paired_bootstrap
 from jaxre.relations.label_map import LabelMap, read_label_map
-from jaxre.relations.schema import NEGATIVES, Example, is_negative, normalise_label
+from jaxre.relations.schema import Example, is_negative, normalise_label
 from jaxre.relations.sources import load
 
 # More unrelated pairs per related pair than any sentence has: a cache covers all pairs of a
@@ -64,6 +75,7 @@ class Comparison:
     not_joined: dict[str, tuple[str, ...]]  # reason -> ids of our predictions
     leftover: dict[str, tuple[str, ...]]  # reason -> cached items
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]  # what makes the figures of the cache doubtful
 
     @property
     def join_rate(self) -> float:
@@ -73,11 +85,17 @@ class Comparison:
         return {**asdict(self), "join_rate": self.join_rate}
 
 
-def compare_files(predictions: str | Path, cache: str | Path, labels: str | Path | None = None, model: str | None = None) -> Comparison:
+def compare_files(
+    predictions: str | Path,
+    cache: str | Path,
+    labels: str | Path | None = None,
+    model: str | None = None,
+    coverage: float | None = None,
+) -> Comparison:
     """`compare` from paths; loads the examples of the predicted split where the cache is joined by text and entities."""
     rows = read_predictions(predictions)
     label_map = None if labels is None else read_label_map(labels)
-    return compare(rows, read_cache(cache, lambda: covered_examples(rows, str(predictions))), label_map, model)
+    return compare(rows, read_cache(cache, lambda: covered_examples(rows, str(predictions))), label_map, model, coverage)
 
 
 def covered_examples(rows: Sequence[Prediction], place: str) -> list[Example]:
@@ -96,7 +114,13 @@ def covered_examples(rows: Sequence[Prediction], place: str) -> list[Example]:
     return load(Source(dataset=dataset, split=split, negatives=ALL_PAIRS))
 
 
-def compare(predictions: Sequence[Prediction], cache: Cache, label_map: LabelMap | None = None, model: str | None = None) -> Comparison:
+def compare(
+    predictions: Sequence[Prediction],
+    cache: Cache,
+    label_map: LabelMap | None = None,
+    model: str | None = None,
+    coverage: float | None = None,
+) -> Comparison:
     """Joins, maps labels, and compares.
 
     Args:
@@ -105,29 +129,33 @@ def compare(predictions: Sequence[Prediction], cache: Cache, label_map: LabelMap
         prompt_shot of our predictions are taken where the cache has several.
       label_map: applied to gold labels and to our predictions, and to cached labels that it lists. All
         labels that mean "no relation" are one label here.
+      coverage: the least share of the predictions that must join; below `cache.ENOUGH` there is a warning if it is not given.
 
     Raises:
-      InputError: nothing joins (shows an id and a hash of each side); several models and none named;
+      InputError: nothing joins (shows an id and a hash of each side), or less than `coverage`; several models and none named;
         a prediction without gold label, or one that the map does not list; gold labels that the two
         sides spell differently.
     """
     answers, notes = _select(cache, predictions, model)
-    found, not_joined = _join(predictions, answers, cache)
+    joined = join(predictions, answers, cache.uncovered)
+    found = joined.found
     if not found:
         raise InputError(_nothing_joined(predictions, answers, cache))
+    warnings = _coverage(len(found), len(predictions), coverage, cache)
     rows, theirs = [row for row, _ in found], [answer for _, answer in found]
     if unlabelled := [row.example_id for row in rows if not row.relation]:
         raise InputError(f"{len(unlabelled):,} predictions have no gold label (first {unlabelled[0]!r}); fill the column relation")
 
-    gold = [_one_negative(label_map.gold(row.relation, row.example_id) if label_map else row.relation) for row in rows]
-    ours = [_one_negative(label_map.predicted(row.generated_relation) if label_map else row.generated_relation) for row in rows]
-    cached = [_one_negative(label_map.cached(answer.label) if label_map else answer.label) for answer in theirs]
-    notes += _check_gold(rows, gold, theirs, label_map, cache)
+    gold = [common_gold(row, label_map) for row in rows]
+    ours = [one_negative(label_map.predicted(row.generated_relation) if label_map else row.generated_relation) for row in rows]
+    cached = [common_label(answer.label, label_map) for answer in theirs]
+    warnings += _check_gold(found, label_map, cache)
     if label_map and (strays := sum(not (is_negative(label) or label_map.is_common(label)) for label in ours)):
         notes.append(f"{strays:,} of our predictions are not in {label_map.place}; they count as wrong")
 
     ours_right, cached_right = _right(ours, gold), _right(cached, gold)
-    schema = sorted(set(gold) | (set(map(_one_negative, label_map.common.values())) if label_map else set()))
+    schema = sorted(set(gold) | (set(map(one_negative, label_map.common.values())) if label_map else set()))
+    notes += _strange_answers(theirs, cached, schema)
     return Comparison(
         ours_name=" ".join(dict.fromkeys(part for part in (rows[0].model_id, rows[0].tuned_dataset_name) if part)) or "ours",
         cached_name=theirs[0].model or Path(cache.place).stem,
@@ -140,9 +168,10 @@ def compare(predictions: Sequence[Prediction], cache: Cache, label_map: LabelMap
         difference=paired_bootstrap(gold, ours, cached),
         mcnemar=mcnemar(ours_right, cached_right),
         quadrants=tuple(_quadrant(rows, ours_right, cached_right, ours, cached) for ours in (True, False) for cached in (True, False)),
-        not_joined=not_joined,
+        not_joined=joined.missing,
         leftover=cache.leftover,
         notes=(*cache.notes, *notes),
+        warnings=tuple(warnings),
     )
 
 
@@ -151,7 +180,8 @@ def join_answers(
 ) -> tuple[list[tuple[Prediction, Answer]], dict[str, tuple[str, ...]]]:
     """Each prediction with the cached answer for it, and the ids of those without one by reason. Raises InputError as `compare`."""
     answers, _ = _select(cache, predictions, model)
-    return _join(predictions, answers, cache)
+    joined = join(predictions, answers, cache.uncovered)
+    return joined.found, joined.missing
 
 
 def _select(cache: Cache, predictions: Sequence[Prediction], model: str | None) -> tuple[list[Answer], list[str]]:
@@ -164,6 +194,8 @@ def _select(cache: Cache, predictions: Sequence[Prediction], model: str | None) 
         ("prompt_shot", predictions[0].prompt_shot),
     ):
         offered = sorted({getattr(answer, name) for answer in answers} - {""})
+        if name == "dataset":
+            ours = next((one for one in offered if same_dataset(one, ours)), ours)  # as the cache spells it
         if name == "model" and (len(offered) > 1 or model) and model not in offered:
             given = f"not {model!r}" if model else "and none was chosen"
             raise InputError(f"{cache.place}: holds answers of {', '.join(offered) or 'an unnamed model'}, {given}; name one with --model")
@@ -178,23 +210,6 @@ def _select(cache: Cache, predictions: Sequence[Prediction], model: str | None) 
     return answers, notes
 
 
-def _join(predictions, answers, cache) -> tuple[list[tuple[Prediction, Answer]], dict[str, tuple[str, ...]]]:
-    """Each prediction with its answer, and the ids without one by reason."""
-    by_id, by_hash = defaultdict(list), defaultdict(list)
-    for answer in answers:
-        (by_id[answer.example_id] if answer.example_id else by_hash[answer.prompt_hash]).append(answer)
-    found, missing = [], defaultdict(list)
-    for row in predictions:
-        candidates = by_id.get(row.example_id) or (by_hash.get(row.prompt_hash, []) if row.prompt_hash else [])
-        labels = {normalise_label(answer.label) for answer in candidates}
-        if len(labels) == 1:
-            found.append((row, candidates[0]))
-        else:
-            reason = "the cache holds different answers for it" if labels else cache.uncovered.get(row.example_id, "not in the cache")
-            missing[reason].append(row.example_id)
-    return found, {reason: tuple(ids) for reason, ids in missing.items()}
-
-
 def _nothing_joined(predictions: Sequence[Prediction], answers: Sequence[Answer], cache: Cache) -> str:
     ours = predictions[0]
     if not answers:
@@ -207,26 +222,46 @@ def _nothing_joined(predictions: Sequence[Prediction], answers: Sequence[Answer]
     )
 
 
-def _one_negative(label: str) -> str:
-    return "none" if is_negative(label) else label
+def _coverage(joined: int, predictions: int, least: float | None, cache: Cache) -> list[str]:
+    """A warning, if the cache answers few of our examples; InputError if fewer than the user wants."""
+    share = joined / predictions
+    if least is not None and share < least:
+        raise InputError(
+            f"{cache.place}: answers {joined:,} of {predictions:,} predictions ({share:.1%}), less than --coverage {least:g}; "
+            "complete the cache, or lower --coverage"
+        )
+    if least is None and share < ENOUGH:
+        return [f"the cache answers {joined:,} of {predictions:,} predictions ({share:.1%}); all figures are of these alone"]
+    return []
 
 
-def _check_gold(rows, gold, theirs, label_map, cache) -> list[str]:
-    """Notes on gold labels that differ; InputError if most do: the label spellings differ, and F1 of the cache would be wrong."""
-    differ = [
-        (row, mine, answer)
-        for row, mine, answer in zip(rows, gold, theirs, strict=True)
-        if answer.gold and not _same(_one_negative(label_map.cached(answer.gold) if label_map else answer.gold), mine)
-    ]
-    positive = sum(normalise_label(label) not in NEGATIVES for label in gold)
+def _check_gold(found: Sequence[tuple[Prediction, Answer]], label_map: LabelMap | None, cache: Cache) -> list[str]:
+    """A warning, if gold labels differ; InputError if most do: the label spellings differ, and F1 of the cache would be wrong."""
+    differ = gold_differs(found, label_map)
     if not differ:
         return []
-    row, mine, answer = differ[0]
+    positive = sum(not is_negative(row.relation) for row, _ in found)
     if len(differ) > max(positive, 1) / 2:
+        row, answer = differ[0]
         mend = f"correct {label_map.place}" if label_map else "give a label map with --labels (configs/labels has some)"
-        raise InputError(f"{cache.place}: gold labels differ: {mine!r} here, {answer.gold!r} there (example {row.example_id}); {mend}")
-    ids = ", ".join(row.example_id for row, _, _ in differ[:SHOWN])
+        ours = common_gold(row, label_map)
+        raise InputError(f"{cache.place}: gold labels differ: {ours!r} here, {answer.gold!r} there (example {row.example_id}); {mend}")
+    ids = ", ".join(row.example_id for row, _ in differ[:SHOWN])
     return [f"gold labels differ for {len(differ):,} joined examples ({ids}); ours are used"]
+
+
+def _strange_answers(answers: Sequence[Answer], labels: Sequence[str], schema: Sequence[str]) -> list[str]:
+    """Notes on cached answers that are no label: they count as wrong."""
+    known = {normalise_label(label) for label in schema}
+    outside = Counter(label for label in map(normalise_label, labels) if label != "none" and label not in known)
+    notes = []
+    if outside:
+        few = ", ".join(f"{label[:40]!r} {count:,}" for label, count in outside.most_common(3))
+        notes.append(f"{outside.total():,} cached answers are no label of these examples ({few}{', ...' if len(outside) > 3 else ''})")
+    for status, meaning in (("refusal", "refusals"), ("truncated", "cut at the limit of tokens")):
+        if count := sum(answer.status == status for answer in answers):
+            notes.append(f"{count:,} cached answers are {meaning}")
+    return notes
 
 
 def _right(predicted: Sequence[str], gold: Sequence[str]) -> np.ndarray:
@@ -276,7 +311,8 @@ def comparison_table(comparison: Comparison) -> Group:
 
     lost = [f"not joined, {reason}: {len(ids):,} ({_few(ids)})" for reason, ids in c.not_joined.items()]
     lost += [f"in the cache, {reason}: {len(items):,} ({_few(items)})" for reason, items in c.leftover.items()]
-    return Group(scores, verdict, classes, where, *(Text(f"- {line}") for line in (*lost, *c.notes)))
+    warnings = (Text(f"WARNING: {line}", style="bold red") for line in c.warnings)
+    return Group(*warnings, scores, verdict, classes, where, *(Text(f"- {line}") for line in (*lost, *c.notes)))
 
 
 def _few(items: Sequence[str]) -> str:

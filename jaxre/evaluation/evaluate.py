@@ -40,8 +40,14 @@ def evaluate_rows(rows: Sequence[Prediction], place: str) -> Scores:
         raise InputError(f"{place}: {len(unlabelled)} rows have no gold label (first {unlabelled[0]}); fill the column relation")
     schema = sorted({label for row in rows for label in row.probabilities or ()}) or None
     gold, predicted = [row.relation for row in rows], [row.generated_relation for row in rows]
+    datasets = {row.eval_dataset_name for row in rows}
+    return score_dataset(datasets.pop() if len(datasets) == 1 else "", gold, predicted, schema)
+
+
+def score_dataset(dataset: str, gold: Sequence[str], predicted: Sequence[str], schema: Sequence[str] | None) -> Scores:
+    """`score`, with the official one of SemEval-2010 Task 8 for that dataset. Raises InputError: no examples, or different lengths."""
     official = None
-    if all(row.eval_dataset_name == semeval.NAME for row in rows) and any(not is_negative(label) for label in gold):
+    if dataset == semeval.NAME and any(not is_negative(label) for label in gold):
         official = semeval_official_f1(gold, predicted)
     return dataclasses.replace(score(gold, predicted, schema), semeval_official_f1=official)
 

@@ -9,6 +9,8 @@ The shape is told from the content: the study's long format (a table with `promp
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -71,7 +73,12 @@ def _read_long(path: Path) -> Cache:
             dataset=as_text(row.get("eval_dataset_name")),
             model=as_text(row.get("model_id")),
             gen_type=as_text(row.get("gen_type")),
-            prompt_shot=as_text(row.get("prompt_shot")),
+            prompt_shot=_shots(as_text(row.get("prompt_shot"))),
+            prompt=as_text(row.get("prompt")),
+            status=as_text(row.get("status")),
+            input_tokens=_count(row.get("input_tokens")),
+            output_tokens=_count(row.get("output_tokens")),
+            cost_usd=_number(row.get("cost_usd")),
         )
         for row in table
     ]
@@ -81,3 +88,24 @@ def _read_long(path: Path) -> Cache:
         answers=tuple(row for row in rows if row.example_id or row.prompt_hash),
         leftover={reason: items for reason, items in leftover.items() if items},
     )
+
+
+def _number(value: object) -> float | None:
+    """A number of a published table; other tools write a missing one as NaN."""
+    try:
+        number = float(as_text(value))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _count(value: object) -> int | None:
+    """They also write 7 as 7.0."""
+    number = _number(value)
+    return None if number is None else int(number)
+
+
+def _shots(text: str) -> str:
+    """Published tables also write 0.0, 0-shot and 0_shot."""
+    found = re.fullmatch(r"(\d+)(?:\.0+)?(?:[\s_-]?shots?)?", text.strip(), re.IGNORECASE)
+    return found.group(1) if found else text

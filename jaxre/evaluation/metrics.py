@@ -74,12 +74,16 @@ class Labels:
             raise InputError(f"{len(gold)} gold labels but {len(predicted)} predictions; score one prediction per example")
         if not len(gold):
             raise InputError("no predictions to score; is the split empty?")
+        # Each spelling is normalised once: there are few of them, and 20,000 examples.
+        code: dict[str, int] = {}
         spelled: dict[str, str] = {}
-        for label in (*gold, *predicted):
-            spelled.setdefault(normalise_label(label), label or "none")
-        code = {name: index for index, name in enumerate(spelled)}
+        code_of = {}
+        for label in dict.fromkeys((*gold, *predicted)):
+            name = normalise_label(label)
+            spelled.setdefault(name, label or "none")
+            code_of[label] = code.setdefault(name, len(code))
         positive = np.array([name not in NEGATIVES for name in spelled])
-        return cls(tuple(spelled), tuple(spelled.values()), _codes(gold, code), _codes(predicted, code), positive)
+        return cls(tuple(spelled), tuple(spelled.values()), _codes(gold, code_of), _codes(predicted, code_of), positive)
 
     @property
     def right(self) -> np.ndarray:
@@ -88,7 +92,7 @@ class Labels:
 
 
 def _codes(labels: Sequence[str], code: dict[str, int]) -> np.ndarray:
-    return np.fromiter((code[normalise_label(label)] for label in labels), np.int64, len(labels))
+    return np.fromiter((code[label] for label in labels), np.int64, len(labels))
 
 
 def score(gold: Sequence[str], predicted: Sequence[str], schema: Iterable[str] | None = None) -> Scores:

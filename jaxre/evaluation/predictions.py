@@ -16,23 +16,30 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jaxre.errors import InputError
 
+# gen_open: no label list in the prompt; gen_constrained: with it (the study's names).
+GenType = Literal["gen_open", "gen_constrained"]
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One prediction. `score` is its log-probability, `probabilities` maps each label of the schema to its own."""
+    """One prediction. `score` is its log-probability, `probabilities` maps each label of the schema to its own.
+
+    `prompt_hash` is that of the example (`Example.prompt_hash`) where it has one, else of `prompt`. The last three are known of
+    frontier models: the day of the answer (YYYY-MM-DD), what it cost, and whether it is "refusal" or "truncated" (empty: neither).
+    """
 
     example_id: str
     relation: str  # gold, as the source spells it
     generated_relation: str
     eval_dataset_name: str = ""
-    gen_type: str = "gen_constrained"  # gen_open: no label list in the prompt; gen_constrained: with it
+    gen_type: str = "gen_constrained"
     model_id: str = ""
     tuned_dataset_name: str = ""  # "frontier" for cached answers of a frontier model
     model_shot: str = "0"
@@ -44,6 +51,9 @@ class Prediction:
     probabilities: dict[str, float] | None = None
     input_tokens: int | None = None
     output_tokens: int | None = None
+    date: str = ""
+    cost_usd: float | None = None
+    status: str = ""
 
 
 # The study's columns first, in its order.
@@ -56,6 +66,9 @@ _ARROW = pa.schema(
         ("probabilities", pa.map_(pa.string(), pa.float64())),
         ("input_tokens", pa.int64()),
         ("output_tokens", pa.int64()),
+        ("date", pa.string()),
+        ("cost_usd", pa.float64()),
+        ("status", pa.string()),
     ]
 )
 COLUMNS = tuple(_ARROW.names)
@@ -72,7 +85,7 @@ def write_predictions(path: str | Path, rows: Sequence[Prediction]) -> tuple[Pat
 
     Returns the two paths. Raises InputError when there is no row or an example occurs twice.
     """
-    stem = _stem(Path(path))
+    stem = stem_of(Path(path))
     check_unique(rows, str(stem))
     stem.parent.mkdir(parents=True, exist_ok=True)
     targets = stem.with_name(stem.name + ".parquet"), stem.with_name(stem.name + ".csv")
@@ -141,7 +154,8 @@ def as_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _stem(path: Path) -> Path:
+def stem_of(path: Path) -> Path:
+    """What the names of both files begin with: a path without .parquet or .csv; in a folder, `predictions`."""
     if path.is_dir():
         return path / "predictions"
     return path.with_suffix("") if path.suffix in (".parquet", ".csv") else path
@@ -211,6 +225,7 @@ def _prediction(row: dict[str, Any], place: str) -> Prediction:
     values["probabilities"] = _cell(row.get("probabilities"), _probabilities, "probabilities", place)
     values["input_tokens"] = _cell(row.get("input_tokens"), int, "input_tokens", place)
     values["output_tokens"] = _cell(row.get("output_tokens"), int, "output_tokens", place)
+    values["cost_usd"] = _cell(row.get("cost_usd"), float, "cost_usd", place)
     return Prediction(**values)
 
 

@@ -1,9 +1,13 @@
 """Whether one system is better than another on the same examples: paired bootstrap and McNemar's test.
 
+    both = resample_f1(gold, first, second)                       # the same draws for both
+    f1_interval(both), difference_of(both)
+    difference_of(clustered([both, both_on_another_dataset]))     # unweighted mean over datasets
+
 A resample only asks how often each *kind* of example was drawn: gold positive or not, each
-system's prediction positive or not and right or not. There are at most 12 kinds, so drawing N examples with
+system's prediction positive or not and right or not. Two systems have at most 13 kinds, so drawing N examples with
 replacement is one multinomial draw over kinds. That is the bootstrap's distribution exactly,
-in memory [resamples, 12] for any N (10,000 resamples of 2,717 examples: 30 ms).
+in memory [resamples, 13] for any N (10,000 resamples of 20,000 examples: 10 ms).
 """
 
 from __future__ import annotations
@@ -18,6 +22,9 @@ from jaxre.evaluation.metrics import Labels
 
 RESAMPLES = 10_000
 SEED = 42
+
+# Fewer clusters than this make clustered intervals and standard errors far too narrow (Cameron, Gelbach & Miller 2008).
+FEW_CLUSTERS = 5
 
 
 @dataclass(frozen=True)
@@ -52,45 +59,108 @@ class McNemar:
     exact: bool  # exact binomial test; otherwise chi-square with continuity correction
 
 
+@dataclass(frozen=True)
+class Resamples:
+    """A score of each of C systems on one set of examples, and on R resamples of it, the same draws for all systems.
+
+    whole: [C] float64; drawn: [R, C] float64.
+    """
+
+    whole: np.ndarray
+    drawn: np.ndarray
+
+
+def resample_f1(gold: Sequence[str], *systems: Sequence[str], resamples: int = RESAMPLES, seed: int | Sequence[int] = SEED) -> Resamples:
+    """Positive-class micro-F1 of each system, resampling examples.
+
+    Args:
+      gold, systems: N labels each; each of the systems are predictions for the same examples.
+      resamples, seed: the study uses 10,000 and 42. Datasets that are combined by `clustered` need a seed of their own each.
+
+    Raises:
+      InputError: no examples, or lists of different length.
+    """
+    parts = [f1_parts(Labels.of(gold, predicted)) for predicted in systems]
+    return resample_ratios(np.stack([one[:, 0] for one in parts], axis=1), np.stack([one[:, 1] for one in parts], axis=1), resamples, seed)
+
+
+def resample_ratios(above: np.ndarray, below: np.ndarray, resamples: int = RESAMPLES, seed: int | Sequence[int] = SEED) -> Resamples:
+    """Sum over sum, 0 where the lower one is 0, resampling examples.
+
+    Args:
+      above, below: [N, C] small non-negative integers, what each example adds to numerator and denominator of each of C scores.
+    """
+    systems = above.shape[1]
+    parts = np.concatenate([above, below], axis=1).astype(np.int64)  # N 2C
+    whole, drawn = parts.sum(axis=0), _resample(parts, resamples, seed)
+    return Resamples(_ratio(whole[:systems], whole[systems:]), _ratio(drawn[:, :systems], drawn[:, systems:]))
+
+
+def clustered(datasets: Sequence[Resamples], seed: int = SEED) -> Resamples:
+    """The unweighted mean over D datasets, resampling datasets and, within each that is drawn, examples.
+
+    A resample draws D datasets with replacement. Slot s of resample r takes resample r + s of its dataset, so that a dataset
+    drawn twice brings two independent samples, and each resample of a dataset is used once on average. All systems
+    share the draws. Over one dataset it is that dataset's own bootstrap. The percentile interval of a mean of few
+    clusters is too narrow by about sqrt((D - 1) / D), and tells little below FEW_CLUSTERS.
+
+    Args:
+      datasets: as `resample_f1` gives them, of the same systems and number of resamples, each with a seed of its own.
+    """
+    whole = np.mean([one.whole for one in datasets], axis=0)
+    drawn = np.stack([one.drawn for one in datasets])  # D R C
+    count, resamples, _ = drawn.shape
+    chosen = np.random.default_rng(seed).integers(count, size=(resamples, count))  # R D
+    place = (np.arange(resamples)[:, None] + np.arange(count)) % resamples
+    return Resamples(whole, drawn[chosen, place].mean(axis=1))
+
+
+def f1_interval(resampled: Resamples, system: int = 0) -> Interval:
+    """The score of one of the systems with its 95% percentile interval."""
+    low, high = np.percentile(resampled.drawn[:, system], [2.5, 97.5])
+    return Interval(float(resampled.whole[system]), float(low), float(high))
+
+
+def difference_of(resampled: Resamples) -> PairedBootstrap:
+    """The first of two systems against the second.
+
+    Returns the difference first - second, its 95% percentile interval and the two-sided p value
+    (Efron & Tibshirani 1993, ch. 13 and 16; the added 1 keeps p above zero, Davison & Hinkley 1997, 4.2.1).
+    """
+    differences = resampled.drawn[:, 0] - resampled.drawn[:, 1]
+    low, high = np.percentile(differences, [2.5, 97.5])
+    tail = min((differences <= 0).sum(), (differences >= 0).sum())
+    first, second = (float(one) for one in resampled.whole)
+    return PairedBootstrap(
+        first=first,
+        second=second,
+        difference=first - second,
+        low=float(low),
+        high=float(high),
+        p=float(min(1.0, 2 * (tail + 1) / (len(differences) + 1))),
+        resamples=len(differences),
+    )
+
+
 def bootstrap_f1(gold: Sequence[str], predicted: Sequence[str], resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
     """Positive-class micro-F1 of N predictions with its 95% percentile interval. Raises InputError for no examples."""
-    parts = _f1_parts(Labels.of(gold, predicted))  # N 2
-    drawn = _resample(parts, resamples, seed)  # resamples 2
-    low, high = np.percentile(_f1(drawn), [2.5, 97.5])
-    return Interval(float(_f1(parts.sum(axis=0))), float(low), float(high))
+    return f1_interval(resample_f1(gold, predicted, resamples=resamples, seed=seed))
 
 
 def paired_bootstrap(
     gold: Sequence[str], first: Sequence[str], second: Sequence[str], resamples: int = RESAMPLES, seed: int = SEED
 ) -> PairedBootstrap:
-    """Difference of positive-class micro-F1 of two systems, resampling examples.
+    """`difference_of` two systems on the same N examples. Raises InputError: no examples, or lists of different length."""
+    return difference_of(resample_f1(gold, first, second, resamples=resamples, seed=seed))
 
-    Args:
-      gold, first, second: N labels each; first and second are predictions for the same examples.
-      resamples, seed: the study uses 10,000 and 42.
 
-    Returns the difference first - second, its 95% percentile interval and the two-sided p value
-    (Efron & Tibshirani 1993, ch. 13 and 16; the added 1 keeps p above zero, Davison & Hinkley 1997, 4.2.1).
-
-    Raises:
-      InputError: no examples, or lists of different length.
-    """
-    parts = np.concatenate([_f1_parts(Labels.of(gold, first)), _f1_parts(Labels.of(gold, second))], axis=1)  # N 4
-    drawn = _resample(parts, resamples, seed)  # resamples 4
-    differences = _f1(drawn[:, :2]) - _f1(drawn[:, 2:])
-    low, high = np.percentile(differences, [2.5, 97.5])
-    tail = min((differences <= 0).sum(), (differences >= 0).sum())
-    whole = parts.sum(axis=0)
-    f1_first, f1_second = float(_f1(whole[:2])), float(_f1(whole[2:]))
-    return PairedBootstrap(
-        first=f1_first,
-        second=f1_second,
-        difference=f1_first - f1_second,
-        low=float(low),
-        high=float(high),
-        p=float(min(1.0, 2 * (tail + 1) / (resamples + 1))),
-        resamples=resamples,
-    )
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (1979) of M p values, in their order: reject those below alpha and any error has a chance below alpha."""
+    p = np.asarray(p, np.float64)
+    order = np.argsort(p, kind="stable")
+    corrected = np.empty_like(p)
+    corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return corrected.tolist()
 
 
 def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> McNemar:
@@ -109,18 +179,30 @@ def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> McNemar:
     return McNemar(only_first, only_second, float(stats.chi2.sf(statistic, df=1)), exact=False)
 
 
-def _f1_parts(labels: Labels) -> np.ndarray:
+def f1_parts(labels: Labels) -> np.ndarray:
     """What each example adds to numerator and denominator of the micro-F1: [N, 2], int64."""
     gold, predicted = labels.positive[labels.gold], labels.positive[labels.predicted]
     return np.stack([2 * (labels.right & gold), gold.astype(np.int64) + predicted], axis=1)
 
 
-def _f1(parts: np.ndarray) -> np.ndarray:
-    return parts[..., 0] / np.maximum(parts[..., 1], 1)
+def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return above / np.maximum(below, 1)
 
 
-def _resample(parts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sums of `parts` ([N, C]) over N examples drawn with replacement: [resamples, C]."""
-    kinds, counts = np.unique(parts, axis=0, return_counts=True)  # K C, K
-    drawn = np.random.default_rng(seed).multinomial(len(parts), counts / len(parts), size=resamples)  # resamples K
-    return drawn @ kinds
+def _resample(parts: np.ndarray, resamples: int, seed: int | Sequence[int]) -> np.ndarray:
+    """Sums of `parts` ([N, C] non-negative integers) over N examples drawn with replacement: [resamples, C]."""
+    kinds, counts = _kinds(parts)  # K C, K
+    generator, shares = np.random.default_rng(seed), counts / len(parts)
+    chunk = max(1, 4_000_000 // len(kinds))  # of the resamples: many systems at once have thousands of kinds
+    sizes = [min(chunk, resamples - done) for done in range(0, resamples, chunk)]
+    return np.concatenate([generator.multinomial(len(parts), shares, size=size) @ kinds for size in sizes])
+
+
+def _kinds(parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows and how often each occurs. As one number per row where it fits: 20 times as fast as comparing rows."""
+    base = int(parts.max()) + 1
+    if base ** parts.shape[1] >= 2**62:
+        return np.unique(parts, axis=0, return_counts=True)
+    codes = parts @ base ** np.arange(parts.shape[1] - 1, -1, -1)
+    _, first, counts = np.unique(codes, return_index=True, return_counts=True)
+    return parts[first], counts

@@ -24,6 +24,7 @@ from jaxre.errors import InputError
 from jaxre.inference.model import on_mesh
 from jaxre.models.architecture import EncoderArchitecture
 from jaxre.models.encoder import Tree, classify
+from jaxre.models.ops import Ops
 
 ROW_MULTIPLE = 64
 
@@ -95,7 +96,7 @@ def run_classification(
 @functools.partial(jax.jit, static_argnames=("architecture", "sharding"))
 def log_probabilities(params: Tree, rows: Rows, *, architecture: EncoderArchitecture, sharding: NamedSharding | None = None) -> jax.Array:
     """[B, S, N] f32 log-softmax of the label logits at the rows' supervised positions."""
-    constrain = (lambda x: x) if sharding is None else (lambda x: jax.lax.with_sharding_constraint(x, sharding))
-    logits = classify(params, rows.tokens, rows.positions, rows.visible_until, rows.supervised, architecture, constrain=constrain)
+    ops = Ops() if sharding is None else Ops(lambda x: jax.lax.with_sharding_constraint(x, sharding))
+    logits = classify(params, rows.tokens, rows.positions, rows.visible_until, rows.supervised, architecture, ops=ops)
     result = jax.nn.log_softmax(logits, axis=-1)
     return result if sharding is None else jax.lax.with_sharding_constraint(result, NamedSharding(sharding.mesh, PartitionSpec()))

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 from rich.progress import Progress
@@ -22,7 +21,7 @@ from jaxre.data.tokens import demonstrator
 from jaxre.errors import InputError
 from jaxre.evaluation.evaluate import evaluate_rows
 from jaxre.evaluation.predictions import Prediction, write_predictions
-from jaxre.inference.predict import predict_examples
+from jaxre.inference.predict import Mode, predict_examples
 from jaxre.models.architecture import EncoderArchitecture
 from jaxre.relations import sources
 from jaxre.relations.columns import NoColumn
@@ -33,8 +32,6 @@ from jaxre.relations.prompt_styles import styled
 from jaxre.relations.prompts import parse_marked
 from jaxre.relations.schema import ANY, Example, Schemas
 from jaxre.relations.tables import SUFFIXES
-
-Mode = Literal["score", "generate"]
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,32 @@
-"""Greedy decoding in batches, with a key/value cache.
+"""Greedy decoding in slots that are filled again as answers end.
 
     answers = generate(model, prompts, stop_ids, max_new_tokens)
 
-A batch is one compiled call: prefill of all prompts, then a `while_loop` of one token per row and
-step, until every row has stopped. A new token goes to the same cache slot P + i in all rows, whatever
-the length of their prompts; its position, on which rotary depends, is the row's own.
+What all prompts begin with is computed once (`prefix.py`). A fixed number of slots (`slots.py`) decode together; when as many are
+done as waiting prompts fit a packed row, those take their places, in the same two compiled programs: one fills slots, one is
+a `while_loop` of a token per slot and step. What a slot computes between its end and the next prompt counts for nothing.
 
-Letters: B rows, P prompt slots, U = P + new tokens cache slots, K key/value heads, C head channels,
-L layers, V vocabulary.
+Letters: S slots, W columns of new tokens, R arriving prompts, N new tokens at most, V vocabulary.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxre_kernels.attention import attention, masked_attention
 
-from jaxre.data.packing import choose_lengths
 from jaxre.errors import InputError
 from jaxre.inference.model import Model, adapter_of, on_device
+from jaxre.inference.prefix import Prefix, check_prompts, prefixes_of, shared_prefixes
+from jaxre.inference.slots import Arrivals, Slots, arrivals_of, empty_slots, fill_slots, plan_slots, step_slots
 from jaxre.models.architecture import Architecture
-from jaxre.models.decoder import Tree, head, run_layers
-
-PROMPT_MULTIPLE = 64
+from jaxre.models.decoder import Tree, head
 
 
 @dataclass(frozen=True)
@@ -38,13 +37,20 @@ class Generation:
     score: float
 
 
-@dataclass(frozen=True)
-class Bucket:
-    """Prompts of similar length, decoded in batches of one shape [rows, length]."""
+class State(NamedTuple):
+    """What decoding carries from step to step.
 
-    length: int
-    rows: int
-    members: tuple[int, ...]
+    step: int32, of all slots, which says the column; token: [S] int32, the last one of each; new: [S, N] int32, counts: [S] int32
+    and scores: [S] f32 of the answers so far; running: [S] bool, whose answer goes on.
+    """
+
+    slots: Slots
+    step: jax.Array
+    token: jax.Array
+    new: jax.Array
+    counts: jax.Array
+    scores: jax.Array
+    running: jax.Array
 
 
 def generate(
@@ -64,12 +70,12 @@ def decode(
     names: Sequence[str] | None = None,
     advance: Callable[[int], None] = lambda examples: None,
 ) -> list[Generation]:
-    """Greedy decoding of N prompts.
+    """Greedy decoding of n prompts.
 
     Args:
-      batch_tokens: about B x U of a batch, prompts and new tokens.
+      batch_tokens: about the tokens that all slots hold, new ones included.
       names: of the prompts, for messages; their numbers if not given.
-      advance: told how many prompts each finished batch had.
+      advance: told how many prompts have been answered since.
 
     Raises:
       InputError: no prompt, an empty one, or one that leaves no room for the new tokens.
@@ -78,113 +84,103 @@ def decode(
     params, factors = on_device(model)
     stops = jnp.asarray(sorted(stop_ids), jnp.int32)
     results: list[Generation | None] = [None] * len(prompts)
-    for bucket in plan_buckets([len(prompt) for prompt in prompts], max_new_tokens, batch_tokens):
-        for start in range(0, len(bucket.members), bucket.rows):
-            batch = bucket.members[start : start + bucket.rows]
-            tokens, lengths = np.zeros((bucket.rows, bucket.length), np.int32), np.zeros(bucket.rows, np.int32)
-            for b, member in enumerate(batch):
-                lengths[b] = len(prompts[member])
-                tokens[b, : lengths[b]] = prompts[member]
-            new, counts, scores = (
-                np.asarray(array)
-                for array in decode_batch(
-                    params,
-                    factors,
-                    tokens,
-                    lengths,
-                    stops,
-                    architecture=model.architecture,
-                    scale=model.scale,
-                    max_new_tokens=max_new_tokens,
-                )
-            )
-            for b, member in enumerate(batch):
-                results[member] = Generation(new[b, : counts[b]].tolist(), float(scores[b]))
-            advance(len(batch))
+    groups = shared_prefixes(prompts, batch_tokens)
+    for group, prefix in zip(groups, prefixes_of(params, factors, groups, model.architecture, model.scale), strict=True):
+        depth = len(group.tokens)
+        owns = {member: prompts[member][depth:] for member in group.members}
+        run = {"architecture": model.architecture, "scale": model.scale}
+        # The last new token is not read, so it has no column.
+        for sizes in plan_slots(owns, max(1, max_new_tokens - 1), batch_tokens):
+            state = _start(empty_slots(sizes, model.architecture, params["embed"].dtype), max_new_tokens)
+            waiting = deque(sizes.chunks(owns))
+            at_work: dict[int, int] = {}  # slot -> prompt
+            while waiting or at_work:
+                free = [slot for slot in range(sizes.slots) if slot not in at_work]
+                if waiting and len(waiting[0]) <= len(free):
+                    chunk = waiting.popleft()
+                    at_work |= dict(zip(free, chunk, strict=False))
+                    state = fill(params, factors, prefix, state, arrivals_of(chunk, free, owns, depth, sizes), stops, **run)
+                    if waiting and len(waiting[0]) <= sizes.slots - len(at_work):
+                        continue
+                left = sizes.slots - len(waiting[0]) if waiting else 0
+                state = decode_until(params, factors, prefix, state, stops, np.int32(left), **run)
+                new, counts, scores, running = (np.asarray(array) for array in (state.new, state.counts, state.scores, state.running))
+                done = [slot for slot in at_work if not running[slot]]
+                for slot in done:
+                    results[at_work.pop(slot)] = Generation(new[slot, : counts[slot]].tolist(), float(scores[slot]))
+                advance(len(done))
     return results
 
 
-def plan_buckets(lengths: Sequence[int], max_new_tokens: int, batch_tokens: int) -> list[Bucket]:
-    """Prompts by length in at most three buckets; each costs one compilation."""
-    need = -(-np.asarray(lengths) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-    chosen = np.array(choose_lengths(need))
-    fitted = chosen[np.searchsorted(chosen, need)]
-    buckets = []
-    for length in np.unique(fitted).tolist():
-        members = np.flatnonzero(fitted == length)
-        most = max(1, batch_tokens // (length + max_new_tokens))
-        batches = -(-len(members) // most)
-        buckets.append(Bucket(length, -(-len(members) // batches), tuple(members.tolist())))
-    return buckets
+def _start(slots: Slots, max_new_tokens: int) -> State:
+    S = slots.lengths.shape[0]
+    token, counts = jnp.zeros((2, S), jnp.int32)
+    new = jnp.zeros((S, max_new_tokens), jnp.int32)
+    return State(slots, jnp.int32(0), token, new, counts, jnp.zeros(S, jnp.float32), jnp.zeros(S, bool))
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "scale", "max_new_tokens"))
-def decode_batch(
+@functools.partial(jax.jit, static_argnames=("architecture", "scale"), donate_argnames="state")
+def fill(
     params: Tree,
     factors: Tree | None,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    prefix: Prefix | None,
+    state: State,
+    arrivals: Arrivals,
     stops: jax.Array,
     *,
     architecture: Architecture,
     scale: float,
-    max_new_tokens: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Greedy decoding of one batch.
+) -> State:
+    """Arriving prompts take their slots and get their first token; stops: [any] int32 tokens that end an answer."""
+    slots, x = fill_slots(params, adapter_of(factors, scale), prefix, state.slots, arrivals, architecture)
+    token, score = best(params, x, architecture)  # R
+    new = jnp.zeros((len(token), state.new.shape[1]), jnp.int32).at[:, 0].set(token)
+    running = ~jnp.isin(token, stops) & (state.new.shape[1] > 1)
+    fresh = {"token": token, "new": new, "counts": jnp.ones_like(token), "scores": score, "running": running}
+    put = {name: getattr(state, name).at[arrivals.slots].set(values, mode="drop") for name, values in fresh.items()}
+    return state._replace(slots=slots, **put)
 
-    Args:
-      tokens: [B, P] int32, prompts from the left; lengths: [B] int32, of the prompts, 0 for an unused row.
-      stops: [any] int32 tokens that end an answer.
 
-    Returns:
-      [B, max_new_tokens] int32 new tokens, [B] int32 how many of them count, [B] f32 their log-probability.
-    """
-    B, P = tokens.shape
+@functools.partial(jax.jit, static_argnames=("architecture", "scale"), donate_argnames="state")
+def decode_until(
+    params: Tree,
+    factors: Tree | None,
+    prefix: Prefix | None,
+    state: State,
+    stops: jax.Array,
+    left: jax.Array,
+    *,
+    architecture: Architecture,
+    scale: float,
+) -> State:
+    """A token of every running slot, again and again, until no more than `left` slots run."""
     adapter = adapter_of(factors, scale)
-    slots = jnp.arange(P + max_new_tokens)
+    N, W = state.new.shape[1], state.slots.ring["last"][0].shape[2]
 
-    def best(x: jax.Array) -> tuple[jax.Array, jax.Array]:  # B 1 D -> token [B], its log-probability [B]
-        logits = head(params, x, architecture)[:, 0]  # B V
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
+    def next_token(state: State) -> State:
+        read = state.counts - 1  # tokens before the one that is read now: those of the last steps
+        age = (state.step - 1 - jnp.arange(W)) % W
+        slots, x = step_slots(params, adapter, prefix, state.slots, state.token, read, age < read[:, None], state.step % W, architecture)
+        token, score = best(params, x, architecture)
+        here = (jnp.arange(N) == state.counts[:, None]) & state.running[:, None]
+        counts = state.counts + state.running
+        return State(
+            slots,
+            state.step + 1,
+            jnp.where(state.running, token, state.token),
+            jnp.where(here, token[:, None], state.new),
+            counts,
+            state.scores + jnp.where(state.running, score, 0.0),
+            state.running & ~jnp.isin(token, stops) & (counts < N),
+        )
 
-    def prefill_attend(q, k, v, _):
-        return attention(q, k, v, jnp.full((B, P), P)), (k, v)
+    return jax.lax.while_loop(lambda state: state.running.sum() > left, next_token, state)
 
-    with jax.named_scope("prefill"):
-        positions = jnp.broadcast_to(jnp.arange(P), (B, P))
-        x, caches = run_layers(params, tokens, positions, architecture, prefill_attend, None, adapter)
-        token, score = best(jnp.take_along_axis(x, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1))
-        # [L-1, B, P, K, C] and [B, P, K, C] -> U slots.
-        caches = jax.tree.map(lambda cache: jnp.pad(cache, [(0, 0)] * (cache.ndim - 3) + [(0, max_new_tokens), (0, 0), (0, 0)]), caches)
 
-    def next_token(state):
-        step, token, running, caches, new, counts, scores = state
-        slot = P + step - 1
-        visible = (slots < lengths[:, None]) | ((slots >= P) & (slots <= slot))  # B U
-
-        def attend(q, k, v, cache):
-            keys, values = (jax.lax.dynamic_update_slice_in_dim(old, fresh, slot, axis=1) for old, fresh in zip(cache, (k, v), strict=True))
-            # Only the new slot leaves the layer: a whole cache would be copied once more.
-            return masked_attention(q, keys, values, visible[:, None]), (k, v)
-
-        x, fresh = run_layers(params, token[:, None], (lengths + step - 1)[:, None], architecture, attend, caches, adapter)
-        caches = jax.tree.map(lambda old, one: jax.lax.dynamic_update_slice_in_dim(old, one, slot, axis=old.ndim - 3), caches, fresh)
-        return record(step, *best(x), running, caches, new, counts, scores)
-
-    def record(step, token, score, running, caches, new, counts, scores):
-        new = jax.lax.dynamic_update_slice_in_dim(new, jnp.where(running, token, 0)[:, None], step, axis=1)
-        scores = scores + jnp.where(running, score, 0.0)
-        return step + 1, token, running & ~jnp.isin(token, stops), caches, new, counts + running, scores
-
-    def unfinished(state):
-        step, _, running, *_ = state
-        return (step < max_new_tokens) & running.any()
-
-    new, counts, scores = jnp.zeros((B, max_new_tokens), jnp.int32), jnp.zeros(B, jnp.int32), jnp.zeros(B, jnp.float32)
-    with jax.named_scope("decode"):
-        state = record(jnp.int32(0), token, score, lengths > 0, caches, new, counts, scores)
-        *_, new, counts, scores = jax.lax.while_loop(unfinished, next_token, state)
-    return new, counts, scores
+def best(params: Tree, x: jax.Array, architecture: Architecture) -> tuple[jax.Array, jax.Array]:
+    """[S, D] -> the most probable tokens, [S] int32, and their log-probabilities, [S] f32."""
+    logits = head(params, x, architecture)  # S V
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32), jnp.max(logits, axis=-1) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def clean_answer(text: str) -> str:
@@ -194,13 +190,10 @@ def clean_answer(text: str) -> str:
 
 
 def _check(prompts: Sequence[Sequence[int]], architecture: Architecture, max_new_tokens: int, names: Sequence[str] | None) -> None:
-    if not prompts:
-        raise InputError("there is no prompt to answer; is the split empty?")
+    check_prompts(prompts, names)
     for number, prompt in enumerate(prompts):
-        name = names[number] if names else number
-        if not len(prompt):
-            raise InputError(f"example {name}: its prompt has no token; the chat template must yield a generation prompt")
         if len(prompt) + max_new_tokens > architecture.max_length:
+            name = names[number] if names else number
             raise InputError(
                 f"example {name}: a prompt of {len(prompt)} tokens and {max_new_tokens} new ones exceed the "
                 f"{architecture.max_length} tokens that the model reads; lower predict.max_new_tokens or shorten the text"

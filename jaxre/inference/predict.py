@@ -1,4 +1,4 @@
-"""Examples to prediction rows: exact label scoring, or greedy decoding.
+"""Examples to prediction rows: exact label scoring, the search for the best label, or greedy decoding.
 
 loaded = open_model("runs/quickstart", compute_dtype("auto"))
 rows = predict_examples(loaded, examples, labels, config.prompt, config.predict)
@@ -29,9 +29,12 @@ from jaxre.inference.classification import plan_classification, run_classificati
 from jaxre.inference.decoding import clean_answer, decode
 from jaxre.inference.model import Model
 from jaxre.inference.scoring import plan_scoring, probabilities, run_scoring
+from jaxre.inference.search import best_labels
 from jaxre.models.architecture import EncoderArchitecture, check_vocabulary
 from jaxre.models.lora import scale_of
 from jaxre.relations.schema import Example, hash_prompt
+
+Mode = Literal["score", "best", "generate"]
 
 
 def model_of(loaded: Loaded) -> Model:
@@ -46,7 +49,7 @@ def predict_examples(
     prompt: Prompt,
     settings: Predict,
     *,
-    mode: Literal["score", "generate"] = "score",
+    mode: Mode = "score",
     demonstrations: Callable[[Example], list[Example]] = lambda example: [],
     tuned_dataset_name: str = "",
     model_shot: str = "0",
@@ -57,7 +60,7 @@ def predict_examples(
     Args:
       labels: the schema.
       demonstrations: of an example, as `jaxre.data.tokens.demonstrator` makes them.
-      mode: "score" gives the most probable label of the schema, and all probabilities; "generate"
+      mode: "score" gives the most probable label of the schema, and all probabilities; "best" that label alone; "generate"
         what the model writes, cleaned, whether or not it is a label.
       tuned_dataset_name, model_shot: what the model was tuned on and with how many shots, for the study's columns.
       advance: told how many examples each finished batch had.
@@ -78,21 +81,24 @@ def predict_examples(
     texts = [template.render(question, generation=True) for question in questions]
     names = [example.id for example in examples]
     model = model_of(loaded)
-    if mode == "score":
+    if mode != "generate":
         tokens, answers = label_answers(template, questions, labels)
         check_vocabulary(max(max(ids) for one in (tokens, *answers) for ids in one), loaded.architecture)
-        plan = plan_scoring(tokens, answers, loaded.architecture, batch_tokens=settings.batch_tokens, names=names)
-        scores = run_scoring(model, plan, advance=advance)
-        shares = probabilities(scores)
-        best = scores.argmax(axis=1)
+        run = {"batch_tokens": settings.batch_tokens, "names": names}
+        if mode == "best":
+            best, scores = best_labels(model, tokens, answers, **run, advance=advance)
+            shares = None
+        else:
+            every = run_scoring(model, plan_scoring(tokens, answers, loaded.architecture, **run), advance=advance)
+            best, scores, shares = every.argmax(axis=1), every.max(axis=1), probabilities(every)
         found = [
             {
                 "generated_relation": labels[choice],
-                "score": float(scores[i, choice]),
-                "probabilities": dict(zip(labels, shares[i].tolist(), strict=True)),
+                "score": score,
+                "probabilities": None if shares is None else dict(zip(labels, shares[i].tolist(), strict=True)),
                 "output_tokens": len(answers[i][choice]),
             }
-            for i, choice in enumerate(best.tolist())
+            for i, (choice, score) in enumerate(zip(best.tolist(), scores.tolist(), strict=True))
         ]
     else:
         tokens = template.tokenize(texts)
@@ -115,7 +121,7 @@ def predict_examples(
             model_shot=model_shot,
             prompt_shot=str(prompt.shots),
             prompt=text,
-            prompt_hash=hash_prompt(text),
+            prompt_hash=example.prompt_hash or hash_prompt(text),
             input_tokens=len(ids),
             **row,
         )
@@ -159,7 +165,7 @@ def _predict_labels(
             model_id=loaded.name,
             tuned_dataset_name=tuned_dataset_name,
             prompt=text,
-            prompt_hash=hash_prompt(text),
+            prompt_hash=example.prompt_hash or hash_prompt(text),
             generated_relation=labels[best],
             score=float(score[best]),
             probabilities=dict(zip(labels, share.tolist(), strict=True)),

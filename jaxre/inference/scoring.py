@@ -7,7 +7,8 @@
 The score of a label is the sum of the log-probabilities of its tokens and of the end-of-turn token
 after them, as tokenised inside the chat template; so a label that begins another one is told apart
 by its end. Prompt and labels of an example are one tree (`trees.py`): the prompt is computed once
-for all labels, a beginning that labels share once for those. Several trees are packed in a row.
+for all labels, a beginning that labels share once for those. Several trees are packed in a row, without what
+all of their prompts begin with, which is computed once (`prefix.py`). Where only the best label is asked for: `search.py`.
 
 Letters: B rows, T tokens in a row, S predicting positions in a row, W targets of a position,
 D embedding, V vocabulary, N examples.
@@ -24,11 +25,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxre.inference.answers import label_answers
+from jaxre.inference.attention import Part, chosen_attention, prefix_parts, row_attention
 from jaxre.inference.model import Model, adapter_of, on_device, on_mesh
+from jaxre.inference.prefix import Prefix, prefixes_of
 from jaxre.inference.tree_rows import ScoringPlan, TreeRows, fill_trees, plan_scoring
 from jaxre.inference.trees import Answers
 from jaxre.models.architecture import Architecture
-from jaxre.models.decoder import Tree, forward, head
+from jaxre.models.decoder import Chosen, Tree, head, run_layers, take
 from jaxre.models.ops import Ops
 
 __all__ = ["Model", "ScoringPlan", "label_answers", "plan_scoring", "probabilities", "run_scoring", "score_labels"]
@@ -88,9 +91,15 @@ def run_scoring(model: Model, plan: ScoringPlan, *, advance: Callable[[int], Non
         advance(sum(map(len, batch)))
 
     waiting = None
-    for batch in plan.batches:
-        rows = on_mesh(fill_trees(plan, batch), plan.sharding)
-        result = target_log_probabilities(params, factors, rows, architecture=model.architecture, scale=model.scale, sharding=plan.sharding)
+    computed = prefixes_of(params, factors, plan.groups, model.architecture, model.scale, plan.sharding)
+    prefix, owner = None, -1
+    for number, batch in enumerate(plan.batches):
+        if plan.owners[number] != owner:
+            prefix, owner = next(computed), plan.owners[number]
+        rows = on_mesh(fill_trees(plan, number), plan.sharding)
+        result = target_log_probabilities(
+            params, factors, rows, prefix, architecture=model.architecture, scale=model.scale, span=plan.span, sharding=plan.sharding
+        )
         if waiting:  # the device works on this batch while the last one is read
             collect(*waiting)
         waiting = batch, result
@@ -98,13 +107,15 @@ def run_scoring(model: Model, plan: ScoringPlan, *, advance: Callable[[int], Non
     return scores
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "scale", "sharding", "head_bytes"))
+@functools.partial(jax.jit, static_argnames=("architecture", "scale", "span", "sharding", "head_bytes"))
 def target_log_probabilities(
     params: Tree,
     factors: Tree | None,
     rows: TreeRows,
+    prefix: Prefix | None,
     *,
     architecture: Architecture,
+    span: int,
     scale: float = 1.0,
     sharding: NamedSharding | None = None,
     head_bytes: int = HEAD_BYTES,
@@ -112,11 +123,26 @@ def target_log_probabilities(
     """[B, S, W] f32 log-probabilities of a batch's targets: target logit minus log-sum-exp.
 
     The head runs on a part of the S positions at a time, so that its [B, part, V] f32 logits take
-    at most `head_bytes`.
+    at most `head_bytes`. span: no token of a row sees one so many places before it, or more.
     """
     constrain = (lambda x: x) if sharding is None else (lambda x: jax.lax.with_sharding_constraint(x, sharding))
-    x = forward(params, rows.tokens, rows.positions, rows.visible_until, architecture, adapter_of(factors, scale), Ops(constrain))
     B, S, W = rows.targets.shape
+    T = rows.tokens.shape[1]
+
+    def before(cache: tuple[jax.Array, jax.Array] | None) -> list[Part]:
+        return prefix_parts(cache, prefix.length) if prefix else []
+
+    def attend(q, k, v, cache):
+        return row_attention(q, k, v, rows.visible_until, before(cache), span), None
+
+    def attend_last(q, k, v, cache):
+        return chosen_attention(q, k, v, rows.supervised, rows.visible_until, before(cache)), None
+
+    # The last layer is needed where a token is predicted; its attention there is dense, so it pays where those are few.
+    pruned = Chosen(rows.supervised, attend_last) if T >= 2 * S else None
+    caches, adapter = prefix and prefix.caches, adapter_of(factors, scale)
+    x, _ = run_layers(params, rows.tokens, rows.positions, architecture, attend, caches, adapter, Ops(constrain), pruned)
+    x = x if pruned else take(x, rows.supervised)  # B S D
     part = min(S, max(1, head_bytes // (4 * B * architecture.vocabulary)))
     parts = -(-S // part)
 
@@ -125,12 +151,11 @@ def target_log_probabilities(
         return jnp.moveaxis(padded.reshape(B, parts, part, *array.shape[2:]), 1, 0)
 
     def log_probabilities(one: tuple[jax.Array, jax.Array]) -> jax.Array:
-        supervised, targets = one
-        chosen = jnp.take_along_axis(x, supervised[..., None], axis=1)  # B part D
+        chosen, targets = one
         logits = head(params, chosen, architecture)  # B part V
         return jnp.take_along_axis(logits, targets, axis=-1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
 
     with jax.named_scope("target_log_probabilities"):
-        result = jax.lax.map(log_probabilities, (split(rows.supervised), split(rows.targets)))  # parts B part W
+        result = jax.lax.map(log_probabilities, (split(x), split(rows.targets)))  # parts B part W
         result = jnp.moveaxis(result, 0, 1).reshape(B, parts * part, W)[:, :S]
     return result if sharding is None else jax.lax.with_sharding_constraint(result, NamedSharding(sharding.mesh, PartitionSpec()))

@@ -14,6 +14,8 @@ from jax.sharding import NamedSharding
 
 from jaxre.data.packing import pack_rows
 from jaxre.errors import InputError
+from jaxre.inference.attention import block_of
+from jaxre.inference.prefix import Group, check_prompts, shared_prefixes
 from jaxre.inference.trees import Answers, AnswerTree, answer_tree
 from jaxre.models.architecture import Architecture
 from jaxre.models.weights import parameter_count
@@ -41,12 +43,16 @@ class TreeRows(NamedTuple):
 class ScoringPlan:
     """Which example goes to which row of which batch; every batch has the same shape [B, T], [B, S, W].
 
-    batches[n][b] lists the examples of row b of batch n; missing rows are all pad.
+    batches[n][b] lists the examples of row b of batch n; missing rows are all pad. They are all of group owners[n] and
+    begin with its tokens, which have no place in the row. span: an example takes no more places.
     """
 
     prompts: Sequence[Sequence[int]]
     trees: tuple[AnswerTree, ...]
+    groups: tuple[Group, ...]
     batches: tuple[tuple[tuple[int, ...], ...], ...]
+    owners: tuple[int, ...]
+    span: int
     rows: int
     length: int
     supervised: int
@@ -56,12 +62,13 @@ class ScoringPlan:
     @property
     def pad_share(self) -> float:
         """Share of the places in all rows that hold no token."""
-        return 1 - int(_sizes(self.prompts, self.trees).sum()) / (len(self.batches) * self.rows * self.length)
+        return 1 - int(_sizes(self.prompts, self.trees, self.groups).sum()) / (len(self.batches) * self.rows * self.length)
 
     def __str__(self) -> str:
+        shared = ", ".join(str(len(group.tokens)) for group in self.groups if group.tokens) or "no"
         return (
             f"{len(self.prompts)} examples in {len(self.batches)} batches of {self.rows} rows x {self.length} tokens, "
-            f"{self.supervised} predicting positions a row, {self.pad_share:.1%} pad, one compiled shape"
+            f"{self.supervised} predicting positions a row, {self.pad_share:.1%} pad, {shared} shared tokens, one compiled shape"
         )
 
 
@@ -83,8 +90,34 @@ def plan_scoring(
     Raises:
       InputError: as `score_labels`.
     """
-    if not prompts:
-        raise InputError("there is no example to score; is the split empty?")
+    check_prompts(prompts, names)
+    trees = trees_of(answers)
+    groups = shared_prefixes(prompts, batch_tokens)
+    check_lengths(prompts, trees, groups, architecture, batch_tokens, names)
+    sizes = _sizes(prompts, trees, groups)
+    places = np.array([len(tree.targets) for tree in trees])
+    length, packed = _choose_rows(sizes, places, groups, architecture, batch_tokens)
+    most = max(map(len, packed))
+    count = -(-most // max(1, batch_tokens // length))  # batches of the group with most rows
+    rows = _round_up(-(-most // count), _shards(sharding))
+    batches = [(number, tuple(part[start : start + rows])) for number, part in enumerate(packed) for start in range(0, len(part), rows)]
+    return ScoringPlan(
+        prompts=prompts,
+        trees=tuple(trees),
+        groups=groups,
+        batches=tuple(batch for _, batch in batches),
+        owners=tuple(number for number, _ in batches),
+        span=int(sizes.max()),
+        rows=rows,
+        length=length,
+        supervised=_round_up(max(int(places[list(row)].sum()) for part in packed for row in part), 8),
+        targets=max(tree.targets.shape[1] for tree in trees),
+        sharding=sharding,
+    )
+
+
+def trees_of(answers: Sequence[Answers]) -> list[AnswerTree]:
+    """The tree of each example; examples with equal answers have one tree."""
     known: dict[tuple, AnswerTree] = {}
     trees = []
     for labels in answers:
@@ -92,39 +125,25 @@ def plan_scoring(
         if key not in known:
             known[key] = answer_tree(key)
         trees.append(known[key])
-    _check_lengths(prompts, trees, architecture, batch_tokens, names)
-    sizes = _sizes(prompts, trees)
-    places = np.array([len(tree.targets) for tree in trees])
-    length, packed = _choose_rows(sizes, places, architecture, batch_tokens)
-    count = -(-len(packed) // max(1, batch_tokens // length))  # batches
-    rows = _round_up(-(-len(packed) // count), _shards(sharding))
-    return ScoringPlan(
-        prompts=prompts,
-        trees=tuple(trees),
-        batches=tuple(tuple(packed[start : start + rows]) for start in range(0, len(packed), rows)),
-        rows=rows,
-        length=length,
-        supervised=_round_up(max(int(places[list(row)].sum()) for row in packed), 8),
-        targets=max(tree.targets.shape[1] for tree in known.values()),
-        sharding=sharding,
-    )
+    return trees
 
 
-def fill_trees(plan: ScoringPlan, batch: Sequence[Sequence[int]]) -> TreeRows:
-    """The rows of one batch."""
+def fill_trees(plan: ScoringPlan, number: int) -> TreeRows:
+    """The rows of batch `number`."""
+    depth = len(plan.groups[plan.owners[number]].tokens)
     B, T, S, W = plan.rows, plan.length, plan.supervised, plan.targets
     tokens, positions, supervised = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32), np.zeros((B, S), np.int32)
     visible_until = np.broadcast_to(np.arange(1, T + 1, dtype=np.int32), (B, T)).copy()
     targets = np.zeros((B, S, W), np.int32)
-    for b, row in enumerate(batch):
+    for b, row in enumerate(plan.batches[number]):
         start = first = 0
         for example in row:
             prompt, tree = plan.prompts[example], plan.trees[example]
-            branch = start + len(prompt)
+            branch = start + len(prompt) - depth
             end = branch + len(tree.tokens)
-            tokens[b, start:branch] = prompt
+            tokens[b, start:branch] = prompt[depth:]
             tokens[b, branch:end] = tree.tokens
-            positions[b, start:branch] = np.arange(len(prompt))
+            positions[b, start:branch] = np.arange(depth, len(prompt))
             positions[b, branch:end] = len(prompt) + tree.depths
             visible_until[b, start:branch] = end
             visible_until[b, branch:end] = branch + tree.until
@@ -136,41 +155,48 @@ def fill_trees(plan: ScoringPlan, batch: Sequence[Sequence[int]]) -> TreeRows:
     return TreeRows(tokens, positions, visible_until, supervised, targets)
 
 
-def _choose_rows(sizes: np.ndarray, places: np.ndarray, architecture: Architecture, batch_tokens: int) -> tuple[int, list[tuple[int, ...]]]:
-    """The row length with the least work, and the examples of each row.
+def _choose_rows(
+    sizes: np.ndarray, places: np.ndarray, groups: Sequence[Group], architecture: Architecture, batch_tokens: int
+) -> tuple[int, list[list[tuple[int, ...]]]]:
+    """The row length with the least work, and the examples of each row of each group.
 
-    Work of a row: 2 x T x body parameters + 4 x T^2 x H x C x L (dense attention: scores and context).
+    Work of a row of T: 2 x T x body parameters + 4 x T x near x H x C x L (scores and context of the keys that a block looks at).
     """
     shortest = min(_round_up(int(sizes.max()), ROW_MULTIPLE), batch_tokens)
     body = parameter_count(architecture) - (2 - architecture.tied_head) * architecture.vocabulary * architecture.embedding
     attention = architecture.size("HC") * architecture.layers
+    members = [np.array(group.members) for group in groups]
     best = None
     for length in range(shortest, max(shortest, min(PREFERRED_ROW, batch_tokens)) + 1, ROW_MULTIPLE):
-        packed = pack_rows(sizes, places, np.arange(len(sizes)), length)
-        work = len(packed) * length * (2 * body + 4 * length * attention)
+        packed = [
+            [tuple(some[list(row)].tolist()) for row in pack_rows(sizes[some], places[some], np.arange(len(some)), length)]
+            for some in members
+        ]
+        near = sum(block_of(length, int(sizes.max())))
+        work = sum(map(len, packed)) * length * (2 * body + 4 * near * attention)
         if best is None or work < best[0]:
             best = work, length, packed
     return best[1], best[2]
 
 
-def _check_lengths(
+def check_lengths(
     prompts: Sequence[Sequence[int]],
     trees: Sequence[AnswerTree],
+    groups: Sequence[Group],
     architecture: Architecture,
     batch_tokens: int,
     names: Sequence[str] | None,
 ) -> None:
-    for number, (prompt, tree) in enumerate(zip(prompts, trees, strict=True)):
+    """Raises InputError for an example that is longer than the model reads, or whose own tokens and labels are more than a batch."""
+    sizes = _sizes(prompts, trees, groups).tolist()
+    for number, (prompt, tree, size) in enumerate(zip(prompts, trees, sizes, strict=True)):
         name = names[number] if names else number
-        if not len(prompt):
-            raise InputError(f"example {name}: its prompt has no token; the chat template must yield a generation prompt")
         longest = len(prompt) + tree.valid.shape[1]
         if longest > architecture.max_length:
             raise InputError(
                 f"example {name}: prompt and longest label take {longest} tokens, the model reads {architecture.max_length}; shorten it"
             )
-        if len(prompt) + len(tree.tokens) > batch_tokens:
-            size = len(prompt) + len(tree.tokens)
+        if size > batch_tokens:
             raise InputError(
                 f"example {name}: prompt and labels take {size} tokens, a batch has {batch_tokens}; raise predict.batch_tokens"
             )
@@ -186,8 +212,12 @@ def _shards(sharding: NamedSharding | None) -> int:
     return int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
 
 
-def _sizes(prompts: Sequence[Sequence[int]], trees: Sequence[AnswerTree]) -> np.ndarray:
-    return np.array([len(prompt) + len(tree.tokens) for prompt, tree in zip(prompts, trees, strict=True)])
+def _sizes(prompts: Sequence[Sequence[int]], trees: Sequence[AnswerTree], groups: Sequence[Group]) -> np.ndarray:
+    """[n] places of each example in a row: its own tokens and its labels'."""
+    sizes = np.array([len(prompt) + len(tree.tokens) for prompt, tree in zip(prompts, trees, strict=True)])
+    for group in groups:
+        sizes[list(group.members)] -= len(group.tokens)
+    return sizes
 
 
 def _round_up(value: int, multiple: int) -> int:

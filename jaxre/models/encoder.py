@@ -21,6 +21,7 @@ from jaxre_kernels.attention import masked_attention
 from jaxre_kernels.lora import keep_mask
 
 from jaxre.models.architecture import EncoderArchitecture
+from jaxre.models.ops import ONE_DEVICE, Ops
 from jaxre.models.weights import places
 
 Tree = dict[str, Any]
@@ -37,7 +38,7 @@ def classify(
     chosen: jax.Array,
     architecture: EncoderArchitecture,
     keys: jax.Array | None = None,
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    ops: Ops = ONE_DEVICE,
     remat: str = "none",
 ) -> jax.Array:
     """Packed rows to label logits at chosen positions, the first tokens of their examples.
@@ -49,7 +50,7 @@ def classify(
       chosen: [B, S] int32.
       keys: [B, T] uint32 dropout keys of the tokens; None switches dropout off. Attention weights are never
         dropped (transformers drops them too while training).
-      constrain: applied to the [B, T, D] activations, to keep them sharded over rows.
+      ops: of the devices that share the rows.
       remat: what the backward pass computes again: `none` or `block` (from a layer's input).
 
     Returns:
@@ -63,19 +64,27 @@ def classify(
         rows = params["positions"][positions + architecture.position_offset]
         x = params["embed"][tokens] + rows + params["types"][0]  # B T D
         x = layer_norm(x, params["embed_norm"], params["embed_norm_bias"], architecture.norm_epsilon)
-        x = constrain(drop(x, keys, architecture.layers, 0, architecture.dropout))
-    mask = visible_until[:, :, None] == visible_until[:, None, :]  # B T T
+        x = ops.constrain(drop(x, keys, architecture.layers, 0, architecture.dropout))
+    # Positions count from the first token of an example; a pad token's is 0, and it sees itself.
+    visible_from = jnp.arange(tokens.shape[1]) - positions  # B T
+
+    def everywhere(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return ops.attention(q, k, v, visible_until, visible_from)
+
+    def where_chosen(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        asked = chosen[..., None]  # B S 1
+        return masked_attention(q, k, v, (visible_from[:, None] <= asked) & (asked < visible_until[:, None]))
 
     def step(x: jax.Array, layer: tuple[Tree, jax.Array]) -> tuple[jax.Array, None]:
         weights, index = layer
-        return constrain(run_layer(weights, x, x, mask, index, architecture, keys)), None
+        return ops.constrain(run_layer(weights, x, x, everywhere, index, architecture, keys)), None
 
     if architecture.layers > 1:
         scanned = jax.checkpoint(step, prevent_cse=False) if remat == "block" else step
         x, _ = jax.lax.scan(scanned, x, (params["layers"], jnp.arange(architecture.layers - 1)))
     if keys is not None:
         keys = at(keys[..., None])[..., 0]  # B S
-    x = run_layer(params["last"], at(x), x, at(mask), architecture.layers - 1, architecture, keys)  # B S D
+    x = run_layer(params["last"], at(x), x, where_chosen, architecture.layers - 1, architecture, keys)  # B S D
     return head(params, x, architecture, keys)
 
 
@@ -83,7 +92,7 @@ def run_layer(
     weights: Tree,
     x: jax.Array,
     context: jax.Array,
-    mask: jax.Array,
+    attend: Callable[..., jax.Array],
     index: jax.Array | int,
     architecture: EncoderArchitecture,
     keys: jax.Array | None,
@@ -91,7 +100,8 @@ def run_layer(
     """One layer: norm(x + attention(x)), then norm(x + mlp(x)).
 
     Args:
-      x: [B, S, D] the states to update; context: [B, T, D] those they attend to; mask: [B, S, T] bool.
+      x: [B, S, D] the states to update; context: [B, T, D] those they attend to.
+      attend: q [B, S, H, C], k and v [B, T, H, C] -> [B, S, H, C].
       index: of the layer, for dropout; keys: [B, S] uint32 or None.
     """
 
@@ -104,7 +114,7 @@ def run_layer(
 
     with jax.named_scope("attention"):
         q, k, v = (heads(linear(weights, name, array)) for name, array in (("q", x), ("k", context), ("v", context)))
-        attended = masked_attention(q, k, v, mask).reshape(x.shape)
+        attended = attend(q, k, v).reshape(x.shape)
         x = finish(x, linear(weights, "o", attended), "attention_norm", AFTER_ATTENTION)
     with jax.named_scope("mlp"):
         hidden = jax.nn.gelu(linear(weights, "up", x), approximate=False)  # B S F

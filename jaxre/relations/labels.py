@@ -6,13 +6,14 @@ source, and every command then says so (`told_tested`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jaxre.config import Config, Data, Source
 from jaxre.errors import InputError
-from jaxre.relations import sources
+from jaxre.relations import leaks, sources
 from jaxre.relations.files import nearest
 from jaxre.relations.mixtures import sources_of, told_source
 from jaxre.relations.schema import ANY, Example, Schema, Schemas
@@ -130,7 +131,7 @@ def task_of(config: Config, source: Source | None = None, dataset: str | None = 
     if data.train is None:
         raise InputError(f"{config.name}: a run without data.train has no schema; predict with a run that was trained on relations")
     if isinstance(data.train, Source):
-        train = sources.load(data.train)
+        (train,) = leaks.load_train(data, [data.train])
         named = isinstance(data.labels, dict) and dataset in data.labels
         own = {one.dataset for one in (data.train, *sources_of(data.validation), data.test) if one}
         # A file may be called anything: it is taken for the run's dataset.
@@ -143,7 +144,7 @@ def task_of(config: Config, source: Source | None = None, dataset: str | None = 
         raise InputError(f"{config.name}: was trained on several datasets ({names}); say whose labels the text has with --data NAME")
     else:
         likely = [one for one in data.train.sources if one.dataset == source.dataset]
-        train = [example for one in likely or data.train.sources for example in sources.load(one)]
+        train = list(itertools.chain.from_iterable(leaks.load_train(data, likely or data.train.sources)))
         dataset = dataset or (train[0].dataset if likely else source.dataset)
         train = [example for example in train if example.dataset == dataset]
         if train:

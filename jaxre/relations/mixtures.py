@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,13 +66,6 @@ class Pool:
         examples = list(itertools.chain.from_iterable(self.given))
         return {ANY: examples} if self.one else by_dataset(examples)
 
-    def only(self, ids: set[str]) -> Pool:
-        """The same pool without all other examples."""
-        kept = np.array([example.id in ids for examples in self.given for example in examples])
-        given = tuple([example for example in examples if example.id in ids] for examples in self.given)
-        order = None if self.order is None else (np.cumsum(kept) - 1)[self.order[kept[self.order]]]
-        return Pool(self.sources, given, order, self.one)
-
     @property
     def counts(self) -> tuple[Count, ...]:
         """One for each source."""
@@ -83,16 +76,22 @@ class Pool:
         return tuple(itertools.starmap(Count, zip(map(told_source, self.sources), domains, sizes, used, strict=True)))
 
 
-def read(data: Source | Mixture, place: str) -> Pool:
+def load_all(given: Sequence[Source]) -> list[list[Example]]:
+    """The examples of each source. Raises InputError as `sources.load`."""
+    return [sources.load(source) for source in given]
+
+
+def read(data: Source | Mixture, place: str, load: Callable[[Sequence[Source]], list[list[Example]]] = load_all) -> Pool:
     """Reads the sources and mixes them.
 
     Args:
       place: what the config calls it, for errors.
+      load: gives the examples of each source.
 
     Raises:
       InputError: as `sources.load`; an example that two sources have; `balance: domains` without examples of both domains.
     """
-    given = tuple(sources.load(source) for source in sources_of(data))
+    given = tuple(load(sources_of(data)))
     if isinstance(data, Source):
         return Pool((data,), given, None, one=True)
     twice = [name for name, count in Counter(e.id for examples in given for e in examples).items() if count > 1]

@@ -37,7 +37,7 @@ class CompiledUpdates:
     """`updates`: the compiled update of each row shape, all with one policy `remat`.
 
     `tried`: bytes a device of each policy that was compiled, in order; `limit`: bytes a device has, None if that is not known.
-    `kernels`: op -> the implementations that run and why, in words (an encoder's ops have one each, which is not in it).
+    `kernels`: op -> the implementations that run and why, in words (an encoder has a choice of attention alone).
     """
 
     updates: dict[RowShape, jax.stages.Compiled]

@@ -65,11 +65,13 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
             chosen.setdefault(op, {})[f"{name} ({reason})"] = None
         return name
 
-    def attend(q, k, v, visible_until, *, prefix=0, span=None):
+    def attend(q, k, v, visible_until, visible_from=None, *, prefix=0, span=None):
+        both_ways = visible_from is not None
         heads = attention.Heads(q.shape[0] // shards, q.shape[2], *k.shape[2:], q.dtype)
-        name = choice("attention", attention.choose, q.shape[1], prefix, span, heads=heads, device_kind=kind)
+        name = choice("attention", attention.choose, q.shape[1], prefix, span, heads=heads, device_kind=kind, both_ways=both_ways)
         op = partial(attention.attention, prefix=prefix, span=span, implementation=name, device_kind=kind)
-        return (op if name == "xla" else _split(op, mesh, 4))(q, k, v, visible_until)
+        arrays = (q, k, v, visible_until, *((visible_from,) if both_ways else ()))
+        return (op if name == "xla" else _split(op, mesh, len(arrays)))(*arrays)
 
     def lora_group(x, weights, factors, words, scale, rate):
         all_tokens = lora.projections_of(x, weights, factors)

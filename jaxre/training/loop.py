@@ -237,7 +237,7 @@ def describe(
     fill = plan.fill(tokens.lengths, supervised_of(config, tokens))
     trained = sum(leaf.size for leaf in jax.tree.leaves(initial.state.trainable))
     total = parameter_count(initial.architecture)
-    classifies, only = config.train.objective == "classify", "xla (the only one of encoders)"
+    classifies = config.train.objective == "classify"
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     where = f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({axes})"
     kept, temporary = (size / 2**20 for size in compiled.memory)
@@ -258,8 +258,8 @@ def describe(
         ("supervised share", f"{fill.supervised:.1%} of real tokens ({fill.idle:.1%} of supervised places idle)"),
         *([("head", head_of(dataset, initial))] if classifies else []),
         ("devices", where),
-        ("attention", compiled.kernels.get("attention", only)),
-        ("cross-entropy", compiled.kernels.get("cross_entropy", only)),
+        ("attention", compiled.kernels.get("attention", "xla, of the classified tokens alone")),
+        ("cross-entropy", compiled.kernels.get("cross_entropy", "xla (the only one of encoders)")),
         *([("base", described_base(initial))] if config.train.method == "lora" else []),
         *([("LoRA", compiled.kernels["lora"])] if config.train.method == "lora" else []),
         ("compilations", f"{len(compiled.updates)}, one a row shape"),

@@ -72,12 +72,12 @@ def classification_loss_sum(
     keys: jax.Array | None,
     rows: Rows,
     architecture: EncoderArchitecture,
-    constrain: Callable[[jax.Array], jax.Array] = lambda x: x,
+    ops: Ops = ONE_DEVICE,
     remat: str = "none",
 ) -> jax.Array:
     """`loss_sum` of an encoder: each example is supervised once, at its first token; `keys` [B, T] switch dropout on."""
     packed = (rows.tokens, rows.positions, rows.visible_until, rows.supervised)
-    logits = encoder.classify(params, *packed, architecture, keys, constrain, remat)
+    logits = encoder.classify(params, *packed, architecture, keys, ops, remat)
     return cross_entropy(logits, rows.targets, rows.weights)  # B S N
 
 
@@ -139,7 +139,7 @@ def make_update(
             if isinstance(architecture, EncoderArchitecture):
                 params, _ = model_of(trainable, base, config, None, dtype)
                 keys = dropout_keys(config.seed, state.step, micro)
-                return classification_loss_sum(params, keys, micro, architecture, ops.constrain, remat) / count
+                return classification_loss_sum(params, keys, micro, architecture, ops, remat) / count
             keys = None
             if config.train.method == "lora" and config.lora.dropout:
                 keys = dropout_keys(config.seed, state.step, micro)

@@ -11,8 +11,9 @@ from tiny import tiny_config
 
 from jaxre import cli
 from jaxre.config import Config, save_config
-from jaxre.data.dataset import load_dataset, load_schema
+from jaxre.data.dataset import load_dataset
 from jaxre.relations import sources
+from jaxre.relations.labels import task_of
 
 
 def written(path: Path, texts: list[str]) -> dict:
@@ -37,7 +38,7 @@ def test_a_run_with_dedup_trains_on_no_held_out_text(tiny_model: Path, tmp_path:
     assert (len(plain.train.tokens), len(found.train.tokens)) == (4, 3)
     assert not sources.overlap(found.train.examples, found.validation.examples)
     assert load_dataset(config, tiny_model).train.from_cache
-    assert load_schema(config)[1] == found.train.examples  # what a prediction draws demonstrations from
+    assert task_of(config, config.data.validation).train == found.train.examples  # what a prediction draws demonstrations from
 
 
 def test_other_held_out_data_is_other_training_data(tiny_model: Path, tmp_path: Path) -> None:

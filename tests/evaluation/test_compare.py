@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jaxre.errors import InputError
 from jaxre.evaluation.cache import Answer, Cache
-from jaxre.evaluation.compare import compare, compare_files, comparison_table
+from jaxre.evaluation.compare import compare, compare_files, comparison_table, join_answers
 from jaxre.evaluation.metrics import score
 from jaxre.evaluation.predictions import Prediction, write_predictions
 from jaxre.relations.conll04 import read_conll04
@@ -46,6 +46,8 @@ def test_rows_join_by_id_and_by_hash_and_the_rest_is_listed():
         "not in the cache": ("facts/test/4",),
     }
     assert result.leftover == {"strange": ("x",)}
+    found, missing = join_answers(predictions, cache(*answers, uncovered={"facts/test/3": "unparsed"}))
+    assert [row.example_id for row, _ in found] == ["facts/test/0", "facts/test/1"] and missing == result.not_joined
     assert result.ours.accuracy == 0.5 and result.cached.accuracy == 1
 
 
@@ -104,7 +106,7 @@ def test_predictions_without_gold_are_refused():
 def test_single_gold_labels_that_differ_are_noted():
     rows = ours(*[("a", "a")] * 4)
     result = compare(rows, cache(*(by_id(i, "a", gold="a" if i else "b") for i in range(4))))
-    assert "gold labels differ for 1 joined examples (facts/test/0)" in result.notes[0]
+    assert "gold labels differ for 1 joined examples (facts/test/0)" in result.warnings[0]
 
 
 def test_nothing_joined_shows_both_sides():

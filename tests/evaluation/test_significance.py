@@ -1,5 +1,6 @@
 """Bootstrap and McNemar: against a plain resampling loop, scipy, and known cases."""
 
+import itertools
 import time
 
 import numpy as np
@@ -8,7 +9,17 @@ from scipy import stats
 
 from jaxre.errors import InputError
 from jaxre.evaluation.metrics import score
-from jaxre.evaluation.significance import bootstrap_f1, mcnemar, paired_bootstrap
+from jaxre.evaluation.significance import (
+    bootstrap_f1,
+    clustered,
+    difference_of,
+    f1_interval,
+    holm,
+    mcnemar,
+    paired_bootstrap,
+    resample_f1,
+    resample_ratios,
+)
 
 
 def systems(count, right_first, right_second, seed=0):
@@ -85,6 +96,74 @@ def test_no_examples_or_unpaired_lists_are_input_errors():
         paired_bootstrap([], [], [])
     with pytest.raises(InputError):
         paired_bootstrap(["a"], ["a"], ["a", "b"])
+
+
+def test_clustered_bootstrap_has_the_distribution_of_resampled_datasets_and_examples():
+    cases = [systems(count, right, right - 0.1, seed) for seed, (count, right) in enumerate([(60, 0.9), (150, 0.5), (40, 0.7)])]
+    draw, differences = np.random.default_rng(1), []
+    for _ in range(3000):
+        means = []
+        for number in draw.integers(0, 3, 3):
+            gold, first, second = cases[number]
+            chosen = draw.integers(0, len(gold), len(gold))
+            means.append((f1(gold, first, chosen), f1(gold, second, chosen)))
+        differences.append(np.mean(means, axis=0))
+    drawn = clustered([resample_f1(*case, seed=(42, number)) for number, case in enumerate(cases)])
+    # As above: 4 standard errors of a 2.5% quantile.
+    for ours, theirs in ((f1_interval(drawn), np.array(differences)[:, 0]), (difference_of(drawn), np.subtract(*np.array(differences).T))):
+        assert (ours.low, ours.high) == pytest.approx(np.percentile(theirs, [2.5, 97.5]), abs=0.2 * np.std(theirs))
+    assert f1_interval(drawn).value == pytest.approx(np.mean([score(gold, first).f1 for gold, first, _ in cases]))
+    assert difference_of(drawn).second == pytest.approx(np.mean([score(gold, second).f1 for gold, _, second in cases]))
+
+
+def test_clustering_over_one_dataset_is_its_own_bootstrap():
+    alone = resample_f1(*systems(300, 0.7, 0.6))
+    assert difference_of(clustered([alone])) == difference_of(alone)
+
+
+def test_a_dataset_drawn_twice_brings_two_independent_samples():
+    # Of 20 equal datasets the mean varies as 1 / sqrt(20) of one; were each resample one draw for all, it would vary as much as one.
+    case = systems(400, 0.7, 0.6)[:2]
+    one = resample_f1(*case, seed=(42, 0))
+    many = clustered([resample_f1(*case, seed=(42, number)) for number in range(20)])
+    assert many.drawn.std() / one.drawn.std() == pytest.approx(1 / np.sqrt(20), rel=0.1)
+    same = clustered([one] * 20)
+    assert same.drawn.std() / one.drawn.std() == pytest.approx(1 / np.sqrt(20), rel=0.1)
+
+
+def test_systems_resampled_together_share_their_draws():
+    gold, first, _ = systems(300, 0.7, 0.6)
+    similar = [label if index % 10 else "none" for index, label in enumerate(first)]
+    both = resample_f1(gold, first, first, similar)
+    np.testing.assert_array_equal(both.drawn[:, 0], both.drawn[:, 1])
+    assert np.corrcoef(both.drawn[:, 0], both.drawn[:, 2])[0, 1] > 0.5  # drawn apart, it is below 0.04
+
+
+def test_very_many_systems_and_chunks_of_resamples_are_resampled_alike():
+    draw = np.random.default_rng(0)
+    above = draw.integers(0, 3, (1000, 45))  # 3 ** 90 is no int64, and each example is a kind of its own
+    made = resample_ratios(above, np.full_like(above, 2), resamples=5000)
+    np.testing.assert_allclose(made.whole, above.mean(axis=0) / 2)
+    np.testing.assert_allclose(made.drawn.mean(axis=0), made.whole, atol=0.003)
+    np.testing.assert_allclose(made.drawn.std(axis=0), above.std(axis=0) / 2 / np.sqrt(1000), rtol=0.1)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_is_the_closed_test_with_bonferroni(seed):
+    """Marcus, Peritz & Gabriel 1976: a hypothesis falls when every intersection that holds it falls."""
+    p = np.random.default_rng(seed).random(6) ** 3
+    p[1] = p[0]
+    closed = [
+        max(
+            min(1, len(some) * p[list(some)].min())
+            for size in range(1, 7)
+            for some in itertools.combinations(range(6), size)
+            if one in some
+        )
+        for one in range(6)
+    ]
+    assert holm(p.tolist()) == pytest.approx(closed)
+    assert holm([]) == [] and holm([0.04]) == [0.04]
 
 
 def discordant(only_first, only_second):

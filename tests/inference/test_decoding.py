@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxre.errors import InputError
-from jaxre.inference.decoding import clean_answer, decode, decode_batch, generate, plan_buckets
+from jaxre.inference.decoding import clean_answer, decode, decode_until, fill, generate
 from jaxre.inference.scoring import score_labels
 
 V = 97
@@ -75,6 +75,19 @@ def test_one_new_token_and_one_prompt(models):
     check(models, model, some_prompts([7]), set(), 1)
 
 
+@pytest.mark.parametrize(
+    ("shared", "lengths"),
+    [(70, [1, 9, 30, 12, 7, 3, 22, 40, 5, 6]), (150, [1, 1, 260]), (99, [0, 3])],
+    ids=["more prompts than slots", "lengths far apart", "a prompt that is the prefix"],
+)
+def test_a_shared_prefix_changes_no_token(models, shared, lengths):
+    start, model = some_prompts([shared], seed=7)[0], models.random_model(V, adapter=True)
+    prompts = [start + own for own in some_prompts(lengths, seed=8)]
+    stops = set(range(0, V, 9))  # answers end at any step, some at the first
+    found = check(models, model, prompts, stops, 10, batch_tokens=256)
+    assert len(lengths) < 4 or len({len(one.tokens) for one in found}) > 2
+
+
 def test_bfloat16_weights_decode_as_they_score(models):
     model = models.random_model(V, adapter=True)
     model = dataclasses.replace(model, params=jax.tree.map(lambda w: w.astype(jnp.bfloat16), model.params))
@@ -96,20 +109,18 @@ def test_batches_and_buckets_change_nothing(models):
 def test_few_compilations_whatever_the_lengths(models):
     model = models.random_model(V, adapter=False, seed=3)
     prompts = some_prompts(range(1, 400, 7))
-    buckets = plan_buckets([len(prompt) for prompt in prompts], 5, 4096)
-    assert len(buckets) <= 3
-    assert sorted(member for bucket in buckets for member in bucket.members) == list(range(len(prompts)))
-    before = decode_batch._cache_size()
+    before = fill._cache_size(), decode_until._cache_size()
     counts = []
-    decode(model, prompts, {3}, 5, batch_tokens=4096, advance=counts.append)
-    assert sum(counts) == len(prompts) and len(counts) > len(buckets)
-    assert decode_batch._cache_size() - before == len(buckets)
-    decode(model, prompts[::-1], {4}, 5, batch_tokens=4096)
-    assert decode_batch._cache_size() - before == len(buckets)
+    decode(model, prompts, {3}, 5, batch_tokens=1024, advance=counts.append)
+    assert sum(counts) == len(prompts) and len(counts) > 3
+    assert max(fill._cache_size() - before[0], decode_until._cache_size() - before[1]) <= 3
+    after = fill._cache_size(), decode_until._cache_size()
+    decode(model, prompts[::-1], {4}, 5, batch_tokens=1024)
+    assert (fill._cache_size(), decode_until._cache_size()) == after
 
 
 @pytest.mark.parametrize(
-    ("prompts", "message"), [([], "no prompt"), ([[1], []], "example 1"), ([[1] * 2047], "lower predict.max_new_tokens")]
+    ("prompts", "message"), [([], "no example"), ([[1], []], "example 1"), ([[1] * 2047], "lower predict.max_new_tokens")]
 )
 def test_unusable_prompts_are_named(models, prompts, message):
     with pytest.raises(InputError, match=message):

@@ -1,5 +1,6 @@
 """Prediction rows: labels of the schema with probabilities, or what the model writes."""
 
+import dataclasses
 import json
 import math
 
@@ -64,6 +65,13 @@ def test_scores_equal_brute_force_through_the_template(models, loaded):
     assert [row.generated_relation for row in rows] == [LABELS[i] for i in truth.argmax(axis=1)]
     assert {row.gen_type for row in rows} == {"gen_constrained"}
     assert [row.input_tokens for row in rows] == [len(prompt) for prompt in prompts]
+
+
+def test_the_best_label_alone_is_that_of_all_scores(loaded):
+    every = predict_examples(loaded, EXAMPLES, LABELS, Prompt(enumerate=True), SETTINGS)
+    alone = predict_examples(loaded, EXAMPLES, LABELS, Prompt(enumerate=True), SETTINGS, mode="best")
+    assert [dataclasses.replace(row, score=0, probabilities=None) for row in every] == [dataclasses.replace(row, score=0) for row in alone]
+    np.testing.assert_allclose([row.score for row in alone], [row.score for row in every], rtol=1e-5)
 
 
 def test_generated_rows_hold_the_cleaned_greedy_text(loaded):
@@ -138,12 +146,12 @@ def test_a_broken_generation_config_is_one_line(shared_models, tmp_path, content
 
 def test_a_prompt_that_does_not_fit_names_its_example(loaded):
     long = [*EXAMPLES, example(1500)]
-    for mode in ("score", "generate"):
+    for mode in ("score", "best", "generate"):
         with pytest.raises(InputError, match="example facts:test:1500"):
             predict_examples(loaded, long, LABELS, Prompt(), SETTINGS.model_copy(update={"max_new_tokens": 1024}), mode=mode)
 
 
-@pytest.mark.parametrize("mode", ["score", "generate"])
+@pytest.mark.parametrize("mode", ["score", "best", "generate"])
 def test_no_example_is_an_input_error(loaded, mode):
     with pytest.raises(InputError, match="no example"):
         predict_examples(loaded, [], LABELS, Prompt(), SETTINGS, mode=mode)

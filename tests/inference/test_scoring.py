@@ -89,6 +89,16 @@ def test_packing_changes_nothing(models):
     assert models.largest_difference(packed, alone) < 1e-6  # the same sums, other places in the row
 
 
+def test_shared_prefixes_change_no_score(models):
+    model, random = models.random_model(V, adapter=True), np.random.default_rng(6)
+    starts = [[first, *random.integers(0, V, 90).tolist()] for first in (1, 2)]
+    prompts = [starts[number % 2] + own for number, own in enumerate(some_prompts([1, 40, 7, 150, 30, 3, 60, 12, 9, 20]))]
+    answers = [LABELS["a label that begins another"]] * len(prompts)
+    plan = plan_scoring(prompts, answers, model.architecture, batch_tokens=256)
+    assert [len(group.tokens) for group in plan.groups] == [91, 91]
+    assert models.largest_difference(run_scoring(model, plan), models.brute_force(models.in_transformers(model), prompts, answers)) < 1e-5
+
+
 def test_order_of_examples_changes_nothing(models):
     model = models.random_model(V, adapter=True)
     prompts = some_prompts(np.random.default_rng(2).integers(2, 150, 30))
@@ -122,10 +132,10 @@ def test_probabilities_sum_to_one_and_keep_the_order(models):
 def test_head_in_parts_equals_the_whole_head(models, positions):
     model = models.random_model(V, adapter=True)
     plan = plan_scoring(some_prompts([20, 30, 200, 100]), [LABELS["forty labels"]] * 4, model.architecture)
-    rows = fill_trees(plan, plan.batches[0])
-    run = {"architecture": model.architecture, "scale": model.scale}
-    whole = np.asarray(target_log_probabilities(model.params, model.factors, rows, **run))
-    parts = np.asarray(target_log_probabilities(model.params, model.factors, rows, **run, head_bytes=positions * plan.rows * V * 4))
+    rows = fill_trees(plan, 0)
+    run = {"architecture": model.architecture, "scale": model.scale, "span": plan.span}
+    whole = np.asarray(target_log_probabilities(model.params, model.factors, rows, None, **run))
+    parts = np.asarray(target_log_probabilities(model.params, model.factors, rows, None, **run, head_bytes=positions * plan.rows * V * 4))
     assert models.largest_difference(parts, whole) < 1e-6
 
 
@@ -133,10 +143,12 @@ def test_head_never_holds_all_logits(models):
     vocabulary = 50_000
     model = models.random_model(vocabulary, adapter=False)
     plan = plan_scoring(some_prompts([20] * 8), [LABELS["forty labels"]] * 8, model.architecture)
-    rows = fill_trees(plan, plan.batches[0])
+    rows = fill_trees(plan, 0)
     budget = 8 * 2**20
     assert plan.rows * plan.supervised * vocabulary * 4 > 20 * budget
-    step = target_log_probabilities.lower(model.params, None, rows, architecture=model.architecture, head_bytes=budget).compile()
+    step = target_log_probabilities.lower(
+        model.params, None, rows, None, architecture=model.architecture, span=plan.span, head_bytes=budget
+    ).compile()
     # Beside the budget: exponentials of the same size, and the small model's activations.
     assert step.memory_analysis().temp_size_in_bytes < 6 * budget
 
@@ -186,7 +198,8 @@ from jaxre.models.weights import places, tree_of
 assert jax.device_count() == 8
 model = random_model(96, adapter=True)
 random = np.random.default_rng(0)
-prompts = [random.integers(0, 95, length).tolist() for length in random.integers(5, 100, 21)]
+start = random.integers(0, 95, 40).tolist()
+prompts = [start + random.integers(0, 95, length).tolist() for length in random.integers(5, 100, 21)]
 answers = [[[5, 95], [5, 6, 95], [7, 95]]] * 21
 truth = score_labels(model, prompts, answers)
 for shape in ((2, 2, 2),):  # every axis at once

@@ -6,8 +6,8 @@ import logging
 import pytest
 from refusals import refusal
 
-from jaxre.config import Data, Mixture, Source
-from jaxre.relations import leaks, mixtures, sources
+from jaxre.config import Data, Source
+from jaxre.relations import leaks, sources
 from jaxre.relations.schema import Example
 
 
@@ -47,39 +47,35 @@ def test_what_splits_share_is_what_brute_force_finds(shared_data, monkeypatch):
 
 
 def test_dedup_leaves_no_text_of_validation_or_test_and_says_how_many(data, caplog):
-    kept = leaks.read_train(data).examples
+    (kept,) = leaks.load_train(data, [data.train])
     assert [one.text for one in kept] == ["c d", "g h"]
     assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
         "data.dedup: 3 of 5 training examples left out, for their text occurs (2 in validation, 3 in test)"
     ]
-    assert leaks.read_train(data).examples == kept
+    assert leaks.load_train(data, [data.train]) == [kept]
+
+
+def test_each_source_of_a_mixture_keeps_its_own(tmp_path, data):
+    more = write(tmp_path / "more.jsonl", ["z  z", "k l"])
+    assert [[one.text for one in kept] for kept in leaks.load_train(data, [data.train, more])] == [["c d", "g h"], ["k l"]]
 
 
 def test_without_dedup_nothing_is_left_out_and_nothing_else_is_read(data, monkeypatch):
-    asked = []
-    monkeypatch.setattr(sources, "load", lambda source, load=sources.load: asked.append(source) or load(source))
+    asked, load = [], sources.load
+    monkeypatch.setattr(sources, "load", lambda source: asked.append(source) or load(source))
     plain = data.model_copy(update={"dedup": False})
-    assert len(leaks.read_train(plain).examples) == 5
+    assert [len(kept) for kept in leaks.load_train(plain, [data.train])] == [5]
     assert asked == [data.train]
-
-
-def test_a_mixture_without_the_held_out_texts_keeps_its_order(data, tmp_path):
-    other = write(tmp_path / "other.jsonl", ["p q", "z z", "r s"])
-    mixed = data.model_copy(update={"train": Mixture(sources=(data.train, other))})
-    whole, kept = mixtures.read(mixed.train, "data.train"), leaks.read_train(mixed)
-    held_out = {"ab", "ef", "xy", "zz"}
-    assert kept.examples == [one for one in whole.examples if "".join(one.text.split()) not in held_out]
-    assert [(count.read, count.used) for count in kept.counts] == [(2, 2), (2, 2)]
-    assert all("".join(one.text.split()) not in held_out for pool in kept.by_dataset.values() for one in pool)
+    assert leaks.held_out_of(plain) == []
 
 
 def test_dedup_without_held_out_data_changes_nothing(data):
     alone = data.model_copy(update={"validation": None, "test": None})
-    assert len(leaks.read_train(alone).examples) == 5
+    assert [len(kept) for kept in leaks.load_train(alone, [data.train])] == [5]
 
 
 def test_dedup_that_leaves_nothing_is_refused(tmp_path, data):
-    message = refusal(lambda: leaks.read_train(data.model_copy(update={"test": data.train})))
+    message = refusal(lambda: leaks.load_train(data.model_copy(update={"test": data.train}), [data.train]))
     assert message == "data.dedup: all 5 training examples have a text of validation or test; set data.dedup=false"
 
 
@@ -89,17 +85,3 @@ def test_a_part_of_the_held_out_data_removes_no_more_than_it_holds(data):
     kept, removed = leaks.without_texts([example("1", "a b"), example("2", "x y")], {"validation": held_out})
     assert [one.text.split() for one in kept] != [held_out[0].text.split()]
     assert (len(kept), removed) == (1, {"validation": 1})
-
-
-def test_the_digest_follows_the_held_out_files_and_settings_only_where_they_matter(tmp_path, data):
-    plain = data.model_copy(update={"dedup": False})
-    seen = [leaks.digest_of(one) for one in (plain, data)]
-    limited = data.model_copy(update={"test": data.test.model_copy(update={"limit": 1})})
-    seen.append(leaks.digest_of(limited))
-    write(tmp_path / "test.jsonl", ["other text"])
-    seen.append(leaks.digest_of(data))
-    assert len(set(seen)) == 4
-    assert None not in seen
-    assert leaks.digest_of(plain) == seen[0]
-    hub = data.model_copy(update={"test": Source(dataset="hub:o/n", split="test")})
-    assert leaks.digest_of(hub) is None

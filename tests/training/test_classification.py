@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from refusals import refusal
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
@@ -22,7 +23,7 @@ from tiny_decoders import ground_truth, relative
 from tiny_encoders import encoder_config, fields_of, write_sentences, write_tiny_encoder
 
 from jaxre.checkpoints.source import open_model, tokenizer_folder
-from jaxre.config import load_config
+from jaxre.config import Kernels, Mesh, load_config
 from jaxre.data.packing import RowShape, plan_by_tokens
 from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import Rows, fill_rows
@@ -32,8 +33,12 @@ from jaxre.evaluation.metrics import score
 from jaxre.inference.commands import predict_data, predict_text
 from jaxre.models.architecture import architecture_of
 from jaxre.models.module import init_weights
+from jaxre.models.ops import ONE_DEVICE, Ops
+from jaxre.training import kernels
+from jaxre.training.kernels import ops_of
 from jaxre.training.log import read_log
 from jaxre.training.loop import train
+from jaxre.training.sharding import make_mesh
 from jaxre.training.step import classification_loss_sum, dropout_keys
 from jaxre.training.validate import told
 
@@ -74,17 +79,26 @@ def alone(tokens: TokenSet) -> Rows:
     )
 
 
-@partial(jax.jit, static_argnums=(2, 3))
-def gradients(params, rows: Rows, architecture, dropout: bool):
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def gradients(params, rows: Rows, architecture, dropout: bool, ops: Ops = ONE_DEVICE):
     def loss(params):
         keys = dropout_keys(7, jnp.int32(STEP), rows) if dropout else None
-        return classification_loss_sum(params, keys, rows, architecture) / jnp.sum(rows.weights)
+        return classification_loss_sum(params, keys, rows, architecture, ops) / jnp.sum(rows.weights)
 
     return jax.value_and_grad(loss)(params)
 
 
-@pytest.mark.parametrize(("name", "dropout"), [("bert, two token types", True), ("roberta, positions from 2", False)])
-def test_packed_loss_and_gradients_equal_one_example_a_row(tokens: TokenSet, name: str, dropout: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "dropout", "kernel"),
+    [
+        ("bert, two token types", True, None),
+        ("roberta, positions from 2", False, None),
+        ("bert, two token types", False, "pallas_tpu"),
+    ],
+)
+def test_packed_loss_and_gradients_equal_one_example_a_row(
+    tokens: TokenSet, name: str, dropout: bool, kernel: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     architecture = architecture_of(fields_of(name, hidden_dropout_prob=0.3), "test")
     draw = np.random.default_rng(1)
     params = jax.tree.map(
@@ -92,6 +106,12 @@ def test_packed_loss_and_gradients_equal_one_example_a_row(tokens: TokenSet, nam
     )
     reference_loss, reference = gradients(params, alone(tokens), architecture, dropout)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(reference))
+    ops = ONE_DEVICE
+    if kernel:
+        call = pl.pallas_call
+        monkeypatch.setattr(pl, "pallas_call", lambda *given, **more: call(*given, **more | {"interpret": True}))
+        monkeypatch.setitem(kernels.HARDWARE, kernel, kernels.HARDWARE[kernel]._replace(platform="cpu"))
+        ops = ops_of(Kernels(attention=kernel), make_mesh(Mesh(), jax.devices()[:1]))
     for seed in (0, 1):
         plan = plan_by_tokens(
             tokens.lengths, tokens.supervised, find_prefixes(tokens), seed=seed, epochs=1, row_length=ROW, rows=EXAMPLES, accumulation=1
@@ -99,7 +119,7 @@ def test_packed_loss_and_gradients_equal_one_example_a_row(tokens: TokenSet, nam
         (packed,) = plan.updates[0].micro
         assert max(map(len, packed)) > 2
         rows = fill_rows(tokens, find_prefixes(tokens), packed, RowShape(EXAMPLES, ROW, 8))
-        loss, found = gradients(params, rows, architecture, dropout)
+        loss, found = gradients(params, rows, architecture, dropout, ops)
         assert abs(float(loss / reference_loss) - 1) < TOLERANCE
         # The bias of the keys shifts every score of a query alike: its gradient is 0 but for rounding.
         pairs = zip(*(without_key_bias(one) for one in (found, reference)), strict=True)

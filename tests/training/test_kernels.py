@@ -93,7 +93,8 @@ def test_an_update_tells_what_it_runs_and_asks_the_table(tiny_model: Path, tmp_p
 
 
 def test_encoders_and_full_fine_tuning_refuse_kernels_that_they_do_not_have(tiny_model: Path, tmp_path: Path) -> None:
-    assert "leave them out" in refusal(lambda: encoder_config(tmp_path, tiny_model, kernels={"attention": "xla"}))
+    assert "leave them out" in refusal(lambda: encoder_config(tmp_path, tiny_model, kernels={"cross_entropy": "xla"}))
+    assert encoder_config(tmp_path, tiny_model, kernels={"attention": "xla"}).kernels.attention == "xla"
     assert "train.method=lora" in refusal(lambda: tiny_config(tmp_path, tiny_model, train={"method": "full"}, kernels={"lora": "xla"}))
     assert "kernels.attention" in refusal(lambda: tiny_config(tmp_path, tiny_model, kernels={"attention": "cudnn"}))
 

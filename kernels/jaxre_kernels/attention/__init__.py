@@ -2,7 +2,7 @@
 
 from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
 from jaxre_kernels.attention.dispatch import IMPLEMENTATIONS, Heads, attention, blocks_of, choose
-from jaxre_kernels.attention.reference import masked_attention, visible_mask
+from jaxre_kernels.attention.reference import both_ways_mask, masked_attention, visible_mask
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -11,6 +11,7 @@ __all__ = [
     "attention",
     "blocks_of",
     "blockwise_attention",
+    "both_ways_mask",
     "choose",
     "masked_attention",
     "visible_mask",

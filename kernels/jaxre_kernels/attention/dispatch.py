@@ -10,15 +10,18 @@ import jax
 from jax.typing import DTypeLike
 
 from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
+from jaxre_kernels.attention.reference import both_ways_mask, masked_attention
 from jaxre_kernels.implementations import Entry, kernels_of, measured, named, tiles_of
 
 
-def _xla(q, k, v, visible_until, prefix, span, queries=None):
+def _xla(q, k, v, visible_until, visible_from, prefix, span, queries=None):
+    if visible_from is not None:
+        return masked_attention(q, k, v, both_ways_mask(visible_until, visible_from))
     return blockwise_attention(q, k, v, visible_until, blocks_of(q.shape[1], prefix, span, queries))
 
 
-def _pallas(name, q, k, v, visible_until, prefix, span, **tiles):
-    return kernels_of("attention", name).packed_attention(q, k, v, visible_until, prefix=prefix, span=span, **tiles)
+def _pallas(name, q, k, v, visible_until, visible_from, prefix, span, **tiles):
+    return kernels_of("attention", name).packed_attention(q, k, v, visible_until, visible_from, prefix=prefix, span=span, **tiles)
 
 
 IMPLEMENTATIONS = {"xla": _xla, **{name: partial(_pallas, name) for name in ("pallas_tpu", "pallas_gpu", "pallas_gpu_sm80")}}
@@ -62,15 +65,17 @@ def choose(
     heads: Heads | None = None,
     implementation: str | None = None,
     device_kind: str | None = None,
+    both_ways: bool = False,
 ) -> tuple[str, str]:
     """The implementation that `attention` runs for such rows (for any, without a length), and the reason in words.
 
-    The table is asked where rows, `heads` and `device_kind` are given (see `jaxre_kernels.implementations`).
+    The table is asked where rows, `heads` and `device_kind` are given (see `jaxre_kernels.implementations`). It holds measurements of
+    causal attention: never where segments are seen `both_ways`.
 
     Raises:
       ValueError: an implementation that does not exist, or that does not take these `heads`.
     """
-    entry = _measured(length, prefix, span, heads, device_kind)
+    entry = _measured(length, prefix, span, heads, None if both_ways else device_kind)
 
     def unsupported(name: str) -> str | None:
         return None if name == "xla" else kernels_of("attention", name).unsupported(length, prefix, span, *heads)
@@ -80,6 +85,8 @@ def choose(
         return name, reason
     if name != "xla":
         return name, f"{reason}; {_told(name, length, prefix, span, heads)}"
+    if both_ways:
+        return name, f"{reason}; dense, both ways"
     blocks = blocks_of(length, prefix, span, **tiles_of(entry, name))
     if blocks.queries == length:
         return name, f"{reason}; dense, a token may see any of {length:,}"
@@ -108,6 +115,7 @@ def attention(
     k: jax.Array,
     v: jax.Array,
     visible_until: jax.Array,
+    visible_from: jax.Array | None = None,
     *,
     prefix: int = 0,
     span: int | None = None,
@@ -121,7 +129,9 @@ def attention(
 
     Args:
       q: [B, T, H, C] float; k, v: [B, T, K, C] of q's dtype; visible_until: [B, T] int32.
-      prefix, span: every visible pair (i, j) has i - j < span or j < prefix; no bound on the span if it is None.
+      visible_from: [B, T] int32, for segments that share nothing and are seen both ways (encoders): the first token of j's segment. Then
+        i sees j exactly when `visible_from[j] <= i < visible_until[j]`.
+      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; no bound on the span if it is None.
       device_kind: of the device that the program is for, to ask the table; "xla" runs where neither is given.
       tiles: of the implementation that is asked for (`TILES`); the table's, else its own, if not given.
 
@@ -133,7 +143,8 @@ def attention(
     """
     B, T, H, C = q.shape
     heads = Heads(B, H, k.shape[2], C, q.dtype)
-    name, _ = choose(T, prefix, span, heads=heads, implementation=implementation, device_kind=device_kind)
+    both_ways = visible_from is not None
+    name, _ = choose(T, prefix, span, heads=heads, implementation=implementation, device_kind=device_kind, both_ways=both_ways)
     if tiles is None:
-        tiles = tiles_of(_measured(T, prefix, span, heads, device_kind), name)
-    return IMPLEMENTATIONS[name](q, k, v, visible_until, prefix, span, **tiles)
+        tiles = tiles_of(None if both_ways else _measured(T, prefix, span, heads, device_kind), name)
+    return IMPLEMENTATIONS[name](q, k, v, visible_until, visible_from, prefix, span, **tiles)

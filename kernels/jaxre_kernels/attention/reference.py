@@ -20,6 +20,12 @@ def visible_mask(visible_until: jax.Array) -> jax.Array:
     return before & (index[:, None] < visible_until[:, None, :])
 
 
+def both_ways_mask(visible_until: jax.Array, visible_from: jax.Array) -> jax.Array:
+    """[B, T] int32, twice -> [B, T, T] bool: token i sees token j exactly when `visible_from[j] <= i < visible_until[j]`."""
+    index = jnp.arange(visible_until.shape[-1])[:, None]
+    return (visible_from[:, None, :] <= index) & (index < visible_until[:, None, :])
+
+
 def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax attention with grouped heads under an explicit mask, softmax in f32 (at least).
 

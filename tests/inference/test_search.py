@@ -1,0 +1,124 @@
+"""The search finds the label that all scores name, whatever the tree."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jaxre.errors import InputError
+from jaxre.inference import search
+from jaxre.inference.scoring import score_labels
+from jaxre.inference.search import best_labels
+
+V, END = 97, 96
+
+
+def random_labels(count, seed):
+    """Labels of few different tokens: many begin alike, some begin others."""
+    random = np.random.default_rng(seed)
+    labels = set()
+    while len(labels) < count:
+        labels.add((*random.integers(0, 4, random.integers(0, 7)).tolist(), END))
+    return [list(label) for label in random.permutation(np.array(sorted(labels), dtype=object))]
+
+
+def some_prompts(shared, lengths, seed=0):
+    random = np.random.default_rng(seed)
+    start = random.integers(0, V, shared).tolist()
+    return [start + random.integers(0, V, length).tolist() for length in lengths]
+
+
+def check(model, prompts, labels, **settings):
+    done = []
+    best, scores = best_labels(model, prompts, [labels] * len(prompts), **settings, advance=done.append)
+    truth = score_labels(model, prompts, [labels] * len(prompts))
+    assert best.tolist() == truth.argmax(axis=1).tolist()
+    np.testing.assert_allclose(scores, truth.max(axis=1), atol=2e-5)  # f32 sums of up to 7 tokens in another order
+    assert sum(done) == len(prompts)
+    return best
+
+
+@pytest.mark.parametrize(
+    ("count", "shared", "lengths", "batch_tokens"),
+    [(1, 0, [20], 2048), (40, 70, range(1, 60), 2048), (60, 90, [1, 300, 2, 150], 1024)],
+    ids=["one label, one example", "more examples than slots", "lengths far apart"],
+)
+def test_the_best_label_is_that_of_all_scores(models, count, shared, lengths, batch_tokens):
+    check(models.random_model(V, adapter=True), some_prompts(shared, lengths), random_labels(count, count), batch_tokens=batch_tokens)
+
+
+def test_the_best_label_is_that_of_transformers(models):
+    model = models.random_model(V, adapter=True)
+    prompts, labels = some_prompts(70, [1, 9, 30, 12]), random_labels(12, 3)
+    truth = models.brute_force(models.in_transformers(model), prompts, [labels] * len(prompts))
+    best, scores = best_labels(model, prompts, [labels] * len(prompts))
+    assert best.tolist() == truth.argmax(axis=1).tolist()
+    assert models.largest_difference(scores, truth.max(axis=1)) < 1e-5
+
+
+def test_what_the_columns_do_not_settle_is_scored_in_full(models, monkeypatch):
+    monkeypatch.setattr(search, "COLUMNS", 2)
+    model = models.random_model(V, adapter=True)
+    asked = []
+    monkeypatch.setattr(search, "run_scoring", lambda model, plan, advance: asked.append(plan) or search_run(model, plan, advance=advance))
+    check(model, some_prompts(70, range(5, 25)), random_labels(40, 5))
+    assert 0 < len(asked[0].prompts) <= 20
+
+
+def test_of_equal_scores_the_first_label_is_the_best(models):
+    model = models.random_model(V, adapter=False)
+    # Logits that are all 0: every token has probability 1/V, every label of a length the same score.
+    model = dataclasses.replace(model, params=jax.tree.map(np.zeros_like, model.params))
+    labels = [[3, 4, 5, END], [7, 8, END], [2, 9, END], [2, 1, END], [1, 1, END]]
+    for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
+        best = check(model, some_prompts(70, [4, 5, 6]), [labels[number] for number in order])
+        assert set(best.tolist()) == {next(place for place, number in enumerate(order) if number)}
+
+
+def test_each_example_may_have_its_own_labels(models):
+    model = models.random_model(V, adapter=False)
+    prompts = some_prompts(0, [12, 30, 7])
+    answers = [[[1, END], [2, END]], [[3, 4, END], [3, END]], [[1, END], [9, 8, 7, END]]]
+    best, _ = best_labels(model, prompts, answers)
+    assert best.tolist() == score_labels(model, prompts, answers).argmax(axis=1).tolist()
+
+
+def test_few_nodes_are_read_where_the_model_is_sure(models, monkeypatch):
+    """A label that the model is sure of takes as many steps as it has tokens, not as many as the tree has nodes."""
+    model = models.random_model(V, adapter=False)
+    model = dataclasses.replace(model, params=model.params | {"norm": 30 * model.params["norm"]})
+    prompts = some_prompts(0, [20])
+    from jaxre.inference.decoding import generate
+
+    sure = generate(model, prompts, set(), 6)[0]
+    labels = [[*random, END] for random in np.random.default_rng(0).integers(0, 95, (50, 6)).tolist()] + [sure]
+    steps = []
+    monkeypatch.setattr(search, "read_nodes", lambda *given, **more: steps.append(1) or nodes(*given, **more))
+    assert check(model, prompts, labels).tolist() == [50]
+    assert len(steps) == 5
+
+
+def test_scores_that_are_no_numbers_are_refused(models):
+    model = models.random_model(V, adapter=False)
+    model = dataclasses.replace(model, params=model.params | {"norm": model.params["norm"] * np.nan})
+    with pytest.raises(InputError, match=r"example a: .* NaN"):
+        best_labels(model, [[1, 2]], [[[3, END], [4, END]]], names=["a"])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "answers", "message"),
+    [
+        ([], [], "no example"),
+        ([[1], []], [[[3, END]]] * 2, "example 1: its prompt"),
+        ([[1]], [[]], "no label"),
+        ([[1] * 2047], [[[3, END]]], "the model reads 2048"),
+        ([[1] * 1025], [[[3, END]]], "raise predict.batch_tokens"),
+    ],
+)
+def test_unusable_input_is_named(models, prompts, answers, message):
+    with pytest.raises(InputError, match=message):
+        best_labels(models.random_model(V, adapter=False), prompts, answers, batch_tokens=1024)
+
+
+nodes, search_run = search.read_nodes, search.run_scoring
