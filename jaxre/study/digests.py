@@ -1,9 +1,10 @@
 """What each step of a study depends on, as a digest: a step whose digest is that of its record is done.
 
-A digest covers settings, examples as they were read (so also what the readers do to them), labels, the weights that a run starts
-from, and the digest of the run that comes before. It does not cover our code: a study of days would start again because of a
-changed message. The digest of the code is written into each step's record instead, and a study tells which of its finished
-steps were made by other code; to make one again, delete its file in `steps/`.
+A digest covers settings (those that differ from their default, so that a new one of a later version changes nothing), examples
+as they were read (so also what the readers do to them), labels, the weights that a run starts from, and the digest of the run that
+comes before. It does not cover our code: a study of days would start again because of a changed message. The digest of the code
+is written into each step's record instead, and a study tells which of its finished steps were made by other code; to make one
+again, delete its file in `steps/`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,18 +39,37 @@ def digest(*parts: Any) -> str:
 
 @dataclass
 class Read:
-    """The examples of a study's sources, each read once; `datasets` are those of its settings."""
+    """The examples of a study's sources and the digests of its models, each found once, or once told why not.
+
+    `datasets` are those of the study's settings; `found` has results and errors by what they are of.
+    """
 
     datasets: dict[str, StudyDataset]
-    found: dict[str, list[Example]] = field(default_factory=dict)
-    digests: dict[str, str] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, key: str, find: Callable[[], Any]) -> Any:
+        """What `find` returned or raised when it was first called for this key."""
+        if key not in self.found:
+            try:
+                self.found[key] = find()
+            except InputError as error:
+                self.found[key] = error
+        if isinstance(self.found[key], InputError):
+            raise self.found[key]
+        return self.found[key]
 
     def examples(self, source: Source) -> list[Example]:
         """Raises InputError as `sources.load`."""
-        key = source.model_dump_json()
-        if key not in self.found:
-            self.found[key] = sources.load(source)
-        return self.found[key]
+        return self.once(f"examples {source.model_dump_json()}", lambda: sources.load(source))
+
+    def digest(self, source: Source) -> str:
+        """Of the examples of a source."""
+        find = lambda: digest([list(asdict(example).values()) for example in self.examples(source)])  # noqa: E731
+        return self.once(f"digest {source.model_dump_json()}", find)
+
+    def model(self, path: str) -> str:
+        """`model_digest`."""
+        return self.once(f"model {path}", lambda: model_digest(path))
 
     def test(self, dataset: str) -> list[Example]:
         """What is asked of a dataset. Raises InputError also where its examples have another dataset's name."""
@@ -57,13 +77,6 @@ class Read:
         if examples[0].dataset != dataset:
             raise InputError(f"datasets.{dataset}: its examples are of the dataset {examples[0].dataset!r}; call it so in the study")
         return examples
-
-    def digest(self, source: Source) -> str:
-        """Of the examples of a source."""
-        key = source.model_dump_json()
-        if key not in self.digests:
-            self.digests[key] = digest([list(asdict(example).values()) for example in self.examples(source)])
-        return self.digests[key]
 
     def labels(self, dataset: str) -> tuple[str, ...]:
         """The schema of a dataset, sorted."""
@@ -81,10 +94,8 @@ def run_digest(run: Run, read: Read, before: str | None) -> str:
       InputError: examples, text or a base that cannot be read.
     """
     config = run.config
-    settings = without(config.model_dump(mode="json"), {"name", "model.path", "data.text", *FREE_ON_RESUME})
-    return digest(
-        settings, before or model_digest(config.model.path), [read.digest(one) for one in sources_of(config)], text_digest(config)
-    )
+    settings = without(config.model_dump(mode="json", exclude_defaults=True), {"name", "model.path", "data.text", *FREE_ON_RESUME})
+    return digest(settings, before or read.model(config.model.path), [read.digest(one) for one in sources_of(config)], text_digest(config))
 
 
 def sources_of(config: Config) -> list[Source]:
@@ -118,7 +129,6 @@ def file_digest(path: Path) -> str:
         raise InputError(f"{path}: cannot be read ({error.strerror}); correct its path in the study's config") from None
 
 
-@functools.cache
 def model_digest(path: str) -> str:
     """Of the files of a model folder: small ones whole, of weights the size and stretches all over. Raises InputError."""
     folder = resolve_model(path)

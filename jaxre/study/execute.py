@@ -30,6 +30,7 @@ from jaxre.config import Config, Prompt, Source
 from jaxre.data.tokens import demonstrator
 from jaxre.errors import InputError
 from jaxre.evaluation.baselines import majority, tfidf_marked
+from jaxre.evaluation.cache import gold_differs
 from jaxre.evaluation.compare import ALL_PAIRS, join_answers
 from jaxre.evaluation.evaluate import write_json
 from jaxre.evaluation.frontier import read_cache
@@ -237,6 +238,13 @@ class Execution:
             raise InputError(
                 f"{cached.path}: none of its answers is of a test example of {step.dataset}; correct frontier or the test split"
             )
+        differ = gold_differs(joined, label_map)
+        if 2 * len(differ) > len(joined):
+            row, answer = differ[0]
+            raise InputError(
+                f"{cached.path}: gold labels differ: {row.relation!r} here, {answer.gold!r} there (example {row.example_id}); "
+                "give frontier a label map (labels: ...), or correct it"
+            )
         rows = [
             Prediction(
                 row.example_id,
@@ -247,13 +255,20 @@ class Execution:
                 tuned_dataset_name="frontier",
                 model_shot="n/a",
                 prompt_shot=answer.prompt_shot or "n/a",
+                prompt=answer.prompt,
                 prompt_hash=answer.prompt_hash,
+                input_tokens=answer.input_tokens,
+                output_tokens=answer.output_tokens,
+                cost_usd=answer.cost_usd,
+                status=answer.status,
             )
             for row, answer in joined
         ]
         told = f"{len(rows):,} of {len(examples):,} test examples have a cached answer"
         told += "".join(f"; {len(ids):,} {reason}" for reason, ids in missing.items())
-        return rows, {"note": told + (f"; scored with the common labels of {cached.labels}" if cached.labels else "")}
+        costs = [row.cost_usd for row in rows if row.cost_usd is not None]
+        paid = {"cost_usd": sum(costs)} if costs else {}
+        return rows, paid | {"note": told + (f"; scored with the common labels of {cached.labels}" if cached.labels else "")}
 
 
 def _asked(example: Example) -> Prediction:

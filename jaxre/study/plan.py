@@ -25,12 +25,13 @@ from jaxre.config import Config
 from jaxre.errors import InputError
 from jaxre.models.weights import AnyArchitecture
 from jaxre.relations import sources
-from jaxre.study.digests import Read, code_digest, digest, file_digest, model_digest, run_digest
+from jaxre.study.digests import Read, code_digest, digest, file_digest, run_digest
 from jaxre.study.estimate import Load, Rates, architecture_for, asked_load, dtype_for, training_load
 from jaxre.study.grid import Run, System, grid
 from jaxre.study.settings import StudyConfig
 from jaxre.training import sharding
 
+NEEDS = "needs"
 State = Literal["done", "begun", "to do", "failed", "impossible"]
 
 
@@ -204,7 +205,7 @@ class Planner:
                 self._model(needs, config),
                 self.read.digest(given.test),
                 self.read.labels(dataset),
-                prompt and prompt.model_dump(mode="json"),
+                prompt and prompt.model_dump(mode="json", exclude_defaults=True),
                 shown and [self.read.digest(shown), config.seed],
                 evaluation.mode,
                 config.predict.max_new_tokens if evaluation.mode == "generate" else None,
@@ -234,12 +235,12 @@ class Planner:
     def _before(self, run: str | None) -> str | None:
         """Digest of the run that another starts from. Raises InputError where it has none."""
         if run and run not in self.digests:
-            raise InputError(f"needs {run}, which cannot be planned")
+            raise InputError(f"{NEEDS} {run}, which cannot be planned")
         return self.digests[run] if run else None
 
     def _model(self, needs: str, config: Config) -> list[Any]:
         """What is asked: a run, or a model with how it is loaded."""
-        return [self._before(needs)] if needs else [model_digest(config.model.path), config.model.dtype, config.model.quantise]
+        return [self._before(needs)] if needs else [self.read.model(config.model.path), config.model.dtype, config.model.quantise]
 
     def _base(self, run: Run) -> tuple[str, ...]:
         config = run.config
@@ -302,7 +303,7 @@ def plan_table(plan: Plan) -> Group:
         left += sum(one for one, state in zip(seconds, states, strict=True) if state not in ("done", "impossible"))
         for step in steps:
             if step.problem:
-                problems.setdefault(step.problem, []).append(step.name)
+                problems.setdefault("" if step.problem.startswith(NEEDS) else step.problem, []).append(step.name)
         if steps[0].kind == "measure":
             continue  # seconds each; their state is in the next start's plan where they fail
         load = sum((step.load for step in steps), Load())
@@ -321,7 +322,9 @@ def plan_table(plan: Plan) -> Group:
     if other:
         lines.append(f"{len(other)} finished steps were made by other code of jaxre; to make one again, delete its file in steps/")
     lines += leaks_of(plan)
+    after = len(problems.pop("", []))
     lines += [f"impossible: {len(names)} steps ({names[0]}, ...): {problem}" for problem, names in problems.items()]
+    lines += [f"impossible: {after} steps that need one of those"] if after else []
     return Group(table, *map(Text, lines))
 
 

@@ -58,6 +58,7 @@ def _system(plan: Plan, system: System, known: set[str]) -> RecordedSystem:
     steps = {name: plan.steps[f"predict.{system.name}.{name}"] for name in system.datasets if name in known}
     done = {name: step for name, step in steps.items() if plan.state(step) == "done"}
     notes = [system.note, *(note for step in done.values() if (note := plan.records[step.name].get("note")))]
+    costs = [cost for step in done.values() if (cost := plan.records[step.name].get("cost_usd")) is not None]
     return RecordedSystem(
         name=system.name,
         kind=system.kind,
@@ -69,6 +70,7 @@ def _system(plan: Plan, system: System, known: set[str]) -> RecordedSystem:
         enumerated=system.prompt.enumerate if system.prompt else None,
         style=system.style,
         trained_on=system.trained_on,
+        cost_usd=sum(costs) if costs else None,
         note="; ".join(filter(None, notes)),
         **_footprint(plan, system),
     )

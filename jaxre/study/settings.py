@@ -128,7 +128,7 @@ class Evaluation(Settings):
     shots: tuple[Literal["trained"] | Int, ...] = Field(
         ("trained",), min_length=1, description="demonstrations in a prompt: as many as in training, or a number"
     )
-    mode: Literal["score", "generate"] = "score"
+    mode: Literal["score", "best", "generate"] = Field("score", description="of prediction, as `jaxre predict` has it")
     styles: Styles | None = None
     cross_domain: Flag = Field(True, description="ask also for the datasets that a regime does not train on")
 

@@ -24,7 +24,7 @@ from jaxre.evaluation.predictions import write_predictions
 from jaxre.evaluation.study_record import read_record
 from jaxre.inference.predict import predict_examples
 from jaxre.relations.sources import load
-from jaxre.study import execute, plan
+from jaxre.study import execute
 from jaxre.study.estimate import sizes_of, training_load
 from jaxre.study.execute import study
 from jaxre.study.plan import in_order, make_plan, plan_table
@@ -188,7 +188,6 @@ def test_changed_weights_and_examples_are_seen(finished: Path, tree: dict, tiny_
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    plan.model_digest.cache_clear()
     assert undone(changed) == STEPS[4:]
 
 
@@ -222,7 +221,6 @@ def test_a_run_that_fails_is_told_and_tried_again_and_the_others_go_on(tmp_path:
     header = "example_id,relation,generated_relation,eval_dataset_name,model_id\n"
     (tmp_path / "cached.csv").write_text(header + "".join(f"{one.id},{one.relation},{one.relation},facts,m\n" for one in examples[:7]))
     (broken / "model.safetensors").write_bytes(kept)
-    plan.model_digest.cache_clear()
     monkeypatch.setattr(execute, "train", lambda *_, **__: (_ for _ in ()).throw(MemoryError("too large\nby far")))
     assert study(study_of(tree), console) == 3
     assert "MemoryError: too large" in console.file.getvalue()
