@@ -25,6 +25,7 @@ from jaxre.models.architecture import Architecture
 from jaxre.models.decoder import Adapter, Chosen, Tree, run_layers
 
 OWN_MULTIPLE = 32
+SHORT = 128  # own tokens
 ROW_MULTIPLE = 128
 ROW = 1024  # T, unless a prompt is longer or all are shorter: enough for full speed, few enough that slots do not wait long
 
@@ -88,12 +89,14 @@ def plan_slots(owns: Mapping[int, Sequence[int]], columns: int, batch_tokens: in
     """
     members = np.array(list(owns))
     lengths = np.array([len(own) for own in owns.values()])
-    need = -(-lengths // OWN_MULTIPLE) * OWN_MULTIPLE
+    # Of one kind are lengths within a factor of two, and all that are short: each size compiles two programs, and ends with idle slots.
+    need = np.maximum(SHORT, 2 ** np.ceil(np.log2(lengths)).astype(np.int64))
     chosen = np.array(choose_lengths(need))
     fitted = chosen[np.searchsorted(chosen, need)]
     plans = []
-    for own in np.unique(fitted).tolist():
-        inside = fitted == own
+    for kind in np.unique(fitted).tolist():
+        inside = fitted == kind
+        own = -(-int(lengths[inside].max()) // OWN_MULTIPLE) * OWN_MULTIPLE
         slots = min(int(inside.sum()), max(1, batch_tokens // (own + columns)))
         row = min(max(min(ROW, batch_tokens), own), int(lengths[inside].sum()))
         row = -(-row // ROW_MULTIPLE) * ROW_MULTIPLE

@@ -77,15 +77,15 @@ def test_one_new_token_and_one_prompt(models):
 
 @pytest.mark.parametrize(
     ("shared", "lengths"),
-    [(70, [1, 9, 30, 12, 7, 3, 22, 40, 5, 6]), (150, [1, 1, 260]), (99, [0, 3])],
-    ids=["more prompts than slots", "lengths far apart", "a prompt that is the prefix"],
+    [(70, [1, 9, 30, 12, 7, 3, 22, 140, 5, 6]), (99, [0, 3])],
+    ids=["more prompts than slots, lengths far apart", "a prompt that is the prefix"],
 )
 def test_a_shared_prefix_changes_no_token(models, shared, lengths):
     start, model = some_prompts([shared], seed=7)[0], models.random_model(V, adapter=True)
     prompts = [start + own for own in some_prompts(lengths, seed=8)]
     stops = set(range(0, V, 9))  # answers end at any step, some at the first
-    found = check(models, model, prompts, stops, 10, batch_tokens=256)
-    assert len(lengths) < 4 or len({len(one.tokens) for one in found}) > 2
+    found = check(models, model, prompts, stops, 10, batch_tokens=200)
+    assert len(lengths) == 2 or len({len(one.tokens) for one in found}) > 2
 
 
 def test_bfloat16_weights_decode_as_they_score(models):
@@ -108,7 +108,7 @@ def test_batches_and_buckets_change_nothing(models):
 
 def test_few_compilations_whatever_the_lengths(models):
     model = models.random_model(V, adapter=False, seed=3)
-    prompts = some_prompts(range(1, 400, 7))
+    prompts = some_prompts(range(1, 300, 11))
     before = fill._cache_size(), decode_until._cache_size()
     counts = []
     decode(model, prompts, {3}, 5, batch_tokens=1024, advance=counts.append)
