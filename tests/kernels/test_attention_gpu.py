@@ -36,14 +36,17 @@ both_kernels = pytest.mark.parametrize("kernels", [gpu, gpu_sm80], ids=["hopper"
 @pytest.mark.parametrize(
     ("kernels", "heads", "kv_heads", "channels"),
     [
-        *((gpu, *sizes) for sizes in [(1, 1, 64), (3, 1, 128), (4, 1, 64), (7, 1, 80), (16, 2, 24)]),
+        *((gpu, *sizes) for sizes in [(1, 1, 64), (4, 1, 64), (6, 2, 128), (7, 1, 80), (8, 1, 24)]),
         *((gpu_sm80, *sizes) for sizes in [(3, 1, 128), (6, 2, 24)]),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2],
 )
 def test_output_and_gradients_equal_dense_attention_in_f64(kernels, heads, kv_heads, channels):
-    """Ratios of 1, 3, 4, 7 and 8 query heads a key head, rows that are no multiple of the block, widths that are padded."""
-    rows = np.stack([row_of(LAYOUTS[layout]) for layout in ("packed", "nested prefixes", "pads behind")]).astype(np.int32)
+    """Ratios of 1, 3, 4, 7 and 8 query heads a key head, rows that are no multiple of the block, widths that are padded.
+
+    Two rows where there are two key heads, so that heads and rows cannot be taken for one another; one elsewhere.
+    """
+    rows = np.stack([row_of(LAYOUTS[layout]) for layout in ("nested prefixes", "packed")[:kv_heads]]).astype(np.int32)
     arrays = draws(heads, kv_heads, channels, rows=len(rows))
     for ours, reference in zip(kernel(*arrays, rows, kernels=kernels), in_f64(*arrays, visible_mask(rows)), strict=True):
         assert ours.dtype == jnp.float32
@@ -107,7 +110,7 @@ def test_bounds_change_nothing():
 
 
 @needs_interpreter
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(forest=st.lists(trees(3), max_size=6), seed=st.integers(0, 99))
 def test_any_layout_equals_dense_attention(forest, seed):
     row = row_of(fitted(forest, T)[0]).astype(np.int32)[None]
