@@ -24,8 +24,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 
 
-# They hold no array program of their own: another JAX shows nothing new of them.
-WITHOUT_ARRAYS = {"relations", "evaluation", "study", "profiling", "tools"}
+# Rooms (and a file) that hold no array program of their own: another JAX shows nothing new of them.
+WITHOUT_ARRAYS = {"relations", "data", "evaluation", "study", "profiling", "tools", "test_config.py"}
+# But these take packed rows through a model.
+WITH_ARRAYS = {"test_packed_gradients.py", "test_shared_gradients.py"}
 
 
 # First, so that `-m` knows the mark.
@@ -33,7 +35,7 @@ WITHOUT_ARRAYS = {"relations", "evaluation", "study", "profiling", "tools"}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no processor is without work at the end; rooms without arrays are tested `once`."""
     for item in items:
-        if item.path.relative_to(ROOT / "tests").parts[0] in WITHOUT_ARRAYS:
+        if item.path.relative_to(ROOT / "tests").parts[0] in WITHOUT_ARRAYS and item.path.name not in WITH_ARRAYS:
             item.add_marker("once")
     items.sort(key=lambda item: "training" not in item.path.parts)
 

@@ -36,14 +36,17 @@ both_kernels = pytest.mark.parametrize("kernels", [gpu, gpu_sm80], ids=["hopper"
 @pytest.mark.parametrize(
     ("kernels", "heads", "kv_heads", "channels"),
     [
-        *((gpu, *sizes) for sizes in [(1, 1, 64), (3, 1, 128), (4, 1, 64), (7, 1, 80), (16, 2, 24)]),
+        *((gpu, *sizes) for sizes in [(1, 1, 64), (4, 1, 64), (6, 2, 128), (7, 1, 80), (8, 1, 24)]),
         *((gpu_sm80, *sizes) for sizes in [(3, 1, 128), (6, 2, 24)]),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)).rpartition(".")[2],
 )
 def test_output_and_gradients_equal_dense_attention_in_f64(kernels, heads, kv_heads, channels):
-    """Ratios of 1, 3, 4, 7 and 8 query heads a key head, rows that are no multiple of the block, widths that are padded."""
-    rows = np.stack([row_of(LAYOUTS[layout]) for layout in ("packed", "nested prefixes", "pads behind")]).astype(np.int32)
+    """Ratios of 1, 3, 4, 7 and 8 query heads a key head, rows that are no multiple of the block, widths that are padded.
+
+    Two rows where there are two key heads, so that heads and rows cannot be taken for one another; one elsewhere.
+    """
+    rows = np.stack([row_of(LAYOUTS[layout]) for layout in ("nested prefixes", "packed")[:kv_heads]]).astype(np.int32)
     arrays = draws(heads, kv_heads, channels, rows=len(rows))
     for ours, reference in zip(kernel(*arrays, rows, kernels=kernels), in_f64(*arrays, visible_mask(rows)), strict=True):
         assert ours.dtype == jnp.float32
@@ -62,8 +65,8 @@ def test_each_layout_alone_equals_dense_attention():
 
 
 @jax.jit
-def xla(q, k, v, dy):
-    out, back = jax.vjp(lambda q, k, v: attention(q, k, v, jnp.asarray(ROWS)), q, k, v)
+def xla(q, k, v, dy, visible_until):
+    out, back = jax.vjp(lambda q, k, v: attention(q, k, v, visible_until), q, k, v)
     return out, *back(dy)
 
 
@@ -74,14 +77,15 @@ def test_bfloat16_is_as_close_to_f32_as_the_xla_implementation(common, allowed):
 
     Without one that gradient is at 1.10 of the distance: dS is formed with a mean from the rounded output. With one, at half of it.
     """
-    q, k, v, dy = draws(6, 2, 64, dtype=jnp.bfloat16)
+    rows = np.stack([row_of(LAYOUTS[layout]) for layout in ("one example", "nested prefixes", "two roots")]).astype(np.int32)
+    q, k, v, dy = draws(3, 1, 64, rows=len(rows), dtype=jnp.bfloat16)
     arrays = q, k + jnp.bfloat16(common), v, dy
-    reference = in_f64(*(value.astype(jnp.float32) for value in arrays), visible_mask(ROWS))
+    reference = in_f64(*(value.astype(jnp.float32) for value in arrays), visible_mask(rows))
 
     def distance(value, exact):
         return float(np.sqrt(np.mean((np.asarray(value, np.float64) - exact) ** 2)))
 
-    for ours, theirs, exact in zip(kernel(*arrays, ROWS), xla(*arrays), reference, strict=True):
+    for ours, theirs, exact in zip(kernel(*arrays, rows), xla(*arrays, rows), reference, strict=True):
         assert ours.dtype == jnp.bfloat16
         assert distance(ours, exact) < allowed * distance(theirs, exact)
 
@@ -107,7 +111,7 @@ def test_bounds_change_nothing():
 
 
 @needs_interpreter
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(forest=st.lists(trees(3), max_size=6), seed=st.integers(0, 99))
 def test_any_layout_equals_dense_attention(forest, seed):
     row = row_of(fitted(forest, T)[0]).astype(np.int32)[None]

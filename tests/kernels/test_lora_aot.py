@@ -87,21 +87,25 @@ CASES = [
     (512, 896, (896, 128, 128), (32, 32, 32), "dense", "float32", 0.05),
     (512, 896, (4864, 4864), (32, 0), "tiles", "float32", 0.05),
 ]
+# Of dense weights, of packed ones and of each dtype the widest, and ranks of zero: what another chip or compiler may have no room for.
+WIDEST = [CASES[number] for number in (1, 3, 5, 6, 9)]
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_and_forms_nothing_wide(chip):
+    """Every case for v5e with the second jax line, the widest elsewhere."""
     if chip != "v5e" and jax.__version_info__ < (0, 11):
         # Seen with jax 0.10.2 on one of the two: "should not be possible to run out of scoped vmem".
         pytest.skip("not every case fits v5p and v6e with the compiler of jax 0.10")
+    cases = CASES if chip == "v5e" and jax.__version_info__ >= (0, 11) else WIDEST
     flags = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     environment = os.environ | flags | {"PYTHONPATH": str(Path(__file__).parents[2] / "kernels")}
-    program = [sys.executable, "-c", PROGRAM, CHIPS[chip], json.dumps(CASES)]
+    program = [sys.executable, "-c", PROGRAM, CHIPS[chip], json.dumps(cases)]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PEAK")]
-    assert len(peaks) == len(CASES)
-    for case, peak in zip(CASES, peaks, strict=True):
+    assert len(peaks) == len(cases)
+    for case, peak in zip(cases, peaks, strict=True):
         tokens, inputs, outputs, ranks, form, dtype, _ = case
         size = 2 if dtype == "bfloat16" else 4
         passing = 2 * tokens * (inputs + sum(outputs)) * size  # x, dx, y and dY

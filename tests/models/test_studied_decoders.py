@@ -1,8 +1,9 @@
 """The five studied decoders and a sixth, each from its own config.json, against transformers: f32 and bf16 logits.
 
-Random weights, the vocabulary, head counts, head channels and D/F as they are; three layers, or five where the fourth does
-not rotate. The 3B models have D and F halved, so that a test stays below 3 GB and half a minute; at their true
-widths the differences were the same by hand (f32 1.5e-6 to 1.7e-5; bf16 0.84 to 0.89 of transformers', 2026-11-21).
+Random weights, head counts, head channels and D/F as they are; three layers, or five where the fourth does not rotate.
+Models of 1024 channels and more have D and F halved and the vocabulary of SmolLM2, so that a test stays below 3 GB and half a
+minute; Qwen2.5-0.5B keeps more tokens than 16 bits count. At the true widths and vocabularies of the 3B models the
+differences were the same by hand (f32 1.5e-6 to 1.7e-5; bf16 0.84 to 0.89 of transformers', 2026-11-21).
 """
 
 from __future__ import annotations
@@ -55,15 +56,16 @@ EXAMPLES = ((0, 13), (13, 33), (33, 34))  # of a packed row, the rest of it is p
 
 
 def reduced(config: dict) -> dict:
-    """A published config.json with fewer layers and, in a 3B model, half of D and F."""
+    """A published config.json with fewer layers and, in a model of 1024 channels or more, half of D and F and fewer tokens."""
     layers = 5 if config["model_type"] == "smollm3" else 3
     config = {**config, "num_hidden_layers": layers}
     for field in ("no_rope_layers", "layer_types"):
         if field in config:
             config[field] = config[field][:layers]
-    if config["hidden_size"] > 1024:
+    if config["hidden_size"] >= 1024:
         config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         config |= {field: config[field] // 2 for field in ("hidden_size", "intermediate_size")}
+        config |= {"vocab_size": 49152, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     return config
 
 

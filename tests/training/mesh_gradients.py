@@ -1,7 +1,7 @@
 """Run by test_mesh.py on 8 simulated devices: loss and gradients of one update on one device and on several meshes.
 
-python mesh_gradients.py MODEL_FOLDER WORK_FOLDER METHOD  -> one JSON line per mesh; METHOD is lora, full, qlora, full-lm or lora-lm, or
-lora-pallas, full-pallas or qlora-pallas: there the meshes run the kernels for TPUs, interpreted, and one device XLA
+python mesh_gradients.py MODEL_FOLDER WORK_FOLDER METHOD  -> one JSON line per mesh; METHOD is lora, full, qlora or full-lm, or lora-pallas,
+full-pallas or qlora-pallas: there the mesh runs the kernels for TPUs, interpreted, and one device XLA
 """
 
 from __future__ import annotations
@@ -26,13 +26,9 @@ from jaxre.training.kernels import ops_of
 from jaxre.training.step import dropout_keys, loss_sum, model_of
 
 # Some with the memory policy, so that it is held against one device that keeps everything.
-MESHES = (
-    ({}, "none"),
-    ({"data": 8}, "none"),
-    ({"fsdp": 8}, "block"),
-    ({"tensor": 8}, "none"),
-    ({"data": 2, "fsdp": 2, "tensor": 2}, "block"),
-)
+EVERY_AXIS = ({"data": 2, "fsdp": 2, "tensor": 2}, "block")
+# For LoRA alone: whether weights train, are NF4 or the loss is in pieces changes how the same axes split them, not which axes there are.
+MESHES = ({"data": 8}, "none"), ({"fsdp": 8}, "block"), ({"tensor": 8}, "none"), EVERY_AXIS
 PALLAS_MESH = ({"data": 2, "fsdp": 4}, "block")
 
 
@@ -74,8 +70,8 @@ def interpret_kernels() -> None:
 
 def main(model: str, work: str, method: str) -> None:
     reference, part = None, method.partition("-")[2]
-    meshes = {"lm": (MESHES[0], MESHES[-1]), "pallas": (MESHES[0], PALLAS_MESH)}.get(part, MESHES)
-    for axes, remat in meshes:
+    meshes = MESHES if method == "lora" else (PALLAS_MESH if part == "pallas" else EVERY_AXIS,)
+    for axes, remat in (({}, "none"), *meshes):
         full = method.startswith("full")
         settings = {"train": {"method": "full" if full else "lora"}}
         if part == "pallas" and axes:

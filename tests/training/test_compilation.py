@@ -23,7 +23,7 @@ from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.data.loader import updates
 from jaxre.data.rows import fill_update
 from jaxre.training import loop
-from jaxre.training.compilation import POLICIES, compile_updates
+from jaxre.training.compilation import POLICIES, CompiledUpdates, compile_updates
 from jaxre.training.initial import initial_state
 from jaxre.training.log import read_log
 from jaxre.training.loop import train
@@ -95,18 +95,20 @@ def test_loss_and_gradients_are_those_of_no_policy(deep: Path, tmp_path: Path, k
 def test_the_first_policy_that_fits_is_taken_and_told(deep: Path, tmp_path: Path, cache: Path) -> None:
     use_compilation_cache(print)  # each of the programs below is compiled once
     settings = {"row_length": 128, "batch_tokens": 512}
-    sizes = {}
+    (config, *given), _ = prepare(tiny_config(tmp_path, deep, train=settings), deep)
+
+    def compiled_with(**changes: object) -> CompiledUpdates:
+        return compile_updates(config.model_copy(update={"train": config.train.model_copy(update=changes)}), *given)
+
+    sizes = {remat: sum(compiled_with(remat=remat).memory) for remat in POLICIES}
     for remat in POLICIES:
-        given, _ = prepare(tiny_config(tmp_path, deep, train=settings | {"remat": remat}), deep)
-        sizes[remat] = sum(compile_updates(*given).memory)
-    for remat in POLICIES:
-        given, _ = prepare(tiny_config(tmp_path, deep, train=settings | {"memory_gb": sizes[remat] / 2**30}), deep)
-        compiled = compile_updates(*given)
+        compiled = compiled_with(memory_gb=sizes[remat] / 2**30)
         assert compiled.remat == remat and compiled.tried == {one: sizes[one] for one in list(sizes)[: len(compiled.tried)]}
         assert list(compiled.tried)[-1] == remat and f"{remat} (of {sizes[remat] / 2**20:,.0f} MiB a device" in compiled.told_remat()
 
     # Nothing fits: what is advised does, and leaves no run folder that would refuse it.
-    config = tiny_config(tmp_path, deep, train=settings | {"memory_gb": 0.999 * sizes["block"] / 2**30, "max_steps": 1})
+    settings |= {"max_steps": 1}
+    config = tiny_config(tmp_path, deep, data={"validation": None}, train=settings | {"memory_gb": 0.999 * sizes["block"] / 2**30})
     said = refusal(lambda: train(config))
     assert all(f"MiB with train.remat={remat}" in said for remat in POLICIES) and "rows of 4 x 128 take" in said
     accumulation = int(said.rpartition("set train.accumulation=")[2])

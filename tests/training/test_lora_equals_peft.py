@@ -237,6 +237,7 @@ def test_forward_gradients_and_twenty_updates_in_float64(config: Config, tokens:
     assert config.train.clip_norm == UNCLIPPED or truth.norms.min() > config.train.clip_norm
 
 
+@pytest.mark.parametrize("config", ["all projections, clipped"], indirect=True)  # what the others differ in is above
 def test_an_adapter_of_peft_is_continued_with_the_losses_of_peft_in_float32(config: Config, tokens: TokenSet, plan: Plan) -> None:
     """transformers, PEFT and torch as they are, clipping with torch's own formula. Measured: 3e-6."""
     found, truth = (

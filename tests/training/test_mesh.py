@@ -19,7 +19,7 @@ from jaxre.training.log import read_log
 from jaxre.training.loop import train
 
 HERE = Path(__file__).parent
-MORE_METHODS = ("full", "qlora", "full-lm", "lora-lm", "lora-pallas", "full-pallas", "qlora-pallas")
+MORE_METHODS = ("full", "qlora", "full-lm", "lora-pallas", "full-pallas", "qlora-pallas")
 METHODS = ["lora", *(pytest.param(method, marks=pytest.mark.slow) for method in MORE_METHODS)]
 # Sums run in another order on another mesh; f32 rounding reaches 1e-6 here, the promise is 1e-5.
 TOLERANCE = 1e-5
@@ -27,9 +27,10 @@ TOLERANCE = 1e-5
 
 def environment(devices: int, **more: str) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
+    # What is split how and what it gives is asked here, not how well it is compiled: that takes longer.
+    quick = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    fixed = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parent)}
-    return inherited | fixed | more
+    return inherited | quick | {"XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parent)} | more
 
 
 def train_in_processes(config_path: Path, devices: int, processes: int = 1) -> None:
@@ -60,7 +61,7 @@ def test_gradients_on_every_mesh_equal_one_device(tiny_model: Path, tmp_path: Pa
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == (2 if "-" in method else 5)
+    assert len(found) == (5 if method == "lora" else 2)
     for one in found:
         assert one["loss"] < TOLERANCE and one["gradient"] < TOLERANCE, one
 
