@@ -103,7 +103,7 @@ def pretended(monkeypatch):
 def test_a_new_implementation_is_picked_up_from_its_dispatch(pretended, monkeypatch):
     plain = dispatch.IMPLEMENTATIONS["xla"]
 
-    def kernel(q, k, v, visible_until, prefix, span, warps=1):
+    def kernel(q, k, v, visible_until, visible_from, prefix, span, warps=1):
         return plain(q, k, v, visible_until, prefix, span)
 
     pretended(pallas_gpu=kernel)
