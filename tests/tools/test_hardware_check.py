@@ -104,7 +104,7 @@ def test_a_new_implementation_is_picked_up_from_its_dispatch(pretended, monkeypa
     plain = dispatch.IMPLEMENTATIONS["xla"]
 
     def kernel(q, k, v, visible_until, visible_from, prefix, span, warps=1):
-        return plain(q, k, v, visible_until, prefix, span)
+        return plain(q, k, v, visible_until, visible_from, prefix, span)
 
     pretended(pallas_gpu=kernel)
     monkeypatch.setitem(dispatch.TILES, "pallas_gpu", [{"warps": 4}])
