@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
@@ -19,6 +19,7 @@ labels = st.sampled_from(
 pairs = st.lists(st.tuples(labels, labels), min_size=1, max_size=60)
 
 
+@settings(deadline=None)
 @given(pairs)
 def test_scores_equal_scikit_learn(rows):
     gold, predicted = zip(*rows, strict=True)
@@ -45,6 +46,7 @@ def test_scores_equal_scikit_learn(rows):
 
 
 @pytest.mark.filterwarnings("ignore:A single label was found")
+@settings(deadline=None)
 @given(pairs)
 def test_confusion_equals_scikit_learn(rows):
     gold, predicted = ([normalise_label(x) for x in side] for side in zip(*rows, strict=True))
@@ -124,6 +126,7 @@ def official(gold, predicted):
     return sum(scores) / len(scores)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=1, max_size=80))
 def test_official_semeval_score_follows_the_rules_of_the_scorer(rows):
     gold, predicted = zip(*rows, strict=True)

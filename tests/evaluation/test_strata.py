@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxre.errors import InputError
@@ -33,6 +33,7 @@ def test_each_error_has_its_stratum(gold, predicted, expected):
     assert strata_of([gold], [predicted], SCHEMA).tolist() == [expected]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(SCHEMA), anything), min_size=1, max_size=50))
 def test_strata_add_up_to_all_errors(rows):
     gold, predicted = zip(*rows, strict=True)
