@@ -23,6 +23,7 @@ from jaxre.data.prefixes import find_prefixes
 from jaxre.data.template import ChatTemplate, Turn, load_tokenizer
 from jaxre.data.tokens import (
     TokenSet,
+    Truncation,
     demonstrator,
     encode_examples,
     encode_texts,
@@ -44,7 +45,8 @@ class Split:
     """One split: its examples that fit a row as tokens, and on request what they were made from.
 
     `examples` and `questions` go together and are read when they are first asked for; `tokens` leaves out the examples
-    whose ids are in `dropped`; `digest` is that of the token cache; `counts` are of its sources.
+    whose ids are in `dropped`; `digest` is that of the token cache; `counts` are of its sources; `truncation` is what cutting the
+    dropped ones would have done to their answers, None where there are no answers.
     """
 
     tokens: TokenSet
@@ -54,6 +56,7 @@ class Split:
     ask: Callable[[], list[list[Turn]]] = list
     digest: str = ""
     counts: tuple[Count, ...] = ()
+    truncation: Truncation | None = None
 
     @property
     def examples(self) -> list[Example]:
@@ -195,7 +198,7 @@ def tokenise(
         digest = examples_digest(questions(), read(), template, row_length)
         tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_examples(read(), questions(), template))
     fitting, dropped = tokens.fitting(row_length, config.data.too_long, place)
-    return Split(fitting, dropped, cached, read, questions, digest)
+    return Split(fitting, dropped, cached, read, questions, digest, truncation=tokens.truncation(row_length))
 
 
 def _load_marked(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -140,6 +140,8 @@ def _leakage(dataset: Dataset, test: list[Example]) -> Text:
     for name, split in (("train", dataset.train), ("validation", dataset.validation)):
         if split and split.dropped:
             lines.append(f"{name}: {len(split.dropped)} examples are longer than a row and left out{_few(split.dropped)}")
+            if cut := split.truncation:
+                lines.append(f"{name}: cut at {cut.limit} tokens, {cut.answer_gone} would lose their answer, {cut.answer_cut} a part of it")
     unlocated = sources.unlocated(dataset.train.examples)
     if unlocated:
         lines.append(f"train: {len(unlocated)} examples have an entity that is not in the text and is not marked{_few(unlocated)}")

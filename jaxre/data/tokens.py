@@ -26,6 +26,22 @@ FORMAT = 1  # part of every digest: raise it when the meaning of the tokens chan
 
 
 @dataclass(frozen=True)
+class Truncation:
+    """What cutting each example after `limit` tokens, as others do, would do to its answer.
+
+    examples: in all; cut: longer than the limit; answer_gone: no token of the answer would be left; answer_cut: some would be, not
+    all; longest: tokens of the longest example.
+    """
+
+    limit: int
+    examples: int
+    cut: int
+    answer_gone: int
+    answer_cut: int
+    longest: int
+
+
+@dataclass(frozen=True)
 class TokenSet:
     """Tokens of n examples.
 
@@ -72,6 +88,12 @@ class TokenSet:
     def owners(self) -> np.ndarray:
         """[n] uint32 digest of each example's id: whose dropout mask its tokens follow."""
         return np.array([_owner(name) for name in self.ids], np.uint32)
+
+    def truncation(self, limit: int) -> Truncation:
+        """What truncation on the right would lose, were it done: tokens 0 to limit - 1 of each example would be left."""
+        gone, longer = self.prompt_lengths >= limit, self.lengths > limit
+        counts = (int(one.sum()) for one in (longer, gone, longer & ~gone))
+        return Truncation(limit, len(self), *counts, longest=int(self.lengths.max(initial=0)))
 
     def fitting(self, row_length: int, too_long: str, place: str) -> tuple[TokenSet, list[str]]:
         """The examples that fit a row, and the ids of those that do not.

@@ -1,4 +1,4 @@
-"""Errors by what kind they are, and what truncation would have done to the answers.
+"""Errors by what kind they are.
 
     errors = error_strata(gold, predicted, schema=labels)
     [(one.name, one.count, one.share) for one in errors.strata]      # the counts add up to errors.errors
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxre.errors import InputError
 from jaxre.evaluation.metrics import Labels, undirected
 from jaxre.evaluation.rows import Row
 from jaxre.relations.schema import NEGATIVES, normalise_label
@@ -52,23 +51,6 @@ class ErrorStrata(Row):
     examples: int
     errors: int
     strata: tuple[Stratum, ...]
-
-
-@dataclass(frozen=True)
-class Truncation(Row):
-    """What cutting each example after `limit` tokens does to its answer.
-
-    examples: in all; cut: longer than the limit; answer_gone: no token of the answer is left; answer_cut: some are left, not all;
-    longest: tokens of the longest example.
-    """
-
-    dataset: str
-    limit: int
-    examples: int
-    cut: int
-    answer_gone: int
-    answer_cut: int
-    longest: int
 
 
 def error_strata(gold: Sequence[str], predicted: Sequence[str], schema: Sequence[str]) -> ErrorStrata:
@@ -142,31 +124,3 @@ def near(schema: Iterable[str]) -> Callable[[str, str], bool]:
 def _words(label: str) -> frozenset[str]:
     name = label.rpartition("/")[2].rpartition(":")[2]
     return frozenset(re.findall(r"[^\W_]+", name)) - FUNCTION_WORDS
-
-
-def truncation(prompt_lengths: np.ndarray, lengths: np.ndarray, limit: int = 1024, dataset: str = "") -> Truncation:
-    """Counts the answers that truncation on the right loses; what is kept are tokens 0 to limit - 1.
-
-    Args:
-      prompt_lengths: [N] tokens before the answer; lengths: [N] tokens of prompt and answer together, end-of-turn included.
-      limit: tokens; the study's was 1,024.
-
-    Raises:
-      InputError: arrays of different length, an answer without tokens, a limit below 1.
-    """
-    prompts, totals = np.asarray(prompt_lengths), np.asarray(lengths)
-    if prompts.shape != totals.shape or (prompts >= totals).any():
-        raise InputError(
-            f"{dataset or 'truncation'}: every example needs one prompt length and a larger total length; give those of a TokenSet"
-        )
-    if limit < 1:
-        raise InputError(f"truncation at {limit} tokens keeps nothing; give a limit of at least 1")
-    return Truncation(
-        dataset=dataset,
-        limit=limit,
-        examples=len(totals),
-        cut=int((totals > limit).sum()),
-        answer_gone=int((prompts >= limit).sum()),
-        answer_cut=int(((prompts < limit) & (totals > limit)).sum()),
-        longest=int(totals.max(initial=0)),
-    )

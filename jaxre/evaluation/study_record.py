@@ -45,6 +45,7 @@ class RecordedSystem:
     kind: tuned (SFT), adapted (language modelling on raw text, then SFT), encoder, untuned (the base itself), baseline
     (majority, TF-IDF), frontier (cached answers). regime: of the training data, such as gentune. seconds: of training; cost_usd: of
     the predictions, where the cache states it. latency_ms: of one answer at batch 1. sizes: name -> bytes (base, nf4, adapter, merged).
+    truncation: of the training examples, the counts of `data.tokens.Truncation`; those longer than a row were left out.
     trained_on: datasets whose training split it has seen; the others of `predictions` show how it carries over.
     """
 
@@ -63,6 +64,7 @@ class RecordedSystem:
     latency_ms: float | None = None
     peak_memory_bytes: int | None = None
     sizes: dict[str, int] = field(default_factory=dict)
+    truncation: dict[str, int] = field(default_factory=dict)
     note: str = ""
     trained_on: tuple[str, ...] = ()
 

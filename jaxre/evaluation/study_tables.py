@@ -97,7 +97,11 @@ class LabelsEffect(Row):
 
 @dataclass(frozen=True)
 class FootprintRow(Row):
-    """Bytes, milliseconds, seconds; None where it was not measured. f1: overall average."""
+    """Bytes, milliseconds, seconds; None where it was not measured. f1: overall average.
+
+    left_out: training examples longer than a row; answers_lost: those of them that would have lost their answer or a part of it, had
+    they been cut to a row.
+    """
 
     name: str
     source: Literal["measured", "published"]
@@ -113,6 +117,8 @@ class FootprintRow(Row):
     cost_usd: float | None
     f1: float | None
     note: str = ""
+    left_out: int | None = None
+    answers_lost: int | None = None
 
 
 def headline(study: StudyScores, with_published: bool = True) -> Headline:
@@ -296,6 +302,8 @@ def footprint(study: StudyScores, with_published: bool = True) -> tuple[Footprin
             cost_usd=one.cost_usd,
             f1=study.average(one.name, OVERALL).value,
             note=one.note,
+            left_out=one.truncation.get("cut"),
+            answers_lost=one.truncation["answer_gone"] + one.truncation["answer_cut"] if one.truncation else None,
         )
         for one in study.record.systems
     ]

@@ -127,8 +127,9 @@ class Execution:
         self.asked = None
         config = self.config(step)
         folder = train(config, self.console, opened=None if config.model.architecture else self.opened(step.base, config))
-        end = next(record for record in read_log(folder) if record["kind"] == "end")
-        return {"seconds": trained_seconds(folder), "memory_bytes": end["memory_bytes"], "folder": folder.name}
+        told = {record["kind"]: record for record in read_log(folder)}
+        cut = {name: count for name, count in told.get("truncation", {}).items() if name not in ("kind", "step")}
+        return {"seconds": trained_seconds(folder), "memory_bytes": told["end"]["memory_bytes"], "folder": folder.name, "truncation": cut}
 
     def config(self, step: Step) -> Config:
         """A run's config with its folder, and the folder of the run that it starts from."""

@@ -77,7 +77,7 @@ def _system(plan: Plan, system: System, known: set[str]) -> RecordedSystem:
 
 
 def _footprint(plan: Plan, system: System) -> dict[str, Any]:
-    """Parameters, seconds of training (of an adapted model with the language modelling before), latency, memory and sizes."""
+    """Parameters, seconds of training (of an adapted model with the language modelling before), latency, memory, sizes, truncation."""
     runs = sorted(set(system.runs.values())) or ([""] if system.config else [])
     if not runs:
         return {}
@@ -98,6 +98,7 @@ def _footprint(plan: Plan, system: System) -> dict[str, Any]:
         "latency_ms": float(np.mean(latencies)) if latencies else None,
         "peak_memory_bytes": max((one["memory_bytes"] for one in trained if "memory_bytes" in one), default=None),
         "sizes": sizes_of(architecture, dtype_for(config).itemsize, lora),
+        "truncation": trained[0].get("truncation", {}) if trained else {},
     }
 
 

@@ -5,6 +5,7 @@ One function, told in chapters. The update itself is in `step.py`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import time
@@ -109,6 +110,8 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
         }
         if data_told and not start:
             log.write("data", 0, {"told": data_told})
+        if dataset.train.truncation and not start:
+            log.write("truncation", 0, dataclasses.asdict(dataset.train.truncation))
         if dropped and not start:
             log.write("too_long", 0, dropped)
             say(f"longer than a row and left out, ids in log.jsonl: {', '.join(f'{len(ids)} of {name}' for name, ids in dropped.items())}")

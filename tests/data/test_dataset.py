@@ -21,7 +21,7 @@ from jaxre.config import Config, Prompt, Source, Text
 from jaxre.data.dataset import ask, load_dataset, make_plan
 from jaxre.data.preview import preview, told_leaks
 from jaxre.data.template import ChatTemplate, Encoded, load_tokenizer
-from jaxre.data.tokens import TokenSet, demonstrator, encode_texts, read_texts, texts_digest
+from jaxre.data.tokens import TokenSet, Truncation, demonstrator, encode_texts, read_texts, texts_digest
 from jaxre.relations.labels import task_of
 from jaxre.relations.prompts import by_label, choose_demonstrations
 from jaxre.relations.schema import ANY, Schema, Schemas
@@ -106,6 +106,23 @@ def test_examples_longer_than_a_row_are_dropped_and_listed_and_no_answer_is_cut(
     assert split.tokens.lengths.max() <= config.train.row_length
     shown = preview_of(config, tiny_model)
     assert "2 examples are longer than a row and left out" in shown and all(name in shown for name in split.dropped)
+    assert (split.truncation.examples, split.truncation.cut, split.truncation.answer_gone, split.truncation.answer_cut) == (8, 2, 2, 0)
+    assert f"cut at {config.train.row_length} tokens, 2 would lose their answer, 0 a part of it" in shown
+
+
+def test_truncation_counts_the_answers_that_it_would_lose() -> None:
+    # tokens:           fits  exactly  last token lost  answer gone  prompt cut too
+    prompts, totals = [10, 1020, 1020, 1024, 2000], [14, 1024, 1025, 1026, 2004]
+    starts = np.concatenate([[0], np.cumsum(totals)])
+    tokens = TokenSet(np.zeros(starts[-1], np.int32), starts, np.array(prompts, np.int32), tuple("abcde"))
+    assert tokens.truncation(1024) == Truncation(1024, examples=5, cut=3, answer_gone=2, answer_cut=1, longest=2004)
+    for limit in (1, 11, 1021, 3000):
+        kept = [list(range(total))[:limit] for total in totals]
+        answers = [sum(token >= prompt for token in row) for row, prompt in zip(kept, prompts, strict=True)]
+        found = tokens.truncation(limit)
+        assert found.answer_gone == sum(count == 0 for count in answers)
+        pieces = zip(answers, prompts, totals, strict=True)
+        assert found.answer_cut == sum(0 < count < total - prompt for count, prompt, total in pieces)
 
 
 def test_too_long_can_be_an_error(tiny_model: Path, tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
-"""Error strata and truncation: every error counted once, and a lost answer seen."""
+"""Error strata: every error counted once."""
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxre.errors import InputError
 from jaxre.evaluation.metrics import score
-from jaxre.evaluation.strata import RIGHT, STRATA, error_strata, near, strata_of, truncation
+from jaxre.evaluation.strata import RIGHT, STRATA, error_strata, near, strata_of
 from jaxre.relations.schema import NEGATIVES, normalise_label
 from jaxre.relations.semeval import LABELS as SEMEVAL
 
@@ -76,26 +75,6 @@ def test_near_neighbours_are_told_by_name(schema, first, second, close):
 def test_no_predictions_are_an_input_error():
     with pytest.raises(InputError):
         error_strata([], [], SCHEMA)
-
-
-def test_truncation_sees_lost_answers():
-    # tokens:              fits  exactly  last token lost  answer gone  prompt cut too
-    prompts, totals = [10, 1020, 1020, 1024, 2000], [14, 1024, 1025, 1026, 2004]
-    found = truncation(np.array(prompts), np.array(totals), 1024, "gids")
-    assert (found.examples, found.cut, found.answer_cut, found.answer_gone, found.longest) == (5, 3, 1, 2, 2004)
-    for limit in (1, 11, 1021, 3000):
-        kept = [list(range(total))[:limit] for total in totals]
-        answers = [sum(token >= prompt for token in row) for row, prompt in zip(kept, prompts, strict=True)]
-        found = truncation(np.array(prompts), np.array(totals), limit)
-        assert found.answer_gone == sum(count == 0 for count in answers)
-        pieces = zip(answers, prompts, totals, strict=True)
-        assert found.answer_cut == sum(0 < count < total - prompt for count, prompt, total in pieces)
-
-
-@pytest.mark.parametrize(("prompts", "totals", "limit"), [([3], [3], 9), ([3, 4], [5], 9), ([3], [5], 0)])
-def test_lengths_that_cannot_be_are_an_input_error(prompts, totals, limit):
-    with pytest.raises(InputError):
-        truncation(np.array(prompts), np.array(totals), limit)
 
 
 def test_the_strata_count_what_the_scores_count():

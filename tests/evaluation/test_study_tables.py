@@ -179,7 +179,9 @@ def test_scaling_takes_tuned_systems_that_are_not_broken(tmp_path):
 
 def test_footprint_rows_carry_what_was_measured(tmp_path):
     sizes = {"base": 9, "nf4": 3, "adapter": 1, "merged": 9}
-    rows = footprint(measured(tmp_path, ours={"sizes": sizes, "latency_ms": 4.5, "peak_memory_bytes": 12}, plain={}))
+    cut = {"limit": 512, "examples": 90, "cut": 5, "answer_gone": 3, "answer_cut": 1, "longest": 700}
+    rows = footprint(measured(tmp_path, ours={"sizes": sizes, "latency_ms": 4.5, "peak_memory_bytes": 12, "truncation": cut}, plain={}))
+    assert (rows[0].left_out, rows[0].answers_lost) == (5, 4) and rows[1].left_out is rows[1].answers_lost is None
     assert (rows[0].nf4, rows[0].latency_ms, rows[0].peak_memory) == (3, 4.5, 12) and rows[0].f1 > 0.5
     assert rows[1].base is None and rows[1].latency_ms is None
     assert {row.source for row in rows[2:]} == {"published"} and rows[2].latency_ms == 18

@@ -136,6 +136,7 @@ def test_a_finished_study_is_not_done_again_and_its_record_tells_all(finished: P
     tuned = record.systems[0]
     assert (tuned.kind, tuned.regime, tuned.train_shots, tuned.prompt_shots, tuned.enumerated) == ("tuned", "both", 0, 0, False)
     assert tuned.seconds > 0 and tuned.latency_ms > 0 and tuned.peak_memory_bytes > 0 and tuned.parameters > 0
+    assert (tuned.truncation["examples"], tuned.truncation["cut"]) == (60, 4) and record.systems[1].truncation == {}
     (run,) = (finished / "runs").iterdir()
     opened = open_model(run, None)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(opened.base))

@@ -297,7 +297,9 @@ def test_weights_that_do_not_load_are_refused_where_they_are_asked_for(tmp_path:
 def test_examples_longer_than_a_row_are_listed_in_the_log(tiny_model: Path, tmp_path: Path) -> None:
     """Dropped, counted and listed: every example is either trained on or named."""
     config = tiny_config(tmp_path, tiny_model, data={"validation": None}, train={"epochs": 1, "row_length": 96, "batch_tokens": 1536})
-    (record,) = (record for record in read_log(train(config)) if record["kind"] == "too_long")
+    records = {record["kind"]: record for record in read_log(train(config))}
+    record, cut = records["too_long"], records["truncation"]
     kept = load_dataset(config, tiny_model).train
     assert 0 < len(record["train"]) < 96 and set(record["train"]) == set(kept.dropped)
     assert len(record["train"]) + len(kept.tokens) == 96
+    assert (cut["examples"], cut["cut"], cut["limit"]) == (96, len(record["train"]), 96)
