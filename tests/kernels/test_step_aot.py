@@ -66,8 +66,13 @@ def compiled_step(target: str, model: str, quantise: str | None, rows: int, kern
 TPU_PEAKS = {("0.5B", None): 1162, ("0.5B", "nf4"): 1266, ("3B", None): 3602, ("3B", "nf4"): 4292}
 
 
+def cases(peaks: dict) -> list:
+    """The smallest and the largest; what lies between in `pytest -m aot` alone, for each takes minutes."""
+    return [pytest.param(*case, marks=[] if case in (("0.5B", None), ("3B", "nf4")) else pytest.mark.slow) for case in peaks]
+
+
 @needs_libtpu
-@pytest.mark.parametrize(("model", "quantise"), TPU_PEAKS)
+@pytest.mark.parametrize(("model", "quantise"), cases(TPU_PEAKS))
 def test_a_sharded_update_fits_a_v5e_with_every_kernel_on(model, quantise):
     if jax.__version_info__ < (0, 11) and (model, quantise) != ("0.5B", None):
         pytest.skip("one of these is enough for the first jax line; the second has all")
@@ -81,7 +86,7 @@ GPU_PEAKS = {("0.5B", None): 4884, ("0.5B", "nf4"): 4394, ("3B", None): 16929, (
 
 @needs_mosaic_gpu
 @needs_plugin
-@pytest.mark.parametrize(("model", "quantise"), GPU_PEAKS)
+@pytest.mark.parametrize(("model", "quantise"), cases(GPU_PEAKS))
 def test_an_update_fits_an_h200_with_every_kernel_on(tmp_path, model, quantise):
     (tmp_path / "h200").write_text(H200)
     found = compiled_step(str(tmp_path / "h200"), model, quantise, 8, "pallas_gpu", {})
