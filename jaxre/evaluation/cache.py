@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from jaxre.evaluation.predictions import Prediction
+from jaxre.relations.benchmarks import COPIES
 from jaxre.relations.label_map import LabelMap
 from jaxre.relations.schema import is_negative, normalise_label
 
@@ -124,7 +125,7 @@ def _groups(ours, cached, level, found, taken) -> list[tuple[list[int], list[int
 
 
 # How the study's hub copies are called, letters and digits only -> the benchmark.
-_COPIES = {"rebeldataset": "rebel", "projectgutenbergfictionrelations": "pgfiction"}
+_COPIES = {squash(copy.split("/")[1]): squash(one.name) for copy, one in COPIES.items()}
 
 
 def same_dataset(one: str, other: str) -> bool:

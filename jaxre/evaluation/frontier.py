@@ -58,7 +58,7 @@ def read_cache(path: str | Path, examples: Sequence[Example] | Callable[[], Sequ
 
 
 def _read_long(path: Path) -> Cache:
-    """The study's long format. Rows without an id and a hash, and repeated ones that disagree, are left over."""
+    """The study's long format. Rows without an id and a hash are left over."""
     if path.suffix not in (".parquet", ".csv"):
         raise InputError(f"{path}: not a cache of predictions that jaxre knows; expected {EXPECTED}")
     table = read_table(path)
