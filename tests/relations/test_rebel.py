@@ -96,6 +96,15 @@ def test_the_files_of_the_full_release_are_its_splits(tmp_path):
     assert [read_rebel(tmp_path, split).examples[0].id for split in SPLITS] == [f"rebel/{split}/{split}/1" for split in SPLITS]
 
 
+def test_the_sample_stands_in_for_no_file_of_the_full_release(tmp_path):
+    """Its documents are of that release, hence of its training file too."""
+    triple = ("Ada", [0, 3], "r", "Deal", [7, 11])
+    write(tmp_path, *(document(str(n), "Ada in Deal.", triple) for n in range(50)))
+    assert read_rebel(tmp_path, "validation").examples
+    write(tmp_path, document("1", "Ada in Deal.", triple), name="en_train.jsonl")
+    assert "no en_val.jsonl below it" in refusal(lambda: read_rebel(tmp_path, "validation"))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
