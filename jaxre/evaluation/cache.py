@@ -36,6 +36,7 @@ class Answer:
     model: str = ""
     gen_type: str = ""
     prompt_shot: str = ""
+    prompt_style: str = ""
     prompt: str = ""
     status: str = ""
     input_tokens: int | None = None

@@ -74,6 +74,7 @@ def _read_long(path: Path) -> Cache:
             model=as_text(row.get("model_id")),
             gen_type=as_text(row.get("gen_type")),
             prompt_shot=_shots(as_text(row.get("prompt_shot"))),
+            prompt_style=as_text(row.get("prompt_style")),
             prompt=as_text(row.get("prompt")),
             status=as_text(row.get("status")),
             input_tokens=_count(row.get("input_tokens")),
