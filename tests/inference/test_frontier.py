@@ -174,6 +174,8 @@ def test_other_forms_of_the_same_answers_are_read(config, tmp_path):
         ({"response": {"status_code": 429, "body": {"error": {"code": None, "type": "tokens", "message": "x"}}}}, "status 429: tokens"),
         ({"response": {"error": {"code": 502, "message": "x"}}}, "502"),
         ({"response": {"choices": [{"finish_reason": "error", "error": {"code": 500}, "message": {"content": "no"}}]}}, "500"),
+        ({"error": "Incorrect API key provided: sk-pr****abcd"}, "error without a name"),
+        ({"error": "rate_limited"}, "rate_limited"),
         ({"result": {"type": "canceled"}}, "canceled"),
         ({"result": {"type": "succeeded", "message": None}}, "no message"),
     ],
