@@ -110,6 +110,7 @@ def test_the_sample_stands_in_for_no_file_of_the_full_release(tmp_path):
     [
         ("{", "en_train.jsonl:1: not valid JSON"),
         ("[1]", "en_train.jsonl:1: not a JSON object"),
+        ('{"docid": "1", "text": "a \\ud800", "triples": []}', "en_train.jsonl:1: holds half a surrogate pair"),
         ('{"text": "a", "triples": []}', "en_train.jsonl:1: no docid"),
         ('{"docid": "1", "text": "a", "triples": [{"subject": 1}]}', "en_train.jsonl:1: not a document of REBEL"),
         ('{"docid": "1", "text": null, "triples": [{}]}', "en_train.jsonl:1: not a document of REBEL"),
