@@ -233,6 +233,7 @@ def frontier_export(
     split: Split = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="of an answer; what a model reasons before it counts too")] = 64,
     no_temperature: Annotated[bool, typer.Option("--no-temperature", help="for models that refuse it; else it is 0")] = False,
+    style: Annotated[str, typer.Option(help="prompt style in place of the config's prompt, such as shots2-task")] = "",
 ) -> None:
     """Writes request files for a frontier model: the prompts of a run, equal ones once. You send them; no key is read or stored.
 
@@ -245,7 +246,9 @@ def frontier_export(
     from jaxre.inference.frontier import export_requests
 
     asked = Ask(provider, model, max_tokens, None if no_temperature else 0.0)
-    written = export_requests(load_config(config, overrides), asked, data, split, output)
+    written = export_requests(load_config(config, overrides), asked, data, split, output, style)
+    for line in written.told:
+        console.print(line, markup=False)
     console.print(written.summary, markup=False, highlight=False)
     for path in (*written.files, written.manifest):
         print(path)

@@ -291,17 +291,19 @@ def test_a_frontier_model_is_asked_and_compared_by_commands(run: Callable, tmp_p
     path = tmp_path / "config.yaml"
     save_config(tiny_config(tmp_path, model, data={"test": {"dataset": str(data)}}), path)
     code, out, err = run(
-        "frontier", "export", path, "--provider", "anthropic", "--model", "big", "--output", tmp_path / "asked.json", "prompt.shots=1"
+        *("frontier", "export", path, "--provider", "anthropic", "--model", "big", "--style", "shots2-task"),
+        *("--output", tmp_path / "asked.json", "prompt.shots=1"),
     )
     assert code == 0, err
     *requests, manifest = map(Path, out.splitlines()[-2:])
     gold = [one["relation"] for one in records]
     results = answer_files("anthropic", requests, tmp_path, lambda question: [(gold[0], "stop")])
     code, out, _ = run("frontier", "import", manifest, *results, "--output", tmp_path / "cache", "--price", "1", "5")
-    assert code == 0 and "8 of 8 (100.0%)" in out and "0.0010 USD" in out
+    assert code == 0 and "8 of 8 (100.0%)" in out and "0.0010 USD" in out and "big-1-0901 8" in out
     cache = Path(out.splitlines()[-1])
     code, out, err = run("frontier", "check", cache, "--config", path, "--json", tmp_path / "check.json")
-    assert code == 0 and json.loads((tmp_path / "check.json").read_text())["settings"][0]["coverage"] == 1, err
+    (checked,) = json.loads((tmp_path / "check.json").read_text())["settings"]
+    assert code == 0 and (checked["coverage"], checked["prompts_checked"]) == (1, 8), err
     refused(run("frontier", "check", cache, "--data", "facts"), "cache.parquet", "of 399 examples (0.0%)")
     refused(run("frontier", "check", cache), "--config", "--data")
 

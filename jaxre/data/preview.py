@@ -133,10 +133,12 @@ def _labels(dataset: Dataset) -> list[Table]:
 def _leakage(dataset: Dataset, test: list[Example]) -> Text:
     lines = []
     for name, examples in (("validation", dataset.validation.examples if dataset.validation else []), ("test", test)):
-        if examples:
-            found = sources.overlap(dataset.train.examples, examples)
+        datasets = by_dataset(examples)
+        for of, members in datasets.items():
+            found = sources.overlap(dataset.train.examples, members)
             texts, pairs = len(found.same_text), len(found.same_pair)
-            lines.append(f"{name}: {texts} examples have a text of train, {pairs} also the same pair{_few(found.same_text)}")
+            place = f"{name}, {of}" if len(datasets) > 1 else name
+            lines.append(f"{place}: {texts} examples have a text of train, {pairs} also the same pair{_few(found.same_text)}")
     for name, split in (("train", dataset.train), ("validation", dataset.validation)):
         if split and split.dropped:
             lines.append(f"{name}: {len(split.dropped)} examples are longer than a row and left out{_few(split.dropped)}")

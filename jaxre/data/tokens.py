@@ -19,6 +19,7 @@ from jaxre.config import Prompt, Text, data_root
 from jaxre.data.template import ChatTemplate, Encoded, tokenizer_digest
 from jaxre.errors import InputError
 from jaxre.relations import sources
+from jaxre.relations.marks import squeezed
 from jaxre.relations.prompts import by_label, choose_demonstrations, marked_text, system_turn, turns_after
 from jaxre.relations.schema import Example
 
@@ -148,8 +149,8 @@ def demonstrator(train: Sequence[Example], prompt: Prompt, seed: int) -> Callabl
         return lambda example: choose_demonstrations(grouped, prompt, seed, example)
     # Drawn once; an example whose text is among them gets the next in line.
     fixed = choose_demonstrations(grouped, prompt, seed)
-    texts = {demonstration.text for demonstration in fixed}
-    return lambda example: choose_demonstrations(grouped, prompt, seed, example) if example.text in texts else fixed
+    texts = {squeezed(demonstration.text) for demonstration in fixed}
+    return lambda example: choose_demonstrations(grouped, prompt, seed, example) if squeezed(example.text) in texts else fixed
 
 
 def encode_examples(examples: Sequence[Example], questions: Sequence[Sequence[dict[str, str]]], template: ChatTemplate) -> TokenSet:

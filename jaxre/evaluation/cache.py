@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from jaxre.evaluation.predictions import Prediction
+from jaxre.relations.benchmarks import COPIES
 from jaxre.relations.label_map import LabelMap
 from jaxre.relations.schema import is_negative, normalise_label
 
@@ -35,6 +36,7 @@ class Answer:
     model: str = ""
     gen_type: str = ""
     prompt_shot: str = ""
+    prompt_style: str = ""
     prompt: str = ""
     status: str = ""
     input_tokens: int | None = None
@@ -124,7 +126,7 @@ def _groups(ours, cached, level, found, taken) -> list[tuple[list[int], list[int
 
 
 # How the study's hub copies are called, letters and digits only -> the benchmark.
-_COPIES = {"rebeldataset": "rebel", "projectgutenbergfictionrelations": "pgfiction"}
+_COPIES = {squash(copy.split("/")[1]): squash(one.name) for copy, one in COPIES.items()}
 
 
 def same_dataset(one: str, other: str) -> bool:

@@ -192,6 +192,7 @@ def _select(cache: Cache, predictions: Sequence[Prediction], model: str | None) 
         ("model", model),
         ("gen_type", predictions[0].gen_type),
         ("prompt_shot", predictions[0].prompt_shot),
+        ("prompt_style", predictions[0].prompt_style),
     ):
         offered = sorted({getattr(answer, name) for answer in answers} - {""})
         if name == "dataset":

@@ -58,7 +58,7 @@ def read_cache(path: str | Path, examples: Sequence[Example] | Callable[[], Sequ
 
 
 def _read_long(path: Path) -> Cache:
-    """The study's long format. Rows without an id and a hash, and repeated ones that disagree, are left over."""
+    """The study's long format. Rows without an id and a hash are left over."""
     if path.suffix not in (".parquet", ".csv"):
         raise InputError(f"{path}: not a cache of predictions that jaxre knows; expected {EXPECTED}")
     table = read_table(path)
@@ -74,6 +74,7 @@ def _read_long(path: Path) -> Cache:
             model=as_text(row.get("model_id")),
             gen_type=as_text(row.get("gen_type")),
             prompt_shot=_shots(as_text(row.get("prompt_shot"))),
+            prompt_style=as_text(row.get("prompt_style")),
             prompt=as_text(row.get("prompt")),
             status=as_text(row.get("status")),
             input_tokens=_count(row.get("input_tokens")),

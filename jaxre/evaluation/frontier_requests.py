@@ -100,6 +100,7 @@ class Manifest:
     data_digest: str
     requests: tuple[Request, ...]
     files: tuple[str, ...] = ()
+    prompt_style: str = ""
 
     @property
     def examples(self) -> int:
@@ -140,6 +141,7 @@ def build_manifest(
     prompt_shot: str,
     labels: Sequence[str],
     date: str,
+    prompt_style: str = "",
 ) -> Manifest:
     """One request per different prompt, in the order of the examples.
 
@@ -170,6 +172,7 @@ def build_manifest(
         date=date,
         data_digest=data_digest(examples),
         requests=tuple(Request(custom_id(ask, prompt), prompt, tuple(those)) for prompt, those in asked.items()),
+        prompt_style=prompt_style,
     )
 
 

@@ -204,12 +204,13 @@ def _id_of(record: dict[str, Any], known: set[str], place: str) -> str:
 
 
 def _reason(error: Any) -> str:
-    """The name of an error, without its text: texts hold parts of prompts and of keys."""
+    """The name of an error (it has no space), without its text: texts hold parts of prompts and of keys."""
     while isinstance(error, dict) and isinstance(error.get("error"), dict):
         error = error["error"]
     if isinstance(error, dict):
         error = next((str(error[name]) for name in ("code", "type") if error.get(name)), "")
-    return str(error or "")[:LONGEST_REASON] or "error without a name"
+    name = str(error or "")
+    return name[:LONGEST_REASON] if len(name.split()) == 1 else "error without a name"
 
 
 def _text(value: Any) -> str:

@@ -34,6 +34,7 @@ from jaxre.inference.decoding import clean_answer
 from jaxre.relations import sources
 from jaxre.relations.label_map import read_label_map
 from jaxre.relations.labels import task_of
+from jaxre.relations.prompt_styles import styled
 from jaxre.relations.schema import ANY, Example, Schema, Schemas, normalise_label
 from jaxre.relations.tables import SUFFIXES
 
@@ -43,11 +44,12 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Exported:
-    """Request files, the manifest beside them, and a line to print."""
+    """Request files, the manifest beside them, a line to print, and what a user should know of the labels, line by line."""
 
     files: list[Path]
     manifest: Path
     summary: str
+    told: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -69,19 +71,21 @@ class _Task:
     prompts: list[list[dict[str, str]]]
     gen_type: str
     prompt_shot: str
+    told: tuple[str, ...]
 
 
-def export_requests(config: Config, ask: Ask, data: str | None, split: str | None, output: Path) -> Exported:
+def export_requests(config: Config, ask: Ask, data: str | None, split: str | None, output: Path, style: str = "") -> Exported:
     """Writes what to ask a frontier model: the same chat turns that a local model gets.
 
     Args:
       data, split: as in `jaxre predict`; the config's test data if not given.
       output: see `write_requests`.
+      style: one of `prompt_styles.STYLES`, in place of the config's own prompt.
 
     Raises:
-      InputError: unknown data, labels outside of the schema, and as `build_manifest` and `write_requests`.
+      InputError: unknown data or style, labels outside of the schema, and as `build_manifest` and `write_requests`.
     """
-    task = _task(config, data, split)
+    task = _task(config, *load_source(config, data, split), style)
     manifest = build_manifest(
         task.examples,
         task.prompts,
@@ -91,6 +95,7 @@ def export_requests(config: Config, ask: Ask, data: str | None, split: str | Non
         prompt_shot=task.prompt_shot,
         labels=task.schema.labels,
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        prompt_style=style,
     )
     files, path = write_requests(output, manifest)
     characters = sum(len(turn["content"]) for question in task.prompts for turn in question)
@@ -99,6 +104,7 @@ def export_requests(config: Config, ask: Ask, data: str | None, split: str | Non
         path,
         f"{manifest.examples:,} examples, {len(manifest.requests):,} requests to {ask.model} ({task.gen_type}, {task.prompt_shot}-shot), "
         f"{characters / manifest.examples:,.0f} characters a prompt, at most {ask.max_tokens} tokens an answer",
+        task.told,
     )
 
 
@@ -154,6 +160,7 @@ def _rows(manifest: Manifest, request: Request, outcome: Outcome | None, price: 
             tuned_dataset_name="frontier",
             model_shot="n/a",
             prompt_shot=manifest.prompt_shot,
+            prompt_style=manifest.prompt_style,
             prompt=request.prompt,
             prompt_hash=example.prompt_hash,
             input_tokens=outcome.input_tokens,
@@ -188,6 +195,7 @@ def summarise(manifest: Manifest, collected: Collected, rows: Sequence[Predictio
         "dataset": manifest.dataset,
         "gen_type": manifest.gen_type,
         "prompt_shot": manifest.prompt_shot,
+        "prompt_style": manifest.prompt_style,
         "asked_on": manifest.date,
         "data_digest": manifest.data_digest,
         "requests": len(manifest.requests),
@@ -223,9 +231,10 @@ def summarise(manifest: Manifest, collected: Collected, rows: Sequence[Predictio
 def import_table(imported: Imported) -> Group:
     """The account of an import for the terminal."""
     s = imported.summary
-    table = Table(
-        show_header=False, title=Text(f"{s['model']} on {s['dataset']}, {s['gen_type']}, {s['prompt_shot']}-shot"), title_justify="left"
-    )
+    style = f", style {s['prompt_style']}" if s["prompt_style"] else ""
+    title = Text(f"{s['model']} on {s['dataset']}, {s['gen_type']}, {s['prompt_shot']}-shot{style}")
+    table = Table(show_header=False, title=title, title_justify="left")
+    table.add_row("models that answered, as they say", Text(_few(s["models_reported"])))
     table.add_row("examples answered", f"{s['answered_examples']:,} of {s['examples']:,} ({s['coverage']:.1%})")
     table.add_row("requests answered", f"{s['answered_requests']:,} of {s['requests']:,}")
     if s["errors"]:
@@ -257,19 +266,17 @@ def check_file(
     cache: Path, config: Config | None, data: str | None, split: str | None, model: str | None, labels: Path | None, least: float
 ) -> CacheCheck:
     """Checks a cache against the data of a config, or against data alone (then the schema is that of its gold labels, and prompts are
-    only checked where the data has the study's prompt column).
+    only checked where the data has the study's prompt column). The prompts of a config are those of the style that the cache states.
 
     Raises:
       InputError: neither config nor data; a cache or data that cannot be read; a model that the cache does not have.
     """
     if config is not None:
-        task = _task(config, data, split)
-        prompts = {example.id: prompt_text(question) for example, question in zip(task.examples, task.prompts, strict=True)}
-        examples, names, setting = task.examples, task.schema.labels, (task.gen_type, task.prompt_shot)
+        source, examples = load_source(config, data, split)
     elif data is not None:
         is_file = Path(data).suffix.lower() in SUFFIXES
-        examples = sources.load(Source(dataset=data, split=split if is_file else split or "test"), labelled=False)
-        names, prompts, setting = Schema.of(examples).labels, None, None
+        source = Source(dataset=data, split=split if is_file else split or "test")
+        examples = sources.load(source, labelled=False)
     else:
         raise InputError("a cache is checked against data; give --config CONFIG or --data NAME")
     found = read_cache(cache, examples)
@@ -279,17 +286,23 @@ def check_file(
             raise InputError(f"{cache}: holds answers of {', '.join(offered)}, not {model!r}; name one of them with --model")
         found = dataclasses.replace(found, answers=tuple(answer for answer in found.answers if answer.model == model))
     label_map = None if labels is None else read_label_map(labels)
-    return check_cache(found, examples, names, prompts=prompts, setting=setting, label_map=label_map, least=least)
+    if config is None:
+        return check_cache(found, examples, Schema.of(examples).labels, label_map=label_map, least=least)
+    styles = {answer.prompt_style for answer in found.answers}
+    task = _task(config, source, examples, styles.pop() if len(styles) == 1 else "")
+    prompts = {example.id: prompt_text(question) for example, question in zip(examples, task.prompts, strict=True)}
+    setting = task.gen_type, task.prompt_shot
+    check = check_cache(found, examples, task.schema.labels, prompts=prompts, setting=setting, label_map=label_map, least=least)
+    return dataclasses.replace(check, notes=(*task.told, *check.notes))
 
 
-def _task(config: Config, data: str | None, split: str | None) -> _Task:
-    source, examples = load_source(config, data, split)
-    prompt = config.prediction_prompt
+def _task(config: Config, source: Source, examples: list[Example], style: str) -> _Task:
+    prompt = styled(config.prediction_prompt, style) if style else config.prediction_prompt
     asked = task_of(config, source, examples[0].dataset, prompt.shots)
-    if all(example.relation for example in examples):
-        Schemas({ANY: asked.schema}).check(examples, source.dataset)
+    labelled = all(example.relation for example in examples)
+    told = (*asked.told, *(Schemas({ANY: asked.schema}).check(examples, source.dataset) if labelled else ()))
     questions = questions_of(examples, prompt, asked.schema.labels, demonstrator(asked.train, prompt, config.seed))
-    return _Task(examples, asked.schema, questions, "gen_constrained" if prompt.enumerate else "gen_open", str(prompt.shots))
+    return _Task(examples, asked.schema, questions, "gen_constrained" if prompt.enumerate else "gen_open", str(prompt.shots), told)
 
 
 def _errors(collected: Collected) -> dict[str, int]:

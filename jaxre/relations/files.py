@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxre.errors import InputError
+from jaxre.relations.marks import is_text
 
 
 def nearest(name: str, known: Collection[str]) -> str:
@@ -54,7 +55,7 @@ def json_array(path: Path, kind: str) -> Iterator[Record]:
     """The objects of a JSON array, with the place `path: kind NUMBER` (from 0).
 
     Raises:
-      InputError: as `read_text`; no valid JSON (names the line), no array, an element that is no object.
+      InputError: as `read_text`; no valid JSON (names the line), no array, an element that is no object, or holds half a surrogate pair.
     """
     try:
         array = json.loads(read_text(path))
@@ -72,7 +73,7 @@ def json_lines(path: Path) -> Iterator[Record]:
     """The objects of a JSON Lines file, with the place `path:line`. Empty lines are passed over.
 
     Raises:
-      InputError: as `read_text`; a line that is not a JSON object (names it).
+      InputError: as `read_text`; a line that is not a JSON object, or holds half a surrogate pair (names it).
     """
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
@@ -86,6 +87,8 @@ def json_lines(path: Path) -> Iterator[Record]:
 def _object(place: str, record: Any) -> Record:
     if not isinstance(record, dict):
         raise InputError(f"{place}: not a JSON object; download it again")
+    if not is_text(json.dumps(record, ensure_ascii=False)):
+        raise InputError(f"{place}: holds half a surrogate pair; correct its escapes")
     return place, record
 
 

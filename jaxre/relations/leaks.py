@@ -1,4 +1,4 @@
-"""Texts that training and held-out data share: reporting them per benchmark, and leaving them out of training (`data.dedup`)."""
+"""Texts that training and held-out data share (`sources.overlap`), left out of training (`data.dedup`)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,6 @@ from jaxre.errors import InputError
 from jaxre.relations import sources
 from jaxre.relations.mixtures import load_all, sources_of
 from jaxre.relations.schema import Example
-
-
-def shared_texts(splits: Mapping[str, Sequence[Example]]) -> dict[tuple[str, str], sources.Overlap]:
-    """What each two splits of a benchmark share: (first, second) -> the examples of the second whose text the first has."""
-    return {(first, second): sources.overlap(splits[first], splits[second]) for first, second in itertools.combinations(splits, 2)}
 
 
 def load_train(data: config.Data, train: Sequence[config.Source]) -> list[list[Example]]:

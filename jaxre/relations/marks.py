@@ -65,6 +65,11 @@ def join_tokens(tokens: Sequence[str]) -> tuple[str, list[Span]]:
     return " ".join(tokens), [(end - 1 - len(token), end - 1) for token, end in zip(tokens, ends, strict=True)]
 
 
+def squeezed(text: str) -> str:
+    """The text without white space: texts that are equal so are one sentence, as two releases write it."""
+    return "".join(text.split())
+
+
 def only_occurrence(text: str, entity: str) -> Span | None:
     """The span of an entity that stands once in the text, in just these characters; else None."""
     found = occurrences(text, entity)

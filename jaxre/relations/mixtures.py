@@ -96,7 +96,10 @@ def read(data: Source | Mixture, place: str, load: Callable[[Sequence[Source]], 
         return Pool((data,), given, None, one=True)
     twice = [name for name, count in Counter(e.id for examples in given for e in examples).items() if count > 1]
     if twice:
-        raise InputError(f"{place}: {len(twice)} examples are in two of its sources (first {twice[0]}); take one of them out, or set part")
+        raise InputError(
+            f"{place}: {len(twice)} examples are in two of its sources (first {twice[0]}); take one of them out, set part, "
+            "or rename a file (a dataset is called as its file)"
+        )
     domains = [example.domain for examples in given for example in examples]
     order = _balanced(domains, place) if data.balance == "domains" else _shuffled(len(domains), SEED)
     if data.limit is not None and data.limit < len(order):

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from jaxre.config import Prompt, read_definitions
 from jaxre.errors import InputError
 from jaxre.relations.draws import digest
-from jaxre.relations.marks import insert_marks, is_text, locate, strip_marks
+from jaxre.relations.marks import insert_marks, is_text, locate, squeezed, strip_marks
 from jaxre.relations.schema import Example
 
 FIELDS = ("text", "marked", "head", "tail", "head_type", "tail_type")
@@ -180,7 +180,7 @@ def choose_demonstrations(
     - `stratified`: the most frequent label of `train` first (of equals the first by name), so that few demonstrations show what
       most answers are; the examples are drawn as for `fixed`.
     - `per_example`: drawn by hash from the seed and the example's id.
-    None shares its text with the example or with another. With `fixed` and `stratified`, all examples have the same
+    None shares its text (white space aside) with the example or with another. With `fixed` and `stratified`, all examples have the same
     demonstrations but for those whose text is among them: they get the next in line, or the prompt would hold their answer.
 
     Args:
@@ -204,15 +204,15 @@ def choose_demonstrations(
     else:
         order = sorted(pools, key=lambda label: digest(f"{key}:label:{label}"))
     queues = [_from_drawn_place(pools[label], f"{key}:start:{label}") for label in order]
-    texts = set() if example is None else {example.text}
+    texts = set() if example is None else {squeezed(example.text)}
     chosen: list[Example] = []
     while queues and len(chosen) < prompt.shots:
         for queue in list(queues):
-            candidate = next((one for one in queue if one.text not in texts), None)
+            candidate = next((one for one in queue if squeezed(one.text) not in texts), None)
             if candidate is None:
                 queues.remove(queue)
             elif len(chosen) < prompt.shots:
-                texts.add(candidate.text)
+                texts.add(squeezed(candidate.text))
                 chosen.append(candidate)
     if len(chosen) < prompt.shots:
         raise InputError(f"prompt.shots={prompt.shots}: only {len(chosen)} training examples have a text of their own; lower it")

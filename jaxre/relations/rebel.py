@@ -39,7 +39,7 @@ def read_rebel(folder: Path, split: str | None) -> Reading:
       InputError: unknown split, missing file, a line that is not as above (names file:line).
     """
     check_split(NAME, split, SPLITS)
-    if folder.is_dir() and any(folder.rglob(SAMPLE)) and not any(folder.rglob(FILES[split])):
+    if folder.is_dir() and any(folder.rglob(SAMPLE)) and not any(any(folder.rglob(name)) for name in FILES.values()):
         path = split_file(folder, NAME, split, dict.fromkeys(SPLITS, SAMPLE))
         return read_rebel_rows((row for row in json_lines(path) if split_of(_docid(*row)) == split), split, NAME)
     return read_rebel_rows(json_lines(split_file(folder, NAME, split, FILES)), split, NAME)

@@ -20,7 +20,7 @@ from jaxre.relations.benchmarks import BENCHMARKS
 from jaxre.relations.draws import draw, fraction
 from jaxre.relations.files import nearest
 from jaxre.relations.label_map import read_label_map
-from jaxre.relations.marks import locate
+from jaxre.relations.marks import locate, squeezed
 from jaxre.relations.schema import Example, Reading, normalise_label
 
 # The study's seed of every cap (protocol.md).
@@ -196,10 +196,10 @@ def overlap(first: Iterable[Example], second: Iterable[Example]) -> Overlap:
     """
     by_text = defaultdict(list)
     for example in first:
-        by_text[_squeezed(example.text)].append(example)
+        by_text[squeezed(example.text)].append(example)
     same_text, same_pair = [], []
     for example in second:
-        twins = by_text.get(_squeezed(example.text))
+        twins = by_text.get(squeezed(example.text))
         if not twins:
             continue
         same_text.append(example.id)
@@ -208,22 +208,18 @@ def overlap(first: Iterable[Example], second: Iterable[Example]) -> Overlap:
     return Overlap(tuple(same_text), tuple(same_pair))
 
 
-def _squeezed(text: str) -> str:
-    return "".join(text.split())
-
-
 def _same_pair(one: Example, other: Example) -> bool:
     places = _pair_places(one), _pair_places(other)
     if None not in places:
         return places[0] == places[1]
-    return (_squeezed(one.head), _squeezed(one.tail)) == (_squeezed(other.head), _squeezed(other.tail))
+    return (squeezed(one.head), squeezed(one.tail)) == (squeezed(other.head), squeezed(other.tail))
 
 
 def _pair_places(example: Example) -> tuple[int, int] | None:
     """Where head and tail begin, in characters other than white space; None if a span is unknown."""
     if example.head_span is None or example.tail_span is None:
         return None
-    return len(_squeezed(example.text[: example.head_span[0]])), len(_squeezed(example.text[: example.tail_span[0]]))
+    return len(squeezed(example.text[: example.head_span[0]])), len(squeezed(example.text[: example.tail_span[0]]))
 
 
 def unlocated(examples: Iterable[Example]) -> list[str]:

@@ -83,6 +83,8 @@ def test_demonstrations_are_those_of_the_relations_room(demonstrations: str) -> 
         found = chosen(example)
         assert found == choose_demonstrations(grouped, prompt, 1, example)
         assert len(found) == 3 and example.text not in {one.text for one in found}
+    asked = replace(found[0], id="as another release writes it", text=found[0].text.replace(" ", "  "))
+    assert found[0] not in chosen(asked)
 
 
 # ---- too long ----------------------------------------------------------------------------------

@@ -11,9 +11,10 @@ from refusals import refusal
 from rich.console import Console
 from tiny import tiny_config
 
-from jaxre.config import Config
+from jaxre.config import Config, Source
 from jaxre.data.dataset import load_dataset
 from jaxre.data.preview import preview, told_data, told_leaks
+from jaxre.relations.sources import load
 
 
 def table(folder: Path, name: str, labels: list[str], count: int = 6, start: int = 0) -> dict:
@@ -108,6 +109,24 @@ def test_prepare_and_the_log_show_the_sources_and_flag_labels_of_the_test_split(
     shown = captured.get()
     assert flag in shown and "sources of train" in shown and "labels of Ada" in shown
     assert told_leaks(config, dataset) == ""
+
+
+def test_prepare_says_of_each_dataset_what_leaks(tiny_model: Path, tmp_path: Path) -> None:
+    """Validation is Ada, which is trained on, and the facts, which are not in train but for one sentence."""
+    texts = load(Source(dataset="facts", split="validation"))
+    (tmp_path / "more.jsonl").write_text(
+        json.dumps({"id": "0", "text": texts[0].text, "head": texts[0].head, "tail": texts[0].tail, "relation": "met"}) + "\n"
+    )
+    ada, more = table(tmp_path, "Ada", ["met", "left"]), {"dataset": str(tmp_path / "more.jsonl")}
+    facts = {"dataset": "facts", "split": "validation"}
+    data = {"train": {"sources": [ada, more]}, "validation": {"sources": [ada, facts]}, "labels": {"facts": facts}}
+    console = Console(width=250)
+    with console.capture() as captured:
+        console.print(preview(mixed(tmp_path, tiny_model, data, prompt={}), tiny_model))
+    shown = captured.get()
+    count = sum(one.text == texts[0].text for one in texts)
+    assert f"validation, facts: {count} examples have a text of train" in shown
+    assert "validation, Ada: 6 examples have a text of train" in shown
 
 
 def test_validation_of_a_dataset_without_schema_or_demonstrations_is_refused(tiny_model: Path, tmp_path: Path) -> None:

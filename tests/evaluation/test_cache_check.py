@@ -17,6 +17,7 @@ from jaxre.evaluation.compare import compare, compare_files, comparison_table
 from jaxre.evaluation.credentials import refuse_credentials
 from jaxre.evaluation.frontier import read_cache
 from jaxre.evaluation.predictions import Prediction, write_predictions
+from jaxre.relations.benchmarks import COPIES
 from jaxre.relations.label_map import LabelMap
 from jaxre.relations.schema import Example, hash_prompt
 from jaxre.relations.sources import load
@@ -108,13 +109,13 @@ def test_a_cache_of_other_data_is_refused_and_names_of_one_benchmark_are_one():
     assert "holds no answer for 'd' (but for conll04, nyt_11)" in refusal(lambda: checked([example(0, "a")], *two))
     assert checked([example(0, "a")], two[0]).notes == ("dataset differs: ours 'd', the cache 'conll04'",)
     for one, other in (
-        ("Despina/nyt_11", "nyt11"),
+        *((copy, benchmark.name) for copy, benchmark in COPIES.items()),
         ("re-docred", "re_docred"),
         ("Despina/rebel-dataset/subsampled", "rebel"),
         ("project-gutenberg-fiction-relations", "pg_fiction"),
         ("hub:Despina/conll04", "conll04"),
     ):
-        assert same_dataset(one, other) and not same_dataset(one, "gids")
+        assert same_dataset(one, other) and not same_dataset(one, "facts")
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import refusal
 
-from jaxre.config import Prompt, check_config
+from jaxre.config import Prompt, Source, check_config
 from jaxre.evaluation import frontier_requests
 from jaxre.evaluation.compare import compare_files
 from jaxre.evaluation.frontier_requests import Ask, Limits, build_manifest, custom_id, read_manifest, write_requests
 from jaxre.evaluation.predictions import read_predictions, write_predictions
 from jaxre.inference.frontier import check_file, export_requests, import_results
-from jaxre.relations.prompts import turns
+from jaxre.relations.prompts import TASK, turns
 from jaxre.relations.schema import Example, hash_prompt
 
 PROVIDERS = ("openai", "anthropic", "openrouter")
@@ -174,6 +174,8 @@ def test_other_forms_of_the_same_answers_are_read(config, tmp_path):
         ({"response": {"status_code": 429, "body": {"error": {"code": None, "type": "tokens", "message": "x"}}}}, "status 429: tokens"),
         ({"response": {"error": {"code": 502, "message": "x"}}}, "502"),
         ({"response": {"choices": [{"finish_reason": "error", "error": {"code": 500}, "message": {"content": "no"}}]}}, "500"),
+        ({"error": "Incorrect API key provided: sk-pr****abcd"}, "error without a name"),
+        ({"error": "rate_limited"}, "rate_limited"),
         ({"result": {"type": "canceled"}}, "canceled"),
         ({"result": {"type": "succeeded", "message": None}}, "no message"),
     ],
@@ -289,6 +291,33 @@ def test_any_ids_texts_and_models_map_back(tmp_path_factory, names, name):
     assert len(owners) == len({json.dumps(chat) for chat in chats})
     for file in Path(folder).iterdir():
         file.unlink()
+
+
+def test_a_frontier_model_is_asked_in_a_prompt_style(config, tmp_path):
+    """Its rows state the style, and the check of a cache compares the prompts of that style, whatever the config's own are."""
+    written = export_requests(config, Ask("openai", "big-1"), None, None, tmp_path / "asked.jsonl", "shots2-task")
+    for _, chat, _ in take("openai", *written.files):
+        assert TASK in chat[0]["content"] and [turn["role"] for turn in chat[1:]] == ["user", "assistant"] * 2 + ["user"]
+    done = import_results(written.manifest, answer_files("openai", written.files, tmp_path, model), tmp_path / "cache")
+    rows = read_predictions(tmp_path / "cache.csv")
+    assert {(row.prompt_style, row.prompt_shot) for row in rows} == {("shots2-task", "2")} and done.summary["prompt_style"] == "shots2-task"
+    found = check_file(done.path, config, None, None, None, None, 0.7)
+    assert not found.problems and found.settings[0].prompts_checked == 13
+
+    ours, _ = write_predictions(tmp_path / "ours", [replace(row, prompt_style="shots2-labels") for row in rows])
+    assert "prompt_style differs: ours 'shots2-labels', the cache 'shots2-task'" in compare_files(ours, done.path).notes
+    assert "no such style" in refusal(lambda: export_requests(config, Ask("openai", "m"), None, None, tmp_path / "x", "shots3"))
+
+
+def test_labels_from_the_test_split_are_said(config, tmp_path):
+    labels = {"test": Source(dataset=str(tmp_path / "test.jsonl"))}
+    changes = {"data": config.data.model_copy(update={"labels": labels}), "prompt": config.prompt.model_copy(update={"shots": 0})}
+    flagged = config.model_copy(update=changes)
+    written = exported(flagged, tmp_path, "openai")
+    assert [line for line in written.told if line.startswith("LABELS FROM THE TEST SPLIT: those of test")]
+    done = import_results(written.manifest, answer_files("openai", written.files, tmp_path, model), tmp_path / "cache")
+    assert set(written.told) <= set(check_file(done.path, flagged, None, None, None, None, 0.7).notes)
+    assert exported(config, tmp_path / "plain", "openai").told == ()
 
 
 def test_an_import_is_compared_and_checked(config, tmp_path):

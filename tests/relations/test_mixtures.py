@@ -88,6 +88,9 @@ def test_what_cannot_be_mixed_is_refused(tmp_path: Path) -> None:
     assert "data.train: 3 examples are in two of its sources (first a/" in refusal(
         lambda: mixtures.load(mixture(general, general), "data.train")
     )
+    (tmp_path / "other").mkdir()
+    namesake = table(tmp_path / "other", "a", 3)
+    assert "rename a file" in refusal(lambda: mixtures.load(mixture(general, namesake), "data.train"))
 
 
 def test_a_mixture_has_the_name_that_predictions_give_it(tmp_path: Path) -> None:

@@ -166,6 +166,8 @@ def test_no_example_sees_its_own_answer(train, mode):
     twin = example("other id", train[0].text)
     pool = [train[0], train[1]]
     assert choose_demonstrations(pool, Prompt(shots=1, demonstrations=mode), 42, twin) == [train[1]]
+    spaced = example("as another release writes it", train[0].text.replace(" ", "  ").replace(".", " ."))
+    assert choose_demonstrations(pool, Prompt(shots=1, demonstrations=mode), 42, spaced) == [train[1]]
 
 
 def test_fixed_demonstrations_change_only_for_those_who_are_among_them(train):

@@ -96,11 +96,21 @@ def test_the_files_of_the_full_release_are_its_splits(tmp_path):
     assert [read_rebel(tmp_path, split).examples[0].id for split in SPLITS] == [f"rebel/{split}/{split}/1" for split in SPLITS]
 
 
+def test_the_sample_stands_in_for_no_file_of_the_full_release(tmp_path):
+    """Its documents are of that release, hence of its training file too."""
+    triple = ("Ada", [0, 3], "r", "Deal", [7, 11])
+    write(tmp_path, *(document(str(n), "Ada in Deal.", triple) for n in range(50)))
+    assert read_rebel(tmp_path, "validation").examples
+    write(tmp_path, document("1", "Ada in Deal.", triple), name="en_train.jsonl")
+    assert "no en_val.jsonl below it" in refusal(lambda: read_rebel(tmp_path, "validation"))
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "en_train.jsonl:1: not valid JSON"),
         ("[1]", "en_train.jsonl:1: not a JSON object"),
+        ('{"docid": "1", "text": "a \\ud800", "triples": []}', "en_train.jsonl:1: holds half a surrogate pair"),
         ('{"text": "a", "triples": []}', "en_train.jsonl:1: no docid"),
         ('{"docid": "1", "text": "a", "triples": [{"subject": 1}]}', "en_train.jsonl:1: not a document of REBEL"),
         ('{"docid": "1", "text": null, "triples": [{}]}', "en_train.jsonl:1: not a document of REBEL"),
