@@ -6,6 +6,9 @@ What all prompts begin with is computed once (`prefix.py`). A fixed number of sl
 done as waiting prompts fit a packed row, those take their places, in the same two compiled programs: one fills slots, one is
 a `while_loop` of a token per slot and step. What a slot computes between its end and the next prompt counts for nothing.
 
+Greedy means the most probable token, whatever a model's generation_config.json says of sampling or of a repetition penalty (that of
+Qwen2.5-0.5B-Instruct is 1.1, and transformers' `generate` applies it to greedy decoding too): only its stop tokens count (`predict.py`).
+
 Letters: S slots, W columns of new tokens, R arriving prompts, N new tokens at most, V vocabulary.
 """
 
