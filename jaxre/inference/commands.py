@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +88,8 @@ def open_config(model: str, config_path: Path | None, style: str | None) -> tupl
 
 
 def predict_text(model: str, text: str, mode: Mode, config_path: Path | None, data: str | None = None, style: str | None = None) -> Table:
-    """The labels of one marked text with their probabilities, the most probable first; `data` says whose labels, where the run has several.
+    """The labels of one marked text with their probabilities, the most probable first; the one answer with its own, where the mode
+    gives no more. `data` says whose labels, where the run has several.
 
     Raises InputError.
     """
@@ -99,14 +101,16 @@ def predict_text(model: str, text: str, mode: Mode, config_path: Path | None, da
         example = replace(example, dataset=asked.dataset)  # whose shipped label definitions the prompt may hold
     (row,) = task.predict([example], mode)
     table = Table(title=Text(f"{example.head} -> {example.tail}"), title_justify="left")  # not markup: a head may be "[/b]"
-    table.caption = "\n".join([*asked.told, *filter(None, [untyped_notice(task.loaded, [example])])]) or None
+    told = [*asked.told, *filter(None, [untyped_notice(task.loaded, [example])])]
     table.add_column("label")
     table.add_column("probability", justify="right")
-    shares = row.probabilities or {row.generated_relation: float("nan")}
-    for label, share in sorted(shares.items(), key=lambda item: -item[1]):
-        table.add_row(
-            Text(label), "not scored" if share != share else f"{share:.4f}", style="bold" if label == row.generated_relation else ""
-        )
+    if row.probabilities is None:
+        told.append("the probability that the model writes this and nothing else; --mode score compares all labels")
+        table.add_row(Text(row.generated_relation), f"{math.exp(row.score):.4g}", style="bold")
+    else:
+        for label, share in sorted(row.probabilities.items(), key=lambda item: -item[1]):
+            table.add_row(Text(label), f"{share:.4f}", style="bold" if label == row.generated_relation else "")
+    table.caption = "\n".join(told) or None
     return table
 
 

@@ -6,6 +6,9 @@ What all prompts begin with is computed once (`prefix.py`). A fixed number of sl
 done as waiting prompts fit a packed row, those take their places, in the same two compiled programs: one fills slots, one is
 a `while_loop` of a token per slot and step. What a slot computes between its end and the next prompt counts for nothing.
 
+Greedy means the most probable token, whatever a model's generation_config.json says of sampling or of a repetition penalty (that of
+Qwen2.5-0.5B-Instruct is 1.1, and transformers' `generate` applies it to greedy decoding too): only its stop tokens count (`predict.py`).
+
 Letters: S slots, W columns of new tokens, R arriving prompts, N new tokens at most, V vocabulary.
 """
 
@@ -23,7 +26,7 @@ import numpy as np
 
 from jaxre.errors import InputError
 from jaxre.inference.model import Model, adapter_of, on_device
-from jaxre.inference.prefix import Prefix, check_prompts, prefixes_of, shared_prefixes
+from jaxre.inference.prefix import Prefix, check_prompts, own_tokens, prefixes_of, shared_prefixes
 from jaxre.inference.slots import Arrivals, Slots, arrivals_of, empty_slots, fill_slots, plan_slots, step_slots
 from jaxre.models.architecture import Architecture
 from jaxre.models.decoder import Tree, head
@@ -85,12 +88,13 @@ def decode(
     stops = jnp.asarray(sorted(stop_ids), jnp.int32)
     results: list[Generation | None] = [None] * len(prompts)
     groups = shared_prefixes(prompts, batch_tokens)
-    for group, prefix in zip(groups, prefixes_of(params, factors, groups, model.architecture, model.scale), strict=True):
+    every = own_tokens(prompts, groups)
+    plans = plan_slots(every, max(1, max_new_tokens - 1), batch_tokens)  # the last new token is not read, so it has no column
+    computed = prefixes_of(params, factors, groups, model.architecture, model.scale)
+    run = {"architecture": model.architecture, "scale": model.scale}
+    for group, owns, plan, prefix in zip(groups, every, plans, computed, strict=True):
         depth = len(group.tokens)
-        owns = {member: prompts[member][depth:] for member in group.members}
-        run = {"architecture": model.architecture, "scale": model.scale}
-        # The last new token is not read, so it has no column.
-        for sizes in plan_slots(owns, max(1, max_new_tokens - 1), batch_tokens):
+        for sizes in plan:
             state = _start(empty_slots(sizes, model.architecture, params["embed"].dtype), max_new_tokens)
             waiting = deque(sizes.chunks(owns))
             at_work: dict[int, int] = {}  # slot -> prompt

@@ -29,7 +29,7 @@ from jaxre.inference.classification import plan_classification, run_classificati
 from jaxre.inference.decoding import clean_answer, decode
 from jaxre.inference.model import Model
 from jaxre.inference.scoring import plan_scoring, probabilities, run_scoring
-from jaxre.inference.search import best_labels
+from jaxre.inference.search import best_labels, no_number
 from jaxre.models.architecture import EncoderArchitecture, check_vocabulary
 from jaxre.models.lora import scale_of
 from jaxre.relations.schema import Example, hash_prompt
@@ -90,6 +90,7 @@ def predict_examples(
             shares = None
         else:
             every = run_scoring(model, plan_scoring(tokens, answers, loaded.architecture, **run), advance=advance)
+            _check_numbers(every.max(axis=1), names)
             best, scores, shares = every.argmax(axis=1), every.max(axis=1), probabilities(every)
         found = [
             {
@@ -105,6 +106,7 @@ def predict_examples(
         check_vocabulary(max(map(max, tokens)), loaded.architecture)
         stops = stop_ids(template, questions[0], loaded.folder)
         written = decode(model, tokens, stops, settings.max_new_tokens, batch_tokens=settings.batch_tokens, names=names, advance=advance)
+        _check_numbers([one.score for one in written], names)
         plain = template.tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
         found = [
             {"generated_relation": clean_answer(text), "score": one.score, "output_tokens": len(one.tokens)}
@@ -155,6 +157,7 @@ def _predict_labels(
     asked = dataclasses.replace(tokens, labels=np.zeros(len(tokens), np.int32))  # whatever the gold labels
     plan = plan_classification(asked, architecture, batch_tokens=settings.batch_tokens)
     scores = run_classification(jax.tree.map(jnp.asarray, loaded.base), architecture, plan, advance)
+    _check_numbers(scores.max(axis=1), tokens.ids)
     scores = scores[:, [architecture.labels.index(label) for label in labels]]
     shares = probabilities(scores)
     return [
@@ -175,6 +178,13 @@ def _predict_labels(
             examples, texts, scores, shares, scores.argmax(axis=1).tolist(), tokens.lengths, strict=True
         )
     ]
+
+
+def _check_numbers(scores: Sequence[float], names: Sequence[str]) -> None:
+    """Raises InputError, as the search does, for a score that is no number: its label would be that of the first place."""
+    for name, score in zip(names, scores, strict=True):
+        if score != score:
+            raise InputError(no_number(name))
 
 
 def stop_ids(template: ChatTemplate, question: Sequence[Turn], folder: Path) -> set[int]:

@@ -110,6 +110,11 @@ def _in_common(one: np.ndarray, other: np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else least
 
 
+def own_tokens(prompts: Sequence[Sequence[int]], groups: Sequence[Group]) -> list[dict[int, Sequence[int]]]:
+    """For each group, the tokens of its prompts after those that all of them begin with."""
+    return [{member: prompts[member][len(group.tokens) :] for member in group.members} for group in groups]
+
+
 def padded_length(groups: Sequence[Group]) -> int:
     """P, one for all groups: 0 where none shares a token."""
     return -(-max(len(group.tokens) for group in groups) // PREFIX_MULTIPLE) * PREFIX_MULTIPLE

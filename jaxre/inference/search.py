@@ -29,9 +29,9 @@ import numpy as np
 
 from jaxre.errors import InputError
 from jaxre.inference.model import Model, adapter_of, on_device
-from jaxre.inference.prefix import Prefix, check_prompts, prefixes_of, shared_prefixes
+from jaxre.inference.prefix import Prefix, check_prompts, own_tokens, prefixes_of, shared_prefixes
 from jaxre.inference.scoring import plan_scoring, run_scoring
-from jaxre.inference.slots import Arrivals, Slots, arrivals_of, empty_slots, fill_slots, plan_slots, step_slots
+from jaxre.inference.slots import Arrivals, Sizes, Slots, arrivals_of, empty_slots, fill_slots, plan_slots, step_slots
 from jaxre.inference.tree_rows import check_lengths, trees_of
 from jaxre.inference.trees import Answers, AnswerTree
 from jaxre.models.architecture import Architecture
@@ -57,18 +57,15 @@ class Branches:
     def of(cls, tree: AnswerTree) -> Branches:
         rows, labels = len(tree.targets), len(tree.valid)
         lengths = tree.valid.sum(axis=1)
-        leads, ends = np.full((2, rows, tree.targets.shape[1]), -1)
-        first, parents = np.full(rows, labels), np.full(rows, -1)
+        first, parents, followers = np.full(rows, labels), np.full(rows, -1), np.zeros(rows, np.int64)
+        np.maximum.at(followers, tree.place[tree.valid], tree.child[tree.valid] + 1)
+        after = [[(-1, -1)] * count for count in followers.tolist()]
         for label in range(labels):
             place, child = (array[label, : lengths[label]].tolist() for array in (tree.place, tree.child))
-            ends[place[-1], child[-1]] = label
             first[place] = np.minimum(first[place], label)
             for row, target, following in zip(place, child, place[1:], strict=False):
-                leads[row, target], parents[following] = following, row
-        after = [
-            [(lead, end) for lead, end in zip(*pair, strict=True) if lead >= 0 or end >= 0]
-            for pair in zip(leads.tolist(), ends.tolist(), strict=True)
-        ]
+                after[row][target], parents[following] = (following, after[row][target][1]), row
+            after[place[-1]][child[-1]] = after[place[-1]][child[-1]][0], label
         return cls(tree, after, first.tolist(), parents.tolist())
 
 
@@ -89,7 +86,7 @@ class Search:
         """Opens what a row of this score leads to; log_probabilities: [J] of its targets. Raises InputError for one that is no number."""
         for (lead, end), share in zip(self.branches.after[row], log_probabilities.tolist(), strict=False):
             if share != share:
-                raise InputError(f"example {self.name}: the model gives scores that are no numbers (NaN); its weights need mending")
+                raise InputError(no_number(self.name))
             if end >= 0:
                 heapq.heappush(self.open, (-(score + share), end, -1))
             if lead >= 0:
@@ -151,12 +148,18 @@ def best_labels(
     params, factors = on_device(model)
     best, scores = np.zeros(len(prompts), np.int64), np.zeros(len(prompts))
     unsettled: list[int] = []
-    for group, prefix in zip(groups, prefixes_of(params, factors, groups, model.architecture, model.scale), strict=True):
-        searches = {i: Search(i, names[i] if names else i, branches[id(trees[i])]) for i in group.members}
-        owns = {member: prompts[member][len(group.tokens) :] for member in group.members}
-        for done in _ended(
-            Model(params, model.architecture, factors, model.scale), prefix, len(group.tokens), owns, searches, batch_tokens
-        ):
+    kinds = [branch.tree for branch in branches.values()]
+    J, W = max(tree.targets.shape[1] for tree in kinds), min(COLUMNS, max(1, *(len(tree.tokens) for tree in kinds)))
+    every = own_tokens(prompts, groups)
+    plans = plan_slots(every, W, batch_tokens)
+    computed = prefixes_of(params, factors, groups, model.architecture, model.scale)
+    ready = Model(params, model.architecture, factors, model.scale)
+
+    def search_of(example: int) -> Search:
+        return Search(example, names[example] if names else example, branches[id(trees[example])])
+
+    for group, owns, plan, prefix in zip(groups, every, plans, computed, strict=True):
+        for done in _ended(ready, prefix, len(group.tokens), owns, plan, J, search_of):
             for search in done:
                 if search.found:
                     best[search.example], scores[search.example] = search.open[0][1], -search.open[0][0]
@@ -182,14 +185,17 @@ def _ended(
     prefix: Prefix | None,
     depth: int,
     owns: Mapping[int, Sequence[int]],
-    searches: Mapping[int, Search],
-    batch_tokens: int,
+    plan: Sequence[Sizes],
+    J: int,
+    search_of: Callable[[int], Search],
 ) -> Iterator[list[Search]]:
-    """Runs the searches of prompts behind one prefix; yields those that have found their label, or read as many nodes as they may."""
-    trees = {id(search.branches): search.branches.tree for search in searches.values()}.values()
-    J, W = max(tree.targets.shape[1] for tree in trees), min(COLUMNS, max(1, *(len(tree.tokens) for tree in trees)))
+    """Searches for prompts behind one prefix; yields those that have found their label, or read as many nodes as they may.
+
+    A search is begun when its prompt takes a slot, and kept no longer than that: its heap can be large.
+    """
     weights, run = (model.params, model.factors, prefix), {"architecture": model.architecture, "scale": model.scale}
-    for sizes in plan_slots(owns, W, batch_tokens):
+    for sizes in plan:
+        W = sizes.columns
         slots = empty_slots(sizes, model.architecture, model.params["embed"].dtype)
         waiting = deque(sizes.chunks(owns))
         at_work: dict[int, Search] = {}  # of each slot
@@ -198,12 +204,13 @@ def _ended(
             free = [slot for slot in range(sizes.slots) if slot not in at_work]
             if waiting and len(waiting[0]) <= len(free):
                 chunk = waiting.popleft()
-                at_work |= {slot: searches[example] for slot, example in zip(free, chunk, strict=False)}
-                roots = [searches[example].branches.tree.targets[0] for example in chunk]
+                begun = [search_of(example) for example in chunk]
+                at_work |= dict(zip(free, begun, strict=False))
+                roots = [search.branches.tree.targets[0] for search in begun]
                 arrivals = arrivals_of(chunk, free, owns, depth, sizes)
                 slots, found = fill(*weights, slots, arrivals, targets_of(dict(enumerate(roots)), sizes.arrivals, J), **run)
-                for example, shares in zip(chunk, np.asarray(found), strict=False):
-                    searches[example].read(0, 0.0, shares)
+                for search, shares in zip(begun, np.asarray(found), strict=False):
+                    search.read(0, 0.0, shares)
             else:
                 rows = {slot: heapq.heappop(search.open) for slot, search in at_work.items()}
                 column = step % W
@@ -216,6 +223,10 @@ def _ended(
             ended = [slot for slot, search in at_work.items() if search.found or len(search.columns) == W]
             if ended:
                 yield [at_work.pop(slot) for slot in ended]
+
+
+def no_number(name: str | int) -> str:
+    return f"example {name}: the model gives scores that are no numbers (NaN); its weights need mending"
 
 
 def targets_of(targets: Mapping[int, np.ndarray], places: int, J: int) -> np.ndarray:

@@ -81,27 +81,30 @@ class Sizes:
             yield chunk
 
 
-def plan_slots(owns: Mapping[int, Sequence[int]], columns: int, batch_tokens: int) -> list[Sizes]:
-    """Prompts by length in at most three sizes; each costs one compilation.
+def plan_slots(groups: Sequence[Mapping[int, Sequence[int]]], columns: int, batch_tokens: int) -> list[list[Sizes]]:
+    """The prompts of each group by length, in at most three sizes, the same for all groups; each costs one compilation.
 
     Args:
-      owns: the own tokens of each prompt. columns: W. batch_tokens: about S x (U + W), and T.
+      groups: the own tokens of each prompt, group by group. columns: W. batch_tokens: about S x (U + W), and T.
     """
-    members = np.array(list(owns))
-    lengths = np.array([len(own) for own in owns.values()])
+    lengths = [np.array([len(own) for own in owns.values()]) for owns in groups]
     # Of one kind are lengths within a factor of two, and all that are short: each size compiles two programs, and ends with idle slots.
-    need = np.maximum(SHORT, 2 ** np.ceil(np.log2(lengths)).astype(np.int64))
-    chosen = np.array(choose_lengths(need))
-    fitted = chosen[np.searchsorted(chosen, need)]
-    plans = []
-    for kind in np.unique(fitted).tolist():
-        inside = fitted == kind
-        own = -(-int(lengths[inside].max()) // OWN_MULTIPLE) * OWN_MULTIPLE
-        slots = min(int(inside.sum()), max(1, batch_tokens // (own + columns)))
-        row = min(max(min(ROW, batch_tokens), own), int(lengths[inside].sum()))
+    needs = [np.maximum(SHORT, 2 ** np.ceil(np.log2(some)).astype(np.int64)) for some in lengths]
+    chosen = np.array(choose_lengths(np.concatenate(needs)))
+    kinds = [chosen[np.searchsorted(chosen, need)] for need in needs]
+    plans: list[list[Sizes]] = [[] for _ in groups]
+    for kind in chosen.tolist():
+        inside = [some[fitted == kind] for some, fitted in zip(lengths, kinds, strict=True)]
+        own = -(-max(int(some.max(initial=0)) for some in inside) // OWN_MULTIPLE) * OWN_MULTIPLE
+        slots = min(max(map(len, inside)), max(1, batch_tokens // (own + columns)))
+        row = min(max(min(ROW, batch_tokens), own), max(int(some.sum()) for some in inside))
         row = -(-row // ROW_MULTIPLE) * ROW_MULTIPLE
         # Each prompt is copied out as U places: no more of them than twice the row.
-        plans.append(Sizes(slots, own, columns, row, min(slots, max(1, 2 * row // own)), tuple(members[inside].tolist())))
+        arrivals = min(slots, max(1, 2 * row // own))
+        for plan, owns, fitted in zip(plans, groups, kinds, strict=True):
+            members = tuple(np.array(list(owns))[fitted == kind].tolist())
+            if members:
+                plan.append(Sizes(slots, own, columns, row, arrivals, members))
     return plans
 
 

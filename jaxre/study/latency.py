@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import jax
@@ -11,6 +12,7 @@ from jaxre.checkpoints.source import Loaded
 from jaxre.data.tokens import TokenSet
 from jaxre.inference.classification import plan_classification, run_classification
 from jaxre.inference.decoding import decode
+from jaxre.inference.model import on_device
 from jaxre.inference.predict import model_of
 from jaxre.models.architecture import EncoderArchitecture
 
@@ -31,6 +33,8 @@ def latency_ms(loaded: Loaded) -> float:
             return run_classification(params, architecture, plan)
     else:
         model = model_of(loaded)
+        params, factors = on_device(model)  # once: an answer does not bring the weights along
+        model = dataclasses.replace(model, params=params, factors=factors)
 
         def answer() -> object:
             return decode(model, [tokens.tolist()], (), NEW, batch_tokens=PROMPT + NEW)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +12,14 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jaxre_kernels.nf4 import quantise
 
 from jaxre.checkpoints.huggingface import hf_tensors, load_base
 from jaxre.config import Lora
 from jaxre.inference.model import Model
 from jaxre.models import lora as lora_module
 from jaxre.models.architecture import Architecture, architecture_of
-from jaxre.models.weights import places, tree_of
+from jaxre.models.weights import Weight, places, tree_of
 
 LORA = Lora(rank=4, alpha=8.0, dropout=0.0)
 
@@ -51,6 +55,20 @@ def random_factors(architecture: Architecture, seed: int) -> tuple[dict, float]:
     shapes = jax.eval_shape(lambda: lora_module.init_adapter(architecture, LORA, jax.random.key(0)))
     factors = jax.tree.map(lambda leaf: (0.1 * random.standard_normal(leaf.shape)).astype(np.float32), shapes)
     return factors, lora_module.scale_of(LORA)
+
+
+def quantised_model(model: Model) -> Model:
+    """The same with NF4 projections."""
+
+    def stored(weight: Weight, path: tuple[str, ...]) -> Any:
+        value = functools.reduce(operator.getitem, path, model.params)
+        if not weight.lora:
+            return value
+        layers = [quantise(one.T) for one in value.reshape(-1, *value.shape[-2:])]
+        return jax.tree.map(lambda *one: np.stack(one), *layers) if value.ndim == 3 else layers[0]
+
+    pairs = ((path, stored(weight, path)) for weight, path, _, _ in places(model.architecture))
+    return dataclasses.replace(model, params=tree_of(pairs))
 
 
 def stories_model(shared_models: Path, *, adapter: bool) -> Model:
@@ -112,5 +130,10 @@ def largest_difference(found: np.ndarray, truth: np.ndarray) -> float:
 def models() -> Callable[..., Any]:
     """The functions above by name: pytest's conftest cannot be imported by the tests."""
     return type(
-        "Models", (), {f.__name__: staticmethod(f) for f in (random_model, stories_model, in_transformers, brute_force, largest_difference)}
+        "Models",
+        (),
+        {
+            f.__name__: staticmethod(f)
+            for f in (random_model, quantised_model, stories_model, in_transformers, brute_force, largest_difference)
+        },
     )

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from refusals import refusal
 
+from jaxre.checkpoints.source import Loaded
 from jaxre.config import Config, check_config
+from jaxre.evaluation.predictions import Prediction
+from jaxre.inference import commands
 from jaxre.inference.commands import load_source
 
 MAPPING = {"text": "sentence", "head": "subj", "tail": "obj", "relation": "label"}
@@ -73,3 +76,16 @@ def test_a_record_that_cannot_be_used_is_named_whatever_the_mapping(tmp_path: Pa
     assert refusal(lambda: load_source(run_on(tmp_path), written(tmp_path / "new.jsonl", **fields), None)).startswith(
         f"{tmp_path / 'new.jsonl'}:1: "
     )
+
+
+@pytest.mark.parametrize("mode", ["best", "generate"])
+def test_a_single_answer_is_shown_with_its_own_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """A model that writes "met" with the probability that these modes know, e^-0.5."""
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps(run_on(tmp_path).model_dump(mode="json", exclude_unset=True) | {"model": {"path": "facts-base"}}))
+    row = Prediction("text", "", "met", score=-0.5)
+    monkeypatch.setattr(commands, "open_model", lambda *given: Loaded(tmp_path, "m", None, {}))
+    monkeypatch.setattr(commands, "predict_examples", lambda *given, **more: [row] if more["mode"] == mode else [])
+    table = commands.predict_text("facts-base", "<e1>Ada</e1> saw <e2>Bob</e2>.", mode, config)
+    assert [[str(cell) for cell in column.cells] for column in table.columns] == [["met"], ["0.6065"]]
+    assert "--mode score" in table.caption

@@ -9,6 +9,7 @@ import pytest
 
 from jaxre.errors import InputError
 from jaxre.inference.decoding import clean_answer, decode, decode_until, fill, generate
+from jaxre.inference.prefix import shared_prefixes
 from jaxre.inference.scoring import score_labels
 
 V = 97
@@ -117,6 +118,16 @@ def test_few_compilations_whatever_the_lengths(models):
     after = fill._cache_size(), decode_until._cache_size()
     decode(model, prompts[::-1], {4}, 5, batch_tokens=1024)
     assert (fill._cache_size(), decode_until._cache_size()) == after
+
+
+def test_prompts_of_several_beginnings_share_their_programs(models):
+    model, starts = models.random_model(V, adapter=False), some_prompts([150] * 3, seed=9)
+    lengths = [range(1, 6), range(30, 34), range(60, 69)]
+    prompts = [start + own for start, some in zip(starts, lengths, strict=True) for own in some_prompts(some, seed=10)]
+    assert [len(group.tokens) for group in shared_prefixes(prompts, 256)] == [150] * 3
+    before = fill._cache_size(), decode_until._cache_size()
+    check(models, model, prompts, {3}, 4, batch_tokens=256)
+    assert (fill._cache_size(), decode_until._cache_size()) == (before[0] + 1, before[1] + 1)
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,13 @@ def test_a_prompt_that_does_not_fit_names_its_example(loaded):
 
 
 @pytest.mark.parametrize("mode", ["score", "best", "generate"])
+def test_scores_that_are_no_numbers_name_their_example(loaded, mode):
+    broken = dataclasses.replace(loaded, base=loaded.base | {"norm": loaded.base["norm"] * np.nan})
+    message = refusal(lambda: predict_examples(broken, EXAMPLES, LABELS, Prompt(), SETTINGS, mode=mode))
+    assert message.startswith("example facts:test:") and "NaN" in message
+
+
+@pytest.mark.parametrize("mode", ["score", "best", "generate"])
 def test_no_example_is_an_input_error(loaded, mode):
     with pytest.raises(InputError, match="no example"):
         predict_examples(loaded, [], LABELS, Prompt(), SETTINGS, mode=mode)

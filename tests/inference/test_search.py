@@ -1,6 +1,8 @@
 """The search finds the label that all scores name, whatever the tree."""
 
 import dataclasses
+import tracemalloc
+import weakref
 
 import jax
 import numpy as np
@@ -8,8 +10,10 @@ import pytest
 
 from jaxre.errors import InputError
 from jaxre.inference import search
+from jaxre.inference.prefix import shared_prefixes
 from jaxre.inference.scoring import score_labels
-from jaxre.inference.search import best_labels
+from jaxre.inference.search import Branches, Search, best_labels
+from jaxre.inference.trees import answer_tree
 
 V, END = 97, 96
 
@@ -89,6 +93,47 @@ def test_few_nodes_are_read_where_the_model_is_sure(models, monkeypatch):
     monkeypatch.setattr(search, "read_nodes", lambda *given, **more: steps.append(1) or nodes(*given, **more))
     assert check(model, prompts, labels).tolist() == [50]
     assert len(steps) == 5
+
+
+def test_prompts_of_several_beginnings_share_their_programs(models):
+    model, labels = models.random_model(V, adapter=True), random_labels(12, 3)
+    lengths = [range(1, 6), range(30, 34), range(60, 69)]
+    prompts = [prompt for seed, some in enumerate(lengths) for prompt in some_prompts(150, some, seed)]
+    assert [len(group.tokens) for group in shared_prefixes(prompts, 256)] == [150] * 3
+    before = search.fill._cache_size(), search.read_nodes._cache_size()
+    check(model, prompts, labels, batch_tokens=256)
+    assert (search.fill._cache_size(), search.read_nodes._cache_size()) == (before[0] + 1, before[1] + 1)
+
+
+def test_what_is_settled_is_not_kept(models, monkeypatch):
+    """The open nodes of an example are many: its children of the root, at least."""
+    begun, at_once = [], []
+
+    def counted(*given):
+        one = Search(*given)
+        begun.append(weakref.ref(one))
+        return one
+
+    monkeypatch.setattr(search, "Search", counted)
+    prompts, labels = some_prompts(70, range(1, 41)), random_labels(12, 3)
+    best_labels(
+        models.random_model(V, adapter=True),
+        prompts,
+        [labels] * len(prompts),
+        batch_tokens=256,
+        advance=lambda done: at_once.append(sum(one() is not None for one in begun)),
+    )
+    assert len(begun) == len(prompts) and max(at_once) < len(prompts) / 2
+
+
+def test_a_tree_of_many_labels_takes_memory_by_its_nodes():
+    random = np.random.default_rng(0)
+    tree = answer_tree([[first, *random.integers(0, 4, 2).tolist(), END] for first in range(100, 700)])
+    tracemalloc.start()
+    Branches.of(tree)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < tree.targets.nbytes  # which have a place for each target of the root at each of 1,800 nodes
 
 
 def test_scores_that_are_no_numbers_are_refused(models):
