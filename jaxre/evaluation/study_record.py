@@ -45,7 +45,8 @@ class RecordedSystem:
     kind: tuned (SFT), adapted (language modelling on raw text, then SFT), encoder, untuned (the base itself), baseline
     (majority, TF-IDF), frontier (cached answers). regime: of the training data, such as gentune. seconds: of training; cost_usd: of
     the predictions, where the cache states it. latency_ms: of one answer at batch 1. sizes: name -> bytes (base, nf4, adapter, merged).
-    trained_on: datasets whose training split it has seen; the others of `predictions` show how it carries over.
+    trained_on: datasets whose training split it has seen; the others of `predictions` show how it carries over. common_labels:
+    dataset -> our label -> common label, of those datasets whose predictions file has common labels, gold and predicted (label_map).
     """
 
     name: str
@@ -65,6 +66,7 @@ class RecordedSystem:
     sizes: dict[str, int] = field(default_factory=dict)
     note: str = ""
     trained_on: tuple[str, ...] = ()
+    common_labels: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
