@@ -120,11 +120,13 @@ def at_a_glance(findings: Findings) -> list[str]:
         average = full[0].averages[OVERALL]
         interval = f"95% interval {average.low:.3f} to {average.high:.3f}"
         sentences.append(f"The best {words} is {full[0].name}: mean F1 {average.value:.3f} {over} ({interval}).")
+    tested = sum(row.p_holm is not None for row in findings.comparisons)
+    comparisons = f"{tested} {'comparison' if tested == 1 else 'comparisons'}"
     for row in findings.comparisons:
         if [row.first, row.second] == best and len(row.datasets) == len(whole) and row.difference is not None:
             sentences.append(
                 f"On the same examples: {verdict(row, *best)} (difference {points(row.difference)}, 95% interval {points(row.low)} to "
-                f"{points(row.high)}; p {p_value(row.p_holm)} after Holm's correction for {len(findings.comparisons)} comparisons)."
+                f"{points(row.high)}; p {p_value(row.p_holm)} after Holm's correction for {comparisons})."
             )
     return sentences
 

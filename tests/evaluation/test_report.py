@@ -135,7 +135,10 @@ def test_slices_are_read_back_as_they_were(findings):
 
 def test_a_chart_has_only_means_over_the_same_datasets(tmp_path):
     make_study(tmp_path, systems=("Qwen2.5-3B LitTune 0-shot", SOME[0]))
-    points = Page(render(found(tmp_path))).data["charts"]["scaling"]
+    page = Page(render(found(tmp_path)))
+    # Two datasets, their mean, and how to read it; the overall mean is of the one that it was trained on.
+    assert page.sections["results"].count("not trained on") == 4
+    points = page.data["charts"]["scaling"]
     groups = {group for one in points if one["name"] == "Qwen2.5-3B LitTune 0-shot" for group in [one["group"]]}
     assert "literary" in groups and "overall" not in groups
     assert {one["group"] for one in points if one["name"] == SOME[0]} >= {"literary", "overall"}
@@ -287,6 +290,12 @@ def test_a_gold_label_that_the_schema_lacks_is_a_row_of_the_confusion(tmp_path):
     confusion = findings.confusions[SOME[0], "facts"]
     assert confusion.labels == (*labels, gold) and confusion.counts.sum() == len(record.examples["facts"])
     assert [one for one in findings.slices[SOME[0]] if one.name == gold and one.n]
+
+
+def test_the_number_of_comparisons_told_is_that_of_those_tested(findings):
+    glance = Page(render(findings)).sections["glance"]
+    # One tuned system has broken answers: its four rows are tested and corrected for nothing.
+    assert len(findings.comparisons) == 8 and "Holm's correction for 4 comparisons" in glance
 
 
 def test_figures_are_drawn_as_png_and_pdf(findings, tmp_path):
