@@ -46,8 +46,9 @@ def study(folder: Path, datasets: dict[str, str], systems: dict[str, dict], coun
             draw = np.random.default_rng(zlib.crc32(f"{name} {dataset}".encode()))
             drawn = [one.relation if draw.random() < right else labels[draw.integers(len(labels))] for one in asked[dataset]]
             answers = drawn if answer is None else [answer(one) for one in asked[dataset]]
-            pairs = zip(asked[dataset], answers, strict=True)
-            rows = [Prediction(one.id, one.relation, given) for one, given in pairs if given is not None]
+            common = fields.get("common_labels", {}).get(dataset, {})  # our label -> common label, of gold and of answers
+            pairs = [(one, given) for one, given in zip(asked[dataset], answers, strict=True) if given is not None]
+            rows = [Prediction(one.id, common.get(one.relation, one.relation), common.get(given, given)) for one, given in pairs]
             files[dataset] = f"predictions/{name}/{dataset}.parquet"
             write_predictions(folder / files[dataset], rows)
         recorded.append(RecordedSystem(name, predictions=files, **fields))

@@ -71,5 +71,6 @@ def save(figure: Figure, *paths: Path) -> list[Path]:
         except OSError as error:
             raise InputError(f"{path}: cannot be written ({error.strerror}); give another folder") from None
         finally:
-            partial.unlink(missing_ok=True)
+            if partial.is_file():
+                partial.unlink()
     return list(paths)

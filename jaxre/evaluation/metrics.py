@@ -202,7 +202,7 @@ def semeval_official_f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
     by all predictions of the relation in either direction, recall by all its gold examples.
     The mean runs over the relations that occur as gold, without Other. (The task's scorer, v1.2,
     `semeval2010_task8_scorer`, evaluation iii.) A prediction outside of the schema counts as Other,
-    as the scorer counts a skipped example.
+    as the scorer counts a skipped example; a relation without direction counts as one in the wrong direction.
 
     Args:
       gold, predicted: N labels such as `Cause-Effect(e2,e1)` or `Other`.

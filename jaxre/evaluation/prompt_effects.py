@@ -59,7 +59,7 @@ class PromptSensitivity(Row):
     model: str
     setting: str
     rows: tuple[StyleRow, ...]
-    spread: float | None  # best - worst overall F1
+    spread: float | None  # best - worst overall F1 of the styles, where all were asked of the same datasets
     effects: tuple[Effect, ...]
     problem: str = ""
 
@@ -80,7 +80,8 @@ def _sensitivity(study: StudyScores, key: tuple, systems: list[RecordedSystem]) 
         demonstrations, task, labels = style_factors(system.style)
         f1 = {cell.dataset: cell.interval.value for cell in study.asked(system.name, study.groups[OVERALL])}
         rows.append(StyleRow(system.style, task, labels, demonstrations, system.name, study.average(system.name, OVERALL), f1))
-    values = [row.average.value for row in rows if row.average.value is not None]
+    sound = [row.average for row in rows if row.average.value is not None]
+    values = [one.value for one in sound] if len({one.datasets for one in sound}) == 1 else []
     problem = _incomplete(rows)
     return PromptSensitivity(
         model=model,

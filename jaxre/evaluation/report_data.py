@@ -102,7 +102,10 @@ class StrataRow:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """One example that two systems answer differently. `right`: "model", "frontier" or "neither"."""
+    """One example that two systems answer differently, all labels in common ones where the frontier's are.
+
+    right: "model", "frontier" or "neither".
+    """
 
     id: str
     dataset: str
@@ -221,7 +224,7 @@ def collect(study: StudyScores, public: bool = False) -> Findings:
         styles=prompt_sensitivity(study),
         regressions=scaling(study),
         slices={system.name: slices(study, system.name) for system in study.record.systems},
-        strata=tuple(_strata(study, cell) for cell in study.cells.values()),
+        strata=tuple(_strata(cell) for cell in study.cells.values()),
         confusions={key: _confusion(study, cell) for key, cell in study.cells.items()},
         disagreements=None if best is None else _disagreements(study, best, public),
     )
@@ -347,23 +350,20 @@ def _dataset(study: StudyScores, one: RecordedDataset) -> DatasetRow:
     )
 
 
-def _labels(study: StudyScores, dataset: str) -> tuple[str, ...]:
-    return next(one.labels for one in study.record.datasets if one.name == dataset)
-
-
-def _strata(study: StudyScores, cell: Cell) -> StrataRow:
-    found = error_strata(cell.gold, cell.predicted, _labels(study, cell.dataset))
+def _strata(cell: Cell) -> StrataRow:
+    found = error_strata(cell.gold, cell.predicted, cell.schema)
     counts = {one.name: one.count for one in found.strata}
     return StrataRow(cell.system, cell.dataset, found.examples, found.errors, tuple(counts[name] for name in STRATA))
 
 
 def _confusion(study: StudyScores, cell: Cell) -> Confusion:
     """At most CONFUSION_LABELS labels by their frequency in the dataset, the same for every system; the others are one row and column."""
-    labels = _labels(study, cell.dataset)
+    labels = cell.classes
     whole = confusion_matrix(cell.gold, cell.predicted, labels)
     if len(labels) <= CONFUSION_LABELS:
         return whole
-    support = Counter(normalise_label(example.relation) for example in study.record.examples[cell.dataset].values())
+    gold = cell.gold if cell.common else [example.relation for example in study.record.examples[cell.dataset].values()]
+    support = Counter(map(normalise_label, gold))
     kept = sorted(sorted(range(len(labels)), key=lambda i: (-support[normalise_label(labels[i])], labels[i]))[:CONFUSION_LABELS])
     place = np.full(len(whole.columns), len(kept))  # the rest takes what is not kept
     place[kept] = np.arange(len(kept))
@@ -383,11 +383,12 @@ def _disagreements(study: StudyScores, model: str, public: bool) -> Disagreement
             ours, theirs = study.cell(model, dataset.name), study.cell(frontier, dataset.name)
             if ours is None or theirs is None or dataset.name in withheld:
                 continue
-            answers = dict(zip(theirs.ids, theirs.predicted, strict=True))
+            answers = {id: (gold, answer) for id, gold, answer in zip(theirs.ids, theirs.gold, theirs.predicted, strict=True)}
+            translated = [theirs.common.predicted(answer) for answer in ours.predicted] if theirs.common else ours.predicted
             found = [
-                _disagreement(study.record.examples[dataset.name][id], frontier, answer, answers[id], dataset.open_licence)
-                for id, answer in zip(ours.ids, ours.predicted, strict=True)
-                if id in answers and not _same(answer, answers[id])
+                _disagreement(study.record.examples[dataset.name][id], frontier, answer, *answers[id], dataset.open_licence)
+                for id, answer in zip(ours.ids, translated, strict=True)
+                if id in answers and not _same(answer, answers[id][1])
             ]
             chosen = _in_turns(found)
             counts[dataset.name, frontier] = len(found), len(chosen)
@@ -404,8 +405,8 @@ def _in_turns(found: Sequence[Disagreement]) -> list[Disagreement]:
     return [one for one in turns if one is not None][:EXAMPLES]
 
 
-def _disagreement(example: Example, frontier: str, ours: str, theirs: str, open_licence: bool) -> Disagreement:
-    right = "model" if _same(ours, example.relation) else "frontier" if _same(theirs, example.relation) else "neither"
+def _disagreement(example: Example, frontier: str, ours: str, gold: str, theirs: str, open_licence: bool) -> Disagreement:
+    right = "model" if _same(ours, gold) else "frontier" if _same(theirs, gold) else "neither"
     return Disagreement(
         example.id,
         example.dataset,
@@ -413,7 +414,7 @@ def _disagreement(example: Example, frontier: str, ours: str, theirs: str, open_
         segments(example),
         example.head,
         example.tail,
-        example.relation,
+        gold,
         ours,
         theirs,
         right,

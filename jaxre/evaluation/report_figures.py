@@ -55,7 +55,8 @@ def draw_figures(findings: Findings, folder: Path) -> list[Path]:
 def _means(findings: Findings) -> Figure | None:
     candidates = (row for row in findings.rows if not row.style)
     shown = [(row, average) for row in candidates if (average := findings.average(row, OVERALL)) and average.value is not None]
-    rows = sorted(shown, key=lambda one: -(one[1].value or 0.0))[:ROWS]
+    # Means of fewer datasets do not compare with the others: they stand below.
+    rows = sorted(shown, key=lambda one: (-len(one[1].datasets), -one[1].value))[:ROWS]
     if not rows:
         return None
     figure = Figure(figsize=(9, 1.6 + 0.3 * len(rows)), layout="constrained")
@@ -77,7 +78,7 @@ def _means(findings: Findings) -> Figure | None:
     axes.grid(axis="x", color="#e4e4e4")
     axes.set_axisbelow(True)
     axes.set_xlabel("mean F1 over datasets (line: 95% interval, clustered by dataset)")
-    more = f"; {len(shown) - ROWS} lower ones are in the page only" if len(shown) > ROWS else ""
+    more = f"; {len(shown) - ROWS} further ones are in the page only" if len(shown) > ROWS else ""
     axes.set_title(f"Which system finds relations best{more}", loc="left", color=INK)
     _legend(figure, [(row.kind, row.source) for row, _ in rows])
     return figure
@@ -91,14 +92,17 @@ def _heatmap(findings: Findings) -> Figure | None:
     figure = Figure(figsize=(4.5 + 0.85 * len(names), 2.2 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
-    for (row, column), value in np.ndenumerate(values):
+    for (place, column), value in np.ndenumerate(values):
         if not np.isnan(value):
-            axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=cividis(value)[1], fontsize=8)
+            cell = rows[place].cells[names[column]]
+            marks = "!" * cell.broken + "°" * (cell.trained is False) + "*" * (not cell.comparable)
+            axes.text(column, place, f"{value:.2f}{marks}", ha="center", va="center", color=cividis(value)[1], fontsize=8)
     axes.set_xticks(range(len(names)), [plain(dataset_title(name)) for name in names], rotation=40, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(rows)), [plain(row.name, 48) for row in rows])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, colors=INK)
     axes.set_title("F1 of each system on each dataset", loc="left", color=INK)
+    axes.set_xlabel("°: not trained on it; !: broken answers; *: other labels or a part of the examples", fontsize=8, color=INK, loc="left")
     figure.colorbar(image, ax=axes, shrink=0.6, label="F1")
     return figure
 

@@ -110,21 +110,23 @@ def at_a_glance(findings: Findings) -> list[str]:
     whole = findings.study.groups[OVERALL]
     sentences, best = [], []
     for kinds, words in ((("tuned", "adapted"), "fine-tuned system"), (("frontier",), "frontier model")):
-        rows = [row for row in findings.measured if row.kind in kinds and not row.style and row.averages[OVERALL].value is not None]
-        full = [row for row in rows if len(row.averages[OVERALL].datasets) == len(whole)]
+        rows = [row for row in findings.measured if row.kind in kinds and not row.style]
+        full = [row for row in rows if findings.whole_average(row, OVERALL)]
+        over = f"over {len(whole)} {'dataset' if len(whole) == 1 else 'datasets'}"
         if not full:
-            sentences.append(f"No {words} answered all {len(whole)} datasets." if rows else f"This study has no {words}.")
+            sentences.append(f"No {words} has a mean {over}." if rows else f"This study has no {words}.")
             continue
         best.append(full[0].name)
         average = full[0].averages[OVERALL]
-        over = f"over {len(whole)} {'dataset' if len(whole) == 1 else 'datasets'}"
         interval = f"95% interval {average.low:.3f} to {average.high:.3f}"
         sentences.append(f"The best {words} is {full[0].name}: mean F1 {average.value:.3f} {over} ({interval}).")
+    tested = sum(row.p_holm is not None for row in findings.comparisons)
+    comparisons = f"{tested} {'comparison' if tested == 1 else 'comparisons'}"
     for row in findings.comparisons:
         if [row.first, row.second] == best and len(row.datasets) == len(whole) and row.difference is not None:
             sentences.append(
                 f"On the same examples: {verdict(row, *best)} (difference {points(row.difference)}, 95% interval {points(row.low)} to "
-                f"{points(row.high)}; p {p_value(row.p_holm)} after Holm's correction for {len(findings.comparisons)} comparisons)."
+                f"{points(row.high)}; p {p_value(row.p_holm)} after Holm's correction for {comparisons})."
             )
     return sentences
 
@@ -133,7 +135,7 @@ def best_of_columns(findings: Findings) -> dict[str, str]:
     """Column (a dataset, or a group for its mean) -> the measured row with its highest value; means of all their datasets alone count."""
     best: dict[str, tuple[float, str]] = {}
     for row in findings.measured:
-        values = {name: cell.f1 for name, cell in row.cells.items() if not cell.broken}
+        values = {name: cell.f1 for name, cell in row.cells.items() if cell.comparable and not cell.broken}
         for group in (*findings.study.groups, *((IN_BOTH,) if findings.shared else ())):
             if average := findings.whole_average(row, group):
                 values[group] = average.value

@@ -39,7 +39,8 @@ class Slice(Row):
     measure: what value, low, high and whole are: "F1" (positive-class micro; of a relation its own F1; of a domain the unweighted
       average over its datasets), or "accuracy" where the slice has too few positive gold labels for an F1.
     low, high: 95% bootstrap interval. whole, whole_low, whole_high: the same measure of the next larger whole: the dataset for
-      relations, types, lengths and distances; for domains and datasets all that the system was trained on. difference: value - whole.
+      relations, types, lengths and distances; for domains and datasets all that the system was trained on (itself, where its F1 is not
+      comparable: study_scores). difference: value - whole.
     status: "too small" to judge (fewer than EXAMPLES), "hole" (the interval lies wholly below that of the whole), "broken" (a domain or
       dataset whose answers are faulty as a whole: study_scores), else "fine".
     """
@@ -64,22 +65,25 @@ class Slice(Row):
 def slices(study: StudyScores, system: str, resamples: int = RESAMPLES) -> tuple[Slice, ...]:
     """Every slice of every dataset that a system was asked: domains first, then each dataset followed by its parts.
 
-    Relations are all labels of the schema, those without gold examples too. That of a positive label is judged by its own F1 (wrong
-    predictions of it count), a negative one by the share of its examples that stay negative.
+    Relations are all labels of the schema, those without gold examples too, and gold labels beyond it. That of a positive label is judged
+    by its own F1 (wrong predictions of it count), a negative one by the share of its examples that stay negative.
     """
     cells = study.asked(system, study.groups[OVERALL])
     if not cells:
         return ()
-    whole = f1_interval(clustered([cell.resampled for cell in at_home(cells)], study.seed))
+    whole = f1_interval(clustered([cell.resampled for cell in at_home(cells) or cells], study.seed))
     found = []
     for domain in dict.fromkeys(cell.domain for cell in cells):
-        members = [cell for cell in cells if cell.domain == domain]
+        inside = [cell for cell in cells if cell.domain == domain]
+        members = at_home(inside) or inside
         interval = f1_interval(clustered([cell.resampled for cell in members], study.seed))
+        against = whole if members[0].comparable else interval
         count, positive = sum(len(cell.ids) for cell in members), sum(cell.positive.sum() for cell in members)
-        found.append(_slice("domain", domain, domain, "", count, positive, "F1", interval, whole, any(cell.broken for cell in members)))
+        found.append(_slice("domain", domain, domain, "", count, positive, "F1", interval, against, any(cell.broken for cell in members)))
     for cell in cells:
         count, positive = len(cell.ids), cell.positive.sum()
-        found.append(_slice("dataset", cell.dataset, cell.domain, cell.dataset, count, positive, "F1", cell.interval, whole, cell.broken))
+        against = whole if cell.comparable else cell.interval
+        found.append(_slice("dataset", cell.dataset, cell.domain, cell.dataset, count, positive, "F1", cell.interval, against, cell.broken))
         found += _parts(study, cell, resamples)
     return tuple(found)
 
@@ -98,7 +102,7 @@ def _parts(study: StudyScores, cell: Cell, resamples: int) -> list[Slice]:
         found.append(_slice(level, name, cell.domain, cell.dataset, count, positives, measure, interval, wholes[measure]))
 
     code = {name: index for index, name in enumerate(cell.labels.names)}
-    for label in next(one.labels for one in study.record.datasets if one.name == cell.dataset):
+    for label in cell.classes:
         this = code.get(normalise_label(label), -1)
         is_gold, is_predicted = cell.labels.gold == this, cell.labels.predicted == this
         members = np.flatnonzero(is_gold)

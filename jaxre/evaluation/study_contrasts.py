@@ -60,10 +60,10 @@ class Difference(Row):
 def planned_comparisons(study: StudyScores) -> tuple[Difference, ...]:
     """Every tuned system in the primary setting against every frontier system: on each dataset, and overall.
 
-    Primary: labels enumerated, prompt shots = training shots, no prompt style of the sensitivity table, and the datasets that the
-    system was trained on (`cross_domain` has the others). Both p values are Holm-corrected over the whole table.
+    On the datasets that the system was trained on (`cross_domain` has the others). What is scored in common labels is in no overall row.
+    Both p values are Holm-corrected over the whole table.
     """
-    tuned = [one for one in study.record.systems if one.kind == "tuned" and _primary(one)]
+    tuned = primary(study)
     frontier = [one for one in study.record.systems if one.kind == "frontier" and one.enumerated is not False and not one.style]
     rows: list[Difference] = []
     for first, second in itertools.product(tuned, frontier):
@@ -74,8 +74,11 @@ def planned_comparisons(study: StudyScores) -> tuple[Difference, ...]:
     return tuple(dataclasses.replace(row, **of.get(id(row), {})) for row in rows)
 
 
-def _primary(system: RecordedSystem) -> bool:
-    return system.enumerated is not False and system.prompt_shots in (None, system.train_shots) and not system.style
+def primary(study: StudyScores) -> list[RecordedSystem]:
+    """The tuned systems in the primary setting: prompt shots = training shots, no prompt style of the sensitivity table, and labels
+    enumerated in the prompt; a study without enumerated prompts has its generic ones instead."""
+    tuned = [one for one in study.record.systems if one.kind == "tuned" and not one.style and one.prompt_shots in (None, one.train_shots)]
+    return [one for one in tuned if one.enumerated is not False] or tuned
 
 
 def cross_domain(study: StudyScores) -> tuple[Difference, ...]:
@@ -143,34 +146,42 @@ def _differences(
         if cells[0] and cells[1] and len(np.intersect1d(cells[0].places, cells[1].places)):
             pairs[name] = _Pair(study, cells)
     scopes = {name: (name,) for name in pairs}
-    wide = {group: tuple(name for name in study.groups[group] if name in pairs) for group in groups}
+    alike = {name for name, pair in pairs.items() if not pair.common}
+    wide = {group: tuple(name for name in study.groups[group] if name in alike) for group in groups}
     last = {members: group for group, members in wide.items()}
     scopes |= {group: members for group, members in wide.items() if len(members) > 1 and last[members] == group}
     return [_difference(study, first.name, second.name, scope, [pairs[name] for name in members]) for scope, members in scopes.items()]
 
 
 class _Pair:
-    """Two cells of one dataset on the examples that both answered; resampled once, for all scopes."""
+    """Two cells of one dataset on the examples that both answered; resampled once, for all scopes.
+
+    common: both are scored in common labels, which the other datasets are not, so that no mean takes them together.
+    """
 
     def __init__(self, study: StudyScores, cells: Sequence[Cell]):
         self.cells = cells
+        self.common = any(cell.common for cell in cells)
         self.resampled, self.right = joint(study, cells)
 
 
 def joint(study: StudyScores, cells: Sequence[Cell]) -> tuple[Resamples, np.ndarray]:
     """C systems on the n examples of a dataset that all of them answered, with the same draws: their F1, and [n, C] bool who is right.
 
+    Where the answers of one are in common labels, those of all are judged in these.
+
     Raises InputError when no example was answered by all.
     """
-    common = reduce(np.intersect1d, [cell.places for cell in cells])
-    if not len(common):
+    answered = reduce(np.intersect1d, [cell.places for cell in cells])
+    if not len(answered):
         raise InputError(
             f"{cells[0].dataset}: no example was answered by {' and '.join(cell.system for cell in cells)}; ask them the same ones"
         )
-    at = [np.searchsorted(cell.places, common) for cell in cells]
-    parts = np.stack([cell.parts[index] for cell, index in zip(cells, at, strict=True)], axis=2)  # n 2 C
+    common = next((cell.common for cell in cells if cell.common), None)
+    judged = [cell.judged(np.searchsorted(cell.places, answered), common) for cell in cells]
+    parts = np.stack([parts for parts, _ in judged], axis=2)  # n 2 C
     resampled = resample_ratios(parts[:, 0], parts[:, 1], study.resamples, study.seed_of(cells[0].dataset))
-    return resampled, np.stack([cell.right[index] for cell, index in zip(cells, at, strict=True)], axis=1)
+    return resampled, np.stack([right for _, right in judged], axis=1)
 
 
 def _difference(study: StudyScores, first: str, second: str, scope: str, pairs: Sequence[_Pair]) -> Difference:

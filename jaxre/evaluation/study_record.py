@@ -46,7 +46,8 @@ class RecordedSystem:
     (majority, TF-IDF), frontier (cached answers). regime: of the training data, such as gentune. seconds: of training; cost_usd: of
     the predictions, where the cache states it. latency_ms: of one answer at batch 1. sizes: name -> bytes (base, nf4, adapter, merged).
     truncation: of the training examples, the counts of `data.tokens.Truncation`; those longer than a row were left out.
-    trained_on: datasets whose training split it has seen; the others of `predictions` show how it carries over.
+    trained_on: datasets whose training split it has seen; the others of `predictions` show how it carries over. common_labels:
+    dataset -> our label -> common label, of those datasets whose predictions file has common labels, gold and predicted (label_map).
     """
 
     name: str
@@ -67,6 +68,7 @@ class RecordedSystem:
     truncation: dict[str, int] = field(default_factory=dict)
     note: str = ""
     trained_on: tuple[str, ...] = ()
+    common_labels: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

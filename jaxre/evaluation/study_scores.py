@@ -18,13 +18,15 @@ import numpy as np
 
 from jaxre.errors import InputError
 from jaxre.evaluation.attributes import attributes_of
+from jaxre.evaluation.cache import ENOUGH
 from jaxre.evaluation.evaluate import score_dataset
-from jaxre.evaluation.metrics import Labels, Scores
+from jaxre.evaluation.metrics import Labels, Scores, score
 from jaxre.evaluation.predictions import Prediction
 from jaxre.evaluation.rows import Row
 from jaxre.evaluation.significance import RESAMPLES, SEED, Interval, Resamples, clustered, f1_interval, f1_parts, resample_ratios
 from jaxre.evaluation.study_record import RecordedDataset, RecordedSystem, StudyRecord
-from jaxre.relations.schema import NEGATIVES, Example, normalise_label
+from jaxre.relations.label_map import LabelMap
+from jaxre.relations.schema import NEGATIVES, Example, is_negative, normalise_label
 
 OVERALL = "overall"
 
@@ -38,7 +40,11 @@ class Cell:
 
     places: [n] int64, the answered examples, as indices into the dataset's; ids, gold, predicted: of these; asked: how many it has.
     labels: the same, normalised, as codes. trained: whether the system has seen the dataset's training split; None where it is not trained.
+    common: the map to the common labels that gold and predicted are in, if they are not in the dataset's own.
+    schema: the labels that were allowed; classes: these, and the gold labels beyond them.
     flags: what is wrong with the answers as a whole; broken: so wrong that their F1 must not go into an average.
+    comparable: scored with the dataset's own labels, on ENOUGH of its examples, related ones among them. The F1 of another cell does not
+      compare with that of other systems, and goes into no average.
     """
 
     system: str
@@ -55,6 +61,10 @@ class Cell:
     flags: tuple[str, ...]
     broken: bool
     trained: bool | None
+    comparable: bool
+    common: LabelMap | None
+    schema: tuple[str, ...]
+    classes: tuple[str, ...]
 
     @cached_property
     def parts(self) -> np.ndarray:
@@ -69,12 +79,26 @@ class Cell:
     @cached_property
     def right(self) -> np.ndarray:
         """[n] bool: the label is right; a negative answer to a negative gold is, however spelled."""
-        return self.labels.right | ~(self.positive | self.labels.positive[self.labels.predicted])
+        return right_of(self.labels)
 
     @cached_property
     def interval(self) -> Interval:
         """Positive-class micro-F1 with its 95% bootstrap interval."""
         return f1_interval(self.resampled)
+
+    def judged(self, index: np.ndarray, common: LabelMap | None) -> tuple[np.ndarray, np.ndarray]:
+        """`parts` and `right` of some of the answers, in common labels where they are given."""
+        if common is None or self.common:
+            return self.parts[index], self.right[index]
+        labels = Labels.of(
+            [common.gold(self.gold[i], self.ids[i]) for i in index.tolist()], [common.predicted(self.predicted[i]) for i in index.tolist()]
+        )
+        return f1_parts(labels), right_of(labels)
+
+
+def right_of(labels: Labels) -> np.ndarray:
+    """[n] bool: the label is right; a negative answer to a negative gold is, however spelled."""
+    return labels.right | ~(labels.positive[labels.gold] | labels.positive[labels.predicted])
 
 
 @dataclass(frozen=True)
@@ -85,6 +109,7 @@ class Average(Row):
     datasets: in the mean; missing: of the group, not asked of this system, so that the mean is of fewer datasets than others' are.
     untrained: asked, but the system was not trained on them. They are left out where it was trained on others of the group, as the study
       has it (the overall mean of GenTune is that of the general sets); else the mean is of them alone, a cross-domain one.
+    apart: asked, but not comparable (Cell): in no mean.
     flags: of its cells, each as "dataset: flag".
     """
 
@@ -94,6 +119,7 @@ class Average(Row):
     datasets: tuple[str, ...]
     missing: tuple[str, ...]
     untrained: tuple[str, ...]
+    apart: tuple[str, ...]
     broken: tuple[str, ...]
     flags: tuple[str, ...]
 
@@ -144,6 +170,7 @@ class StudyScores:
             datasets=datasets,
             missing=tuple(name for name in names if (system, name) not in self.cells),
             untrained=tuple(cell.dataset for cell in asked if cell.trained is False),
+            apart=tuple(cell.dataset for cell in asked if not cell.comparable),
             broken=broken,
             flags=tuple(f"{cell.dataset}: {flag}" for cell in cells for flag in cell.flags),
         )
@@ -154,8 +181,9 @@ class StudyScores:
 
 
 def at_home(cells: Sequence[Cell]) -> list[Cell]:
-    """Those that the system was trained on, or need no training; all of them if there are none."""
-    return [cell for cell in cells if cell.trained is not False] or list(cells)
+    """Those comparable that the system was trained on, or need no training; all that are comparable if there are none."""
+    comparable = [cell for cell in cells if cell.comparable]
+    return [cell for cell in comparable if cell.trained is not False] or comparable
 
 
 def measure(record: StudyRecord, resamples: int = RESAMPLES, seed: int = SEED) -> StudyScores:
@@ -214,21 +242,38 @@ def _answers(record: StudyRecord, dataset: RecordedDataset, examples: Sequence[E
 
 
 def _check_gold(row: Prediction, example: Example, system: RecordedSystem, dataset: RecordedDataset) -> None:
-    if row.relation != example.relation and normalise_label(row.relation) != normalise_label(example.relation):
+    common = _common(system, dataset)
+    gold = common.gold(example.relation, example.id) if common else example.relation
+    if row.relation != gold and normalise_label(row.relation) != normalise_label(gold):
         raise InputError(
             f"{system.predictions[dataset.name]}: example {row.example_id!r} has the gold label {row.relation!r}, in the data of "
-            f"the study it is {example.relation!r}; predict the study's data"
+            f"the study it is {gold!r}; predict the study's data"
         )
+
+
+def _common(system: RecordedSystem, dataset: RecordedDataset) -> LabelMap | None:
+    """The map to the common labels that a predictions file is in, if it is not in the dataset's own."""
+    common = system.common_labels.get(dataset.name)
+    return None if common is None else LabelMap(f"common_labels of {system.name}", common)
 
 
 def _cell(system: RecordedSystem, dataset: RecordedDataset, examples: list[Example], answers: dict[int, str], study: StudyScores) -> Cell:
     places = np.array(sorted(answers), np.int64)
-    gold = tuple(examples[i].relation for i in places)
+    common = _common(system, dataset)
+    gold = tuple(common.gold(examples[i].relation, examples[i].id) if common else examples[i].relation for i in places)
     predicted = tuple(answers[i] for i in places)
-    scores = score_dataset(dataset.name, gold, predicted, dataset.labels)
+    schema = tuple(sorted(set(common.common.values()))) if common else dataset.labels
+    # SemEval's official score is of its own labels alone.
+    scores = score(gold, predicted, schema) if common else score_dataset(dataset.name, gold, predicted, schema)
     labels = Labels.of(gold, predicted)
     parts = f1_parts(labels)
-    flags, broken = _flags(system, dataset, predicted, scores, len(examples))
+    flags, broken = _flags(system, schema, predicted, scores, len(examples))
+    if common:
+        flags += (f"scored with {len(schema)} common labels, not with the {len(dataset.labels)} of the dataset",)
+    related = not all(map(is_negative, set(gold)))
+    if not related:
+        flags += ("no example has a relation: F1 is zero whatever the answers",)
+    known = {normalise_label(label) for label in schema}
     return Cell(
         system=system.name,
         dataset=dataset.name,
@@ -244,14 +289,18 @@ def _cell(system: RecordedSystem, dataset: RecordedDataset, examples: list[Examp
         flags=flags,
         broken=broken,
         trained=dataset.name in system.trained_on if system.trained_on else None,
+        comparable=common is None and related and len(places) >= ENOUGH * len(examples),
+        common=common,
+        schema=schema,
+        classes=(*schema, *sorted({label for label in gold if normalise_label(label) not in known})),
     )
 
 
 def _flags(
-    system: RecordedSystem, dataset: RecordedDataset, predicted: Sequence[str], scores: Scores, asked: int
+    system: RecordedSystem, schema: Sequence[str], predicted: Sequence[str], scores: Scores, asked: int
 ) -> tuple[tuple[str, ...], bool]:
     """What is wrong with the answers as a whole, and whether their F1 is one of a fault, not of a model."""
-    known = {normalise_label(label) for label in dataset.labels} | NEGATIVES
+    known = {normalise_label(label) for label in schema} | NEGATIVES
     thinking = _share(predicted, lambda answer: answer.lstrip().lower().startswith("<think>"))
     valid = _share(predicted, lambda answer: normalise_label(answer) in known)
     empty = _share(predicted, lambda answer: not answer.strip())

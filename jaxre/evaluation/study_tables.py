@@ -18,6 +18,7 @@ from jaxre.evaluation.published import PublishedSystem, published
 from jaxre.evaluation.regression import ScalePoint, ScaleRegression, family_of, scale_regression
 from jaxre.evaluation.rows import Row
 from jaxre.evaluation.significance import FEW_CLUSTERS
+from jaxre.evaluation.study_contrasts import primary
 from jaxre.evaluation.study_record import RecordedSystem
 from jaxre.evaluation.study_scores import OVERALL, Average, StudyScores, at_home
 
@@ -28,7 +29,7 @@ IN_BOTH = "measured and published"
 class HeadlineCell(Row):
     """F1 with its interval (none for published figures). official: SemEval's macro-F1, on SemEval only.
 
-    trained: whether the system has seen the dataset's training split; None where it is not trained.
+    trained: whether the system has seen the dataset's training split; None where it is not trained. comparable: as in study_scores.Cell.
     """
 
     f1: float
@@ -40,6 +41,7 @@ class HeadlineCell(Row):
     flags: tuple[str, ...] = ()
     broken: bool = False
     trained: bool | None = None
+    comparable: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class LabelsEffect(Row):
 
 @dataclass(frozen=True)
 class FootprintRow(Row):
-    """Bytes, milliseconds, seconds; None where it was not measured. f1: overall average.
+    """Bytes, milliseconds, seconds; None where it was not measured. f1: overall average, over so many `datasets`.
 
     left_out: training examples longer than a row; answers_lost: those of them that would have lost their answer or a part of it, had
     they been cut to a row.
@@ -116,6 +118,7 @@ class FootprintRow(Row):
     training_seconds: float | None
     cost_usd: float | None
     f1: float | None
+    datasets: int = 0
     note: str = ""
     left_out: int | None = None
     answers_lost: int | None = None
@@ -152,6 +155,7 @@ def _measured(study: StudyScores, system: RecordedSystem, groups: dict[str, tupl
             flags=cell.flags,
             broken=cell.broken,
             trained=cell.trained,
+            comparable=cell.comparable,
         )
         for cell in study.asked(system.name, groups[OVERALL])
     }
@@ -202,18 +206,20 @@ def _published_average(system: PublishedSystem, names: Sequence[str]) -> Average
         datasets=datasets,
         missing=tuple(name for name in names if name not in system.f1),
         untrained=(),
+        apart=(),
         broken=broken,
         flags=(system.note,) if broken else (),
     )
 
 
 def scaling(study: StudyScores, with_published: bool = True) -> tuple[ScaleRegression, ...]:
-    """The scale regression over the tuned systems on what they were trained on, and over the published ones.
+    """The scale regression over the tuned systems in the primary setting on what they were trained on, and over the published ones.
 
     Broken systems are left out and named.
     """
-    tuned = [one for one in study.record.systems if one.kind == "tuned" and not one.style and one.parameters]
-    cells = [(one, cell) for one in tuned for cell in study.asked(one.name, study.groups[OVERALL]) if cell.trained is not False]
+    tuned = [one for one in primary(study) if one.parameters]
+    asked = [(one, cell) for one in tuned for cell in study.asked(one.name, study.groups[OVERALL])]
+    cells = [(one, cell) for one, cell in asked if cell.comparable and cell.trained is not False]
     points = [
         ScalePoint(
             f1=cell.interval.value,
@@ -221,7 +227,7 @@ def scaling(study: StudyScores, with_published: bool = True) -> tuple[ScaleRegre
             family=family_of(one.model),
             dataset=cell.dataset,
             regime=one.regime,
-            shots=f"{one.train_shots} trained, {one.prompt_shots} asked",
+            shots=str(one.train_shots),
             name=one.name,
         )
         for one, cell in cells
@@ -264,7 +270,9 @@ def labels_effect(study: StudyScores, with_published: bool = True) -> tuple[Labe
 def _labels_effect(name: str, source, points: list[LabelsPoint], drawn: np.ndarray, seed: int) -> LabelsEffect:
     """drawn: [D, R] F1 of each dataset's resamples."""
     counts, f1 = np.array([point.labels for point in points]), np.array([point.f1 for point in points])
-    if len(points) < FEW_CLUSTERS or len(set(counts.tolist())) < 2 or len(set(f1.tolist())) < 2:
+    if len(points) >= FEW_CLUSTERS and len(set(f1.tolist())) < 2:
+        return LabelsEffect(name, source, tuple(points), None, None, None, "F1 is the same on every dataset")
+    if len(points) < FEW_CLUSTERS or len(set(counts.tolist())) < 2:
         problem = f"{len(points)} datasets with {len(set(counts.tolist()))} numbers of labels; it takes {FEW_CLUSTERS} that differ"
         return LabelsEffect(name, source, tuple(points), None, None, None, problem)
     datasets, resamples = drawn.shape
@@ -300,12 +308,14 @@ def footprint(study: StudyScores, with_published: bool = True) -> tuple[Footprin
             latency_ms=one.latency_ms,
             training_seconds=one.seconds,
             cost_usd=one.cost_usd,
-            f1=study.average(one.name, OVERALL).value,
+            f1=average.value,
+            datasets=len(average.datasets),
             note=one.note,
             left_out=one.truncation.get("cut"),
             answers_lost=one.truncation["answer_gone"] + one.truncation["answer_cut"] if one.truncation else None,
         )
         for one in study.record.systems
+        for average in [study.average(one.name, OVERALL)]
     ]
     if with_published:
         for one in published().footprint:

@@ -18,6 +18,7 @@ from jaxre.evaluation.evaluate import evaluate_rows
 from jaxre.evaluation.study_record import RecordedDataset, RecordedSystem, StudyRecord, write_examples, write_record
 from jaxre.models.weights import parameter_count
 from jaxre.relations.benchmarks import open_licence
+from jaxre.relations.label_map import read_label_map
 from jaxre.study.estimate import dtype_for, sizes_of
 from jaxre.study.grid import System
 from jaxre.study.plan import Plan
@@ -70,10 +71,17 @@ def _system(plan: Plan, system: System, known: set[str]) -> RecordedSystem:
         enumerated=system.prompt.enumerate if system.prompt else None,
         style=system.style,
         trained_on=system.trained_on,
+        common_labels=_common_labels(plan, system, done),
         cost_usd=sum(costs) if costs else None,
         note="; ".join(filter(None, notes)),
         **_footprint(plan, system),
     )
+
+
+def _common_labels(plan: Plan, system: System, done: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """The label map of each cache that has one: its predictions are in common labels."""
+    cached = [one for one in plan.settings.frontier if system.kind == "frontier" and one.name == system.name and one.dataset in done]
+    return {one.dataset: read_label_map(one.labels).common for one in cached if one.labels}
 
 
 def _footprint(plan: Plan, system: System) -> dict[str, Any]:

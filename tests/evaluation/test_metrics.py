@@ -176,4 +176,6 @@ def test_wrong_direction_is_wrong_and_counts_against_precision():
     gold = ["Cause-Effect(e1,e2)", "Cause-Effect(e1,e2)", "Other"]
     predicted = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Other"]
     assert semeval_official_f1(gold, predicted) == pytest.approx(0.5)  # 1 of 2 proposed, 1 of 2 gold
+    assert semeval_official_f1(gold, ["Cause-Effect(e1,e2)", "Cause-Effect", "Other"]) == pytest.approx(0.5)
+    assert semeval_official_f1(gold, ["Cause-Effect(e1,e2)", "causes", "Other"]) == pytest.approx(2 / 3)  # 1 of 1 proposed
     assert score([undirected(x) for x in gold], [undirected(x) for x in predicted]).f1 == 1

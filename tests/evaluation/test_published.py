@@ -21,6 +21,16 @@ def test_figures_are_those_of_the_source(shared_data):
     for name, row in source["frontier_zero_shot"].items():
         one = next(one for one in published().systems if one.name == name)
         assert one.kind == "frontier" and one.f1 == {dataset: row[dataset] for names in source["datasets"].values() for dataset in names}
+    for name, column in (("RoBERTa-base", "roberta_base"), ("RoBERTa-large", "roberta_large")):
+        one = next(one for one in published().systems if one.name == name)
+        assert one.kind == "encoder" and one.f1 == {row["dataset"]: row[column] for row in source["encoder_in_domain"] if row[column]}
+    adapted = [one for one in published().systems if one.kind == "adapted"]
+    figures = [{"biographical": row["bio"], "pg_fiction": row["pg"]} for row in source["dapt_case_study"] if row["dapt"]]
+    assert [one.f1 for one in adapted] == figures and [one.regime for one in adapted] == ["littune", "mixtune"]
+    assert len(published().systems) == 30 + 2 + 2 + 2
+    for one, row in zip(published().footprint, source["efficiency"], strict=True):
+        assert (one.name, one.gpu_ms, one.cpu_ms) == (row["config"], row["rtx4090_ms_per_extraction"], row["cpu_ms_per_extraction"])
+        assert one.parameters == pytest.approx(1e9 * row["params_b"]) and row["size"] == f"~{one.gigabytes} GB"
 
 
 def test_unweighted_averages_of_the_figures_are_the_published_ones(shared_data):

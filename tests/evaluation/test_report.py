@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from jaxre import cli
 from jaxre.errors import InputError
+from jaxre.evaluation.predictions import Prediction, write_predictions
 from jaxre.evaluation.report import write_report
 from jaxre.evaluation.report_data import CONFUSION_LABELS, EXAMPLES, REST, Findings, collect, segments
 from jaxre.evaluation.report_figures import draw_figures
@@ -134,7 +135,10 @@ def test_slices_are_read_back_as_they_were(findings):
 
 def test_a_chart_has_only_means_over_the_same_datasets(tmp_path):
     make_study(tmp_path, systems=("Qwen2.5-3B LitTune 0-shot", SOME[0]))
-    points = Page(render(found(tmp_path))).data["charts"]["scaling"]
+    page = Page(render(found(tmp_path)))
+    # Two datasets, their mean, and how to read it; the overall mean is of the one that it was trained on.
+    assert page.sections["results"].count("not trained on") == 4
+    points = page.data["charts"]["scaling"]
     groups = {group for one in points if one["name"] == "Qwen2.5-3B LitTune 0-shot" for group in [one["group"]]}
     assert "literary" in groups and "overall" not in groups
     assert {one["group"] for one in points if one["name"] == SOME[0]} >= {"literary", "overall"}
@@ -245,7 +249,53 @@ def test_a_system_that_was_not_asked_everywhere_is_no_obstacle(tmp_path):
     write_record(dataclasses.replace(record, systems=(first, partial, nothing)))
     page = Page(render(found(tmp_path)))
     assert "1 of 3 sets" in page.sections["results"] and "asked nothing" in page.sections["results"]
-    assert "No frontier model answered all 3 datasets." in page.sections["glance"]
+    assert "No frontier model has a mean over 3 datasets." in page.sections["glance"]
+
+
+def test_what_is_no_fair_comparison_has_no_star_and_no_rank(tmp_path):
+    """Cached answers, all of them right, but on one dataset in common labels and on another to a few of the examples."""
+    record = make_study(tmp_path, systems=SOME[:2])
+    ours, system = record.systems
+    examples = list(record.examples["facts"].values())
+    common = {label: f"any {label.rpartition('_')[2]}" for label in record.datasets[0].labels}
+    rows = [Prediction(one.id, common[one.relation], common[one.relation], "facts") for one in examples]
+    write_predictions(tmp_path / "cached", rows)
+    part = [Prediction(one.id, one.relation, one.relation, "conll04") for one in list(record.examples["conll04"].values())[:30]]
+    write_predictions(tmp_path / "part", part)
+    cached = dataclasses.replace(
+        system, predictions={"facts": "cached.parquet", "conll04": "part.parquet"}, common_labels={"facts": common}
+    )
+    write_record(dataclasses.replace(record, systems=(ours, cached)))
+    findings = found(tmp_path)
+    page = Page(render(findings))
+    assert {"facts", "conll04"} <= set(best_of_columns(findings)) and system.name not in best_of_columns(findings).values()
+    assert page.sections["results"].count("not comparable") == 3  # two cells, and how to read them
+    assert "scored with" in page.sections["results"] and "No frontier model has a mean" in page.sections["glance"]
+    (row,) = [row for row in findings.comparisons if row.scope == "facts"]
+    ours = findings.study.cell(SOME[0], "facts")
+    right = [common.get(a) == common[b] for a, b in zip(ours.predicted, ours.gold, strict=True)]
+    assert (row.only_first, row.only_second) == (0, len(right) - sum(right))
+    shown = [one for one in findings.disagreements.shown if one.dataset == "facts"]
+    assert shown and all(one.gold in common.values() and one.right == "frontier" for one in shown)
+    assert findings.disagreements.counts["facts", system.name][0] == len(right) - sum(right)
+    draw_figures(findings, tmp_path / "figures")
+
+
+def test_a_gold_label_that_the_schema_lacks_is_a_row_of_the_confusion(tmp_path):
+    record = make_study(tmp_path, systems=SOME[:1])
+    gold = next(one.relation for one in record.examples["facts"].values() if one.relation != "none")
+    labels = tuple(label for label in record.datasets[0].labels if label != gold)
+    write_record(dataclasses.replace(record, datasets=tuple(dataclasses.replace(one, labels=labels) for one in record.datasets)))
+    findings = found(tmp_path)
+    confusion = findings.confusions[SOME[0], "facts"]
+    assert confusion.labels == (*labels, gold) and confusion.counts.sum() == len(record.examples["facts"])
+    assert [one for one in findings.slices[SOME[0]] if one.name == gold and one.n]
+
+
+def test_the_number_of_comparisons_told_is_that_of_those_tested(findings):
+    glance = Page(render(findings)).sections["glance"]
+    # One tuned system has broken answers: its four rows are tested and corrected for nothing.
+    assert len(findings.comparisons) == 8 and "Holm's correction for 4 comparisons" in glance
 
 
 def test_figures_are_drawn_as_png_and_pdf(findings, tmp_path):

@@ -44,3 +44,9 @@ def test_a_report_without_systems_is_refused(tmp_path):
     with pytest.raises(InputError, match="at least one system"):
         draw_report(tmp_path / "report", [], [])
     assert not (tmp_path / "report").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError, match="cannot be written"):
+        draw_report(tmp_path / "file", [System("x", GOOD)], [], [])

@@ -1,5 +1,6 @@
 """Slices: what an average hides is found, and what is too small is not judged."""
 
+import dataclasses
 import json
 
 import pytest
@@ -80,6 +81,35 @@ def test_a_slice_without_positive_labels_is_judged_by_accuracy(tmp_path):
     found = {one.name: one for one in slices(scores, "ours") if one.level == "entity types"}
     # Labels and types both alternate: all PER -> ORG are born in, all PER -> PER are none.
     assert (found["PER -> ORG"].measure, found["PER -> PER"].measure, found["PER -> PER"].positive) == ("F1", "accuracy", 0)
+
+
+def test_a_gold_label_beyond_the_schema_is_a_slice_too(tmp_path):
+    record = study(tmp_path, DATASETS, {"ours": {"answer": lambda one: one.relation.replace("works for", "none")}}, count=300)
+    known = [dataclasses.replace(one, labels=tuple(set(LABELS) - {"works for"})) for one in record.datasets]
+    table = slices(measure(dataclasses.replace(record, datasets=tuple(known)), resamples=300), "ours")
+    assert [one.status for one in table if one.name == "works for"] == ["hole", "hole"]
+    assert sum(one.n for one in table if (one.level, one.dataset) == ("relation", "one")) == 300
+
+
+def test_a_domain_is_the_mean_of_what_was_trained_on_where_some_of_it_was(tmp_path):
+    def answer(one):
+        return one.relation if one.dataset == "one" else "none"
+
+    datasets = {"one": "general", "two": "general", "tale": "literary"}
+    scores = measure(study(tmp_path, datasets, {"ours": {"answer": answer, "trained_on": ("one",)}}), resamples=300)
+    found = {(one.level, one.name): one for one in slices(scores, "ours")}
+    general, literary = found["domain", "general"], found["domain", "literary"]
+    assert (general.value, general.status, general.n) == (1, "fine", 200) and scores.average("ours", "general").value == 1
+    assert (literary.value, literary.status) == (0, "hole") and found["dataset", "two"].status == "hole"
+
+
+def test_a_system_whose_figures_do_not_compare_is_judged_by_itself(tmp_path):
+    def answer(one):
+        return (one.relation if one.tail_type == "ORG" else "none") if int(one.id.rpartition("/")[2]) < 200 else None
+
+    _, found = sliced(tmp_path, answer)
+    assert found["", "domain", "general"].difference == found["one", "dataset", "one"].difference == 0
+    assert found["one", "entity types", "PER -> PER"].status == "hole"
 
 
 def test_broken_answers_and_systems_that_were_not_asked(tmp_path):

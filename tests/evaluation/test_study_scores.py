@@ -10,6 +10,7 @@ from tiny_study import LABELS, study
 
 from jaxre.errors import InputError
 from jaxre.evaluation.predictions import Prediction, write_predictions
+from jaxre.evaluation.study_record import write_examples
 from jaxre.evaluation.study_scores import OVERALL, measure
 from jaxre.evaluation.study_tables import headline
 
@@ -76,6 +77,51 @@ def half(one):
 def test_faults_are_flagged(tmp_path, fields, flag, broken):
     cell = measured(tmp_path, system=fields).cell("system", "one")
     assert any(one.startswith(flag) for one in cell.flags) and cell.broken is broken
+
+
+def fewer(share):
+    return lambda one: one.relation if int(one.id.rpartition("/")[2]) < 200 * share else None
+
+
+def test_what_is_scored_with_common_labels_or_on_a_part_of_the_examples_is_in_no_mean(tmp_path):
+    place = {"born in": "born in", "works for": "works for", "place of birth": "place", "place of death": "place", "none": "none"}
+    scores = measured(
+        tmp_path,
+        cached={"kind": "frontier", "common_labels": {"one": place}, "answer": lambda one: one.relation.replace("birth", "death")},
+        part={"kind": "frontier", "answer": fewer(0.9)},
+        nearly={"kind": "frontier", "answer": fewer(0.96)},
+    )
+    common, own = scores.cell("cached", "one"), scores.cell("cached", "two")
+    assert set(common.gold) == {"born in", "works for", "place", "none"} and (common.scores.f1, common.comparable) == (1, False)
+    assert own.scores.f1 == 0.75 and own.comparable and "4 common labels, not with the 5" in common.flags[0]
+    average = scores.average("cached", "general")
+    assert (average.value, average.datasets, average.apart) == (0.75, ("two",), ("one",))
+    assert scores.average("part", OVERALL).value is None and scores.average("part", OVERALL).apart == tuple(DATASETS)
+    assert scores.average("nearly", OVERALL).value == 1 and scores.average("nearly", OVERALL).apart == ()
+    assert [cell.comparable for cell in headline(scores).rows[0].cells.values()] == [False, True, True]
+
+
+def test_common_labels_are_checked_against_the_gold_labels_and_have_no_official_score(tmp_path):
+    labels = ("Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Other")
+    common = {"cause-effect(e1,e2)": "Cause Effect", "cause-effect(e2,e1)": "Cause Effect", "other": "Other"}
+    cached = {"kind": "frontier", "common_labels": {"semeval2010_task8": common}}
+    record = study(tmp_path, {"semeval2010_task8": "general"}, {"cached": cached}, labels=labels)
+    with pytest.raises(InputError, match=r"gold label 'Cause-Effect\(e1,e2\)', in the data of the study it is 'Cause Effect'"):
+        measure(record, resamples=10)
+    rows = [dataclasses.replace(row, relation=common[row.relation.lower()]) for row in record.rows(record.systems[0], "semeval2010_task8")]
+    write_predictions(tmp_path / "predictions/cached/semeval2010_task8", rows)
+    assert measure(record, resamples=10).cell("cached", "semeval2010_task8").scores.semeval_official_f1 is None
+
+
+def test_a_dataset_without_related_examples_is_in_no_mean(tmp_path):
+    record = study(tmp_path, DATASETS, {"good": {"answer": lambda one: one.relation}}, count=30)
+    path = tmp_path / "data/two.jsonl"
+    unrelated = [dataclasses.replace(one, relation="none") for one in record.examples["two"].values()]
+    write_examples(path, unrelated)
+    write_predictions(tmp_path / "predictions/good/two", [Prediction(one.id, "none", "none") for one in unrelated])
+    scores = measure(dataclasses.replace(record), resamples=10)
+    assert scores.average("good", "general").value == 1 and scores.average("good", "general").apart == ("two",)
+    assert scores.cell("good", "two").flags == ("no example has a relation: F1 is zero whatever the answers",)
 
 
 def test_a_majority_baseline_is_no_fault(tmp_path):

@@ -95,6 +95,31 @@ def test_systems_are_compared_on_the_examples_that_both_answered(tmp_path):
     assert "gpt, gids: incomplete: 50 of 200 examples are answered" in row.flags
 
 
+def test_answers_in_common_labels_are_compared_in_these_and_in_no_overall_row(tmp_path):
+    place = {"born in": "born in", "works for": "works for", "place of birth": "place", "place of death": "place", "none": "none"}
+
+    def turned(one):
+        return one.relation.replace("birth", "death") if int(one.id.rpartition("/")[2]) % 3 else "born in"
+
+    scores = measured(tmp_path, a={"answer": turned}, gpt={"kind": "frontier", "right": 0.6, "common_labels": {"gids": place}})
+    rows = {row.scope: row for row in planned_comparisons(scores)}
+    assert rows[OVERALL].datasets == ("conll04", "pg_fiction")
+    ours, theirs = scores.cell("a", "gids"), scores.cell("gpt", "gids")
+    predicted = [place[label] for label in ours.predicted]
+    plain = paired_bootstrap(theirs.gold, predicted, theirs.predicted, resamples=500)
+    assert (rows["gids"].first_f1, rows["gids"].second_f1) == pytest.approx((plain.first, plain.second))
+    assert rows["gids"].first_f1 > rows["conll04"].first_f1 + 0.1
+    right = np.array(predicted) == np.array(theirs.gold)
+    assert rows["gids"].mcnemar_p == mcnemar(right, np.array(theirs.predicted) == np.array(theirs.gold)).p
+
+
+def test_a_study_that_only_asks_without_listing_labels_compares_these(tmp_path):
+    generic = {"enumerated": False, "train_shots": 0, "prompt_shots": 0}
+    frontier = {"kind": "frontier", "right": 0.6}
+    scores = measured(tmp_path, a=generic, more={**generic, "prompt_shots": 2}, gpt=frontier)
+    assert {row.first for row in planned_comparisons(scores)} == {"a"}
+
+
 def test_no_common_example_makes_no_row(tmp_path):
     def part(parity):
         return {"answer": lambda one: one.relation if int(one.id.rpartition("/")[2]) % 2 == parity else None}
@@ -148,7 +173,11 @@ def test_what_a_system_was_not_trained_on_is_in_no_mean_test_or_fit_with_what_it
 
 def test_number_of_labels_against_f1_is_spearmans_rho(tmp_path):
     names = ["gids", "conll04", "nyt11", "tacred", "rebel", "semeval2010_task8"]
-    record = study(tmp_path, dict.fromkeys(names, "general"), {"a": {}, "b": {"datasets": names[:3]}, "c": THINKS})
+    record = study(
+        tmp_path,
+        dict.fromkeys(names, "general"),
+        {"a": {}, "b": {"datasets": names[:3]}, "c": THINKS, "zero": {"answer": lambda one: "none"}},
+    )
     counts = [5, 7, 9, 11, 13, 15]
     datasets = [
         dataclasses.replace(one, labels=(*LABELS, *(f"more {n}" for n in range(count - 5))))
@@ -160,6 +189,7 @@ def test_number_of_labels_against_f1_is_spearmans_rho(tmp_path):
     assert found["a"].rho == pytest.approx(stats.spearmanr(counts, f1).statistic)
     assert -1 <= found["a"].low < found["a"].high <= 1
     assert found["b"].rho is None and "3 datasets" in found["b"].problem and "c" not in found
+    assert found["zero"].rho is None and found["zero"].problem == "F1 is the same on every dataset"
     gpt = found["GPT-5.4"]
     points = [(one.labels, one.f1) for one in gpt.points]
     assert gpt.source == "published" and gpt.rho == pytest.approx(stats.spearmanr(*zip(*points, strict=True)).statistic)
@@ -170,6 +200,8 @@ def test_scaling_takes_tuned_systems_that_are_not_broken(tmp_path):
     sizes = {"A-1B": 10**9, "A-3B": 3 * 10**9, "B-1B": 10**9, "B-7B": 7 * 10**9}
     systems = {name: {"model": name, "parameters": size, "right": 0.1 * np.log10(size) - 0.2} for name, size in sizes.items()}
     scores = measured(tmp_path, **systems, broken={**THINKS, "model": "A-7B", "parameters": 7 * 10**9}, gpt={"kind": "frontier"})
+    primary = measured(tmp_path, **systems, generic={"enumerated": False, "model": "A-1B", "parameters": 10**9, "right": 0.1})
+    assert scaling(primary)[0].points == 12  # what is asked otherwise says nothing of size
     ours, theirs = scaling(scores)
     assert (ours.points, ours.families, ours.carried_by, ours.source) == (12, ("A", "B"), ("A", "B"), "measured")
     assert ours.excluded == tuple(f"broken on {name}" for name in DATASETS) and ours.low < ours.per_decade < ours.high
@@ -226,6 +258,7 @@ def test_main_effects_of_the_eight_styles(tmp_path):
 def test_styles_that_give_no_main_effect_say_why(tmp_path, systems, problem):
     (table,) = prompt_sensitivity(measured(tmp_path, resamples=20, **systems))
     assert problem in table.problem and table.effects == ()
+    assert (table.spread is None) == (len(systems) == 1 or "same" in problem)
 
 
 def test_names_of_styles_are_those_of_the_prompts():

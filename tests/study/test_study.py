@@ -22,6 +22,7 @@ from jaxre.data.dataset import make_plan as packing
 from jaxre.evaluation.evaluate import evaluate_rows
 from jaxre.evaluation.predictions import write_predictions
 from jaxre.evaluation.study_record import read_record
+from jaxre.evaluation.study_scores import measure
 from jaxre.inference.predict import predict_examples
 from jaxre.relations.sources import load
 from jaxre.study import execute
@@ -243,3 +244,20 @@ def test_what_cannot_be_read_is_told_in_the_plan(tree: dict) -> None:
     said = console.file.getvalue()
     assert "absent.jsonl" in said and "impossible" in said
     assert [name for name, step in made.steps.items() if step.digest] == ["predict.majority.facts", "predict.tfidf.facts"]
+
+
+def test_cached_answers_in_common_labels_are_recorded_as_such(tmp_path: Path, tiny_model: Path) -> None:
+    tree = study_tree(tmp_path, tiny_model) | {"models": {}, "regimes": {}, "baselines": False}
+    cache, labels = tmp_path / "cached.csv", tmp_path / "labels.json"
+    tree["frontier"] = [{"name": "cached", "dataset": "facts", "cache": str(cache), "labels": str(labels)}]
+    examples = load(study_of(tree).datasets["facts"].test)
+    common = {one.relation: "none" if one.relation == "none" else "some relation" for one in load(study_of(tree).datasets["facts"].train)}
+    common |= {one.relation: common.get(one.relation, "some relation") for one in examples}
+    labels.write_text(json.dumps(common))
+    header = "example_id,relation,generated_relation,eval_dataset_name,model_id\n"
+    cache.write_text(header + "".join(f"{one.id},{common[one.relation]},{common[one.relation]},facts,m\n" for one in examples))
+    assert study(study_of(tree), quiet()) == 0
+    record = read_record(study_of(tree).folder)
+    assert record.systems[0].common_labels == {"facts": common}
+    cell = measure(record, resamples=10).cell("cached", "facts")
+    assert cell.scores.accuracy == 1 and not cell.comparable

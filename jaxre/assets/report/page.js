@@ -84,7 +84,7 @@
     const xs = points.map((one) => one.x);
     const log = Math.min(...xs) > 0;
     const [x0, x1] = log ? [Math.min(...xs) / 1.6, Math.max(...xs) * 1.6] : [0, Math.max(...xs) * 1.1 || 1];
-    const y0 = Math.max(0, Math.floor(Math.min(...points.map((one) => one.low ?? one.y)) * 10) / 10);
+    const y0 = Math.max(0, Math.floor(Math.min(...points.map((one) => one.low ?? one.y)) * 10 - 0.01) / 10);
     const y1 = Math.min(1, Math.ceil(Math.max(...points.map((one) => one.high ?? one.y)) * 10 + 0.01) / 10);
     const place = (value) => log ? Math.log(value) : value;
     const left = (value) => margin.left + (place(value) - place(x0)) / (place(x1) - place(x0)) * (width - margin.left - margin.right);
