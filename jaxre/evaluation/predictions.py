@@ -31,8 +31,8 @@ GenType = Literal["gen_open", "gen_constrained"]
 class Prediction:
     """One prediction. `score` is its log-probability, `probabilities` maps each label of the schema to its own.
 
-    `prompt_hash` is that of the example (`Example.prompt_hash`) where it has one, else of `prompt`. The last three are known of
-    frontier models: the day of the answer (YYYY-MM-DD), what it cost, and whether it is "refusal" or "truncated" (empty: neither).
+    `prompt_hash` is that of the example (`Example.prompt_hash`) where it has one, else of `prompt`. `status` is "truncated" where the
+    limit of new tokens ended an answer, "refusal" of frontier models, else empty. `date` (YYYY-MM-DD) and cost are known of those alone.
     """
 
     example_id: str

@@ -153,8 +153,10 @@ def predict_data(
         return Predicted(rows, path, Text(f"{len(rows):,} examples, {gold or 'no'} gold labels{'; not scored' if gold else ''}"))
     found = evaluate_rows(rows, str(path))
     official = "" if found.semeval_official_f1 is None else f", official SemEval macro-F1 {found.semeval_official_f1:.4f}"
-    collapsed = "; COLLAPSED: one label is predicted for every example" if found.collapsed else ""
-    return Predicted(rows, path, Text(f"{len(rows):,} examples: F1 {found.f1:.4f}, accuracy {found.accuracy:.4f}{official}{collapsed}"))
+    told = "; COLLAPSED: one label is predicted for every example" if found.collapsed else ""
+    if cut := sum(row.status == "truncated" for row in rows):
+        told += f"; {cut:,} answers reach the {config.predict.max_new_tokens} tokens of predict.max_new_tokens without an end"
+    return Predicted(rows, path, Text(f"{len(rows):,} examples: F1 {found.f1:.4f}, accuracy {found.accuracy:.4f}{official}{told}"))
 
 
 def untyped_notice(loaded: Loaded, examples: list[Example]) -> str | None:

@@ -109,7 +109,12 @@ def predict_examples(
         _check_numbers([one.score for one in written], names)
         plain = template.tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
         found = [
-            {"generated_relation": clean_answer(text), "score": one.score, "output_tokens": len(one.tokens)}
+            {
+                "generated_relation": clean_answer(text),
+                "score": one.score,
+                "output_tokens": len(one.tokens),
+                "status": "" if one.tokens[-1] in stops else "truncated",
+            }
             for text, one in zip(plain, written, strict=True)
         ]
     return [

@@ -113,7 +113,8 @@ def _footprint(plan: Plan, system: System) -> dict[str, Any]:
 def results_table(record: StudyRecord) -> Table:
     """Positive-class micro-F1 of each system on each dataset, and its mean over the datasets of each domain.
 
-    What a system was not trained on stands in brackets and is left out of its mean, unless that is all of the domain.
+    What a system was not trained on stands in brackets and is left out of its mean, unless that is all of the domain. Figures in common
+    labels are in no mean.
     """
     domains = defaultdict(list)
     for dataset in record.datasets:
@@ -129,7 +130,8 @@ def results_table(record: StudyRecord) -> Table:
         scores = {name: evaluate_rows(record.rows(system, name), system.predictions[name]).f1 for name in system.predictions}
         cells = [_cell(system, name, scores) for names in domains.values() for name in names]
         table.add_row(Text(system.name), *cells, *(_mean(system, names, scores) for names in domains.values()))
-    table.caption = "(x): not trained on this, and not in the mean beside it; *: the mean is not over all datasets of the domain"
+    carried = "(x): not trained on this, and not in the mean beside it; *: the mean is not over all datasets of the domain"
+    table.caption = f"{carried}; †: in labels common with cached answers, in no mean"
     return table
 
 
@@ -137,12 +139,12 @@ def _cell(system: RecordedSystem, dataset: str, scores: dict[str, float]) -> str
     if dataset not in scores:
         return ""
     carried = system.trained_on and dataset not in system.trained_on
-    return f"({scores[dataset]:.3f})" if carried else f"{scores[dataset]:.3f}"
+    return f"({scores[dataset]:.3f})" if carried else f"{scores[dataset]:.3f}" + ("†" if dataset in system.common_labels else "")
 
 
 def _mean(system: RecordedSystem, names: list[str], scores: dict[str, float]) -> str:
     """Unweighted, over the datasets of a domain that a system was trained on, or over all of them in brackets."""
-    asked = [name for name in names if name in scores]
+    asked = [name for name in names if name in scores and name not in system.common_labels]
     trained = [name for name in asked if not system.trained_on or name in system.trained_on]
     if not asked:
         return ""

@@ -79,6 +79,8 @@ def test_generated_rows_hold_the_cleaned_greedy_text(loaded):
     template = ChatTemplate(load_tokenizer(loaded.folder), "2026-01-01", "test")
     texts = [template.render(turns(one, Prompt(), LABELS), generation=True) for one in EXAMPLES]
     written = generate(model_of(loaded), template.tokenize(texts), {2}, 6)
+    assert [row.status for row in rows] == ["" if tokens[-1] == 2 else "truncated" for tokens in written]
+    assert "truncated" in {row.status for row in rows}
     assert [row.prompt for row in rows] == texts
     assert [row.generated_relation for row in rows] == [
         clean_answer(template.tokenizer.decode(one, skip_special_tokens=True)) for one in written

@@ -29,6 +29,7 @@ from jaxre.study import execute
 from jaxre.study.estimate import sizes_of, training_load
 from jaxre.study.execute import study
 from jaxre.study.plan import in_order, make_plan, plan_table
+from jaxre.study.results import results_table
 from jaxre.training.run_folder import locked
 
 PREDICTED = ["predict.majority.facts", "predict.majority.verbs", "predict.tfidf.facts", "predict.tfidf.verbs"]
@@ -259,5 +260,7 @@ def test_cached_answers_in_common_labels_are_recorded_as_such(tmp_path: Path, ti
     assert study(study_of(tree), quiet()) == 0
     record = read_record(study_of(tree).folder)
     assert record.systems[0].common_labels == {"facts": common}
+    table = results_table(record)
+    assert [list(column.cells) for column in table.columns[1:]] == [["1.000†"], [""], [""]]  # and in no mean
     cell = measure(record, resamples=10).cell("cached", "facts")
     assert cell.scores.accuracy == 1 and not cell.comparable
