@@ -88,5 +88,5 @@ def test_a_run_has_the_losses_of_the_dense_head_and_tells_what_it_chose(
         curves[tokens_at_once] = [(one["loss"], one["gradient_norm"]) for one in read_log(run) if one["kind"] == "train"]
         said[tokens_at_once] = console.file.getvalue()
     np.testing.assert_allclose(curves[CHUNK], curves[1 << 20], rtol=1e-4)  # four updates in f32
-    assert len(curves[CHUNK]) == 4 and curves[CHUNK] != curves[1 << 20]
+    assert len(curves[CHUNK]) == 4
     assert "all logits at once" in said[1 << 20] and "positions at a time, logits of" in said[CHUNK]

@@ -62,7 +62,7 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, said: C
 def test_a_run_leaves_what_the_design_says(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} >= {"config.yaml", "log.jsonl", "tensorboard", "checkpoints", "adapter"}
     kinds = {record["kind"] for record in read_log(finished)}
-    assert kinds == {"train", "speed", "validation", "end"}
+    assert kinds == {"truncation", "train", "speed", "validation", "end"}
     assert drawn(finished, "train/loss") == list(losses(finished))
     assert drawn(finished, "validation/f1") and drawn(finished, "speed/tokens_per_second")
 
