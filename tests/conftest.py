@@ -24,8 +24,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 
 
-# Rooms (and a file) that hold no array program of their own: another JAX shows nothing new of them.
-WITHOUT_ARRAYS = {"relations", "data", "evaluation", "study", "profiling", "tools", "test_config.py"}
+# Rooms (and files) that hold no array program of their own: another JAX shows nothing new of them.
+WITHOUT_ARRAYS = {"relations", "data", "evaluation", "study", "profiling", "tools", "test_config.py", "test_quickstart.py"}
 # But these take packed rows through a model.
 WITH_ARRAYS = {"test_packed_gradients.py", "test_shared_gradients.py"}
 

@@ -261,6 +261,7 @@ def test_semeval_in_the_studys_batches_has_little_pad(semeval: tuple[np.ndarray,
     assert plan.fill(lengths, supervised)[0] <= 0.10  # 6% when written
 
 
+@pytest.mark.slow
 def test_two_epochs_of_200_000_examples_are_planned_in_seconds(semeval: tuple[np.ndarray, np.ndarray]) -> None:
     lengths, supervised = (np.tile(values, 25) for values in semeval)
     began = time.process_time()

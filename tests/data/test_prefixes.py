@@ -260,6 +260,7 @@ print(hashlib.sha256(repr(plans).encode() + given[2].owners.tobytes() + plans[0]
 """
 
 
+@pytest.mark.slow
 def test_plan_and_owners_are_the_same_in_every_process() -> None:
     found = {
         subprocess.run(

@@ -89,6 +89,7 @@ def test_a_shared_prefix_changes_no_token(models, shared, lengths):
     assert len(lengths) == 2 or len({len(one.tokens) for one in found}) > 2
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_decode_as_they_score(models):
     model = models.random_model(V, adapter=True)
     model = dataclasses.replace(model, params=jax.tree.map(lambda w: w.astype(jnp.bfloat16), model.params))

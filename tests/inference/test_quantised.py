@@ -14,7 +14,7 @@ from jaxre.models.quantised import is_quantised
 V, END = 97, 96
 
 
-@pytest.mark.parametrize("adapter", [False, True], ids=["base", "lora"])
+@pytest.mark.parametrize("adapter", [pytest.param(False, marks=pytest.mark.slow), True], ids=["base", "lora"])
 def test_an_nf4_base_predicts_as_its_dequantised_values_do(models, adapter):
     exact = models.random_model(V, adapter=adapter)
     model = models.quantised_model(exact)

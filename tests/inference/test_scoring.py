@@ -185,6 +185,7 @@ def test_shared_beginnings_take_one_place():
     assert tree.until.tolist() == [10, 10, 10, 10, 10, 10, 8, 8, 9, 10]
 
 
+@pytest.mark.slow
 def test_scores_on_a_mesh_equal_one_device():
     code = """
 import sys

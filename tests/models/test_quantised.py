@@ -116,7 +116,11 @@ def test_logits_and_lora_gradients_equal_peft_on_linear4bit(layout, tmp_path):
     assert relative(loss_and_gradients(architecture, load_base(tmp_path / "base")[1], factors, tokens)[0], logits) > 0.01
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+# One of each family; the others on the second jax line.
+FIRST = ("qwen2 tied, biases, grouped heads", "llama-3 scaled rope", "smollm3, every fourth layer unrotated", "qwen3, norms of q and k")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(one, marks=[] if one in FIRST else pytest.mark.slow) for one in CONFIGS])
 def layout(request, tmp_path_factory):
     """Folder of a base of each layout, with the real switches of the studied decoders."""
     folder = tmp_path_factory.mktemp("layout")
@@ -180,6 +184,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
         load_base(tmp_path, quantise="nf4")
 
 
+@pytest.mark.slow
 def test_backward_pass_keeps_no_dense_copy_of_the_base():
     """Beside what a step on a dense base needs, room for the matrices of a layer or two, of twelve; the quantised base is not copied."""
     fields = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 4}

@@ -48,7 +48,7 @@ def adapted(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(language_model(tmp_path_factory.mktemp("adapted"), tiny_model, "full"))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_sft_starts_from_the_language_model_run_read_or_opened_before(tiny_model: Path, adapted: Path, tmp_path: Path, method: str) -> None:
     """An opened base is not changed, though full fine-tuning donates what it trains."""
     opened = open_model(adapted, F32)

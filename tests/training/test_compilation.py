@@ -64,7 +64,7 @@ def cache(tmp_path: Path) -> Iterator[Path]:
     compilation_cache.reset_cache()
 
 
-@pytest.mark.parametrize("kind", ["lora", "full", *(pytest.param(one, marks=pytest.mark.slow) for one in ("lora, accumulated", "encoder"))])
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(one, marks=pytest.mark.slow) for one in ("full", "lora, accumulated", "encoder"))])
 def test_loss_and_gradients_are_those_of_no_policy(deep: Path, tmp_path: Path, kind: str) -> None:
     """The moments after one update are the clipped gradients, up to a factor; the learning rate of the first is zero."""
     found, memory = {}, []
@@ -134,6 +134,7 @@ def test_a_compilation_inside_the_loop_stops_the_run_and_is_named(
     assert "compiled again at step 2" in said and "foreign" in said
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_validation(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three validations and checkpoints: the guard above lets only the first of each compile."""
     counts, run = [], loop.Validation.run
@@ -149,6 +150,7 @@ def test_nothing_is_compiled_after_the_first_validation(tiny_model: Path, tmp_pa
     assert len(counts) == 3 and counts[0] > 0 and counts[1:] == [0, 0]
 
 
+@pytest.mark.slow
 def test_the_device_is_waited_for_at_log_steps_only(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits, get = [], jax.device_get
 
@@ -189,6 +191,7 @@ def short(folder: Path, model: Path, name: str) -> tuple[list[float], str]:
     return [record["loss"] for record in read_log(run) if record["kind"] == "train"], console.file.getvalue()
 
 
+@pytest.mark.slow
 def test_a_second_run_reads_what_the_first_compiled(tiny_model: Path, tmp_path: Path, cache: Path) -> None:
     first, said = short(tmp_path, tiny_model, "first")
     assert f"{cache}: 0 read, 1 written" in said and any(cache.iterdir())

@@ -149,6 +149,7 @@ def test_a_killed_run_continues_the_exact_loss_curve(tiny_model: Path, tmp_path:
     assert sorted(kinds) == sorted((one["kind"], one["step"]) for one in read_log(finished) if one["kind"] != "speed")
 
 
+@pytest.mark.slow
 def test_a_run_is_one_process_and_goes_on_after_ctrl_c(tiny_model: Path, tmp_path: Path, finished: Path) -> None:
     config = tiny_config(tmp_path, tiny_model, "stopped", train={"checkpoint_every": 3, "keep": 99})
     path = tmp_path / "stopped.yaml"
