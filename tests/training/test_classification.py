@@ -212,6 +212,14 @@ def test_one_marked_text_is_predicted(finished: Path) -> None:
     assert len(shares) == len(open_model(finished, None).architecture.labels) and abs(sum(shares) - 1) < 0.01
 
 
+def test_scores_that_are_no_numbers_name_their_example(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    weights = load_file(run / "model" / "model.safetensors")
+    save_file(weights | {"classifier.bias": weights["classifier.bias"] * np.float32(np.nan)}, run / "model" / "model.safetensors")
+    assert "NaN" in refusal(lambda: predict_data(str(run), None, None, "score", None, None, Console(file=io.StringIO())))
+
+
 def test_types_that_training_did_not_have_are_counted(finished: Path, tmp_path: Path) -> None:
     data = tmp_path / "other.jsonl"
     data.write_text('{"text": "Ada saw Rome.", "head": "Ada", "tail": "Rome", "head_type": "PER", "tail_type": "PLANET"}\n')
