@@ -535,18 +535,24 @@ def parse_yaml(text: str, place: str) -> Any:
 
 def _apply_override(tree: dict, override: str) -> None:
     key, separator, value = override.partition("=")
-    *parents, last = parts = key.strip().split(".")
-    if not separator or not all(parts):
+    words = key.strip().split(".")
+    if not separator or not all(words):
         raise InputError(f"{override!r} is not an override; write key=value, such as lora.rank=32")
-    node = tree
-    for depth, parent in enumerate(parents, 1):
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
+    node, place = tree, []
+    while True:
+        # Names of models have points: the longest key that is there is meant.
+        taken = next((count for count in range(len(words), 1, -1) if ".".join(words[:count]) in node), 1)
+        name, words = ".".join(words[:taken]), words[taken:]
+        if not words:
+            break
+        place.append(name)
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
         if not isinstance(node, dict):
-            whole = ".".join(parents[:depth])
+            whole = ".".join(place)
             raise InputError(f"override {key}: {whole} is not a mapping but {node!r}; give the whole of it, as {whole}=VALUE")
-    node[last] = parse_yaml(value, f"override {key}") if value else None
+    node[name] = parse_yaml(value, f"override {key}") if value else None
 
 
 def _interpolate(tree: dict, place: str) -> dict:

@@ -177,11 +177,14 @@ def compare(
 
 def join_answers(
     predictions: Sequence[Prediction], cache: Cache, model: str | None = None
-) -> tuple[list[tuple[Prediction, Answer]], dict[str, tuple[str, ...]]]:
-    """Each prediction with the cached answer for it, and the ids of those without one by reason. Raises InputError as `compare`."""
-    answers, _ = _select(cache, predictions, model)
+) -> tuple[list[tuple[Prediction, Answer]], dict[str, tuple[str, ...]], list[str]]:
+    """Each prediction with the cached answer for it, the ids of those without one by reason, and in what the settings of both differ.
+
+    Raises InputError as `compare`.
+    """
+    answers, notes = _select(cache, predictions, model)
     joined = join(predictions, answers, cache.uncovered)
-    return joined.found, joined.missing
+    return joined.found, joined.missing, notes
 
 
 def _select(cache: Cache, predictions: Sequence[Prediction], model: str | None) -> tuple[list[Answer], list[str]]:
@@ -201,9 +204,8 @@ def _select(cache: Cache, predictions: Sequence[Prediction], model: str | None) 
             given = f"not {model!r}" if model else "and none was chosen"
             raise InputError(f"{cache.place}: holds answers of {', '.join(offered) or 'an unnamed model'}, {given}; name one with --model")
         if len(offered) > 1 and ours not in offered:
-            raise InputError(
-                f"{cache.place}: holds {name} {', '.join(offered)}, but the predictions are for {ours!r}; predict in one of these settings"
-            )
+            mend = f"but the predictions are for {ours!r}; predict in one of these settings" if ours else "and none was chosen; name one"
+            raise InputError(f"{cache.place}: holds {name} {', '.join(offered)}, {mend}")
         if ours in offered:
             answers = [answer for answer in answers if getattr(answer, name) == ours]
         elif offered and ours:

@@ -3,7 +3,7 @@
     cache = read_cache("shared/data/frontier_predictions/semeval2010_chatgpt/SemEval_All_ans.json", examples)
 
 The shape is told from the content: the study's long format (a table with `prompt_hash` or
-`example_id`), or one of the JSON formats of `chatgpt_semeval` and `gpt_conll04`.
+`example_id`, also from the hub: `hub:Despina/frontier-re-generations`), or one of the JSON formats of `chatgpt_semeval` and `gpt_conll04`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from jaxre.errors import InputError
 from jaxre.evaluation import chatgpt_semeval, gpt_conll04
 from jaxre.evaluation.cache import Answer, Cache
 from jaxre.evaluation.predictions import as_text, read_table
+from jaxre.relations import hub
 from jaxre.relations.schema import Example
 
 EXPECTED = (
@@ -25,19 +27,27 @@ EXPECTED = (
     "an array of {headEntity, tailEntity, groundTruth, closePred}, or an object with correct_cases and fail_cases"
 )
 
+NAMELESS = "rows without example_id and prompt_hash"
+# The study's collector writes this, and why, in the place of an answer that it could not get.
+ERROR = "ERROR: "
+FAILED = f"requests that failed ({ERROR.strip()} in place of an answer)"
 
-def read_cache(path: str | Path, examples: Sequence[Example] | Callable[[], Sequence[Example]] | None = None) -> Cache:
+
+def read_cache(place: str | Path, examples: Sequence[Example] | Callable[[], Sequence[Example]] | None = None) -> Cache:
     """Reads cached answers and, for the JSON formats, joins them to examples.
 
     Args:
-      path: .parquet, .csv or .json.
+      place: a .parquet, .csv or .json file, or `hub:OWNER/NAME` of a hub dataset in the study's long format.
       examples: the whole split that the cache covers, in file order; all entity pairs for CoNLL04;
         or what loads it, which is called once the cache is known to need it (a JSON cache names texts and entities).
 
     Raises:
-      InputError: no such file, an unknown shape (names what was expected), a broken entry, no examples.
+      InputError: no such file, an unknown shape (names what was expected), a broken entry, no examples; the hub as `hub.download`.
     """
-    path = Path(path)
+    if str(place).startswith(hub.PREFIX):
+        rows = [row for split in hub.download(str(place)).values() for row in split.to_list()]
+        return _of_rows(rows, str(place))
+    path = Path(place)
     if not path.is_file():
         raise InputError(f"{path}: no such cache of predictions; correct the path of CACHE")
     if path.suffix != ".json":
@@ -58,12 +68,17 @@ def read_cache(path: str | Path, examples: Sequence[Example] | Callable[[], Sequ
 
 
 def _read_long(path: Path) -> Cache:
-    """The study's long format. Rows without an id and a hash are left over."""
     if path.suffix not in (".parquet", ".csv"):
         raise InputError(f"{path}: not a cache of predictions that jaxre knows; expected {EXPECTED}")
-    table = read_table(path)
+    return _of_rows(read_table(path), str(path))
+
+
+def _of_rows(table: Sequence[dict[str, Any]], place: str) -> Cache:
+    """The study's long format. Rows without an id and a hash are left over, and requests that failed, whose text says so."""
+    if not table:
+        raise InputError(f"{place}: the cache is empty; give one with answers")
     if "generated_relation" not in table[0] or not {"prompt_hash", "example_id"} & set(table[0]):
-        raise InputError(f"{path}: columns {', '.join(table[0])}; expected {EXPECTED}")
+        raise InputError(f"{place}: columns {', '.join(table[0])}; expected {EXPECTED}")
     rows = [
         Answer(
             label=as_text(row["generated_relation"]),
@@ -83,12 +98,16 @@ def _read_long(path: Path) -> Cache:
         )
         for row in table
     ]
-    leftover = {"rows without example_id and prompt_hash": tuple(row.label for row in rows if not (row.example_id or row.prompt_hash))}
-    return Cache(
-        place=str(path),
-        answers=tuple(row for row in rows if row.example_id or row.prompt_hash),
-        leftover={reason: items for reason, items in leftover.items() if items},
-    )
+    leftover: dict[str, list[str]] = {NAMELESS: [], FAILED: []}
+    answers = []
+    for row in rows:
+        if not row.key:
+            leftover[NAMELESS].append(row.label)
+        elif row.label.startswith(ERROR):
+            leftover[FAILED].append(row.key)
+        else:
+            answers.append(row)
+    return Cache(place, tuple(answers), {reason: tuple(items) for reason, items in leftover.items() if items})
 
 
 def _number(value: object) -> float | None:

@@ -1,6 +1,6 @@
 """Two systems of a study on the examples that both answered: which is better, and by how much.
 
-planned_comparisons(study)    # tuned against frontier systems, Holm-corrected
+planned_comparisons(study)    # tuned systems and encoders against frontier systems, Holm-corrected
 cross_domain(study)           # trained on the other domain against trained on this one
 enumerated_effect(study)      # labels listed in the prompt against not
 matched_shots(study)          # prompt shots = training shots against not
@@ -58,12 +58,12 @@ class Difference(Row):
 
 
 def planned_comparisons(study: StudyScores) -> tuple[Difference, ...]:
-    """Every tuned system in the primary setting against every frontier system: on each dataset, and overall.
+    """Every tuned system in the primary setting, and every encoder, against every frontier system: on each dataset, and overall.
 
     On the datasets that the system was trained on (`cross_domain` has the others). What is scored in common labels is in no overall row.
     Both p values are Holm-corrected over the whole table.
     """
-    tuned = primary(study)
+    tuned = [*primary(study), *(one for one in study.record.systems if one.kind == "encoder")]
     frontier = [one for one in study.record.systems if one.kind == "frontier" and one.enumerated is not False and not one.style]
     rows: list[Difference] = []
     for first, second in itertools.product(tuned, frontier):

@@ -73,7 +73,8 @@ class RecordedSystem:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """A whole study; `device` and `versions` say where it was run."""
+    """A whole study; `device` and `versions` say where it was run. without: step -> why it has no result, so that a system or a dataset of
+    it may be missing here."""
 
     name: str
     folder: Path
@@ -82,6 +83,7 @@ class StudyRecord:
     device: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     date: str = ""
+    without: dict[str, str] = field(default_factory=dict)
 
     def rows(self, system: RecordedSystem, dataset: str) -> list[Prediction]:
         """The predictions of a system on a dataset; none where it was not asked. Raises InputError."""

@@ -2,7 +2,7 @@
 
 study = measure(read_record("runs/study-small"))
 headline(study)               # systems x datasets with averages; published rows stand apart
-planned_comparisons(study)    # tuned against frontier, Holm-corrected
+planned_comparisons(study)    # tuned systems and encoders against frontier systems, Holm-corrected
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ IN_BOTH = "measured and published"
 
 @dataclass(frozen=True)
 class HeadlineCell(Row):
-    """F1 with its interval (none for published figures). official: SemEval's macro-F1, on SemEval only.
+    """F1 with its interval (none for published figures). official: SemEval's macro-F1, on SemEval only. macro_f1: over the positive gold
+    labels; accuracy: over all classes; valid, malformed: shares of the answers (metrics.Scores).
 
     trained: whether the system has seen the dataset's training split; None where it is not trained. comparable: as in study_scores.Cell.
     """
@@ -36,6 +37,10 @@ class HeadlineCell(Row):
     low: float | None = None
     high: float | None = None
     official: float | None = None
+    macro_f1: float | None = None
+    accuracy: float | None = None
+    valid: float | None = None
+    malformed: float | None = None
     answered: int | None = None
     asked: int | None = None
     flags: tuple[str, ...] = ()
@@ -150,6 +155,10 @@ def _measured(study: StudyScores, system: RecordedSystem, groups: dict[str, tupl
             low=cell.interval.low,
             high=cell.interval.high,
             official=cell.scores.semeval_official_f1,
+            macro_f1=cell.scores.macro_f1,
+            accuracy=cell.scores.accuracy,
+            valid=cell.scores.schema_valid,
+            malformed=cell.scores.malformed,
             answered=len(cell.ids),
             asked=cell.asked,
             flags=cell.flags,
@@ -273,7 +282,7 @@ def _labels_effect(name: str, source, points: list[LabelsPoint], drawn: np.ndarr
     if len(points) >= FEW_CLUSTERS and len(set(f1.tolist())) < 2:
         return LabelsEffect(name, source, tuple(points), None, None, None, "F1 is the same on every dataset")
     if len(points) < FEW_CLUSTERS or len(set(counts.tolist())) < 2:
-        problem = f"{len(points)} datasets with {len(set(counts.tolist()))} numbers of labels; it takes {FEW_CLUSTERS} that differ"
+        problem = f"it takes {FEW_CLUSTERS} datasets that differ in their number of labels; datasets here: {len(points)}"
         return LabelsEffect(name, source, tuple(points), None, None, None, problem)
     datasets, resamples = drawn.shape
     chosen = np.random.default_rng(seed).integers(datasets, size=(resamples, datasets))

@@ -42,10 +42,6 @@ def read_hub(source: config.Source, labelled: bool = True) -> Reading:
     Raises:
       InputError: the hub cannot be reached; no such dataset, subset or split; columns as in `columns`.
     """
-    # Imported here: it takes most of a second, which no other command should pay.
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError
-
     place, name = source.dataset, source.dataset.removeprefix(PREFIX)
     split, subset, key = source.split, source.subset, source.columns_key
     known = COPIES.get(name) or ORIGINALS.get(name)
@@ -53,18 +49,8 @@ def read_hub(source: config.Source, labelled: bool = True) -> Reading:
     if nested and (known.whole or known.files):
         check_split(place, split, known.splits)
     files = {"data_files": {split: known.files[split]}} if nested and known.files else {}
-    try:
-        splits = datasets.load_dataset(name, subset, **files)
-    except ConnectionError as error:
-        raise InputError(f"{place}: the hub cannot be reached ({_one_line(error)}); connect, or give a downloaded file") from None
-    except DatasetNotFoundError:
-        raise InputError(f"{place}: no such dataset, or it is private; check OWNER/NAME, or log in with `hf auth login`") from None
-    # Anything else too: time-outs come as exceptions of whichever HTTP library the hub client has this year.
-    except Exception as error:
-        mend = "choose another subset" if "config" in str(error).lower() else "check OWNER/NAME"
-        if "scripts are no longer supported" in str(error):
-            mend = "its code is never run; download its files" + (f" to JAXRE_DATA/{known.folder} and read {known.name}" if known else "")
-        raise InputError(f"{place}: cannot be loaded: {_one_line(error)}; {mend}") from error
+    mend = f" to JAXRE_DATA/{known.folder} and read {known.name}" if known else ""
+    splits = download(place, subset, mend, **files)
     table = splits[check_split(place, "train" if nested and known.whole else split, list(splits))]
     if len(table) == 0:
         raise InputError(f"{place}: split {split} has no records; choose another split")
@@ -80,6 +66,34 @@ def read_hub(source: config.Source, labelled: bool = True) -> Reading:
         column, dataset, prefix = {**column, "id": "id"}, known.name, known.name
         records = ((at, {**record, "id": number}) for number, (at, record) in enumerate(records, first))
     return Reading(read_records(records, column, dataset, split, labelled, must_occur=False, key=key, prefix=prefix, domain=domain))
+
+
+def download(place: str, subset: str | None = None, files_to: str = "", **options: object) -> datasets.DatasetDict:
+    """The splits of a hub dataset, or of a local folder after the prefix.
+
+    Args:
+      place: `hub:` with OWNER/NAME.
+      files_to: where its files are to be downloaded to, if it is one that needs code of its own.
+      options: of `datasets.load_dataset`.
+    Raises:
+      InputError: the hub cannot be reached; no such dataset or subset; what `datasets` cannot load.
+    """
+    # Imported here: it takes most of a second, which no other command should pay.
+    import datasets
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return datasets.load_dataset(place.removeprefix(PREFIX), subset, **options)
+    except ConnectionError as error:
+        raise InputError(f"{place}: the hub cannot be reached ({_one_line(error)}); connect, or give a downloaded file") from None
+    except DatasetNotFoundError:
+        raise InputError(f"{place}: no such dataset, or it is private; check OWNER/NAME, or log in with `hf auth login`") from None
+    # Anything else too: time-outs come as exceptions of whichever HTTP library the hub client has this year.
+    except Exception as error:
+        mend = "choose another subset" if "config" in str(error).lower() else "check OWNER/NAME"
+        if "scripts are no longer supported" in str(error):
+            mend = f"its code is never run; download its files{files_to}"
+        raise InputError(f"{place}: cannot be loaded: {_one_line(error)}; {mend}") from error
 
 
 def _records(table: datasets.Dataset, place: str) -> Iterator[Record]:

@@ -22,7 +22,10 @@ import jaxre_kernels
 from jaxre.checkpoints.huggingface import resolve_model
 from jaxre.config import Config, Mixture, Source
 from jaxre.errors import InputError
+from jaxre.evaluation.cache import Cache
+from jaxre.evaluation.frontier import read_cache
 from jaxre.relations import sources
+from jaxre.relations.hub import PREFIX
 from jaxre.relations.schema import Example, Schema
 from jaxre.study.grid import Run
 from jaxre.study.settings import StudyDataset
@@ -70,6 +73,17 @@ class Read:
     def model(self, path: str) -> str:
         """`model_digest`."""
         return self.once(f"model {path}", lambda: model_digest(path))
+
+    def cache(self, place: str, examples: Callable[[], list[Example]]) -> Cache:
+        """`read_cache`; that of the hub, which no examples are needed for, is read once."""
+        return self.once(f"cache {place}", lambda: read_cache(place)) if place.startswith(PREFIX) else read_cache(place, examples)
+
+    def cache_digest(self, place: str) -> str:
+        """Of a cache's file, or of the answers that the hub has now."""
+        if not place.startswith(PREFIX):
+            return file_digest(Path(place))
+        find = lambda: digest([list(asdict(answer).values()) for answer in self.cache(place, list).answers])  # noqa: E731
+        return self.once(f"digest {place}", find)
 
     def test(self, dataset: str) -> list[Example]:
         """What is asked of a dataset. Raises InputError also where its examples have another dataset's name."""

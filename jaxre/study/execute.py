@@ -14,7 +14,7 @@ import gc
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,14 +33,14 @@ from jaxre.evaluation.baselines import majority, tfidf_marked
 from jaxre.evaluation.cache import gold_differs
 from jaxre.evaluation.compare import ALL_PAIRS, join_answers
 from jaxre.evaluation.evaluate import write_json
-from jaxre.evaluation.frontier import read_cache
-from jaxre.evaluation.predictions import Prediction, write_predictions
+from jaxre.evaluation.predictions import GenType, Prediction, write_predictions
 from jaxre.inference.predict import predict_examples
 from jaxre.relations import sources
 from jaxre.relations.label_map import read_label_map
 from jaxre.relations.schema import Example
 from jaxre.study.digests import code_digest
 from jaxre.study.estimate import dtype_for
+from jaxre.study.grid import System
 from jaxre.study.latency import latency_ms
 from jaxre.study.plan import Plan, Step, in_order, make_plan, plan_table
 from jaxre.study.results import results_table, write_study
@@ -80,20 +80,20 @@ class Execution:
     def everything(self) -> int:
         """All steps that are not done, then the record; returns how many steps have no result."""
         order = in_order(self.plan)
-        without: list[tuple[str, str]] = []
+        without: dict[str, str] = {}
         for number, step in enumerate(order, 1):
             if self.plan.state(step) == "done":
                 continue
             self.console.rule(f"{number} of {len(order)}: {step.name}", characters="-")
             if problem := self.attempt(step):
-                without.append((step.name, problem))
+                without[step.name] = problem
                 self.console.print(f"FAILED {step.name}: {problem}", style="bold red", markup=False, highlight=False)
-        record = write_study(self.plan)
+        record = write_study(self.plan, without)
         self.console.print(results_table(record))
         self.console.print(f"{record.folder / 'study.json'}", markup=False, highlight=False)
         if without:
             self.console.print(f"{len(without)} steps have no result; the same command tries them again:", markup=False)
-            for name, problem in without:
+            for name, problem in without.items():
                 self.console.print(f"  {name}: {problem}", markup=False, highlight=False, soft_wrap=True)
         return len(without)
 
@@ -227,23 +227,23 @@ class Execution:
 
     def frontier(self, step: Step) -> tuple[list[Prediction], dict[str, Any]]:
         """Cached answers of those test examples that join; with a label map both sides carry the common labels."""
-        cached = next(one for one in self.settings.frontier if (one.name, one.dataset) == (step.system.name, step.dataset))
+        cached = self.settings.cached(step.system.name, step.dataset)
         source = self.settings.datasets[step.dataset].test
         examples = self.plan.read.test(step.dataset)
         whole = Source(dataset=source.dataset, split=source.split, subset=source.subset, negatives=ALL_PAIRS)
-        cache = read_cache(cached.path, lambda: self.plan.read.examples(whole))
+        cache = self.plan.read.cache(cached.place, lambda: self.plan.read.examples(whole))
         label_map = read_label_map(cached.labels) if cached.labels else None
-        asked = [_asked(example) for example in examples]
-        joined, missing = join_answers(asked, cache, cached.model)
+        asked = [_asked(example, step.system) for example in examples]
+        joined, missing, notes = join_answers(asked, cache, cached.model)
         if not joined:
             raise InputError(
-                f"{cached.path}: none of its answers is of a test example of {step.dataset}; correct frontier or the test split"
+                f"{cached.place}: none of its answers is of a test example of {step.dataset}; correct frontier or the test split"
             )
         differ = gold_differs(joined, label_map)
         if 2 * len(differ) > len(joined):
             row, answer = differ[0]
             raise InputError(
-                f"{cached.path}: gold labels differ: {row.relation!r} here, {answer.gold!r} there (example {row.example_id}); "
+                f"{cached.place}: gold labels differ: {row.relation!r} here, {answer.gold!r} there (example {row.example_id}); "
                 "give frontier a label map (labels: ...), or correct it"
             )
         rows = [
@@ -256,6 +256,7 @@ class Execution:
                 tuned_dataset_name="frontier",
                 model_shot="n/a",
                 prompt_shot=answer.prompt_shot or "n/a",
+                prompt_style=answer.prompt_style,
                 prompt=answer.prompt,
                 prompt_hash=answer.prompt_hash,
                 input_tokens=answer.input_tokens,
@@ -267,13 +268,24 @@ class Execution:
         ]
         told = f"{len(rows):,} of {len(examples):,} test examples have a cached answer"
         told += "".join(f"; {len(ids):,} {reason}" for reason, ids in missing.items())
+        told += "".join(f"; {note}" for note in notes)
         costs = [row.cost_usd for row in rows if row.cost_usd is not None]
         paid = {"cost_usd": sum(costs)} if costs else {}
         return rows, paid | {"note": told + (f"; scored with the common labels of {cached.labels}" if cached.labels else "")}
 
 
-def _asked(example: Example) -> Prediction:
-    return Prediction(example.id, example.relation, "", example.dataset, gen_type="", prompt_shot="", prompt_hash=example.prompt_hash or "")
+def _asked(example: Example, system: System) -> Prediction:
+    """An example as a system with cached answers was asked for it, of what the study says of its prompts."""
+    return Prediction(
+        example.id,
+        example.relation,
+        "",
+        example.dataset,
+        gen_type="" if system.enumerated is None else get_args(GenType)[system.enumerated],
+        prompt_shot="" if system.prompt_shots is None else str(system.prompt_shots),
+        prompt_style=system.style,
+        prompt_hash=example.prompt_hash or "",
+    )
 
 
 def trained_seconds(folder: Path) -> float:

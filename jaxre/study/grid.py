@@ -44,7 +44,8 @@ class System:
     """One row of the study's results: a model asked in one way for several datasets.
 
     runs: dataset -> the run that is asked (an encoder has one for each); empty for what is not trained. model: as it is called in the
-    study. config: of a model that is no run, None for baselines and cached answers.
+    study, of cached answers as their cache calls it. prompt_shots, enumerated: of the prompt, where they are known. config: of a model
+    that is no run, None for baselines and cached answers.
     """
 
     name: str
@@ -57,6 +58,8 @@ class System:
     train_shots: int | None = None
     trained_on: tuple[str, ...] = ()
     style: str = ""
+    prompt_shots: int | None = None
+    enumerated: bool | None = None
     config: Config | None = None
     note: str = ""
 
@@ -203,6 +206,8 @@ def _system(run: Run, name: str, datasets: tuple[str, ...], prompt: Prompt, styl
         train_shots=run.shots,
         trained_on=run.datasets,
         style=style,
+        prompt_shots=prompt.shots,
+        enumerated=prompt.enumerate,
         note=f"after language modelling ({run.after})" if run.after else "",
     )
 
@@ -230,7 +235,16 @@ def _untuned(settings: StudyConfig) -> Iterator[System]:
         config = _config(f"{model}-untuned", settings.base.tree(), sections.tree(), {"data": data})
         asked = {name: prompt for shots in settings.shots for name, prompt in _prompts(settings, config.prediction_prompt, shots)}
         for ending, prompt in asked.items():
-            yield System(f"{model}-untuned-{ending}", "untuned", model, tuple(settings.datasets), prompt, config=config)
+            yield System(
+                f"{model}-untuned-{ending}",
+                "untuned",
+                model,
+                tuple(settings.datasets),
+                prompt,
+                prompt_shots=prompt.shots,
+                enumerated=prompt.enumerate,
+                config=config,
+            )
 
 
 def _baselines(settings: StudyConfig) -> Iterator[System]:
@@ -242,4 +256,15 @@ def _baselines(settings: StudyConfig) -> Iterator[System]:
 
 def _frontier(settings: StudyConfig) -> Iterator[System]:
     for name in dict.fromkeys(one.name for one in settings.frontier):
-        yield System(name, "frontier", name, tuple(one.dataset for one in settings.frontier if one.name == name))
+        caches = [one for one in settings.frontier if one.name == name]
+        first, datasets = caches[0], tuple(dataset for one in caches for dataset in one.datasets)
+        style = first.style or ""
+        yield System(
+            name,
+            "frontier",
+            first.model or name,
+            datasets,
+            style=style,
+            prompt_shots=STYLES[style].shots if style else first.shots,
+            enumerated=True if style else first.enumerate,
+        )

@@ -226,9 +226,10 @@ class Planner:
             count, test = Load(len(self.read.test(dataset))), self.read.digest(given.test)
             if system.kind == "baseline":
                 return digest("baseline", system.name, self.read.digest(given.train), test), count
-            cached = next(one for one in self.settings.frontier if (one.name, one.dataset) == (system.name, dataset))
+            cached = self.settings.cached(system.name, dataset)
             maps = cached.labels and file_digest(Path(cached.labels))
-            return digest("frontier", file_digest(cached.path), maps, cached.model, test), count
+            asked = [cached.model, *(one for one in (cached.enumerate, cached.shots, cached.style) if one is not None)]
+            return digest("frontier", self.read.cache_digest(cached.place), maps, asked, test), count
 
         return _tried(step, found)
 

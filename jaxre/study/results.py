@@ -26,8 +26,8 @@ from jaxre.study.plan import Plan
 PACKAGES = ("jaxre", "jax", "jaxlib", "transformers")
 
 
-def write_study(plan: Plan) -> StudyRecord:
-    """Writes the examples and `study.json`, of the steps that are done."""
+def write_study(plan: Plan, without: dict[str, str]) -> StudyRecord:
+    """Writes the examples and `study.json`, of the steps that are done; `without`: step -> why it is not."""
     folder = plan.settings.folder
     datasets = tuple(one for name in plan.settings.datasets if (one := _dataset(plan, name)))
     known = {one.name for one in datasets}
@@ -39,6 +39,7 @@ def write_study(plan: Plan) -> StudyRecord:
         device=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        without=without,
     )
     write_record(record)
     return record
@@ -67,8 +68,8 @@ def _system(plan: Plan, system: System, known: set[str]) -> RecordedSystem:
         predictions={name: str(plan.predictions(step).relative_to(plan.settings.folder)) for name, step in done.items()},
         regime=system.regime,
         train_shots=system.train_shots,
-        prompt_shots=system.prompt.shots if system.prompt else None,
-        enumerated=system.prompt.enumerate if system.prompt else None,
+        prompt_shots=system.prompt_shots,
+        enumerated=system.enumerated,
         style=system.style,
         trained_on=system.trained_on,
         common_labels=_common_labels(plan, system, done),
@@ -80,8 +81,8 @@ def _system(plan: Plan, system: System, known: set[str]) -> RecordedSystem:
 
 def _common_labels(plan: Plan, system: System, done: dict[str, Any]) -> dict[str, dict[str, str]]:
     """The label map of each cache that has one: its predictions are in common labels."""
-    cached = [one for one in plan.settings.frontier if system.kind == "frontier" and one.name == system.name and one.dataset in done]
-    return {one.dataset: read_label_map(one.labels).common for one in cached if one.labels}
+    caches = {name: plan.settings.cached(system.name, name) for name in done} if system.kind == "frontier" else {}
+    return {name: read_label_map(one.labels).common for name, one in caches.items() if one.labels}
 
 
 def _footprint(plan: Plan, system: System) -> dict[str, Any]:

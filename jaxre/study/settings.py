@@ -9,6 +9,7 @@ top of it under `models`. The study itself says what a run trains on and what it
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from pydantic import Field, field_validator, model_validator
 
 from jaxre.config import DatasetLabels, Flag, Int, Settings, Source, Text, check_settings, data_root, load_tree
 from jaxre.relations.files import nearest
+from jaxre.relations.hub import PREFIX as HUB
+from jaxre.relations.prompt_styles import STYLES
 
 OWN_DATA = ("cache", "too_long", "dedup")  # of a run's `data`; the rest is the study's
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -95,18 +98,28 @@ class Adaptation(Sections):
 
 
 class Frontier(Settings):
-    """Cached answers of another model on the test examples of one dataset."""
+    """Cached answers of another model on the test examples of some datasets; of one name there may be several, of other datasets."""
 
     name: str = Field(pattern=NAME)
-    dataset: str
-    cache: str = Field(description="file, also below the data folder (JAXRE_DATA)")
+    datasets: tuple[str, ...] = Field(min_length=1)
+    cache: str = Field(description="file, also below the data folder (JAXRE_DATA), or hub:OWNER/NAME")
     labels: str | None = Field(None, description="label map, ours -> common; the scores are then those of the common labels")
     model: str | None = Field(None, description="which model of a cache that holds several")
+    enumerate: Flag | None = Field(None, description="answers to prompts that list the labels (true), or do not, of a cache with both")
+    shots: Int | None = Field(None, ge=0, description="demonstrations in the prompt, of a cache that holds several numbers")
+    style: str | None = Field(None, description="prompt style of the answers; they then stand in the table of prompt sensitivity alone")
 
     @property
-    def path(self) -> Path:
+    def place(self) -> str:
+        """What `read_cache` is given."""
         given = Path(self.cache).expanduser()
-        return given if given.exists() else data_root() / self.cache
+        return self.cache if self.cache.startswith(HUB) else str(given if given.exists() else data_root() / self.cache)
+
+    @model_validator(mode="after")
+    def _known_style(self) -> Frontier:
+        if self.style is not None and self.style not in STYLES:
+            raise ValueError(f"there is no prompt style {self.style!r}; the nearest is {nearest(self.style, STYLES)}")
+        return self
 
 
 class Styles(Settings):
@@ -152,6 +165,10 @@ class StudyConfig(Settings):
     def folder(self) -> Path:
         return Path(self.output) / self.name
 
+    def cached(self, name: str, dataset: str) -> Frontier:
+        """The cache that a frontier system's answers for a dataset are from."""
+        return next(one for one in self.frontier if one.name == name and dataset in one.datasets)
+
     @field_validator("models", "datasets", "regimes", "encoders", "adaptation")
     @classmethod
     def _file_names(cls, given: dict[str, Any]) -> dict[str, Any]:
@@ -162,13 +179,15 @@ class StudyConfig(Settings):
 
     @model_validator(mode="after")
     def _named(self) -> StudyConfig:
+        for name in dict.fromkeys(one.name for one in self.frontier):
+            _one_system(name, [one for one in self.frontier if one.name == name])
         for place, given, known in (
             *((f"regimes.{name}.datasets", one.datasets, self.datasets) for name, one in self.regimes.items()),
             *((f"encoders.{name}.datasets", one.datasets or (), self.datasets) for name, one in self.encoders.items()),
             *((f"adaptation.{name}.of", (one.of,), self.models) for name, one in self.adaptation.items()),
             *((f"adaptation.{name}.regimes", one.regimes, self.regimes) for name, one in self.adaptation.items()),
             ("evaluation.styles.datasets", (self.evaluation.styles and self.evaluation.styles.datasets) or (), self.datasets),
-            *((f"frontier.{number}.dataset", (one.dataset,), self.datasets) for number, one in enumerate(self.frontier)),
+            *((f"frontier.{number}.datasets", one.datasets, self.datasets) for number, one in enumerate(self.frontier)),
         ):
             for name in given:
                 if name not in known:
@@ -177,6 +196,15 @@ class StudyConfig(Settings):
             if len(set(given)) < len(given):
                 raise ValueError(f"{place}: one is listed twice")
         return self
+
+
+def _one_system(name: str, caches: Sequence[Frontier]) -> None:
+    """Caches of one name are one row of the results. Raises ValueError where they cannot be."""
+    datasets = [dataset for one in caches for dataset in one.datasets]
+    if len(set(datasets)) < len(datasets):
+        raise ValueError(f"frontier: {name} has two caches for one dataset; give each model and setting a name of its own")
+    if len({(one.model, one.enumerate, one.shots, one.style) for one in caches}) > 1:
+        raise ValueError(f"frontier: the caches of {name} differ in model, enumerate, shots or style; give each a name of its own")
 
 
 def load_study(path: str | Path, overrides: list[str] | None = None) -> StudyConfig:

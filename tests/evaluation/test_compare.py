@@ -46,7 +46,7 @@ def test_rows_join_by_id_and_by_hash_and_the_rest_is_listed():
         "not in the cache": ("facts/test/4",),
     }
     assert result.leftover == {"strange": ("x",)}
-    found, missing = join_answers(predictions, cache(*answers, uncovered={"facts/test/3": "unparsed"}))
+    found, missing, _ = join_answers(predictions, cache(*answers, uncovered={"facts/test/3": "unparsed"}))
     assert [row.example_id for row, _ in found] == ["facts/test/0", "facts/test/1"] and missing == result.not_joined
     assert result.ours.accuracy == 0.5 and result.cached.accuracy == 1
 

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from jaxre.errors import InputError
 from jaxre.evaluation import chatgpt_semeval, gpt_conll04
 from jaxre.evaluation.cache import POSITION, SAME_ANSWER, join_cached
-from jaxre.evaluation.frontier import read_cache
+from jaxre.evaluation.frontier import FAILED, read_cache
 from jaxre.evaluation.metrics import score
 from jaxre.relations.conll04 import read_conll04, read_conll04_multihead
 from jaxre.relations.schema import Example
@@ -226,6 +227,24 @@ def test_the_studys_long_format_is_read(tmp_path, suffix):
     answers = read_cache(path).answers
     assert [answer.label for answer in answers] == ["no", 'Live, "In"\nbecause']
     assert answers[0].prompt_hash == "0123456789ab" and answers[0].model == "gpt" and answers[1].gold == "NA"
+
+
+def test_the_long_format_is_read_from_the_hub_and_a_failed_request_is_no_answer(tmp_path, monkeypatch):
+    """`datasets` loads from a folder what it would load from the hub: a CSV file, as the study stored it."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    failed = {**long_rows()[0], "prompt_hash": "aaaaaaaaaaaa", "generated_relation": "ERROR: max retries exceeded"}
+    (tmp_path / "hub").mkdir()
+    with (tmp_path / "hub" / "all.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(failed))
+        writer.writeheader()
+        writer.writerows([*long_rows(), failed])
+    cache = read_cache(f"hub:{tmp_path / 'hub'}")
+    assert [(one.label, one.prompt_hash, one.prompt_shot, one.input_tokens) for one in cache.answers] == [
+        ("no", "0123456789ab", "0", 7),
+        ('Live, "In"\nbecause', "ba9876543210", "0", 7),
+    ]
+    assert cache.leftover == {FAILED: ("aaaaaaaaaaaa",)}
+    assert read_cache(tmp_path / "hub" / "all.csv").leftover == cache.leftover
 
 
 def test_unusable_caches_say_what_was_expected(tmp_path, shared_data, semeval):

@@ -269,7 +269,7 @@ def test_what_is_no_fair_comparison_has_no_star_and_no_rank(tmp_path):
     findings = found(tmp_path)
     page = Page(render(findings))
     assert {"facts", "conll04"} <= set(best_of_columns(findings)) and system.name not in best_of_columns(findings).values()
-    assert page.sections["results"].count("not comparable") == 3  # two cells, and how to read them
+    assert page.sections["results"].count("not comparable") == 5  # two cells in two tables, and how to read them
     assert "scored with" in page.sections["results"] and "No frontier model has a mean" in page.sections["glance"]
     (row,) = [row for row in findings.comparisons if row.scope == "facts"]
     ours = findings.study.cell(SOME[0], "facts")
@@ -279,6 +279,31 @@ def test_what_is_no_fair_comparison_has_no_star_and_no_rank(tmp_path):
     assert shown and all(one.gold in common.values() and one.right == "frontier" for one in shown)
     assert findings.disagreements.counts["facts", system.name][0] == len(right) - sum(right)
     draw_figures(findings, tmp_path / "figures")
+
+
+def test_steps_without_a_result_are_listed(tmp_path):
+    record = make_study(tmp_path, systems=SOME[:2])
+    assert "without a result" not in Page(render(found(tmp_path))).sections["results"]
+    write_record(dataclasses.replace(record, without={"predict.other.facts": "needs <b>other</b>, which has no result"}))
+    page = Page(render(found(tmp_path)))
+    assert "1 step of the study without a result" in page.sections["results"]
+    assert "predict.other.facts: needs <b>other</b>, which has no result" in page.sections["results"]  # as text, not as an element
+
+
+def test_every_measured_cell_has_its_further_measures(findings):
+    page = render(findings)
+    table = page[page.index('id="measures"') : page.index("</details>", page.index('id="measures"'))]
+    assert table.count("<tr") - 1 == sum(len(row.cells) for row in findings.measured)
+    row = findings.measured[0]
+    name, one = next(iter(row.cells.items()))
+    scores = findings.study.cell(row.name, name).scores
+    assert (one.macro_f1, one.accuracy, one.valid, one.malformed) == (
+        scores.macro_f1,
+        scores.accuracy,
+        scores.schema_valid,
+        scores.malformed,
+    )
+    assert f"{scores.macro_f1:.3f}</td>" in table and f"{scores.accuracy:.3f}</td>" in table
 
 
 def test_a_gold_label_that_the_schema_lacks_is_a_row_of_the_confusion(tmp_path):
@@ -295,7 +320,7 @@ def test_a_gold_label_that_the_schema_lacks_is_a_row_of_the_confusion(tmp_path):
 def test_the_number_of_comparisons_told_is_that_of_those_tested(findings):
     glance = Page(render(findings)).sections["glance"]
     # One tuned system has broken answers: its four rows are tested and corrected for nothing.
-    assert len(findings.comparisons) == 8 and "Holm's correction for 4 comparisons" in glance
+    assert len(findings.comparisons) == 12 and "Holm's correction for 8 comparisons" in glance
 
 
 def test_figures_are_drawn_as_png_and_pdf(findings, tmp_path):

@@ -40,6 +40,12 @@ def test_the_papers_grid_is_thirty_runs_with_its_settings() -> None:
     assert all(len(one.datasets) == 9 for one in asked)
 
 
+def test_a_model_with_points_in_its_name_can_be_overridden() -> None:
+    changed = load_study(CONFIGS / "paper.yaml", ["models.qwen2.5-0.5b.model.path=mine", "models.qwen2.5-0.5b.seed=7"])
+    assert changed.models["qwen2.5-0.5b"].model == {"path": "mine"} and changed.models["qwen2.5-0.5b"].seed == 7
+    assert list(changed.models) == list(load_study(CONFIGS / "paper.yaml").models)
+
+
 def test_the_small_grid_has_each_kind_of_system() -> None:
     _, systems = grid(load_study(CONFIGS / "small.yaml"))
     assert {system.kind for system in systems} == {"tuned", "adapted", "encoder", "untuned", "baseline", "frontier"}

@@ -21,6 +21,7 @@ from jaxre.data.dataset import load_dataset
 from jaxre.data.dataset import make_plan as packing
 from jaxre.evaluation.evaluate import evaluate_rows
 from jaxre.evaluation.predictions import write_predictions
+from jaxre.evaluation.prompt_effects import prompt_sensitivity
 from jaxre.evaluation.study_record import read_record
 from jaxre.evaluation.study_scores import measure
 from jaxre.inference.predict import predict_examples
@@ -211,13 +212,14 @@ def test_a_run_that_fails_is_told_and_tried_again_and_the_others_go_on(tmp_path:
     tree |= {"models": {"broken": {"model": {"path": str(broken)}}}, "baselines": False, "frontier": []}
     tree["regimes"] = {"facts": {"datasets": ["facts"]}}
     tree["evaluation"]["cross_domain"] = False
-    tree["frontier"] = [{"name": "cached", "dataset": "facts", "cache": str(tmp_path / "cached.csv")}]
+    tree["frontier"] = [{"name": "cached", "datasets": ["facts"], "cache": str(tmp_path / "cached.csv")}]
     console = quiet()
     # The run itself, its latency, its predictions, and the cache that is not there.
     assert study(study_of(tree), console) == 4
     said = console.file.getvalue()
     assert "model.safetensors" in said and "needs broken-facts-0shot, which has no result" in said and "cached.csv" in said
-    assert read_record(study_of(tree).folder).systems == ()
+    record = read_record(study_of(tree).folder)
+    assert record.systems == () and len(record.without) == 4 and "model.safetensors" in record.without["train.broken-facts-0shot"]
     (failed,) = (study_of(tree).folder / "steps").iterdir()
     assert "model.safetensors" in json.loads(failed.read_text())["failed"]
     examples = load(study_of(tree).datasets["facts"].test)
@@ -247,10 +249,63 @@ def test_what_cannot_be_read_is_told_in_the_plan(tree: dict) -> None:
     assert [name for name, step in made.steps.items() if step.digest] == ["predict.majority.facts", "predict.tfidf.facts"]
 
 
+def test_cached_answers_of_several_models_and_settings_are_told_apart(tmp_path: Path, tiny_model: Path) -> None:
+    """One cache, as the study published its own: by model, with and without labels listed, and in a prompt style."""
+    tree = study_tree(tmp_path, tiny_model) | {"models": {}, "regimes": {}, "baselines": False}
+    cache = tmp_path / "cached.csv"
+    examples = load(study_of(tree).datasets["facts"].test)
+    settings = [("A", "gen_constrained", 0, "", 12), ("A", "gen_open", 0, "", 6), ("B", "gen_constrained", 2, "shots2-task", 3)]
+    cache.write_text(
+        "example_id,relation,generated_relation,eval_dataset_name,model_id,gen_type,prompt_shot,prompt_style\n"
+        + "".join(
+            f"{one.id},{one.relation},{one.relation if place < right else 'none'},facts,{model},{kind},{shots},{style}\n"
+            for model, kind, shots, style, right in settings
+            for place, one in enumerate(examples)
+        )
+    )
+    asked = {"datasets": ["facts"], "cache": str(cache)}
+    tree["frontier"] = [
+        {"name": "listed", "model": "A", "enumerate": True, **asked},
+        {"name": "open", "model": "A", "enumerate": False, "shots": 0, **asked},
+        {"name": "styled", "model": "B", "style": "shots2-task", **asked},
+        {"name": "unclear", "model": "A", **asked},
+    ]
+    console = quiet()
+    assert study(study_of(tree), console) == 1
+    assert "holds gen_type gen_constrained, gen_open, and none was chosen" in console.file.getvalue()
+    record = read_record(study_of(tree).folder)
+    assert [(one.name, one.model, one.enumerated, one.prompt_shots, one.style) for one in record.systems] == [
+        ("listed", "A", True, None, ""),
+        ("open", "A", False, 0, ""),
+        ("styled", "B", True, 2, "shots2-task"),
+    ]
+    assert list(record.without) == ["predict.unclear.facts"]
+    right = {one.name: sum(row.relation == row.generated_relation for row in record.rows(one, "facts")) for one in record.systems}
+    none = [place for place, one in enumerate(examples) if one.relation == "none"]
+    assert right == {name: count + sum(place >= count for place in none) for name, count in (("listed", 12), ("open", 6), ("styled", 3))}
+    (table,) = prompt_sensitivity(measure(record, resamples=10))
+    assert (table.model, [row.style for row in table.rows]) == ("B", ["shots2-task"])
+
+
+@pytest.mark.parametrize(
+    ("frontier", "told"),
+    [
+        ([{"datasets": ["facts"], "style": "shots3"}], "no prompt style 'shots3'; the nearest is shots"),
+        ([{"datasets": ["facts", "verbs"]}, {"datasets": ["verbs"]}], "cached has two caches for one dataset"),
+        ([{"datasets": ["facts"]}, {"datasets": ["verbs"], "shots": 2}], "the caches of cached differ in model, enumerate, shots or style"),
+        ([{"datasets": ["fact"]}], "frontier.0.datasets: there is no 'fact' in this study; the nearest is facts"),
+    ],
+)
+def test_caches_that_are_no_row_of_the_results_are_refused(tmp_path: Path, tiny_model: Path, frontier: list[dict], told: str) -> None:
+    tree = study_tree(tmp_path, tiny_model)
+    tree["frontier"] = [{"name": "cached", "cache": "x.csv", **one} for one in frontier]
+    assert told in refusal(lambda: study_of(tree))
+
+
 def test_cached_answers_in_common_labels_are_recorded_as_such(tmp_path: Path, tiny_model: Path) -> None:
     tree = study_tree(tmp_path, tiny_model) | {"models": {}, "regimes": {}, "baselines": False}
     cache, labels = tmp_path / "cached.csv", tmp_path / "labels.json"
-    tree["frontier"] = [{"name": "cached", "dataset": "facts", "cache": str(cache), "labels": str(labels)}]
+    tree["frontier"] = [{"name": "cached", "datasets": ["facts"], "cache": str(cache), "labels": str(labels)}]
     examples = load(study_of(tree).datasets["facts"].test)
     common = {one.relation: "none" if one.relation == "none" else "some relation" for one in load(study_of(tree).datasets["facts"].train)}
     common |= {one.relation: common.get(one.relation, "some relation") for one in examples}
