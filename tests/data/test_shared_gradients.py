@@ -137,6 +137,7 @@ def test_shared_loss_and_gradients_equal_one_example_a_row(family: str, method: 
         assert worst(found, reference) < TOLERANCE
 
 
+@pytest.mark.once
 def test_accumulated_gradients_of_shared_rows_equal_one_example_a_row() -> None:
     tokens, model, config = begin_alike(), architecture(QWEN2), settings("lora", 0.3)
     base = perturbed(init_weights(model, seed=1), 1)

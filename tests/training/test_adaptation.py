@@ -61,6 +61,7 @@ def test_sft_starts_from_the_language_model_run_read_or_opened_before(tiny_model
     assert apart(tuned[0].base, before) <= (0.0 if method == "lora" else 3e-5) < 1e-2 < apart(open_model(tiny_model, F32).base, before)
 
 
+@pytest.mark.once
 def test_an_adapter_of_a_language_model_run_goes_on_in_sft(tiny_model: Path, tmp_path: Path) -> None:
     first = train(language_model(tmp_path, tiny_model, "lora"))
     second = train(sft(tmp_path, first, "on", "lora"))

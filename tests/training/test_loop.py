@@ -126,6 +126,7 @@ def test_another_config_on_the_same_folder_is_refused(finished: Path) -> None:
         train(config)
 
 
+@pytest.mark.once
 def test_a_killed_run_continues_the_exact_loss_curve(tiny_model: Path, tmp_path: Path, finished: Path) -> None:
     """Killed, with a checkpoint and a log record left half-written; every loss equals that of the run that was not."""
     expected = losses(finished)

@@ -54,6 +54,7 @@ def figures(config: Config, model: Path) -> dict[str, float]:
     return Validation(config, dataset, initial.architecture, np.dtype("float32"), mesh).run(trained, initial.base)
 
 
+@pytest.mark.once
 def test_validation_scores_each_dataset_with_its_own_labels_and_reports_the_mean(model: Path, tmp_path: Path) -> None:
     both = figures(mixed(tmp_path, model, "Ada", "Eve"), model)
     alone = figures(mixed(tmp_path, model, "Eve"), model)
@@ -74,6 +75,7 @@ def test_a_dataset_that_collapsed_is_named() -> None:
 # ---- on the shipped base ---------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_a_mixture_of_benchmarks_from_data_to_predictions(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAXRE_DATA", str(shared_data))
     tree = {

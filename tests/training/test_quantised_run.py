@@ -64,11 +64,13 @@ def test_training_on_nf4_learns_and_is_told_before_the_first_step(run: Path, sai
     assert f"{whole:,.1f} MiB" in line and f"{part:,.1f} MiB" in line and "float32" in line
 
 
+@pytest.mark.once
 def test_a_stored_base_gives_the_same_run_bit_for_bit(run: Path, store: Path, tmp_path: Path) -> None:
     """Whether model.quantise is said or not: the store is NF4."""
     assert losses(train(tiny_config(tmp_path, store, "stored"))) == losses(run)
 
 
+@pytest.mark.once
 def test_a_dense_base_gives_another_run(run: Path, tiny_model: Path, tmp_path: Path) -> None:
     found = losses(train(tiny_config(tmp_path, tiny_model, train={"max_steps": 1, "epochs": 2})))
     assert found[0] != losses(run)[0] and abs(found[0] / losses(run)[0] - 1) < 0.1
@@ -91,6 +93,7 @@ def unquantised(run: Path, folder: Path) -> Path:
     return path
 
 
+@pytest.mark.once
 def test_a_run_that_continues_another_takes_its_base(run: Path, tmp_path: Path) -> None:
     said = refusal(lambda: train(tiny_config(tmp_path, run)))
     assert "model.quantise: None here, but the adapter of" in said and "was trained with nf4; set it to that" in said
