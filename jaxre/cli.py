@@ -200,7 +200,7 @@ def evaluate(
 @app.command()
 def compare(
     predictions: Annotated[Path, typer.Argument(help="our predictions file", metavar="PREDICTIONS")],
-    cache: Annotated[Path, typer.Argument(help="cached predictions of another model", metavar="CACHE")],
+    cache: Annotated[Path, typer.Argument(help="cached predictions of another model: a file, or hub:OWNER/NAME", metavar="CACHE")],
     labels: LabelMapFile = None,
     model: Annotated[str | None, typer.Option(help="which model of a cache that holds several")] = None,
     coverage: Annotated[
@@ -278,7 +278,7 @@ def frontier_import(
 
 @frontier.command("check")
 def frontier_check(
-    cache: Annotated[Path, typer.Argument(help="cached predictions of another model", metavar="CACHE")],
+    cache: Annotated[Path, typer.Argument(help="cached predictions of another model: a file, or hub:OWNER/NAME", metavar="CACHE")],
     config: Annotated[Path | None, typer.Option(help="config with data, labels and prompts", metavar="CONFIG")] = None,
     data: Data = None,
     split: Split = None,

@@ -37,6 +37,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(ROOT / "tests").parts[0] in WITHOUT_ARRAYS and item.path.name not in WITH_ARRAYS:
             item.add_marker("once")
+        if item.get_closest_marker("slow") and not item.get_closest_marker("aot") and hasattr(item.module, "torch"):
+            raise pytest.UsageError(f"{item.nodeid}: slow tests run on the second jax line, where torch is not, so this one ran nowhere")
     items.sort(key=lambda item: "training" not in item.path.parts)
 
 

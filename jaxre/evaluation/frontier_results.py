@@ -14,8 +14,8 @@ first is kept, in the order in which the files were given, and the request is li
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +67,13 @@ def collect(manifest: Manifest, paths: Sequence[str | Path]) -> Collected:
       InputError: a file that is missing, empty, or no result file; a file given twice; a record without an id; what looks like a
         key of a provider; no record of this manifest at all.
     """
-    given = [Path(path).resolve() for path in paths]
-    if twice := [path for path, number in Counter(given).items() if number > 1]:
-        raise InputError(f"{twice[0]}: is given twice; give each result file once")
+    # By their bytes: under another name too, a file read twice would count what its answers cost twice.
+    seen: dict[str, Path] = {}
+    for path in map(Path, paths):
+        read = hashlib.sha256(read_text(path).encode()).hexdigest()
+        if read in seen:
+            raise InputError(f"{path}: is given twice (also as {seen[read]}); give each result file once")
+        seen[read] = path
     known = {request.custom_id for request in manifest.requests}
     kept: dict[str, Outcome] = {}
     unknown, repeated, contradicted, outcomes = [], [], [], []

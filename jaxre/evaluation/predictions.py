@@ -77,7 +77,7 @@ _TEXT = tuple(field.name for field in fields(Prediction) if field.type == "str")
 
 
 def write_predictions(path: str | Path, rows: Sequence[Prediction]) -> tuple[Path, Path]:
-    """Writes `path.parquet` and `path.csv`; both appear complete or not at all.
+    """Writes `path.parquet` and then `path.csv`; each appears complete or not at all.
 
     Args:
       path: without suffix (`.parquet` or `.csv` is taken off); an existing folder gets the name `predictions`.

@@ -202,6 +202,9 @@ def test_files_that_are_no_results_are_refused(config, tmp_path):
     assert "none of its 1 records (such as 'a') belongs to the manifest" in refused(json.dumps(result("openai", "a", ("x", "stop"))))
     assert "empty" in refused("")
     assert "is given twice" in refusal(lambda: import_results(written.manifest, written.files * 2, tmp_path / "cache"))
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(written.files[0].read_bytes())
+    assert f"also as {written.files[0]}" in refusal(lambda: import_results(written.manifest, [*written.files, copy], tmp_path / "cache"))
     assert "not a manifest" in refusal(lambda: read_manifest(written.files[0]))
     tree = json.loads(written.manifest.read_text(encoding="utf-8"))
     tree["requests"][0]["prompt"] = tree["requests"][1]["prompt"]

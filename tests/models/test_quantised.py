@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxre_kernels.nf4 import NF4Weight, forms
 from tiny_decoders import CONFIGS, build, ground_truth, random_factors, relative, tokens_of
 from tiny_runs import equal
 
@@ -19,10 +16,9 @@ from jaxre.checkpoints.peft import save_adapter
 from jaxre.config import Lora
 from jaxre.errors import InputError
 from jaxre.models import decoder
-from jaxre.models.architecture import architecture_of
-from jaxre.models.lora import init_adapter, merge, scale_of
+from jaxre.models.lora import merge, scale_of
 from jaxre.models.quantised import is_nf4
-from jaxre.models.weights import places, table, tree_of
+from jaxre.models.weights import table
 
 torch = ground_truth("torch")
 peft = ground_truth("peft")
@@ -116,11 +112,7 @@ def test_logits_and_lora_gradients_equal_peft_on_linear4bit(layout, tmp_path):
     assert relative(loss_and_gradients(architecture, load_base(tmp_path / "base")[1], factors, tokens)[0], logits) > 0.01
 
 
-# One of each family; the others on the second jax line.
-FIRST = ("qwen2 tied, biases, grouped heads", "llama-3 scaled rope", "smollm3, every fourth layer unrotated", "qwen3, norms of q and k")
-
-
-@pytest.fixture(scope="module", params=[pytest.param(one, marks=[] if one in FIRST else pytest.mark.slow) for one in CONFIGS])
+@pytest.fixture(scope="module", params=CONFIGS)
 def layout(request, tmp_path_factory):
     """Folder of a base of each layout, with the real switches of the studied decoders."""
     folder = tmp_path_factory.mktemp("layout")
@@ -182,29 +174,3 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.up_proj\.weight cannot be quantised: .* not finite"):
         load_base(tmp_path, quantise="nf4")
-
-
-@pytest.mark.slow
-def test_backward_pass_keeps_no_dense_copy_of_the_base():
-    """Beside what a step on a dense base needs, room for the matrices of a layer or two, of twelve; the quantised base is not copied."""
-    fields = {"model_type": "llama", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 4}
-    fields |= {"num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
-    architecture = architecture_of(fields, "test")
-    dense = tree_of((path, jax.ShapeDtypeStruct(shape, jnp.float32)) for _, path, shape, _ in places(architecture))
-    matrices = {weight.name: weight.shape(architecture) for weight in table(architecture) if weight.lora}
-    quantised = {**dense, "layers": dict(dense["layers"]), "last": dict(dense["last"])}
-    for part, stack in (("layers", (11,)), ("last", ())):
-        for name, (inputs, outputs) in matrices.items():
-            arrays = {field: jax.ShapeDtypeStruct(*form) for field, form in forms((outputs, inputs), stack).items()}
-            quantised[part][name] = NF4Weight(**arrays, shape=(outputs, inputs))
-    factors = jax.eval_shape(lambda: init_adapter(architecture, LORA, jax.random.key(0)))
-    rows = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-
-    def loss(factors, params, tokens):
-        return decoder.forward(params, tokens, tokens, tokens + 8, architecture, decoder.Adapter(factors, 1.0)).sum()
-
-    def temporary(params):
-        return jax.jit(jax.grad(loss)).lower(factors, params, rows).compile().memory_analysis().temp_size_in_bytes
-
-    layer = 4 * sum(math.prod(shape) for shape in matrices.values())
-    assert temporary(quantised) < temporary(dense) + 2 * layer  # measured: 0.8 of a layer
