@@ -76,6 +76,7 @@ def test_loss_and_gradients_equal_those_of_the_dense_head(
             assert relative(ours, reference) < 1e-5, path  # f32, sums in another order
 
 
+@pytest.mark.once
 def test_a_run_has_the_losses_of_the_dense_head_and_tells_what_it_chose(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

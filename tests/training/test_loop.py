@@ -170,6 +170,7 @@ def test_a_run_is_one_process_and_goes_on_after_ctrl_c(tiny_model: Path, tmp_pat
     assert losses(train(config)) == losses(finished)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_memory_that_is_printed_is_that_of_weights_state_and_rows(tiny_model: Path, tmp_path: Path, method: str) -> None:
     config = tiny_config(tmp_path, tiny_model, train={"method": method})
@@ -212,11 +213,13 @@ def logged(run: Path) -> list[int]:
     ]
 
 
+@pytest.mark.once
 def test_one_example_is_enough(tiny_model: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tiny_model, data={"train": {"dataset": "facts", "split": "train", "limit": 1}, "validation": None})
     assert len(losses(train(config))) == 2
 
 
+@pytest.mark.once
 def test_full_fine_tuning_writes_a_model(tiny_model: Path, tmp_path: Path) -> None:
     run = train(tiny_config(tmp_path, tiny_model, train={"method": "full", "epochs": 1, "learning_rate": 1e-3}))
     found = losses(run)
@@ -294,6 +297,7 @@ def test_weights_that_do_not_load_are_refused_where_they_are_asked_for(tmp_path:
     assert "absent" in refusal(read)
 
 
+@pytest.mark.once
 def test_examples_longer_than_a_row_are_listed_in_the_log(tiny_model: Path, tmp_path: Path) -> None:
     """Dropped, counted and listed: every example is either trained on or named."""
     config = tiny_config(tmp_path, tiny_model, data={"validation": None}, train={"epochs": 1, "row_length": 96, "batch_tokens": 1536})

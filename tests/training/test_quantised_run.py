@@ -26,6 +26,9 @@ from jaxre.training.loop import prepared, train
 from jaxre.training.sharding import make_mesh
 from jaxre.training.step import make_optimiser
 
+# Other tests of the second jax line train on NF4 too (test_mesh) and predict with it (inference/test_quantised).
+pytestmark = pytest.mark.once
+
 
 def qlora(folder: Path, model: Path, name: str = "run", **changes: dict) -> Config:
     """`tiny_config` with model.quantise=nf4."""
