@@ -84,15 +84,17 @@ def write_native(
         else:
             stores[path] = _create(folder, path, shape, stored[weight.name])
     at, writing = positions(architecture), None
-    for name, tensor in tensors:
-        weight, path, index = at.pop(name)
-        array = transposed(tensor) if weight.transpose and not is_nf4(tensor) else tensor
-        _wait(writing)  # so that one is written while the next is read
-        # Nobody changes the array, so it need not be copied: measured twice as fast.
-        writing = jax.tree.map(
-            lambda store, part, index=index: store[index].write(part, can_reference_source_data_indefinitely=True), stores[path], array
-        )
-    _wait(writing)
+    try:
+        for name, tensor in tensors:
+            weight, path, index = at.pop(name)
+            array = transposed(tensor) if weight.transpose and not is_nf4(tensor) else tensor
+            _wait(writing)  # so that one is written while the next is read
+            # Nobody changes the array, so it need not be copied: measured twice as fast.
+            writing = jax.tree.map(
+                lambda store, part, index=index: store[index].write(part, can_reference_source_data_indefinitely=True), stores[path], array
+            )
+    finally:
+        _wait(writing)  # where a tensor is refused too: what is still written would bring the folder back that is then removed
     if at:
         raise ValueError(f"not written: {', '.join(at)}")
     shutil.copyfile(like / "config.json", folder / "config.json")

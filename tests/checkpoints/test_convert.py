@@ -14,12 +14,13 @@ from safetensors.numpy import load_file, save_file
 from tiny_decoders import CONFIGS, build, ground_truth, our_logits, random_factors, relative, their_logits, tokens_of
 from tiny_runs import LORA, bits, equal, make_run
 
-from jaxre.checkpoints import shards
+from jaxre.checkpoints import native, shards
 from jaxre.checkpoints.convert import DTYPES, convert
-from jaxre.checkpoints.huggingface import load_base
+from jaxre.checkpoints.huggingface import hf_tensors, load_base
 from jaxre.checkpoints.native import load_native
 from jaxre.checkpoints.peft import save_adapter
 from jaxre.checkpoints.source import open_model
+from jaxre.errors import InputError
 from jaxre.models.lora import scale_of
 
 torch = ground_truth("torch")
@@ -171,6 +172,23 @@ def test_weight_that_the_dtype_cannot_hold_is_refused(tmp_path, value, dtype):
     message = refusal(lambda: convert(tmp_path / "hf", tmp_path / "ours", "jaxre", dtype=dtype))
     assert f"model.layers.0.mlp.up_proj.weight: {value:.6g} is too large for {dtype}" in message
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_what_is_still_written_is_waited_for_before_the_folder_of_a_refused_conversion_is_removed(tiny_base, tmp_path, monkeypatch):
+    """TensorStore writes in threads of its own: it would bring the folder back."""
+    waited = []
+    monkeypatch.setattr(native, "_wait", lambda writing, wait=native._wait: waited.append(writing) or wait(writing))
+    architecture, _ = load_base(tiny_base)
+    tensors = list(hf_tensors(architecture, load_base(tiny_base)[1]))
+
+    def some():
+        yield from tensors[:3]
+        raise InputError("the fourth is refused")
+
+    (tmp_path / "ours").mkdir()
+    dtypes = {name: array.dtype for name, array in tensors}
+    assert refusal(lambda: native.write_native(tmp_path / "ours", architecture, dtypes, some(), tiny_base)) == "the fourth is refused"
+    assert len(waited) == 4 and all(one.done() for one in jax.tree.leaves(waited[1:]))  # the first has nothing before it
 
 
 def test_every_chat_template_of_the_tokenizer_is_carried_along(tiny_base, tmp_path):
