@@ -235,6 +235,8 @@ class Execution:
         label_map = read_label_map(cached.labels) if cached.labels else None
         asked = [_asked(example, step.system) for example in examples]
         joined, missing, notes = join_answers(asked, cache, cached.model)
+        if others := [note for note in notes if not note.startswith("dataset")]:
+            raise InputError(f"{cached.place}: {others[0]}; correct frontier, or name another cache")
         if not joined:
             raise InputError(
                 f"{cached.place}: none of its answers is of a test example of {step.dataset}; correct frontier or the test split"

@@ -280,6 +280,10 @@ def test_cached_answers_of_several_models_and_settings_are_told_apart(tmp_path: 
         ("styled", "B", True, 2, "shots2-task"),
     ]
     assert list(record.without) == ["predict.unclear.facts"]
+    # What a study says of the prompts is not what the cache holds.
+    tree |= {"name": "other", "frontier": [{"name": "listed", "model": "B", "enumerate": False, **asked}]}
+    assert study(study_of(tree), console) == 1
+    assert "gen_type differs: ours 'gen_open', the cache 'gen_constrained'; correct frontier" in console.file.getvalue()
     right = {one.name: sum(row.relation == row.generated_relation for row in record.rows(one, "facts")) for one in record.systems}
     none = [place for place, one in enumerate(examples) if one.relation == "none"]
     assert right == {name: count + sum(place >= count for place in none) for name, count in (("listed", 12), ("open", 6), ("styled", 3))}
