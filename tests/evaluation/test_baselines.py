@@ -47,7 +47,6 @@ def test_one_label_and_entities_that_are_not_in_the_text_are_no_obstacle(baselin
         baseline(lost, [])
 
 
-@pytest.mark.slow
 def test_semeval_baselines_reach_what_was_measured(shared_data):
     """On a part of it: all of it takes most of a minute (tools/semeval_table.py)."""
     train, test = (

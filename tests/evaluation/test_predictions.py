@@ -64,7 +64,6 @@ def test_the_columns_are_those_of_the_study_first(tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_fifty_thousand_rows(tmp_path):
     """3 s on one shared core; what is quadratic would not end."""
     rows = [Prediction(f"x/test/{i}", "a", "b", prompt="words " * 20) for i in range(50_000)]

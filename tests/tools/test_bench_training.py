@@ -89,7 +89,6 @@ def test_a_ratio_is_the_median_over_rounds_of_turns_side_by_side(
     assert found["relative"] == pytest.approx(1e-5)
 
 
-@pytest.mark.slow
 def test_each_variant_computes_the_loss_of_jaxre(sides: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"data": {"train": {"dataset": "facts", "split": "train", "limit": 13}, "validation": None}}
     config = tiny_config(tmp_path, write_tiny_model(tmp_path / "model"), **changes, train={"epochs": 1, "batch_tokens": 2048})

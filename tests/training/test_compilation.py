@@ -64,7 +64,7 @@ def cache(tmp_path: Path) -> Iterator[Path]:
     compilation_cache.reset_cache()
 
 
-@pytest.mark.parametrize("kind", ["lora", *(pytest.param(one, marks=pytest.mark.slow) for one in ("full", "lora, accumulated", "encoder"))])
+@pytest.mark.parametrize("kind", ["lora", *(pytest.param(one, marks=pytest.mark.once) for one in ("full", "lora, accumulated", "encoder"))])
 def test_loss_and_gradients_are_those_of_no_policy(deep: Path, tmp_path: Path, kind: str) -> None:
     """The moments after one update are the clipped gradients, up to a factor; the learning rate of the first is zero."""
     found, memory = {}, []
@@ -91,7 +91,7 @@ def test_loss_and_gradients_are_those_of_no_policy(deep: Path, tmp_path: Path, k
     assert memory == sorted(memory, reverse=True) and len(set(memory)) == len(POLICIES), memory
 
 
-@pytest.mark.slow
+@pytest.mark.once
 def test_the_first_policy_that_fits_is_taken_and_told(deep: Path, tmp_path: Path, cache: Path) -> None:
     use_compilation_cache(print)  # each of the programs below is compiled once
     settings = {"row_length": 128, "batch_tokens": 512}
