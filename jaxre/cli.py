@@ -168,8 +168,10 @@ def predict(
     Example: jaxre predict runs/quickstart --text "<e1>Paris</e1> is the capital of <e2>France</e2>."
     """
     from jaxre.compilation_cache import use_compilation_cache
+    from jaxre.host_memory import keep_freed_memory
     from jaxre.inference.commands import predict_data, predict_text
 
+    keep_freed_memory()
     use_compilation_cache(console.print)
     if text is not None:
         if split or output:
