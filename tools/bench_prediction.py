@@ -163,6 +163,7 @@ def bench(settings: argparse.Namespace) -> dict[str, Any]:
     import jax
     import torch
 
+    from jaxre.host_memory import keep_freed_memory
     from jaxre.inference.decoding import generate
     from jaxre.inference.model import Model, on_device
     from jaxre.inference.predict import model_of
@@ -172,6 +173,7 @@ def bench(settings: argparse.Namespace) -> dict[str, Any]:
     from jaxre.models.weights import parameter_count
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    keep_freed_memory()  # as `jaxre predict` does; for all sides
     loaded, fields, prompts, answers, stops = prepared(settings)
     peer = in_transformers(loaded, fields)
     whole = model_of(loaded)
