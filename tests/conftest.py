@@ -23,7 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 # Most of the time goes to compiling programs that run on little data.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
-# XLA's older way to write a fusion's code for CPUs takes two thirds of the time; jax 0.11 no longer has it.
+# XLA's older way to write a fusion's code for CPUs takes two thirds of the time; jax 0.12 no longer has it.
 if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
