@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxre_kernels.attention import masked_attention
 from jaxre_kernels.cross_entropy import logits_of
+from jaxre_kernels.linear import dense_linear
 from jaxre_kernels.lora import Factors, group_words
 from jaxre_kernels.nf4 import nf4_linear
 
@@ -211,7 +212,7 @@ def input_group(
     """
     chosen = [weights[name] for name in names]
     if adapter is None:
-        outputs = [nf4_linear(x, weight) if is_nf4(weight) else x @ weight for weight in chosen]
+        outputs = [nf4_linear(x, weight) if is_nf4(weight) else dense_linear(x, weight) for weight in chosen]
     else:
         factors = [Factors(**low_rank[name]) if name in low_rank else None for name in names]
         rate = 0.0 if adapter.keys is None else adapter.rate

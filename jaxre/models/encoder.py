@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxre_kernels.attention import masked_attention
+from jaxre_kernels.linear import dense_linear
 from jaxre_kernels.lora import keep_mask
 
 from jaxre.models.architecture import EncoderArchitecture
@@ -134,7 +135,7 @@ def head(params: Tree, x: jax.Array, architecture: EncoderArchitecture, keys: ja
 
 def linear(weights: Tree, name: str, x: jax.Array) -> jax.Array:
     """x W + b: [..., I] -> [..., O]."""
-    return x @ weights[name] + weights[f"{name}_bias"]
+    return dense_linear(x, weights[name]) + weights[f"{name}_bias"]
 
 
 def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
