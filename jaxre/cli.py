@@ -12,8 +12,9 @@ import typer
 from rich.console import Console
 
 from jaxre.errors import InputError
+from jaxre.host_memory import keep_freed_memory
 
-# What a command needs is imported inside it: jax and the readers take seconds to load.
+# What a command needs is imported inside it: jax and the readers take seconds to load. Memory is kept before that, as threads start then.
 # `\b` before an example: its lines are not wrapped, so that they can be pasted.
 
 app = typer.Typer(
@@ -67,6 +68,7 @@ def quickstart(output: Annotated[Path, typer.Option(help="folder of the run")] =
     \b
     Example: jaxre quickstart
     """
+    keep_freed_memory()
     from jaxre.quickstart import quickstart
 
     quickstart(output, console)
@@ -106,6 +108,7 @@ def train(config: ConfigFile, overrides: Overrides = None, dedup: Dedup = False)
     \b
     Example: jaxre train configs/quickstart.yaml name=mine lora.rank=32 train.learning_rate=2e-4
     """
+    keep_freed_memory()
     from jaxre.config import load_config
     from jaxre.training.loop import train
 
@@ -129,6 +132,7 @@ def profile(
     \b
     Example: jaxre profile configs/quickstart.yaml --steps 5
     """
+    keep_freed_memory()
     from jaxre.config import load_config
     from jaxre.profiling.profile import overrides_of, profile_run, profile_table, sweep_rows, sweep_table
 
@@ -167,11 +171,10 @@ def predict(
     \b
     Example: jaxre predict runs/quickstart --text "<e1>Paris</e1> is the capital of <e2>France</e2>."
     """
+    keep_freed_memory()
     from jaxre.compilation_cache import use_compilation_cache
-    from jaxre.host_memory import keep_freed_memory
     from jaxre.inference.commands import predict_data, predict_text
 
-    keep_freed_memory()
     use_compilation_cache(console.print)
     if text is not None:
         if split or output:
@@ -365,6 +368,7 @@ def study(
     \b
     Example: jaxre study configs/study/small.yaml --plan
     """
+    keep_freed_memory()
     from jaxre.study.execute import study
     from jaxre.study.settings import load_study
 

@@ -131,6 +131,9 @@ def run_side(side: str, folder: Path, settings: argparse.Namespace) -> None:
     elif side in ("a", "a'", "b"):
         torch_side(side, folder, settings, talk)
     else:
+        from jaxre.host_memory import keep_freed_memory
+
+        keep_freed_memory()  # as `jaxre train` does
         jaxre_side(side, folder, settings, talk)
 
 

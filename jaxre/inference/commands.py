@@ -32,7 +32,7 @@ from jaxre.relations.mixtures import name_of, sources_of
 from jaxre.relations.prompt_styles import styled
 from jaxre.relations.prompts import parse_marked
 from jaxre.relations.schema import ANY, Example, Schemas
-from jaxre.relations.tables import SUFFIXES
+from jaxre.relations.tables import is_file
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,14 @@ def load_source(config: Config, data: str | None, split: str | None) -> tuple[So
     """
     source, known = source_of(config, data, split), _known(config)
     if not any(source.dataset == one.dataset for one in known):
-        kind = _kind(source.dataset)
+        kind, source = _kind(source.dataset), source.with_columns_key("--config CONFIG, in it data.test.columns")
         for mapping in (one.columns for one in known if one.columns and kind and _kind(one.dataset) == kind):
-            for columns in (mapping, {field: name for field, name in mapping.items() if field != "relation"}):
+            unlabelled = {field: name for field, name in mapping.items() if field != "relation"}
+            # "" hides the labels of that source; of another's it says nothing.
+            for columns in (mapping, unlabelled) if mapping.get("relation") else (unlabelled,):
                 mapped = source.model_copy(update={"columns": columns})
                 with contextlib.suppress(NoColumn):
                     return mapped, sources.load(mapped, labelled=False)
-        source = source.with_columns_key("--config CONFIG, in it data.test.columns")
     return source, sources.load(source, labelled=False)
 
 
@@ -198,7 +199,7 @@ def _kind(dataset: str) -> str | None:
     """Of data whose columns may be mapped."""
     if dataset.startswith(PREFIX):
         return "hub"
-    return "file" if Path(dataset).suffix.lower() in SUFFIXES else None
+    return "file" if is_file(dataset) else None
 
 
 def source_of(config: Config, data: str | None, split: str | None) -> Source:

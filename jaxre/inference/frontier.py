@@ -36,7 +36,7 @@ from jaxre.relations.label_map import read_label_map
 from jaxre.relations.labels import task_of
 from jaxre.relations.prompt_styles import styled
 from jaxre.relations.schema import ANY, Example, Schema, Schemas, normalise_label
-from jaxre.relations.tables import SUFFIXES
+from jaxre.relations.tables import is_file
 
 REFUSAL = "(refusal)"
 SHOWN = 5
@@ -274,8 +274,7 @@ def check_file(
     if config is not None:
         source, examples = load_source(config, data, split)
     elif data is not None:
-        is_file = Path(data).suffix.lower() in SUFFIXES
-        source = Source(dataset=data, split=split if is_file else split or "test")
+        source = Source(dataset=data, split=split if is_file(data) else split or "test")
         examples = sources.load(source, labelled=False)
     else:
         raise InputError("a cache is checked against data; give --config CONFIG or --data NAME")

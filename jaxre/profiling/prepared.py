@@ -18,7 +18,6 @@ from jaxre.data.dataset import Dataset, load_dataset, make_plan
 from jaxre.data.packing import Plan, Update
 from jaxre.data.rows import Rows
 from jaxre.data.tokens import TokenSet
-from jaxre.host_memory import keep_freed_memory
 from jaxre.training import sharding
 from jaxre.training.compilation import Compilations, CompiledUpdates, compile_updates
 from jaxre.training.initial import Initial, check_tokens, initial_state
@@ -74,7 +73,6 @@ def prepare(config: Config, dataset: Dataset | None = None, plan_of: Callable[[C
       InputError: anything in the config, data or weights that cannot be used.
     """
     sharding.split_cpu(config.mesh.cpu_devices)
-    keep_freed_memory()
     use_compilation_cache(warnings.warn)
     mesh = sharding.make_mesh(config.mesh)
     dataset = load_dataset(config, tokenizer_folder(config)) if dataset is None else dataset

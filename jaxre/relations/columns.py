@@ -36,7 +36,7 @@ KEY = "columns"  # what a user writes for the mapping, where nothing else is kno
 
 
 class NoColumn(InputError):
-    """The records have other columns than the mapping, or the task, needs."""
+    """A file or dataset has other columns than the mapping, or the task, needs."""
 
 
 def resolve(mapping: Columns, names: Collection[str], place: str, labelled: bool = True, key: str = KEY) -> dict[str, str]:
@@ -65,7 +65,7 @@ def resolve(mapping: Columns, names: Collection[str], place: str, labelled: bool
             column[field] = present[0]
     for field in ("text", "relation") if labelled else ("text",):
         if field not in column:
-            raise _no_column(place, field, names, key)
+            raise NoColumn(_no_column(place, field, names, key))
     return column
 
 
@@ -73,9 +73,9 @@ def _there_are(wanted: str, names: Collection[str]) -> str:
     return f"the nearest of {', '.join(names)} is {nearest(wanted, names)}" if names else "there are no columns"
 
 
-def _no_column(place: str, field: str, names: Collection[str], key: str) -> NoColumn:
+def _no_column(place: str, field: str, names: Collection[str], key: str) -> str:
     marks = " (or mark the entities in the text: <e1>head</e1>, <e2>tail</e2>)" if field in ("head", "tail") else ""
-    return NoColumn(f'{place}: no column for "{field}"; {_there_are(field, names)}; map it with {key}.{field}=NAME{marks}')
+    return f'{place}: no column for "{field}"; {_there_are(field, names)}; map it with {key}.{field}=NAME{marks}'
 
 
 def read_records(
@@ -166,7 +166,7 @@ def _entity(values: _Record, side: str, text: str, marked: Span | None, must_occ
             raise InputError(f"{values.place}: {side}_span [{start}, {end}] spells {_short(spelled)}, the {side} is {_short(name)}; {hint}")
         return spelled, span
     if not values.places(side):
-        raise _no_column(values.place, side, list(values.record), values.key)
+        raise InputError(_no_column(values.place, side, list(values.record), values.key))
     if name is None:
         raise InputError(f'{values.place}: no "{values.column.get(side, side)}"; add it or remove the record')
     if must_occur and not occurrences(text, name):

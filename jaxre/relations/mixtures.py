@@ -27,6 +27,7 @@ from jaxre.config import Mixture, Source
 from jaxre.errors import InputError
 from jaxre.relations import sources
 from jaxre.relations.schema import ANY, Example, by_dataset
+from jaxre.relations.tables import is_file
 
 SEED = 42
 DOMAINS = ("general", "literary")
@@ -89,22 +90,32 @@ def read(data: Source | Mixture, place: str, load: Callable[[Sequence[Source]], 
       load: gives the examples of each source.
 
     Raises:
-      InputError: as `sources.load`; an example that two sources have; `balance: domains` without examples of both domains.
+      InputError: as `sources.load`; an example that two sources have; two files of one name; `balance: domains` without examples of
+        both domains.
     """
+    _check_files(sources_of(data), place)
     given = tuple(load(sources_of(data)))
     if isinstance(data, Source):
         return Pool((data,), given, None, one=True)
     twice = [name for name, count in Counter(e.id for examples in given for e in examples).items() if count > 1]
     if twice:
-        raise InputError(
-            f"{place}: {len(twice)} examples are in two of its sources (first {twice[0]}); take one of them out, set part, "
-            "or rename a file (a dataset is called as its file)"
-        )
+        raise InputError(f"{place}: {len(twice)} examples are in two of its sources (first {twice[0]}); take one of them out, or set part")
     domains = [example.domain for examples in given for example in examples]
     order = _balanced(domains, place) if data.balance == "domains" else _shuffled(len(domains), SEED)
     if data.limit is not None and data.limit < len(order):
         order = order[_shuffled(len(order), SEED)[: data.limit]]
     return Pool(data.sources, given, order, one=False)
+
+
+def _check_files(given: Sequence[Source], place: str) -> None:
+    """Two files of one name would be one dataset, with the labels and demonstrations of both."""
+    named: dict[str, Path] = {}
+    for path in (Path(source.dataset).expanduser() for source in given if is_file(source.dataset)):
+        first = named.setdefault(path.stem, path)
+        if first.resolve() != path.resolve():
+            raise InputError(
+                f"{place}: {first} and {path} would be one dataset, {path.stem}, as a dataset is called as its file; rename one"
+            )
 
 
 def _balanced(domains: Sequence[str], place: str) -> np.ndarray:

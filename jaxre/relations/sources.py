@@ -138,7 +138,7 @@ def digest_of(source: config.Source) -> str | None:
 
 
 def _files_of(name: str) -> list[Path]:
-    if Path(name).suffix.lower() in tables.SUFFIXES:
+    if tables.is_file(name):
         return [Path(name).expanduser()]
     if name in BENCHMARKS:
         return sorted(path for path in BENCHMARKS[name].path.rglob("*") if path.is_file())
@@ -156,7 +156,7 @@ def _digest_of_files(files: list[Path]) -> str | None:
 
 def _read(source: config.Source, labelled: bool) -> Reading:
     name, split = source.dataset, source.split
-    is_hub, is_file = name.startswith(hub.PREFIX), Path(name).suffix.lower() in tables.SUFFIXES
+    is_hub, is_file = name.startswith(hub.PREFIX), tables.is_file(name)
     if source.subset and not is_hub:
         raise InputError(f"{name}: only a hub dataset has a subset; remove subset={source.subset}")
     if source.columns and not (is_hub or is_file):

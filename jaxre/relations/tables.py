@@ -23,6 +23,11 @@ from jaxre.relations.schema import Example
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
+def is_file(dataset: str) -> bool:
+    """Whether what a config calls a dataset is a file."""
+    return Path(dataset).suffix.lower() in SUFFIXES
+
+
 def read_table(
     path: Path,
     columns: Columns | None = None,

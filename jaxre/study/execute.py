@@ -34,7 +34,6 @@ from jaxre.evaluation.cache import gold_differs
 from jaxre.evaluation.compare import ALL_PAIRS, join_answers
 from jaxre.evaluation.evaluate import write_json
 from jaxre.evaluation.predictions import GenType, Prediction, write_predictions
-from jaxre.host_memory import keep_freed_memory
 from jaxre.inference.predict import predict_examples
 from jaxre.relations import sources
 from jaxre.relations.label_map import read_label_map
@@ -64,7 +63,6 @@ def study(settings: StudyConfig, console: Console, plan_only: bool = False) -> i
         console.print(plan_table(plan))
         if plan_only:
             return 0
-        keep_freed_memory()
         use_compilation_cache(lambda *told: console.print(*told, markup=False))
         with locked(settings.folder):
             return Execution(plan, console).everything()

@@ -1,7 +1,8 @@
 """The ops of a run: which implementation of each trains it, and how it runs on the mesh.
 
 XLA splits its own implementations over the mesh. A Pallas kernel is the program of one device: it runs inside of `shard_map`, on the rows
-that lie there and whole weights (gathered, where they are split); gradients of weights are summed over the devices.
+that lie there and whole weights (gathered, where they are split); gradients of weights are summed over the devices. So does attention,
+whatever its implementation, unless the mesh splits heads.
 """
 
 from __future__ import annotations
@@ -71,7 +72,10 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
         name = choice("attention", attention.choose, q.shape[1], prefix, span, heads=heads, device_kind=kind, both_ways=both_ways)
         op = partial(attention.attention, prefix=prefix, span=span, implementation=name, device_kind=kind)
         arrays = (q, k, v, visible_until, *((visible_from,) if both_ways else ()))
-        return (op if name == "xla" else _split(op, mesh, len(arrays)))(*arrays)
+        # On a CPU how far XLA's blocks look depends on the rows: where they lie on several devices, each looks at its own. The
+        # highest of all would be agreed on in every layer, and two such waits at once leave XLA's threads waiting for good.
+        apart = name != "xla" or (shards > 1 and mesh.shape["tensor"] == 1)
+        return (_split(op, mesh, len(arrays)) if apart else op)(*arrays)
 
     def lora_group(x, weights, factors, words, scale, rate):
         all_tokens = lora.projections_of(x, weights, factors)
@@ -100,7 +104,8 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
 
 def _split(op: Callable, mesh: jax.sharding.Mesh, rows: int, whole: int = 0) -> Callable:
     """`op` on each device: its first `rows` arguments and its results are split over rows, the `whole` that follow are not."""
-    split = PartitionSpec(sharding.ROWS)
+    # Named along, the tensor axis, of one device here, does not ask for a sum of gradients over it.
+    split = PartitionSpec((*sharding.ROWS, "tensor"))
     # A Pallas call does not say over which axes its results vary, so that cannot be checked.
     return jax.shard_map(op, mesh=mesh, in_specs=(split,) * rows + (PartitionSpec(),) * whole, out_specs=split, check_vma=False)
 

@@ -33,7 +33,6 @@ from jaxre.data.packing import Plan
 from jaxre.data.preview import told_data, told_leaks
 from jaxre.data.rows import Rows
 from jaxre.errors import InputError
-from jaxre.host_memory import keep_freed_memory
 from jaxre.models.quantised import base_bytes, is_nf4
 from jaxre.models.weights import AnyArchitecture, parameter_count
 from jaxre.training import sharding
@@ -62,7 +61,6 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
     sharding.join_processes()
     first_process = jax.process_index() == 0
     say = functools.partial(console.print, markup=False) if first_process else lambda *_: None
-    keep_freed_memory()
     cache = use_compilation_cache(say)
 
     # ---- data -------------------------------------------------------------------------------

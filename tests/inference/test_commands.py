@@ -40,6 +40,23 @@ def test_a_file_without_labels_takes_the_rest_of_the_mapping(tmp_path: Path) -> 
     assert (example.head, example.relation) == ("Ada", "")
 
 
+def test_labels_that_the_run_hides_in_its_own_test_file_are_read_in_another(tmp_path: Path) -> None:
+    test = {"dataset": "test.jsonl", "columns": MAPPING | {"relation": ""}}
+    path = tmp_path / "new.jsonl"
+    path.write_text(json.dumps({"sentence": "Ada saw Bob.", "subj": "Ada", "obj": "Bob", "relation": "met"}) + "\n", encoding="utf-8")
+    assert load_source(run_on(tmp_path, test=test), str(path), None)[1][0].relation == "met"
+
+
+def test_a_record_that_the_mapping_cannot_read_is_named(tmp_path: Path) -> None:
+    """Marked texts need no columns of the entities; a text without marks does, and is not hidden by advice for the whole file."""
+    mapping = {"text": "sentence", "relation": "label"}
+    path = tmp_path / "new.jsonl"
+    path.write_text('{"sentence": "<e1>Ada</e1> saw <e2>Bob</e2>."}\n{"sentence": "Ada saw Bob."}\n', encoding="utf-8")
+    config = run_on(tmp_path, train={"dataset": str(tmp_path / "train.jsonl"), "columns": mapping})
+    message = refusal(lambda: load_source(config, str(path), None))
+    assert f'{path}:2: no column for "head"' in message and "in it data.test.columns.head=NAME" in message
+
+
 def test_the_first_source_whose_columns_are_there_gives_the_mapping(tmp_path: Path) -> None:
     """Test before train; the columns of a hub dataset say nothing of a file's."""
     other = {"dataset": "other.csv", "columns": MAPPING | {"head": "obj", "tail": "subj"}}

@@ -88,9 +88,18 @@ def test_what_cannot_be_mixed_is_refused(tmp_path: Path) -> None:
     assert "data.train: 3 examples are in two of its sources (first a/" in refusal(
         lambda: mixtures.load(mixture(general, general), "data.train")
     )
+
+
+def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
+    # They would be one dataset, with the labels of both, whether their ids are the same or not.
+    first = table(tmp_path, "a", 20)
     (tmp_path / "other").mkdir()
-    namesake = table(tmp_path / "other", "a", 3)
-    assert "rename a file" in refusal(lambda: mixtures.load(mixture(general, namesake), "data.train"))
+    (tmp_path / "other" / "a.jsonl").write_text(Path(first).read_text().replace('"id": "', '"id": "second'), encoding="utf-8")
+    told = refusal(lambda: mixtures.load(mixture(first, str(tmp_path / "other" / "a.jsonl")), "data.train"))
+    assert f"data.train: {first} and " in told and "would be one dataset, a," in told and "rename one" in told
+    # Parts of one file are not two.
+    parts = (Source(dataset=first, part=(0.0, 0.5)), Source(dataset=str(tmp_path / "other" / ".." / "a.jsonl"), part=(0.5, 1.0)))
+    assert len(mixtures.load(Mixture(sources=parts), "data.train")) == 20
 
 
 def test_a_mixture_has_the_name_that_predictions_give_it(tmp_path: Path) -> None:
