@@ -6,6 +6,8 @@ import ctypes
 import os
 import subprocess
 import sys
+from importlib import metadata
+from importlib.util import find_spec
 
 import pytest
 
@@ -54,6 +56,14 @@ def test_a_plugin_for_an_accelerator_leaves_memory_as_it_is(tmp_path):
     (tmp_path / "jax_plugins").mkdir()
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     assert run_script({"PYTHONPATH": path, "JAX_PLATFORMS": ""}) < 0.1
+
+
+@ON_GLIBC
+@pytest.mark.skipif(
+    bool(metadata.entry_points(group="jax_plugins") or find_spec("jax_plugins") or find_spec("libtpu")), reason="JAX has plugins here"
+)
+def test_without_plugins_nothing_has_to_be_said():
+    assert 0.9 < run_script({"JAX_PLATFORMS": ""}) < 1.1
 
 
 def run_script(setting: dict[str, str]) -> float:

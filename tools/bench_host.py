@@ -148,7 +148,9 @@ def start_worker(config: Path, began: float) -> None:
     def tell(name: str) -> None:
         print(f"phase \t{name}\t{time.time() - began}\t{time.process_time()}", flush=True)
 
-    from jaxre import cli  # noqa: F401
+    from jaxre import cli
+
+    cli.keep_freed_memory()
     from jaxre.config import load_config
     from jaxre.training import loop
 

@@ -173,7 +173,7 @@ def bench(settings: argparse.Namespace) -> dict[str, Any]:
     from jaxre.models.weights import parameter_count
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    keep_freed_memory()  # as `jaxre predict` does; for all sides
+    keep_freed_memory()  # as `jaxre predict` does, but after numpy; for all sides
     loaded, fields, prompts, answers, stops = prepared(settings)
     peer = in_transformers(loaded, fields)
     whole = model_of(loaded)

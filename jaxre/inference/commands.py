@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from jaxre.evaluation.predictions import Prediction, write_predictions
 from jaxre.inference.predict import Mode, predict_examples
 from jaxre.models.architecture import EncoderArchitecture
 from jaxre.relations import sources
-from jaxre.relations.columns import NoColumn
+from jaxre.relations.columns import NoColumn, RecordWithoutColumn
 from jaxre.relations.hub import PREFIX
 from jaxre.relations.labels import DatasetTask, task_of
 from jaxre.relations.mixtures import name_of, sources_of
@@ -178,6 +177,7 @@ def load_source(config: Config, data: str | None, split: str | None) -> tuple[So
     hub) whose columns it has, with or without that of the relation; with the usual columns if there is none such.
     """
     source, known = source_of(config, data, split), _known(config)
+    unread: NoColumn | None = None
     if not any(source.dataset == one.dataset for one in known):
         kind, source = _kind(source.dataset), source.with_columns_key("--config CONFIG, in it data.test.columns")
         for mapping in (one.columns for one in known if one.columns and kind and _kind(one.dataset) == kind):
@@ -185,9 +185,17 @@ def load_source(config: Config, data: str | None, split: str | None) -> tuple[So
             # "" hides the labels of that source; of another's it says nothing.
             for columns in (mapping, unlabelled) if mapping.get("relation") else (unlabelled,):
                 mapped = source.model_copy(update={"columns": columns})
-                with contextlib.suppress(NoColumn):
+                try:
                     return mapped, sources.load(mapped, labelled=False)
-    return source, sources.load(source, labelled=False)
+                except RecordWithoutColumn as error:
+                    unread = unread or error
+                except NoColumn:  # the next one, then
+                    continue
+    try:
+        return source, sources.load(source, labelled=False)
+    except NoColumn as error:
+        # Of a mapping that all but a record fits, that record says more than advice for the whole file.
+        raise unread or error from None
 
 
 def _known(config: Config) -> list[Source]:

@@ -39,6 +39,10 @@ class NoColumn(InputError):
     """A file or dataset has other columns than the mapping, or the task, needs."""
 
 
+class RecordWithoutColumn(NoColumn):
+    """A record needs a column that there is not; others of its file did not."""
+
+
 def resolve(mapping: Columns, names: Collection[str], place: str, labelled: bool = True, key: str = KEY) -> dict[str, str]:
     """Which column holds which field.
 
@@ -166,7 +170,7 @@ def _entity(values: _Record, side: str, text: str, marked: Span | None, must_occ
             raise InputError(f"{values.place}: {side}_span [{start}, {end}] spells {_short(spelled)}, the {side} is {_short(name)}; {hint}")
         return spelled, span
     if not values.places(side):
-        raise InputError(_no_column(values.place, side, list(values.record), values.key))
+        raise RecordWithoutColumn(_no_column(values.place, side, list(values.record), values.key))
     if name is None:
         raise InputError(f'{values.place}: no "{values.column.get(side, side)}"; add it or remove the record')
     if must_occur and not occurrences(text, name):

@@ -26,8 +26,8 @@ import numpy as np
 from jaxre.config import Mixture, Source
 from jaxre.errors import InputError
 from jaxre.relations import sources
+from jaxre.relations.hub import PREFIX
 from jaxre.relations.schema import ANY, Example, by_dataset
-from jaxre.relations.tables import is_file
 
 SEED = 42
 DOMAINS = ("general", "literary")
@@ -93,7 +93,7 @@ def read(data: Source | Mixture, place: str, load: Callable[[Sequence[Source]], 
       InputError: as `sources.load`; an example that two sources have; two files of one name; `balance: domains` without examples of
         both domains.
     """
-    _check_files(sources_of(data), place)
+    _check_names(sources_of(data), place)
     given = tuple(load(sources_of(data)))
     if isinstance(data, Source):
         return Pool((data,), given, None, one=True)
@@ -107,10 +107,10 @@ def read(data: Source | Mixture, place: str, load: Callable[[Sequence[Source]], 
     return Pool(data.sources, given, order, one=False)
 
 
-def _check_files(given: Sequence[Source], place: str) -> None:
-    """Two files of one name would be one dataset, with the labels and demonstrations of both."""
+def _check_names(given: Sequence[Source], place: str) -> None:
+    """Two files of one name, or a file and a benchmark, would be one dataset, with the labels and demonstrations of both."""
     named: dict[str, Path] = {}
-    for path in (Path(source.dataset).expanduser() for source in given if is_file(source.dataset)):
+    for path in (Path(source.dataset).expanduser() for source in given if not source.dataset.startswith(PREFIX)):
         first = named.setdefault(path.stem, path)
         if first.resolve() != path.resolve():
             raise InputError(

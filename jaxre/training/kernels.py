@@ -73,7 +73,8 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
         op = partial(attention.attention, prefix=prefix, span=span, implementation=name, device_kind=kind)
         arrays = (q, k, v, visible_until, *((visible_from,) if both_ways else ()))
         # On a CPU how far XLA's blocks look depends on the rows: where they lie on several devices, each looks at its own. The
-        # highest of all would be agreed on in every layer, and two such waits at once leave XLA's threads waiting for good.
+        # highest of all would be agreed on in every layer, and two such waits at once can leave XLA's threads waiting for good. (With
+        # heads split too, on CPUs a mesh of simulated devices, they still are.)
         apart = name != "xla" or (shards > 1 and mesh.shape["tensor"] == 1)
         return (_split(op, mesh, len(arrays)) if apart else op)(*arrays)
 

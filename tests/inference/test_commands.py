@@ -49,12 +49,19 @@ def test_labels_that_the_run_hides_in_its_own_test_file_are_read_in_another(tmp_
 
 def test_a_record_that_the_mapping_cannot_read_is_named(tmp_path: Path) -> None:
     """Marked texts need no columns of the entities; a text without marks does, and is not hidden by advice for the whole file."""
-    mapping = {"text": "sentence", "relation": "label"}
+    mapping = {"text": "body", "relation": "label"}
     path = tmp_path / "new.jsonl"
-    path.write_text('{"sentence": "<e1>Ada</e1> saw <e2>Bob</e2>."}\n{"sentence": "Ada saw Bob."}\n', encoding="utf-8")
+    path.write_text('{"body": "<e1>Ada</e1> saw <e2>Bob</e2>."}\n{"body": "Ada saw Bob."}\n', encoding="utf-8")
     config = run_on(tmp_path, train={"dataset": str(tmp_path / "train.jsonl"), "columns": mapping})
     message = refusal(lambda: load_source(config, str(path), None))
     assert f'{path}:2: no column for "head"' in message and "in it data.test.columns.head=NAME" in message
+
+
+def test_a_mapping_for_marked_texts_does_not_hide_the_next_one(tmp_path: Path) -> None:
+    marked = {"dataset": "marked.jsonl", "columns": {"text": "sentence", "relation": "label"}}
+    path = written(tmp_path / "new.jsonl", label="")
+    source, (example,) = load_source(run_on(tmp_path, test=marked), path, None)
+    assert (example.head, example.tail, source.columns["head"]) == ("Ada", "Bob", "subj")
 
 
 def test_the_first_source_whose_columns_are_there_gives_the_mapping(tmp_path: Path) -> None:

@@ -34,11 +34,16 @@ def test_value_and_gradients_equal_those_of_autodiff(tokens, shape):
 
 
 @SHAPES
-def test_in_bf16_it_rounds_as_autodiff_does(shape):
+def test_in_bf16_it_is_as_near_to_f64_as_autodiff(shape):
     args = inputs((2, 9), shape, jnp.bfloat16)
-    for ours, theirs in zip(value_and_gradients(dense_linear, *args), value_and_gradients(jnp.matmul, *args), strict=True):
-        assert ours.dtype == theirs.dtype == jnp.bfloat16
-        np.testing.assert_allclose(ours.astype(np.float32), theirs.astype(np.float32), rtol=2**-7, atol=2**-7)
+    ours, theirs = (value_and_gradients(product, *args) for product in (dense_linear, jnp.matmul))
+    with jax.enable_x64(True):
+        exact = value_and_gradients(jnp.matmul, *(jnp.asarray(array, np.float64) for array in args))
+    for one, other, truth in zip(ours, theirs, exact, strict=True):
+        assert one.dtype == other.dtype == jnp.bfloat16
+        error, allowed = (np.sqrt(np.mean((np.asarray(array, np.float64) - np.asarray(truth)) ** 2)) for array in (one, other))
+        # Sums run in another order, and jax 0.12 adds up in bf16 on a CPU.
+        assert error <= 1.3 * allowed + 1e-6, (error, allowed)
 
 
 @SHAPES
