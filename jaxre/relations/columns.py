@@ -40,7 +40,7 @@ class NoColumn(InputError):
 
 
 class RecordWithoutColumn(NoColumn):
-    """A record needs a column that there is not; others of its file did not."""
+    """A record whose text has no marks, in a file or dataset without a column for its head or tail."""
 
 
 def resolve(mapping: Columns, names: Collection[str], place: str, labelled: bool = True, key: str = KEY) -> dict[str, str]:

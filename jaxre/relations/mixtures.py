@@ -90,8 +90,8 @@ def read(data: Source | Mixture, place: str, load: Callable[[Sequence[Source]], 
       load: gives the examples of each source.
 
     Raises:
-      InputError: as `sources.load`; an example that two sources have; two files of one name; `balance: domains` without examples of
-        both domains.
+      InputError: as `sources.load`; an example that two sources have; two files of one name, or a file and a benchmark;
+        `balance: domains` without examples of both domains.
     """
     _check_names(sources_of(data), place)
     given = tuple(load(sources_of(data)))

@@ -1,8 +1,8 @@
 """The ops of a run: which implementation of each trains it, and how it runs on the mesh.
 
 XLA splits its own implementations over the mesh. A Pallas kernel is the program of one device: it runs inside of `shard_map`, on the rows
-that lie there and whole weights (gathered, where they are split); gradients of weights are summed over the devices. So does attention,
-whatever its implementation, unless the mesh splits heads.
+that lie there and whole weights (gathered, where they are split); gradients of weights are summed over the devices. So does XLA's
+attention where several devices share the rows, unless the mesh splits heads.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
         op = partial(attention.attention, prefix=prefix, span=span, implementation=name, device_kind=kind)
         arrays = (q, k, v, visible_until, *((visible_from,) if both_ways else ()))
         # On a CPU how far XLA's blocks look depends on the rows: where they lie on several devices, each looks at its own. The
-        # highest of all would be agreed on in every layer, and two such waits at once can leave XLA's threads waiting for good. (With
-        # heads split too, on CPUs a mesh of simulated devices, they still are.)
+        # highest of all would be agreed on in every layer, and two such waits at once can leave XLA's threads waiting for good. That
+        # can still happen where the mesh splits heads as well, on CPUs.
         apart = name != "xla" or (shards > 1 and mesh.shape["tensor"] == 1)
         return (_split(op, mesh, len(arrays)) if apart else op)(*arrays)
 
