@@ -2,7 +2,7 @@
 
 XLA splits its own implementations over the mesh. A Pallas kernel is the program of one device: it runs inside of `shard_map`, on the rows
 that lie there and whole weights (gathered, where they are split); gradients of weights are summed over the devices. So does XLA's
-attention where several devices share the rows, unless the mesh splits heads.
+attention where several devices share the rows; heads are left to XLA.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
         name = choice("attention", attention.choose, q.shape[1], prefix, span, heads=heads, device_kind=kind, both_ways=both_ways)
         op = partial(attention.attention, prefix=prefix, span=span, implementation=name, device_kind=kind)
         arrays = (q, k, v, visible_until, *((visible_from,) if both_ways else ()))
+        if name != "xla":
+            return _split(op, mesh, len(arrays))(*arrays)
         # On a CPU how far XLA's blocks look depends on the rows: where they lie on several devices, each looks at its own. The
-        # highest of all would be agreed on in every layer, and two such waits at once can leave XLA's threads waiting for good. That
-        # can still happen where the mesh splits heads as well, on CPUs.
-        apart = name != "xla" or (shards > 1 and mesh.shape["tensor"] == 1)
-        return (_split(op, mesh, len(arrays)) if apart else op)(*arrays)
+        # highest of all would be agreed on in every layer, and two such waits at once can leave XLA's threads waiting for good.
+        return (_split(op, mesh, len(arrays), axes=sharding.ROWS) if shards > 1 else op)(*arrays)
 
     def lora_group(x, weights, factors, words, scale, rate):
         all_tokens = lora.projections_of(x, weights, factors)
@@ -103,12 +103,16 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
     return Ops(sharding.constrain_rows(mesh), attend, lora_group, loss)
 
 
-def _split(op: Callable, mesh: jax.sharding.Mesh, rows: int, whole: int = 0) -> Callable:
-    """`op` on each device: its first `rows` arguments and its results are split over rows, the `whole` that follow are not."""
-    # Named along, the tensor axis, of one device here, does not ask for a sum of gradients over it.
-    split = PartitionSpec((*sharding.ROWS, "tensor"))
+def _split(op: Callable, mesh: jax.sharding.Mesh, rows: int, whole: int = 0, axes: tuple[str, ...] = (*sharding.ROWS, "tensor")) -> Callable:
+    """`op` on each part of `axes`: its first `rows` arguments and its results are split over rows, the `whole` that follow are not.
+
+    XLA goes on to split what it computes over the axes that are not named. A kernel needs all of them named: the tensor axis, of one
+    device there, then does not ask for a sum of gradients over it.
+    """
+    split = PartitionSpec(axes)
+    specs = (split,) * rows + (PartitionSpec(),) * whole
     # A Pallas call does not say over which axes its results vary, so that cannot be checked.
-    return jax.shard_map(op, mesh=mesh, in_specs=(split,) * rows + (PartitionSpec(),) * whole, out_specs=split, check_vma=False)
+    return jax.shard_map(op, mesh=mesh, in_specs=specs, out_specs=split, axis_names=set(axes), check_vma=False)
 
 
 def check_kernels(kernels: Kernels, mesh: jax.sharding.Mesh) -> None:
