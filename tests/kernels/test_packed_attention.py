@@ -6,6 +6,7 @@ Relative is max|difference| / max|reference| of a tensor.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from forests import LAYOUTS, T, fitted, row_of, span_of, trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jaxre_kernels.attention import Blocks, attention, blocks_of, blockwise_attention, choose, masked_attention, visible_mask
+from jaxre_kernels.attention import Blocks, attention, blocks_of, blockwise, blockwise_attention, choose, masked_attention, visible_mask
 
 # Sums of at most 40 products in f32, in another order.
 CLOSE = 2e-6
@@ -254,6 +255,36 @@ def test_blocks_that_look_back_less_far_change_nothing():
         arrays = [jnp.asarray(value, jnp.float64) for value in draws(4, 2, 2, 600)]
         for ours, reference in zip(*both_jitted(*arrays, jnp.asarray(until, jnp.int32), blocks), strict=True):
             assert relative(ours, reference) < 1e-13
+
+
+@pytest.mark.parametrize(("at_once", "back", "prefix"), [(2, 192, 40), (3, 300, 40), (5, 256, 0)])
+def test_blocks_of_other_platforms_at_once_change_nothing(monkeypatch, at_once, back, prefix):
+    """What runs elsewhere than on a CPU, here: all five blocks, or some of them with blocks behind the row."""
+    monkeypatch.setattr(blockwise, "AT_ONCE", at_once * 2 * 4 * 128 * (prefix + back + 128))
+    orders = blockwise._orders
+    monkeypatch.setattr(blockwise, "_orders", lambda q, blocks: orders(q, blocks)[1:] * 2)
+    until, blocks = mixed_lengths(), Blocks(128, back, prefix)
+    if not prefix:
+        until[:, :40] = np.arange(1, 41)  # each sees itself alone
+    assert blockwise._orders(np.zeros((2, 600, 4, 8)), blocks)[0] == (at_once, (back,))
+    with jax.enable_x64(True):
+        arrays = [jnp.asarray(value, jnp.float64) for value in draws(4, 2, 2, 600)]
+        found = jax.jit(lambda *given: both(*given, blocks))(*arrays, jnp.asarray(until, jnp.int32))
+        for ours, reference in zip(*found, strict=True):
+            assert relative(ours, reference) < 1e-13
+
+
+def test_most_blocks_are_one_product_elsewhere_than_on_a_cpu():
+    """By the program that is lowered: a loop of 32 steps for a CPU, none with a step for each block for a GPU."""
+    q, k, v = (jax.ShapeDtypeStruct((1, 4096, heads, 64), jnp.bfloat16) for heads in (14, 2, 2))
+    until = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+    loss = jax.grad(lambda q, k, v, until: attention(q, k, v, until, prefix=32, span=176).sum(), argnums=(0, 1, 2))
+    traced = jax.jit(loss).trace(q, k, v, until)
+    widest = {
+        platform: max(map(int, re.findall(r"tensor<(\d+)x\d+x\d+x\d+xf32>", traced.lower(lowering_platforms=(platform,)).as_text())))
+        for platform in ("cpu", "cuda")
+    }
+    assert widest["cuda"] == 32 and widest["cpu"] < 32
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere all blocks look equally far")

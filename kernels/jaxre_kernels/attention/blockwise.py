@@ -1,10 +1,11 @@
 """Attention over packed rows in plain XLA: a block of queries looks at the keys near it and at the shared prefix.
 
-Work grows with T x (prefix + back + Q), not with T x T, and memory with a block's part of that: the blocks of a row come
-one after another, so that scores and weights stay in the cache (prefix of 352 of rows of 2,048 tokens: 0.67 of the processor
-time of all blocks in one batched product, on two CPU cores). Few blocks begin far behind the start of an example: each
-looks back no further than its tokens see, in steps of 64 (0.63 to 0.68 of the processor time of one width for all;
-rows of 1,024 and 2,048 tokens, spans of 144 and 208, most examples near 80 tokens; 2026-11-21).
+Work grows with T x (prefix + back + Q), not with T x T. On a CPU the blocks of a row come one after another, so that scores and
+weights stay in the cache (prefix of 352 of rows of 2,048 tokens: 0.67 of the processor time of all blocks in one batched product, on
+two CPU cores). Few blocks begin far behind the start of an example: each looks back no further than its tokens see, in steps of 64
+(0.63 to 0.68 of the processor time of one width for all; rows of 1,024 and 2,048 tokens, spans of 144 and 208, most examples near 80
+tokens; 2026-11-21). Elsewhere as many blocks as AT_ONCE allows are one batched product: one after another they would be so many small
+programs that starting them takes longer than they do. (That is reasoned, not measured.)
 
 The backward pass keeps q, k, v and, per query and head, the highest score m and the sum l, and forms the weights again
 (FlashAttention, Dao et al. 2022, algorithm 4). The log-sum-exp m + log l alone would do, but it is rounded as a score is,
@@ -14,9 +15,9 @@ dS = E (dE - rowsum(E dE) / l):
 
     dV = E' (dO / l),    dQ = s dS K,    dK = s dS' Q
 
-Letters: B rows, T tokens in a row, H query heads, K key/value heads, G = H/K, C head channels, N blocks of Q queries,
-M = Q x G queries of a block and key head, U = prefix + back + Q keys that a block looks at at most, L = back + N x Q places of
-keys laid out for the blocks: zeros before and behind the row.
+Letters: B rows, T tokens in a row, H query heads, K key/value heads, C head channels, N times S blocks of Q queries, S of them at
+once, R = S x B, M = Q x H / K queries of a block and key head, U = prefix + back + Q keys that a block looks at at most,
+L = back + N x S x Q places of keys laid out for the blocks: zeros before and behind the row.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 STEP = 64
+AT_ONCE = 2**28  # scores at once where they need not stay in a cache: 1 GiB in f32
 
 
 class Blocks(NamedTuple):
@@ -57,80 +59,104 @@ def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible_until:
     return _forward(q, k, v, visible_until, blocks)[0]
 
 
+class Order(NamedTuple):
+    """How a platform goes through the blocks: how many at once, and how far back these may look, ascending."""
+
+    at_once: int
+    backs: tuple[int, ...]
+
+
+def _orders(q, blocks):
+    """Of a CPU, and of anything else."""
+    B, T, H, _ = q.shape
+    number, scores = -(-T // blocks.queries), B * H * blocks.queries * (blocks.prefix + blocks.back + blocks.queries)
+    steps = -(-number // max(1, AT_ONCE // scores))
+    return Order(1, blocks.backs), Order(-(-number // steps), (blocks.back,))
+
+
+def _by_platform(run, blocks, q, *arrays):
+    cpu, other = (partial(run, blocks, order) for order in _orders(q, blocks))
+    return jax.lax.platform_dependent(q, *arrays, cpu=cpu, default=other)
+
+
 def _forward(q, k, v, visible_until, blocks):
-    keys, values, until, widths, zero = _lay_all_out(k, v, visible_until, blocks)
-
-    def attend(back, n, queries):
-        scores = _scores(queries, _at(keys, n, blocks, back), _visible(until, n, queries, blocks, back))
-        highest = scores.max(-1, keepdims=True)
-        weights = jnp.exp(scores - highest)
-        total = weights.sum(-1, keepdims=True)
-        sums = _product("bkmu,bkuc->bkmc", weights.astype(q.dtype), _at(values, n, blocks, back))
-        return (sums / total).astype(q.dtype), highest, total
-
-    def block(n, one):
-        width, queries = one
-        return n + 1, _looking_back(attend, width, blocks, n, queries)
-
-    each = widths, _cut_queries(q, k.shape[2], blocks)
-    _, (out, highest, total) = jax.lax.scan(block, zero, each)
-    return _join_queries(out, blocks, q), (q, k, v, visible_until, highest, total)
+    out, *kept = _by_platform(_attend, blocks, q, k, v, visible_until)
+    return out, (q, k, v, visible_until, *kept)
 
 
 def _backward(blocks, kept, dout):
-    q, k, v, visible_until, highest, total = kept
-    keys, values, until, widths, zero = _lay_all_out(k, v, visible_until, blocks)
-
-    def gradients(back, n, queries, dout, highest, total):
-        near_keys = _at(keys, n, blocks, back)
-        dsums = (dout / total).astype(q.dtype)  # dividing dO is less work than dividing weights
-        weights = jnp.exp(_scores(queries, near_keys, _visible(until, n, queries, blocks, back)) - highest)
-        dweights = _product("bkmc,bkuc->bkmu", dsums, _at(values, n, blocks, back))
-        mean = (weights * dweights).sum(-1, keepdims=True) / total
-        dscores = (weights * (dweights - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
-        dqueries = _product("bkmu,bkuc->bkmc", dscores, near_keys).astype(q.dtype)
-        return dqueries, *(_part(*pair, blocks, back) for pair in ((queries, dscores), (dsums, weights.astype(q.dtype))))
-
-    def block(carry, one):
-        n, dkeys, dvalues = carry
-        width, *operands = one
-        dqueries, keys_part, values_part = _looking_back(gradients, width, blocks, n, *operands)
-        return (n + 1, _added(dkeys, keys_part, n, blocks), _added(dvalues, values_part, n, blocks)), dqueries
-
-    zeros = jnp.zeros(keys.shape, jnp.promote_types(q.dtype, jnp.float32))
-    each = widths, *(_cut_queries(array, k.shape[2], blocks) for array in (q, dout)), highest, total
-    (_, dkeys, dvalues), dqueries = jax.lax.scan(block, (zero, zeros, zeros), each)
-    dk, dv = (
-        array[:, :, blocks.back : blocks.back + k.shape[1]].transpose(0, 2, 1, 3).astype(like.dtype)
-        for array, like in ((dkeys, k), (dvalues, v))
-    )
-    return _join_queries(dqueries, blocks, q), dk, dv, None
+    return *_by_platform(_gradients, blocks, *kept, dout), None
 
 
 blockwise_attention.defvjp(_forward, _backward)
 
 
-def _widths(visible_until, blocks):
-    """[N] int32: which of `blocks.backs` holds all that a block sees of any row before its own tokens and behind the prefix."""
-    T = visible_until.shape[1]
-    first, key = jnp.arange(0, T, blocks.queries)[:, None], jnp.arange(T)
+def _attend(blocks, order, q, k, v, visible_until):
+    """Attention [B, T, H, C], and each query's highest score and sum [B, T, H, 1]."""
+    keys, values, until, widths, zero = _lay_all_out(k, v, visible_until, blocks, order)
+
+    def attend(back, n, queries):
+        scores = _scores(queries, _at(keys, n, blocks, order, back), _visible(until, n, queries, blocks, order, back))
+        highest = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = weights.sum(-1, keepdims=True)
+        sums = _product("rkmu,rkuc->rkmc", weights.astype(q.dtype), _at(values, n, blocks, order, back))
+        return (sums / total).astype(q.dtype), highest, total
+
+    def step(n, one):
+        width, queries = one
+        return n + 1, _looking_back(attend, width, order, n, queries)
+
+    _, found = jax.lax.scan(step, zero, (widths, _cut(q, k.shape[2], blocks, order)))
+    return tuple(_joined(array, q, blocks, order) for array in found)
+
+
+def _gradients(blocks, order, q, k, v, visible_until, highest, total, dout):
+    keys, values, until, widths, zero = _lay_all_out(k, v, visible_until, blocks, order)
+
+    def gradients(back, n, queries, dout, highest, total):
+        near_keys = _at(keys, n, blocks, order, back)
+        dsums = (dout / total).astype(q.dtype)  # dividing dO is less work than dividing weights
+        weights = jnp.exp(_scores(queries, near_keys, _visible(until, n, queries, blocks, order, back)) - highest)
+        dweights = _product("rkmc,rkuc->rkmu", dsums, _at(values, n, blocks, order, back))
+        mean = (weights * dweights).sum(-1, keepdims=True) / total
+        dscores = (weights * (dweights - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
+        dqueries = _product("rkmu,rkuc->rkmc", dscores, near_keys).astype(q.dtype)
+        return dqueries, *(_part(*pair, blocks, back) for pair in ((queries, dscores), (dsums, weights.astype(q.dtype))))
+
+    def step(carry, one):
+        n, dkeys, dvalues = carry
+        width, *operands = one
+        dqueries, keys_part, values_part = _looking_back(gradients, width, order, n, *operands)
+        return (n + 1, _added(dkeys, keys_part, n, blocks, order), _added(dvalues, values_part, n, blocks, order)), dqueries
+
+    zeros = jnp.zeros(keys.shape, jnp.promote_types(q.dtype, jnp.float32))
+    # Behind the row is no sum either, and what is divided by one there is zero.
+    cut = (_cut(array, k.shape[2], blocks, order, fill) for array, fill in ((q, 0), (dout, 0), (highest, 0), (total, 1)))
+    (_, dkeys, dvalues), dqueries = jax.lax.scan(step, (zero, zeros, zeros), (widths, *cut))
+    dk, dv = (
+        array[:, :, blocks.back : blocks.back + k.shape[1]].transpose(0, 2, 1, 3).astype(like.dtype)
+        for array, like in ((dkeys, k), (dvalues, v))
+    )
+    return _joined(dqueries, q, blocks, order), dk, dv
+
+
+def _widths(visible_until, blocks, order):
+    """[N] int32: which of `order.backs` holds all that a step's blocks see of any row before their own tokens and behind the prefix."""
+    T, Q = visible_until.shape[1], blocks.queries
+    first, key = jnp.arange(0, T, Q)[:, None], jnp.arange(T)
+    if len(order.backs) == 1:
+        return jnp.zeros(-(-T // (Q * order.at_once)), jnp.int32)
     seen = (visible_until[:, None] > first) & (key >= blocks.prefix) & (key < first)  # B N T
     back = jnp.where(seen, first - key, 0).max((0, 2))
-    return (back[:, None] > jnp.array(blocks.backs)).sum(1, dtype=jnp.int32)
+    return (back[:, None] > jnp.array(order.backs)).sum(1, dtype=jnp.int32)
 
 
-def _looking_back(run, width, blocks, *operands):
-    """`run(back, *operands)` with `back = blocks.backs[width]` on a CPU. Elsewhere the widest: not measured there."""
-    if len(blocks.backs) == 1:
-        return run(blocks.back, *operands)
-
-    def narrowest(width, *operands):
-        return jax.lax.switch(width, [partial(run, back) for back in blocks.backs], *operands)
-
-    def widest(width, *operands):
-        return run(blocks.back, *operands)
-
-    return jax.lax.platform_dependent(width, *operands, cpu=narrowest, default=widest)
+def _looking_back(run, width, order, *operands):
+    """`run(back, *operands)` with `back = order.backs[width]`."""
+    if len(order.backs) == 1:
+        return run(*order.backs, *operands)
+    return jax.lax.switch(width, [partial(run, back) for back in order.backs], *operands)
 
 
 def _product(letters, one, other):
@@ -138,72 +164,96 @@ def _product(letters, one, other):
 
 
 def _scores(queries, keys, visible):
-    """[B, K, M, U], the lowest number where a query does not see a key."""
-    scores = _product("bkmc,bkuc->bkmu", queries, keys) * queries.shape[-1] ** -0.5
+    """[R, K, M, U], the lowest number where a query does not see a key."""
+    scores = _product("rkmc,rkuc->rkmu", queries, keys) * queries.shape[-1] ** -0.5
     return jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
 
 
-def _visible(until, n, queries, blocks, back):
-    """[B, 1, M, U] bool of block n. A near key that belongs to the prefix counts there alone."""
-    row, first = jnp.arange(until.shape[2])[None, None, :, None] - blocks.back, n * blocks.queries
-    query = first + jnp.repeat(jnp.arange(blocks.queries), queries.shape[2] // blocks.queries)[:, None]  # M 1
+def _visible(until, n, queries, blocks, order, back):
+    """[R, 1, M, U] bool of step n. A near key that belongs to the prefix counts there alone."""
+    rows = until.shape[0]
+    row = jnp.broadcast_to(jnp.arange(until.shape[2])[:, None] - blocks.back, until.shape)
+    first = (n * order.at_once + jnp.repeat(jnp.arange(order.at_once), rows)) * blocks.queries  # R
+    within = jnp.repeat(jnp.arange(blocks.queries), queries.shape[2] // blocks.queries)  # M
+    query = first[:, None, None, None] + within[:, None]  # R 1 M 1
     # Outside the row `until` is zero, and no query sees such a key.
-    key, until = (_at(array, n, blocks, back)[..., None, :, 0] for array in (row, until))  # B 1 1 U
+    key, until = (_at(array, n, blocks, order, back)[..., None, :, 0] for array in (row, until))  # R 1 1 U
     apart = jnp.arange(key.shape[-1]) < blocks.prefix  # the copy of the prefix, before the near keys
     return ((key >= blocks.prefix) | apart) & (key <= query) & (query < until)
 
 
-def _cut_queries(array, kv_heads, blocks):
-    """[B, T, H, C] -> [N, B, K, M, C], zeros behind the row."""
+def _cut(array, kv_heads, blocks, order, fill=0):
+    """[B, T, H, C] -> [N, R, K, M, C], `fill` behind the row."""
     B, T, H, C = array.shape
-    padded = jnp.pad(array, ((0, 0), (0, -T % blocks.queries), (0, 0), (0, 0)))
-    cut = padded.reshape(B, -1, blocks.queries, kv_heads, H // kv_heads, C).transpose(1, 0, 3, 2, 4, 5)
-    return cut.reshape(*cut.shape[:3], -1, C)
+    S, Q = order.at_once, blocks.queries
+    padded = jnp.pad(array, ((0, 0), (0, -T % (S * Q)), (0, 0), (0, 0)), constant_values=fill)
+    cut = padded.reshape(B, -1, S, Q, kv_heads, H // kv_heads, C).transpose(1, 2, 0, 4, 3, 5, 6)
+    return cut.reshape(-1, S * B, kv_heads, Q * H // kv_heads, C)
 
 
-def _join_queries(array, blocks, like):
-    """[N, B, K, M, C] -> [B, T, H, C], the shape of `like`."""
-    B, T, H, C = like.shape
-    whole = array.reshape(*array.shape[:3], blocks.queries, -1, C).transpose(1, 0, 3, 2, 4, 5)
+def _joined(array, like, blocks, order):
+    """[N, R, K, M, C] -> [B, T, H, C], of `like`'s B, T and H."""
+    B, T, H, _ = like.shape
+    N, _, K, _, C = array.shape
+    whole = array.reshape(N, order.at_once, B, K, blocks.queries, H // K, C).transpose(2, 0, 1, 4, 3, 5, 6)
     return whole.reshape(B, -1, H, C)[:, :T]
 
 
-def _lay_all_out(k, v, visible_until, blocks):
-    """Keys, values and `visible_until` laid out, how far back each block looks, and the number of the first block.
+def _lay_all_out(k, v, visible_until, blocks, order):
+    """Keys, values and `visible_until` laid out, how far back each step looks, and the number of the first.
 
     A mask hangs on no layer: without the barrier JAX would form those of all blocks before a scan over layers, and keep them.
     """
     k, visible_until, zero = jax.lax.optimization_barrier((k, visible_until, jnp.int32(0)))
-    return *(_lay_out(array, blocks) for array in (k, v, visible_until[..., None, None])), _widths(visible_until, blocks), zero
+    laid_out = (_lay_out(array, blocks, order) for array in (k, v, visible_until[..., None, None]))
+    return *laid_out, _widths(visible_until, blocks, order), zero
 
 
-def _lay_out(array, blocks):
+def _lay_out(array, blocks, order):
     """[B, T, K, C] -> [B, K, L, C]."""
-    behind = -array.shape[1] % blocks.queries
+    behind = -array.shape[1] % (order.at_once * blocks.queries)
     return jnp.pad(array.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (blocks.back, behind), (0, 0)))
 
 
-def _at(laid_out, n, blocks, back):
-    """[B, K, L, C] -> [B, K, prefix + back + Q, C]: the prefix, then what is near block n."""
-    near = jax.lax.dynamic_slice_in_dim(laid_out, n * blocks.queries + blocks.back - back, back + blocks.queries, axis=2)
+def _at(laid_out, n, blocks, order, back):
+    """[B, K, L, C] -> [R, K, prefix + back + Q, C]: the prefix, then what is near each block of step n."""
+    width = order.at_once * blocks.queries
+    near = _windows(jax.lax.dynamic_slice_in_dim(laid_out, n * width + blocks.back - back, back + width, axis=2), order, back)
     if not blocks.prefix:
         return near
-    return jnp.concatenate([laid_out[:, :, blocks.back : blocks.back + blocks.prefix], near], axis=2)
+    prefix = laid_out[:, :, blocks.back : blocks.back + blocks.prefix]
+    return jnp.concatenate([jnp.concatenate([prefix] * order.at_once), near], axis=2)
+
+
+def _windows(near, order, back):
+    """[B, K, back + S Q, C] -> [R, K, back + Q, C]: for each of S blocks its own keys and the `back` before them."""
+    S = order.at_once
+    if S == 1:
+        return near
+    B, K, length, C = near.shape
+    Q = (length - back) // S
+    cut = jnp.pad(near, ((0, 0), (0, 0), (-back % Q, 0), (0, 0))).reshape(B, K, -1, Q, C)
+    pieces = [cut[:, :, place : place + S] for place in range(cut.shape[2] - S + 1)]
+    pieces[0] = pieces[0][..., -back % Q :, :]
+    return jnp.concatenate(pieces, axis=3).transpose(2, 0, 1, 3, 4).reshape(S * B, K, back + Q, C)
 
 
 def _part(queries, scores, blocks, back):
-    """[B, K, U, C]: scores [B, K, M, prefix + back + Q] times queries [B, K, M, C], zeros where a block did not look."""
+    """[R, K, U, C]: scores [R, K, M, prefix + back + Q] times queries [R, K, M, C], zeros where a block did not look."""
     # As [C, U]: on a CPU the first operand of a sum over queries is transposed in memory, and C is the narrow side. Without
     # the barrier the compiler would turn the product around again.
-    part = jax.lax.optimization_barrier(_product("bkmc,bkmu->bkcu", queries, scores)).swapaxes(-1, -2)
+    part = jax.lax.optimization_barrier(_product("rkmc,rkmu->rkcu", queries, scores)).swapaxes(-1, -2)
     near = jnp.pad(part[:, :, blocks.prefix :], ((0, 0), (0, 0), (blocks.back - back, 0), (0, 0)))
     return jnp.concatenate([part[:, :, : blocks.prefix], near], axis=2)
 
 
-def _added(total, part, n, blocks):
-    """total [B, K, L, C] with part [B, K, U, C] of block n added where its keys are."""
+def _added(total, part, n, blocks, order):
+    """total [B, K, L, C] with part [R, K, U, C] of step n added where its keys are."""
+    B, K, _, C = total.shape
     if blocks.prefix:
-        total = total.at[:, :, blocks.back : blocks.back + blocks.prefix].add(part[:, :, : blocks.prefix])
-    first, width = n * blocks.queries, blocks.back + blocks.queries
-    near = jax.lax.dynamic_slice_in_dim(total, first, width, axis=2) + part[:, :, blocks.prefix :]
-    return jax.lax.dynamic_update_slice_in_dim(total, near, first, axis=2)
+        prefix = part[:, :, : blocks.prefix].reshape(order.at_once, B, K, blocks.prefix, C).sum(0)
+        total = total.at[:, :, blocks.back : blocks.back + blocks.prefix].add(prefix)
+    width = order.at_once * blocks.queries
+    near = jax.lax.dynamic_slice_in_dim(total, n * width, blocks.back + width, axis=2)
+    (added,) = jax.linear_transpose(partial(_windows, order=order, back=blocks.back), near)(part[:, :, blocks.prefix :])
+    return jax.lax.dynamic_update_slice_in_dim(total, near + added, n * width, axis=2)
