@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxre_kernels.lora import stored
+from jaxre_kernels.lora import nf4_form, stored
+from jaxre_kernels.nf4 import NF4Tiles, NF4Weight
 
 from jaxre.checkpoints.source import Loaded, open_model
 from jaxre.config import Config, Kernels
@@ -24,6 +25,7 @@ from jaxre.models.lora import init_adapter
 from jaxre.models.quantised import is_nf4, is_quantised
 from jaxre.models.weights import AnyArchitecture
 from jaxre.training import sharding
+from jaxre.training.kernels import table_kind
 from jaxre.training.step import State
 
 Tree = Any
@@ -123,7 +125,7 @@ def initial_state(
             factors = init_adapter(architecture, config.lora, jax.random.key(config.seed))
         trainable = jax.tree.map(np.asarray, factors)
         base = sharding.put(params, sharding.quantised_shardings(params, sharding.base_shardings(architecture, mesh), mesh))
-        base = stored_for_kernels(base, config.kernels)
+        base = stored_for_kernels(base, config.kernels, table_kind(mesh))
         shardings = sharding.adapter_shardings(architecture, config.lora, trainable, mesh)
     trainable = sharding.put(trainable, shardings)
     shapes = jax.eval_shape(optimiser.init, trainable)
@@ -132,13 +134,22 @@ def initial_state(
     return Initial(architecture, base, State(step, trainable, moments), dtype, fresh)
 
 
-def stored_for_kernels(base: Tree, kernels: Kernels) -> Tree:
-    """The base with its NF4 projections as the LoRA kernel that is asked for reads them. Raises InputError for what it does not take."""
-    pack = jax.jit(functools.partial(stored, implementation=kernels.lora or "xla"))
-    try:
-        return jax.tree.map(lambda leaf: pack(leaf) if is_nf4(leaf) else leaf, base, is_leaf=is_nf4)
-    except ValueError as error:
-        raise InputError(f"kernels.lora={kernels.lora}: {error}") from None
+def stored_for_kernels(base: Tree, kernels: Kernels, device_kind: str | None) -> Tree:
+    """The base with its NF4 projections as the LoRA kernel reads them that is asked for, else the table's for such devices.
+
+    Raises InputError for what the kernel does not take.
+    """
+    pack = jax.jit(functools.partial(stored, implementation=kernels.lora or nf4_form(device_kind)))
+
+    def fitted(weight: NF4Weight) -> NF4Weight | NF4Tiles:
+        try:
+            return pack(weight)
+        except ValueError as error:
+            if kernels.lora is None:  # the table's kernel does not run for what it does not take
+                return weight
+            raise InputError(f"kernels.lora={kernels.lora}: {error}") from None
+
+    return jax.tree.map(lambda leaf: fitted(leaf) if is_nf4(leaf) else leaf, base, is_leaf=is_nf4)
 
 
 def check_continues(config: Config, loaded: Loaded) -> None:

@@ -9,32 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
 from jaxre_kernels import attention, cross_entropy, lora
+from jaxre_kernels.implementations import HARDWARE, runs_on
 
 from jaxre.config import Kernels
 from jaxre.errors import InputError
 from jaxre.models.ops import Ops
 from jaxre.training import sharding
 
-
-class Hardware(NamedTuple):
-    """What a kernel is for: JAX's name of the platform, and, of a GPU, the least and the highest compute capability."""
-
-    told: str
-    platform: str
-    least: tuple[int, int] = (0, 0)
-    most: tuple[int, int] = (99, 0)
-
-
-HARDWARE = {
-    "pallas_tpu": Hardware("a TPU", "tpu"),
-    "pallas_gpu": Hardware("a Hopper GPU", "gpu", (9, 0), (9, 0)),
-    "pallas_gpu_sm80": Hardware("an Ampere or Ada GPU", "gpu", (8, 0), (8, 9)),
-}
+EVERY_AXIS = (*sharding.ROWS, "tensor")
 
 # Op -> what was chosen and why, each in words once, in the order in which it was met.
 Chosen = dict[str, dict[str, None]]
@@ -53,8 +39,7 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
     """
     check_kernels(kernels, mesh)
     shards = sharding.row_shards(mesh)
-    # Of the devices that the table is asked about: none where only XLA can split the ops.
-    kind = mesh.devices.flat[0].device_kind if mesh.shape["tensor"] == 1 else None
+    kind = table_kind(mesh)
 
     def choice(op: str, choose: Callable[..., tuple[str, str]], *arrays: object, **more: object) -> str:
         asked = getattr(kernels, op)
@@ -103,7 +88,12 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
     return Ops(sharding.constrain_rows(mesh), attend, lora_group, loss)
 
 
-def _split(op: Callable, mesh: jax.sharding.Mesh, rows: int, whole: int = 0, axes: tuple[str, ...] = (*sharding.ROWS, "tensor")) -> Callable:
+def table_kind(mesh: jax.sharding.Mesh) -> str | None:
+    """The kind of the devices that the table of measurements is asked about; none where only XLA can split the ops."""
+    return mesh.devices.flat[0].device_kind if mesh.shape["tensor"] == 1 else None
+
+
+def _split(op: Callable, mesh: jax.sharding.Mesh, rows: int, whole: int = 0, axes: tuple[str, ...] = EVERY_AXIS) -> Callable:
     """`op` on each part of `axes`: its first `rows` arguments and its results are split over rows, the `whole` that follow are not.
 
     XLA goes on to split what it computes over the axes that are not named. A kernel needs all of them named: the tensor axis, of one
@@ -125,11 +115,3 @@ def check_kernels(kernels: Kernels, mesh: jax.sharding.Mesh) -> None:
             raise InputError(f"kernels.{op}={name}: is for {HARDWARE[name].told}, this is {device.device_kind}; leave it out")
         if mesh.shape["tensor"] > 1:
             raise InputError(f"kernels.{op}={name}: takes whole heads and channels on a device; set mesh.tensor=1, or leave it out")
-
-
-def runs_on(name: str, device: jax.Device) -> bool:
-    """Whether a kernel was written for such a device."""
-    hardware = HARDWARE[name]
-    platform = device.platform.replace("cuda", "gpu")  # of a device that is compiled for and not there
-    capability = tuple(map(int, getattr(device, "compute_capability", "0.0").split(".")))
-    return platform == hardware.platform and hardware.least <= capability <= hardware.most

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
@@ -25,6 +26,32 @@ UNVERIFIED = {
     "pallas_gpu_sm80": "it has not run on a GPU",
 }
 TABLE = Path(__file__).with_name("table.json")
+
+
+class Hardware(NamedTuple):
+    """What a kernel is for: JAX's name of the platform, and, of a GPU, the least and the highest compute capability."""
+
+    told: str
+    platform: str
+    least: tuple[int, int] = (0, 0)
+    most: tuple[int, int] = (99, 0)
+
+
+HARDWARE = {
+    "pallas_tpu": Hardware("a TPU", "tpu"),
+    "pallas_gpu": Hardware("a Hopper GPU", "gpu", (9, 0), (9, 0)),
+    "pallas_gpu_sm80": Hardware("an Ampere or Ada GPU", "gpu", (8, 0), (8, 9)),
+}
+
+
+def runs_on(name: str, device: jax.Device) -> bool:
+    """Whether an implementation was written for such a device; "xla" is for all."""
+    if name not in HARDWARE:
+        return True
+    hardware = HARDWARE[name]
+    platform = device.platform.replace("cuda", "gpu")  # of a device that is compiled for and not there
+    capability = tuple(map(int, getattr(device, "compute_capability", "0.0").split(".")))
+    return platform == hardware.platform and hardware.least <= capability <= hardware.most
 
 
 class Entry(NamedTuple):

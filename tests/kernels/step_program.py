@@ -85,7 +85,7 @@ def weight_of(weight, shape: tuple[int, ...], quantise: str | None):
 def as_stored(leaf, mesh, kernels):
     if not is_nf4(leaf):
         return leaf
-    shapes = jax.eval_shape(lambda weight: stored_for_kernels(weight, kernels), leaf)
+    shapes = jax.eval_shape(lambda weight: stored_for_kernels(weight, kernels, None), leaf)
     return placed(shapes, jax.tree.map(lambda _: sharding.replicated(mesh), shapes))
 
 

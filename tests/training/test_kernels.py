@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jaxre_kernels import implementations
 from jaxre_kernels.implementations import Entry
+from jaxre_kernels.lora import dispatch
 from jaxre_kernels.nf4 import dequantise, dequantise_tiles, quantise
 from refusals import refusal
 from tiny import tiny_config
@@ -105,14 +106,21 @@ def test_the_config_offers_what_there_is(op: str) -> None:
     assert set(get_args(offered)) == set(implementations.implementations_of(op)) <= {"xla", *kernels.HARDWARE}
 
 
-def test_nf4_weights_are_brought_into_a_kernels_form_once() -> None:
+def test_nf4_weights_are_brought_into_a_kernels_form_once(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
     one, other = (quantise(draw.standard_normal((16, 128), np.float32)) for _ in range(2))
     base = {"last": {"q": one, "norm": np.ones(128)}, "layers": {"q": jax.tree.map(lambda *leaves: np.stack(leaves), one, other)}}
-    assert stored_for_kernels(base, Kernels())["last"]["q"].shape == (16, 128)  # as it was
-    packed = stored_for_kernels(base, Kernels(lora="pallas_tpu"))
+    assert stored_for_kernels(base, Kernels(), "TPU v5e")["last"]["q"].shape == (16, 128)  # as it was
+    packed = stored_for_kernels(base, Kernels(lora="pallas_tpu"), None)
     for tiles, weight in ((packed["last"]["q"], one), (jax.tree.map(lambda leaf: leaf[1], packed["layers"]["q"]), other)):
         np.testing.assert_array_equal(dequantise_tiles(tiles, jnp.float32), dequantise(weight, jnp.float32).T)
     narrow = {"last": {"q": quantise(draw.standard_normal((16, 96), np.float32))}}
-    said = refusal(lambda: stored_for_kernels(narrow, Kernels(lora="pallas_tpu")))
+    said = refusal(lambda: stored_for_kernels(narrow, Kernels(lora="pallas_tpu"), None))
     assert said.startswith("kernels.lora=pallas_tpu: NF4") and "multiple of 64" in said
+    # So they are into that of the kernel that the table has for such devices, but for those that it does not take.
+    entry = Entry("nf4", "TPU v5e", "bfloat16", {}, "pallas_tpu", {}, "2026-11-23", 2.0, 1e-3)
+    monkeypatch.setattr(dispatch, "read_table", lambda: (entry,))
+    assert jax.tree.structure(stored_for_kernels(base, Kernels(), "TPU v5e")) == jax.tree.structure(packed)
+    assert jax.tree.structure(stored_for_kernels(base, Kernels(), "TPU v6e")) == jax.tree.structure(base)
+    assert jax.tree.structure(stored_for_kernels(base, Kernels(lora="xla"), "TPU v5e")) == jax.tree.structure(base)
+    assert stored_for_kernels(narrow, Kernels(), "TPU v5e")["last"]["q"] is narrow["last"]["q"]

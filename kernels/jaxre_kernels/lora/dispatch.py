@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxre_kernels.implementations import Entry, kernels_of, measured, named
+from jaxre_kernels.implementations import Entry, kernels_of, measured, named, read_table
 from jaxre_kernels.lora.group import Factors, Projections, joined_lora_group, projections_of
 from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, tiled
 
@@ -43,6 +43,15 @@ def _measured(projections: Projections | None, device_kind: str | None) -> Entry
     tokens, inputs, outputs, ranks, nf4, dtype = projections
     sizes = {"tokens": tokens, "inputs": inputs, "outputs": sum(outputs), "projections": len(outputs), "rank": ranks[0]}
     return measured("nf4" if nf4[0] else "lora", device_kind, dtype, sizes)
+
+
+def nf4_form(device_kind: str | None) -> str:
+    """The implementation whose form NF4 weights are best stored in: one that the table names for some of them, else "xla".
+
+    All implementations read all forms; what is in another than theirs they bring there on every call.
+    """
+    names = (entry.implementation for entry in read_table() if (entry.op, entry.device_kind) == ("nf4", device_kind))
+    return next((name for name in names if name != "xla"), "xla")
 
 
 def stored(weight: NF4Weight, implementation: str) -> NF4Weight | NF4Tiles:
