@@ -6,7 +6,8 @@
 
 Kernels are checked first, then timed: median of several rounds, inputs in turn, caches flushed, beside the bare products, cuDNN, splash
 attention and tokamax where these are to be had. Every section is a process of its own with a share of the time, so that one that fails,
-hangs or lacks a package costs the others nothing; what it leaves of its share is theirs. OUT/hardware_check.json and .md are written anew
+hangs or lacks a package costs the others nothing; what it leaves of its share is theirs. A kernel that ends its process, or leaves the
+device unusable, has failed, and the section goes on behind it in a new one. OUT/hardware_check.json and .md are written anew
 after each section. The exit code is 1 where a check failed or a section with checks did not end.
 
 Attention, cross-entropy, LoRA and NF4 need jax alone. The step needs jaxre's dependencies, and the peers the `bench` extra; both need the
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from hardware_report import failures, markdown
+from hardware_sections import AGAIN, unfinished
 
 OPS = ("attention", "cross_entropy", "lora", "nf4")
 PARTS = (*OPS, "step", "peers")
@@ -88,7 +90,8 @@ def run_all(parts: list[str], options: argparse.Namespace) -> dict[str, Any]:
     groups = groups_of(parts)
     for number, (sections, share) in enumerate(groups):
         limit = max(1.0, end - time.monotonic() - GRACE) * share / sum(share for _, share in groups[number:])
-        workers = min(len(sections), max(1, (os.cpu_count() or 1) // 4))
+        # Several processes can share a GPU, not a TPU.
+        workers = min(len(sections), max(1, (os.cpu_count() or 1) // 4) if found["driver"] or options.dry else 1)
         each = limit * workers / len(sections)
         with ThreadPoolExecutor(workers) as pool:
             ended = list(pool.map(lambda section, each=each: run_section(section, each, options), sections))
@@ -110,7 +113,10 @@ def groups_of(parts: list[str]) -> list[tuple[list[str], float]]:
 
 
 def run_section(section: str, limit: float, options: argparse.Namespace) -> dict[str, Any]:
-    """Runs a section, at most `limit` seconds and the grace, and reads what it has found."""
+    """Runs a section, at most `limit` seconds and the grace, and reads what it has found.
+
+    One that is to be started again is, and one that ended while it ran something goes on behind that.
+    """
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH")])),
@@ -118,33 +124,48 @@ def run_section(section: str, limit: float, options: argparse.Namespace) -> dict
         "HF_HUB_OFFLINE": "1",
         **({"JAX_PLATFORMS": "cpu"} if options.dry else {}),
     }
-    asked = [name for name in ("dry", "sweep") if getattr(options, name)]
+    asked = [f"--{name}" for name in ("dry", "sweep") if getattr(options, name)]
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="hardware-check-") as folder:
         records, log = Path(folder) / "records", Path(folder) / "log"
-        command = [sys.executable, str(SECTIONS), section, str(records), f"{limit:.0f}", *(f"--{name}" for name in asked)]
-        with log.open("w") as out:
-            # A group of its own, so that what it started ends with it.
-            process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, process_group=0)
-        _running.add(process)
-        try:
-            code = process.wait(limit + GRACE)
-            outcome = f"ended with code {code}" if code else "done"
-        except subprocess.TimeoutExpired:
-            outcome = f"stopped after {limit + GRACE:.0f} s"
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
-        _running.discard(process)
-        lines = records.read_text(encoding="utf-8").splitlines() if records.is_file() else []
+        while True:
+            left = limit - (time.monotonic() - began)
+            command = [sys.executable, str(SECTIONS), section, str(records), f"{left:.0f}", *asked]
+            outcome = run_process(command, environment, log, left + GRACE)
+            lines = records.read_text(encoding="utf-8").splitlines() if records.is_file() else []
+            found = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut short
+            lost = unfinished(found)
+            if lost is not None:
+                found.append({**lost, "passed": False, "problem": f"the section {outcome} while this ran"})
+                with records.open("a", encoding="utf-8") as out:
+                    out.write("\n" * bool(lines and not lines[-1].endswith("}")) + json.dumps(found[-1]) + "\n")
+            if outcome == "done" or time.monotonic() - began > limit or not (lost or outcome == f"ended with code {AGAIN}"):
+                break
         told = log.read_text(errors="replace").splitlines()[-40:]
-    found = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut short
     if outcome == "done":
         whole = [one["left_out"] for one in found if one.keys() == {"left_out"}]
         outcome, told = f"left out: {whole[0]}" if whole else outcome, []
-    return {"outcome": outcome, "seconds": time.monotonic() - began, "records": found, "log": told}
+    return {"outcome": outcome, "seconds": time.monotonic() - began, "records": [one for one in found if "begun" not in one], "log": told}
+
+
+def run_process(command: list[str], environment: dict[str, str], log: Path, limit: float) -> str:
+    """Runs a section's process and what it starts for at most `limit` seconds, and says how it ended."""
+    with log.open("w") as out:
+        # A group of its own, so that what it started ends with it.
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, process_group=0)
+    _running.add(process)
+    try:
+        code = process.wait(limit)
+        outcome = f"ended with code {code}" if code else "done"
+    except subprocess.TimeoutExpired:
+        outcome = f"stopped after {limit:.0f} s"
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+    _running.discard(process)
+    return outcome
 
 
 def stopped(*_: Any) -> None:

@@ -104,7 +104,8 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
                 [
                     one["case"],
                     one["variant"],
-                    f"{1e3 * one['seconds']:.3f} ({1e3 * one['least']:.3f} to {1e3 * one['most']:.3f})",
+                    f"{1e3 * one['seconds']:.3f} ({1e3 * one['least']:.3f} to {1e3 * one['most']:.3f})"
+                    + ", the host's" * one["host_bound"],
                     f"{one['flops'] / 1e12:.1f}",
                     f"{one['of_matrix_rate']:.0%}",
                     f"{one['bytes'] / 1e9:,.0f}",

@@ -3,7 +3,9 @@
     python tools/hardware_sections.py SECTION FILE SECONDS [--dry] [--sweep]    # "check attention", "time lora", "step", "peers"
 
 A record is what came out for one case and variant, or why it was not run (`left_out`) or failed (`problem`); one is complete before the
-next begins, so that what a section has found outlives it.
+next begins, so that what a section has found outlives it. What has a record is not run again: a section that left off goes on where it was.
+It leaves off itself, to be started again (AGAIN), where the device or its memory has to be as it was: after a kernel that the device did
+not survive, and between runs whose peak memory is told.
 """
 
 from __future__ import annotations
@@ -14,19 +16,79 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 # The step's rows; the peers' too.
-STEP = {"shape": "qwen2.5-0.5b", "dtype": "bfloat16", "examples": 4000, "rows": 4, "row_length": 8192}
-DRY_STEP = {"shape": "tiny", "dtype": "float32", "examples": 60, "rows": 1, "row_length": 1024}
+STEP = {"dtype": "bfloat16", "examples": 4000, "rows": 4, "row_length": 8192}
+DRY_STEP = {"dtype": "float32", "examples": 60, "rows": 1, "row_length": 1024}
+SMALL, LARGE, DRY_SHAPE = "qwen2.5-0.5b", "qwen2.5-3b", "tiny"
 STUDY_BATCH = ("train.batch_tokens=null", "train.batch_examples=8")
+# The goals on an H200. Of packed rows: of the measured matrix rate, of the ledger's floor, examples/s of the study's 200,000 x 2 examples
+# in ten minutes. Of the study's batch: seconds of an update.
+MFU_GOALS = {SMALL: 0.40, LARGE: 0.55}
+FLOOR_GOAL = 0.75
+STUDY_EXAMPLES = 400_000 / 600
+STUDY_UPDATE = 0.012
+# (b) is the best packed PyTorch.
+PEER_GOALS = {"jaxre at the study's batch": {"a": 10.0}, "jaxre with packed rows": {"a": 40.0, "b": 2.0}}
 LATE = "no time was left"
 REFUSED = "does not run here"  # how every dispatch begins to say why it does not take some arrays
 SETS = 3  # of inputs, in turn
 
-Emit = Callable[..., None]
+AGAIN = 75  # the exit code of a section that is to be started again
+
+
+class Records:
+    """The records of a section in its file, also those of before it was started again."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.found = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut short
+        self.there = {key for one in self.found if (key := key_of(one))}
+
+    def __call__(self, **record: Any) -> None:
+        self.found.append(record)
+        with self.path.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(record) + "\n")
+
+    def begin(self, record: dict[str, Any]) -> bool:
+        """Says that this is being run, so that what ends the process is known. False if it has a record: it is not to be run."""
+        if key_of(record) in self.there:
+            return False
+        self(begun=record)
+        return True
+
+
+def key_of(record: dict[str, Any]) -> tuple | None:
+    """What a record is about; None if about no case."""
+    if "case" not in record:
+        return None
+    return tuple(record.get(name) for name in ("case", "dtype", "variant", "implementation", "side", "prompt"))
+
+
+def unfinished(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What was begun last and has no record."""
+    begun = [one["begun"] for one in records if "begun" in one]
+    return begun[-1] if begun and key_of(begun[-1]) not in {key_of(one) for one in records} else None
+
+
+def leave_if_lost() -> None:
+    """Ends the process, to be started again, where a kernel has left the device of this one unusable."""
+    import jax
+    import jax.numpy as jnp
+
+    try:
+        jax.block_until_ready(jnp.zeros(8) + 1)
+    except Exception:  # noqa: BLE001, whatever it is, nothing more can be run here
+        sys.exit(AGAIN)
+
+
+def in_order(variants: dict[str, Any]) -> list[tuple[str, Any]]:
+    """XLA and opponents first, ours that may break the device last."""
+    return sorted(variants.items(), key=lambda item: item[0].startswith("pallas"))
 
 
 def about() -> dict[str, Any]:
@@ -47,24 +109,26 @@ def problem(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:600]
 
 
-def check_op(emit: Emit, deadline: float, options: argparse.Namespace, op: str) -> None:
+def check_op(emit: Records, deadline: float, options: argparse.Namespace, op: str) -> None:
     import jax
     import kernel_cases as cases
     import kernel_timing as timing
 
-    device = about()
-    emit(about=device)
-    if op == "nf4":
-        emit(case="dequantised bits", dtype="float32", implementation="xla", **cases.dequantised_bits())
-    for case in cases.CHECKS[op](device["platform"], options.dry):
-        inputs = case.inputs(0)
-        oracle = timing.Oracle(case, inputs)
-        for name, variant in case.variants.items():
+    if op == "nf4" and emit.begin(record := {"case": "dequantised bits", "dtype": "float32", "implementation": "xla"}):
+        emit(**record, **cases.dequantised_bits())
+    for case in cases.CHECKS[op](options.dry):
+        oracle = None
+        for name, variant in in_order(case.variants):
             record = {"case": case.name, "dtype": case.dtype, "implementation": name}
+            if not emit.begin(record):
+                continue
             if variant.left_out or time.monotonic() > deadline:
                 emit(**record, left_out=variant.left_out or LATE)
                 continue
             try:
+                if oracle is None:
+                    inputs = case.inputs(0)
+                    oracle = timing.Oracle(case, inputs)
                 with jax.default_matmul_precision("highest"):
                     run = jax.jit(variant.run)
                     found = run(*inputs)
@@ -73,41 +137,43 @@ def check_op(emit: Emit, deadline: float, options: argparse.Namespace, op: str) 
                 emit(**record, **oracle.judge(found), repeats=repeats)
             except Exception as error:  # noqa: BLE001, whatever it is, it is this kernel's result
                 emit(**record, **({"left_out": problem(error)} if REFUSED in str(error) else {"passed": False, "problem": problem(error)}))
+                leave_if_lost()
 
 
-def time_op(emit: Emit, deadline: float, options: argparse.Namespace, op: str) -> None:
+def time_op(emit: Records, deadline: float, options: argparse.Namespace, op: str) -> None:
     import kernel_cases as cases
     import kernel_timing as timing
 
-    device = about()
-    emit(about=device)
     clock = timing.Clock(options.dry)
     dtype, size = ("float32", 256) if options.dry else ("bfloat16", 8192)
-    rates = {"matrix": clock.matrix_rate(dtype, size), "copy": clock.copy_rate()}
-    emit(rates=rates)
-    for case in cases.TIMINGS[op](device["platform"], options.dry, options.sweep):
-        try:
-            sets = [case.inputs(seed) for seed in range(SETS)]
-            oracle = timing.Oracle(case, sets[0])
-        except Exception as error:  # noqa: BLE001, most likely too little memory, which the next case may need less of
-            emit(case=case.name, problem=problem(error))
-            continue
-        timed = {}
-        for name, variant in case.variants.items():
+    rates = next((one["rates"] for one in emit.found if "rates" in one), None)
+    if rates is None:
+        rates = {"matrix": clock.matrix_rate(dtype, size), "copy": clock.copy_rate()}
+        emit(rates=rates)
+    for case in cases.TIMINGS[op](options.dry, options.sweep):
+        begun, sets = False, None
+        for name, variant in in_order(case.variants):
             record = {"case": case.name, "dtype": case.dtype, "variant": name, "implementation": variant.implementation}
+            if not emit.begin(record):
+                continue
+            begun = True
             if variant.left_out or time.monotonic() > deadline:
                 emit(**record, left_out=variant.left_out or LATE)
                 continue
             try:
+                if sets is None:
+                    sets = [case.inputs(seed) for seed in range(SETS)]
+                    oracle = timing.Oracle(case, sets[0])
                 found = time_variant(case, variant, sets, oracle, clock)
             except Exception as error:  # noqa: BLE001, whatever it is, it is this variant's result
                 emit(**record, **{"left_out" if REFUSED in str(error) else "problem": problem(error)})
+                leave_if_lost()
                 continue
-            timed[name] = variant.implementation, found
             emit(**record, tiles=variant.tiles, covers=case.covers, **found, of_matrix_rate=found["flops"] / rates["matrix"])
-        for target in targets_of(case, timed):
+        timed = {one["variant"]: one for one in emit.found if one.get("case") == case.name and "seconds" in one}
+        for target in targets_of(case, timed) if begun else ():
             emit(**target)
-        del sets, oracle  # before the next case's
+        oracle = sets = None  # before the next case's
 
 
 def time_variant(case: Any, variant: Any, sets: list[tuple], oracle: Any, clock: Any) -> dict[str, Any]:
@@ -127,93 +193,132 @@ def time_variant(case: Any, variant: Any, sets: list[tuple], oracle: Any, clock:
         "bytes": case.moved / median,
         "compile_seconds": compiling,
         "temporary": getattr(memory, "temp_size_in_bytes", None),
+        "host_bound": clock.host_bound,
         **judged,
     }
 
 
-def targets_of(case: Any, timed: dict[str, tuple[str | None, dict]]) -> Iterator[dict[str, Any]]:
-    """How the fastest right one of ours stands to each opponent that a goal is set against."""
-    right = {name: found["seconds"] for name, (implementation, found) in timed.items() if implementation and found["passed"]}
+def targets_of(case: Any, timed: dict[str, dict]) -> Iterator[dict[str, Any]]:
+    """How the fastest right one of ours stands to each opponent that a goal is set against; one that is wrong is none."""
+    right = {name: one["seconds"] for name, one in timed.items() if one["implementation"] and one["passed"]}
     for opponent, least in case.targets.items():
-        if right and opponent in timed:
+        if right and opponent in timed and timed[opponent].get("passed", True):
             fastest = min(right, key=right.get)
-            ratio = timed[opponent][1]["seconds"] / right[fastest]
+            ratio = timed[opponent]["seconds"] / right[fastest]
             yield {"target": f"{case.op}: {case.name}", "ours": fastest, "against": opponent, "ratio": ratio, "least": least}
 
 
-def time_step(emit: Emit, deadline: float, options: argparse.Namespace) -> None:
-    """Whole updates of the smallest model with a large head: of packed rows, of the study's batch, on NF4 weights, with every kernel."""
+def time_step(emit: Records, deadline: float, options: argparse.Namespace) -> None:
+    """Whole updates of packed rows and of the study's batch, with XLA's ops and with the device's kernels, on dense and on NF4 weights.
+
+    One run a process: the peak memory of a device is that of all that its process ran.
+    """
+    runs = step_runs(options.dry)
+    for name, (shape, overrides) in runs.items():
+        record = {"case": name}
+        if not emit.begin(record):
+            continue
+        if time.monotonic() > deadline:
+            emit(**record, left_out=LATE)
+            continue
+        try:
+            emit(**record, **timed_step(options.records.parent / shape, shape, overrides, options.dry))
+        except Exception as error:  # noqa: BLE001, whatever it is, it is this run's result
+            emit(**record, problem=problem(error))
+        sys.exit(AGAIN)
+    for goal in step_goals({one["case"]: one for one in emit.found if "seconds" in one}, options.dry):
+        emit(**goal)
+
+
+def step_runs(dry: bool) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Name -> shape of the model and settings of each run, the most wanted first."""
+    given = DRY_STEP if dry else STEP
+    kernels = tuple(kernels_here())
+    runs = {}
+    for shape in (DRY_SHAPE,) if dry else (SMALL, LARGE):
+        rows = f"{shape} {given['dtype']}, {given['rows']} rows of {given['row_length']:,}"
+        settings = {rows: (), f"{shape} {given['dtype']}, batch of 8": (*STUDY_BATCH, "train.row_length=1024")}
+        settings[f"{rows}, NF4"] = ("model.quantise=nf4",)
+        for name, overrides in settings.items():
+            runs[name] = shape, overrides
+            if kernels:
+                runs[f"{name}, kernels"] = shape, (*overrides, *kernels)
+    return runs
+
+
+def timed_step(folder: Path, shape: str, overrides: tuple[str, ...], dry: bool) -> dict[str, Any]:
+    """What `jaxre profile` measures of a run; its inputs are written into `folder` where they are not there."""
     from bench_sides import run_config, write_inputs
 
-    from jaxre.errors import InputError
     from jaxre.profiling.measure import time_updates
     from jaxre.profiling.prepared import prepare
     from jaxre.profiling.profile import ledger_of, measured
 
-    emit(about=about())
-    given = argparse.Namespace(prompts=["0shot"], set=[], nf4=False, **(DRY_STEP if options.dry else STEP))
-    rows = f"{given.shape} {given.dtype}, {given.rows} rows of {given.row_length:,}"
-    runs = {
-        rows: (),
-        f"{given.shape} {given.dtype}, batch of 8": (*STUDY_BATCH, "train.row_length=1024"),
-        f"{rows}, NF4": ("model.quantise=nf4",),
-    }
-    if kernels := kernels_here():
-        runs |= {f"{name}, kernels": (*runs[name], *kernels) for name in (rows, f"{rows}, NF4")}
-    seconds = {}
-    with tempfile.TemporaryDirectory(prefix="hardware-check-") as folder:
-        try:
-            write_inputs(Path(folder), given)
-        except (InputError, SystemExit) as error:
-            emit(left_out=str(error))
-            return
-        for name, overrides in runs.items():
-            if time.monotonic() > deadline:
-                emit(case=name, left_out=LATE)
-                continue
-            try:
-                run = prepare(run_config(Path(folder), "0shot", given, *overrides))
-                ledger = ledger_of(run)
-                first_loss = float(run.update(run.next_rows()).loss)  # to be compared between the runs of one batch
-                found = measured(run, time_updates(run, 2 if options.dry else 20), ledger)
-            except Exception as error:  # noqa: BLE001, whatever it is, it is this run's result
-                emit(case=name, problem=problem(error))
-                continue
-            seconds[name] = found["seconds"]
-            emit(
-                case=name,
-                first_loss=first_loss,
-                matrix_rate=ledger["matrix_rate"],
-                program_flops=ledger["program_flops"],
-                needed=ledger["flops"]["total"],
-                **found,
-            )
-            del run
-    dense, quantised = seconds.get(rows), seconds.get(f"{rows}, NF4")
-    if dense and quantised:
-        emit(target="step on NF4 weights", ours="NF4", against="dense weights", ratio=dense / quantised, least=1 / 1.15)
+    given = argparse.Namespace(prompts=["0shot"], set=[], nf4=False, shape=shape, **(DRY_STEP if dry else STEP))
+    if not (folder / "written").is_file():
+        folder.mkdir()
+        write_inputs(folder, given)
+        (folder / "written").touch()
+    run = prepare(run_config(folder, "0shot", given, *overrides))
+    ledger = ledger_of(run)
+    first_loss = float(run.update(run.next_rows()).loss)  # to be compared between the runs of one batch
+    found = measured(run, time_updates(run, 2 if dry else 20), ledger)
+    about = {name: ledger[name] for name in ("matrix_rate", "program_flops")}
+    return found | about | {"first_loss": first_loss, "needed": ledger["flops"]["total"], "floor": max(ledger["floor"].values())}
+
+
+def step_goals(found: dict[str, dict], dry: bool) -> Iterator[dict[str, Any]]:
+    """How the runs stand to the goals; of each kind the fastest of XLA's ops and the kernels."""
+
+    def fastest(name: str) -> tuple[str, dict] | None:
+        return min(
+            ((case, one) for case, one in found.items() if case.removesuffix(", kernels") == name),
+            key=lambda it: it[1]["seconds"],
+            default=None,
+        )
+
+    given = DRY_STEP if dry else STEP
+    for shape in (DRY_SHAPE,) if dry else (SMALL, LARGE):
+        rows = f"{shape} {given['dtype']}, {given['rows']} rows of {given['row_length']:,}"
+        dense, nf4, batch = (fastest(name) for name in (rows, f"{rows}, NF4", f"{shape} {given['dtype']}, batch of 8"))
+        goals = []
+        if dense:
+            case, one = dense
+            goals += [("share of the ledger's floor", case, "the floor", one["floor"] / one["seconds"], FLOOR_GOAL)]
+            goals += [("MFU on real tokens", case, "the measured matrix rate", one["mfu"], MFU_GOALS.get(shape, 0.0))]
+        if dense and shape == SMALL:
+            goals += [
+                ("the study's 400,000 examples in ten minutes", case, "667 examples/s", one["examples_per_second"] / STUDY_EXAMPLES, 1.0)
+            ]
+        if batch and shape == SMALL:
+            goals += [("an update of the study's batch", batch[0], "12 ms", STUDY_UPDATE / batch[1]["seconds"], 1.0)]
+        if dense and nf4:
+            goals += [("an update on NF4 weights", nf4[0], dense[0], dense[1]["seconds"] / nf4[1]["seconds"], 1 / 1.15)]
+        for target, ours, against, ratio, least in goals:
+            yield {"target": target, "ours": ours, "against": against, "ratio": ratio, "least": least}
 
 
 def kernels_here() -> list[str]:
     """The settings that ask for the kernel of each op that was written for this device."""
     import jax
-    from jaxre_kernels.implementations import implementations_of
-
-    from jaxre.training.kernels import HARDWARE, runs_on
+    from jaxre_kernels.implementations import HARDWARE, implementations_of, runs_on
 
     device = jax.devices()[0]
     there = [(op, name) for op in ("attention", "lora", "cross_entropy") for name in implementations_of(op)]
     return [f"kernels.{op}={name}" for op, name in there if name in HARDWARE and runs_on(name, device)]
 
 
-def time_peers(emit: Emit, deadline: float, options: argparse.Namespace) -> None:
+def time_peers(emit: Records, deadline: float, options: argparse.Namespace) -> None:
     """`bench_training.py`, first with jaxre at the study's own batch, which is what (a) takes, then with packed rows."""
     shape = DRY_STEP if options.dry else STEP
+    name = DRY_SHAPE if options.dry else SMALL
     sides = "--rounds 1 --seconds 0.5 --sides a',c" if options.dry else "--rounds 2 --seconds 5 --sides a,a',b,c"
-    common = f"--quick --shape {shape['shape']} --dtype {shape['dtype']} --examples {shape['examples']} {sides}".split()
+    common = f"--quick --shape {name} --dtype {shape['dtype']} --examples {shape['examples']} {sides}".split()
     batch = ["--row-length", "1024", *(part for setting in STUDY_BATCH for part in ("--set", setting))]
     rows = ["--rows", str(shape["rows"]), "--row-length", str(shape["row_length"])]
-    for name, extra in {"jaxre at the study's batch": batch, "jaxre with packed rows": rows}.items():
+    for name, extra in zip(PEER_GOALS, (batch, rows), strict=True):
+        if any(one.get("case") == name for one in emit.found):
+            continue
         with tempfile.TemporaryDirectory(prefix="hardware-check-") as folder:
             path, log = Path(folder) / "found.json", Path(folder) / "log"
             command = [sys.executable, str(Path(__file__).with_name("bench_training.py")), *common, *extra, "--json", str(path)]
@@ -237,8 +342,10 @@ def time_peers(emit: Emit, deadline: float, options: argparse.Namespace) -> None
         for prompt, measured in found.items():
             for side, values in measured.items():
                 emit(case=name, prompt=prompt, side=side, **{key: values[key] for key in kept})
-            if "a" in measured and "c" in measured:
-                emit(target=f"training: {name}, {prompt}", ours="c", against="a", ratio=measured["c"]["ratio"], least=10.0)
+            for side, least in PEER_GOALS[name].items():
+                if side in measured and "c" in measured:
+                    ratio = measured["c"]["examples_per_second"] / measured[side]["examples_per_second"]
+                    emit(target=f"training: {name}, {prompt}", ours="c", against=side, ratio=ratio, least=least)
 
 
 def main() -> None:
@@ -251,16 +358,17 @@ def main() -> None:
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
     what, *op = options.section.split(" ")
-    with options.records.open("a", encoding="utf-8") as out:
-
-        def emit(**record: Any) -> None:
-            out.write(json.dumps(record) + "\n")
-            out.flush()
-
-        try:
-            {"check": check_op, "time": time_op, "step": time_step, "peers": time_peers}[what](emit, deadline, options, *op)
-        except ModuleNotFoundError as error:
-            emit(left_out=f"{error.name} is not installed")
+    emit = Records(options.records)
+    try:
+        device = about()
+        if not emit.found:
+            emit(about=device)
+        if device["platform"] == "cpu" and not options.dry:
+            emit(left_out="no accelerator is here (--dry runs every part on a CPU)")
+            return
+        {"check": check_op, "time": time_op, "step": time_step, "peers": time_peers}[what](emit, deadline, options, *op)
+    except ModuleNotFoundError as error:
+        emit(left_out=f"{error.name} is not installed")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ jax and numpy; tokamax is measured where it is installed, cuDNN on a GPU, splash
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -22,7 +21,7 @@ from jaxre_kernels import lora as lora_op
 from jaxre_kernels import nf4 as nf4_op
 from jaxre_kernels.attention import blockwise, masked_attention, visible_mask
 from jaxre_kernels.cross_entropy import dense_cross_entropy
-from jaxre_kernels.implementations import kernels_of
+from jaxre_kernels.implementations import implementations_of, kernels_of, runs_on
 from kernel_timing import CLOSE, Case, Variant, missing, normal, only_on, ours
 
 # Heads, key heads, channels of a head, embedding, feed-forward, vocabulary and the study's LoRA rank.
@@ -69,14 +68,12 @@ def dense_attention(q, k, v, visible_until):
     return masked_attention(q, k, v, visible_mask(visible_until))
 
 
-def narrow_blocks(run: Callable) -> Callable:
-    """Blockwise attention whose blocks look back no further than they must, by `lax.switch`, as it does on a CPU alone."""
-
-    def narrowest(attend, width, blocks, *operands):
-        return jax.lax.switch(width, [partial(attend, back) for back in blocks.backs], *operands)
+def as_on_a_cpu(run: Callable) -> Callable:
+    """Blockwise attention of one block after another, each of which looks back no further than it must."""
+    orders = blockwise._orders
 
     def patched(*inputs):  # forward and backward are traced in here
-        with mock.patch.object(blockwise, "_looking_back", narrowest):
+        with mock.patch.object(blockwise, "_orders", lambda q, blocks: orders(q, blocks)[:1] * 2):
             return run(*inputs)
 
     return patched
@@ -117,24 +114,17 @@ def splash_attention(q, k, v, visible_until, interpret=False):
     return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids)))(q, k, v, visible_until).swapaxes(1, 2)
 
 
-def of_another_gpu(variants: dict[str, Variant], bounds: dict[str, int]) -> dict[str, Variant]:
-    """Kernels for Hopper are left out on an older GPU; those for older GPUs run on Hopper with its copy engine, and stand for no choice."""
-    capability = getattr(jax.devices()[0], "compute_capability", None)
-    if capability is None:
+def with_copy_engine(bounds: dict[str, int]) -> dict[str, Variant]:
+    """On Hopper, the kernels for older GPUs with its copy engine: they stand for no choice."""
+    if not runs_on("pallas_gpu", jax.devices()[0]):
         return {}
-    if float(capability) < 9:
-        return {"pallas_gpu": replace(variants["pallas_gpu"], left_out="runs on a Hopper GPU alone")}
     kernels = partial(kernels_of("attention", "pallas_gpu_sm80").with_copy_engine, **bounds)
-    return {
-        "pallas_gpu_sm80": replace(variants["pallas_gpu_sm80"], left_out="runs on a GPU older than Hopper alone"),
-        "pallas_gpu_sm80, copy engine": Variant(attended(kernels)),
-    }
+    return {"pallas_gpu_sm80, copy engine": Variant(attended(kernels))}
 
 
 def attention_case(
     model: str,
     dtype: str,
-    platform: str,
     rows: int,
     length: int,
     mean: int,
@@ -154,17 +144,16 @@ def attention_case(
         q, k, v, dout = (normal(seed, number, (rows, length, heads, C), dtype) for number, heads in enumerate((H, K, K, H)))
         return q, k, v, dout, *map(jnp.asarray, packed(rows, length, mean, longest, prefix, pads, seed))
 
-    variants = ours("attention", partial(attention_op.attention, **bounds), platform, attended, sweep)
-    variants |= of_another_gpu(variants, bounds)
+    variants = ours("attention", partial(attention_op.attention, **bounds), attended, sweep) | with_copy_engine(bounds)
     if opponents:
         half = None if dtype == "bfloat16" else "takes bfloat16 alone"
         alone = None if not prefix else "knows no shared prefix"
         variants |= {
-            "xla, narrow blocks": Variant(narrow_blocks(variants["xla"].run)),
+            "xla, as on a CPU": Variant(as_on_a_cpu(variants["xla"].run)),
             "dense mask": Variant(attended(dense_attention)),
-            "cuDNN, dense mask": Variant(attended(cudnn_masked), left_out=only_on(platform, "gpu", half)),
-            "cuDNN, packed": Variant(cudnn_packed, left_out=only_on(platform, "gpu", half or alone)),
-            "splash": Variant(attended(splash_attention), left_out=only_on(platform, "tpu", alone)),
+            "cuDNN, dense mask": Variant(attended(cudnn_masked), left_out=only_on("gpu", half)),
+            "cuDNN, packed": Variant(cudnn_packed, left_out=only_on("gpu", half or alone)),
+            "splash": Variant(attended(splash_attention), left_out=only_on("tpu", alone)),
             "tokamax, dense mask": Variant(attended(tokamax_attention), left_out=missing("tokamax")),
         }
     until = packed(rows, length, mean, longest, prefix, pads, 0)[0]
@@ -186,7 +175,7 @@ def attention_case(
     )
 
 
-def attention_checks(platform: str, dry: bool) -> Iterator[Case]:
+def attention_checks(dry: bool) -> Iterator[Case]:
     # model, rows, length, mean, longest, prefix, pads
     layouts = [
         ("Qwen2.5-0.5B", 2, 512, 70, 112, 0, 0),
@@ -196,19 +185,19 @@ def attention_checks(platform: str, dry: bool) -> Iterator[Case]:
     ]
     for dtype in CLOSE:
         for layout in [("tiny", 2, 320, 50, 100, 40, 8)] if dry else layouts:
-            yield attention_case(layout[0], dtype, platform, *layout[1:])
+            yield attention_case(layout[0], dtype, *layout[1:])
 
 
-def attention_timings(platform: str, dry: bool, sweep: bool) -> Iterator[Case]:
+def attention_timings(dry: bool, sweep: bool) -> Iterator[Case]:
     if dry:
-        yield attention_case("tiny", "float32", platform, 1, 384, 60, 100, opponents=True, sweep=sweep, targets={"dense mask": 15.0})
+        yield attention_case("tiny", "float32", 1, 384, 60, 100, opponents=True, sweep=sweep, targets={"dense mask": 15.0})
         return
-    make = partial(attention_case, dtype="bfloat16", platform=platform, opponents=True)
+    make = partial(attention_case, dtype="bfloat16", opponents=True)
     short = {"length": (4096, 16384), "span": (129, 384)}
     # The goals of packed attention: 15 times as fast as a dense mask, and faster than cuDNN's packed form.
     targets = {"dense mask": 15.0, "cuDNN, packed": 1.0}
     for model in ("Qwen2.5-0.5B", "Qwen2.5-3B"):
-        yield make(model, rows=2, length=8192, mean=150, longest=240, covers=short, targets=targets, sweep=True)
+        yield make(model, rows=2, length=8192, mean=150, longest=240, covers=short, targets=targets, sweep=sweep)
     shared = {"length": (1024, 4095), "prefix": (128, 1024), "span": (65, 384)}
     yield make("Qwen2.5-0.5B", rows=8, length=2048, mean=80, longest=208, prefix=352, covers=shared, sweep=sweep)
     longer = {"length": (4096, 16384), "span": (385, 2048)}
@@ -221,7 +210,6 @@ def attention_timings(platform: str, dry: bool, sweep: bool) -> Iterator[Case]:
 def cross_entropy_case(
     model: str,
     dtype: str,
-    platform: str,
     tokens: tuple[int, ...],
     trained: bool,
     *,
@@ -255,7 +243,7 @@ def cross_entropy_case(
 
         return tokamax.linear_softmax_cross_entropy_loss(x.reshape(-1, D), targets.reshape(-1), head.T) / count
 
-    variants = ours("cross_entropy", cross_entropy_op.linear_cross_entropy, platform, both, sweep)
+    variants = ours("cross_entropy", cross_entropy_op.linear_cross_entropy, both, sweep)
     if opponents:
         variants |= {
             "all logits": Variant(both(dense_cross_entropy)),
@@ -279,25 +267,23 @@ def cross_entropy_case(
     )
 
 
-def cross_entropy_checks(platform: str, dry: bool) -> Iterator[Case]:
+def cross_entropy_checks(dry: bool) -> Iterator[Case]:
     for dtype in CLOSE:
         if dry:
-            yield cross_entropy_case("tiny", dtype, platform, (2, 700), True)
+            yield cross_entropy_case("tiny", dtype, (2, 700), True)
             continue
-        yield cross_entropy_case("Qwen2.5-0.5B", dtype, platform, (2, 37), False)
-        yield cross_entropy_case("Qwen2.5-3B", dtype, platform, (3, 512), True)
+        yield cross_entropy_case("Qwen2.5-0.5B", dtype, (2, 37), False)
+        yield cross_entropy_case("Qwen2.5-3B", dtype, (3, 512), True)
 
 
-def cross_entropy_timings(platform: str, dry: bool, sweep: bool) -> Iterator[Case]:
+def cross_entropy_timings(dry: bool, sweep: bool) -> Iterator[Case]:
     if dry:
-        yield cross_entropy_case(
-            "tiny", "float32", platform, (2, 32), False, opponents=True, sweep=sweep, targets={"bare product": 1 / 1.1}
-        )
+        yield cross_entropy_case("tiny", "float32", (2, 32), False, opponents=True, sweep=sweep, targets={"bare product": 1 / 1.1})
         return
-    make = partial(cross_entropy_case, dtype="bfloat16", platform=platform, opponents=True)
+    make = partial(cross_entropy_case, dtype="bfloat16", opponents=True)
     for model in ("Qwen2.5-0.5B", "Qwen2.5-3B"):
         # The goal: within a tenth of the bare product. The head is frozen, as in LoRA: the table does not know whether it is.
-        yield make(model, tokens=(16, 256), trained=False, covers={"tokens": (2048, 16384)}, targets={"bare product": 1 / 1.1}, sweep=True)
+        yield make(model, tokens=(16, 256), trained=False, covers={"tokens": (2048, 16384)}, targets={"bare product": 1 / 1.1}, sweep=sweep)
     yield make("Qwen2.5-0.5B", tokens=(8, 128), trained=False, covers={"tokens": (256, 2047)}, sweep=sweep)
     yield make("Qwen2.5-0.5B", tokens=(16, 256), trained=True, sweep=sweep)
 
@@ -315,7 +301,6 @@ def lora_case(
     model: str,
     group: str,
     dtype: str,
-    platform: str,
     tokens: int,
     rate: float = DROPOUT,
     *,
@@ -328,8 +313,14 @@ def lora_case(
     def dense(seed):
         return [normal(seed, 10 + i, (inner, width), dtype, inner**-0.5) for i, width in enumerate(outer)]
 
-    # NF4 weights are of one draw for all sets: quantising is slow, and the cache is flushed between calls anyway.
-    quantised = [jax.tree.map(jnp.asarray, nf4_op.quantise(np.asarray(weight.T, np.float32))) for weight in dense(0)] if nf4 else None
+    # NF4 weights are of one draw for all sets: quantising is slow, and the cache is flushed between calls anyway. Each implementation
+    # gets them in its own form, as in training.
+    forms = {}
+    if nf4:
+        forms["xla"] = [jax.tree.map(jnp.asarray, nf4_op.quantise(np.asarray(weight.T, np.float32))) for weight in dense(0)]
+        for name in implementations_of("lora"):
+            if name != "xla" and runs_on(name, jax.devices()[0]):
+                forms[name] = [lora_op.stored(weight, name) for weight in forms["xla"]]
 
     def inputs(seed):
         factors = [
@@ -341,10 +332,12 @@ def lora_case(
         words = jax.random.bits(jax.random.key(seed), (tokens,), jnp.uint32)
         dys = [normal(seed, 40 + i, (tokens, width), dtype) for i, width in enumerate(outer)]
         x = normal(seed, 0, (tokens, inner), dtype)
-        return (x, quantised, factors, words, dys, dense(0)) if nf4 else (x, dense(seed), factors, words, dys)
+        return (x, forms, factors, words, dys, dense(0)) if nf4 else (x, dense(seed), factors, words, dys)
 
     def both(projected):
         def run(x, weights, factors, words, dys, *_):
+            if isinstance(weights, dict):
+                weights = weights[getattr(projected, "keywords", {}).get("implementation", "xla")]
             outputs, back = jax.vjp(lambda x, factors: projected(x, weights, factors, words, SCALE, rate), x, factors)
             return outputs, *back(dys)
 
@@ -360,10 +353,10 @@ def lora_case(
         return both(lora_op.lora_group)(x, dense, factors, words, dys)
 
     def weights_alone(x, weights, *_):
-        return [nf4_op.dequantise(weight, x.dtype) for weight in weights]
+        return [nf4_op.dequantise(weight, x.dtype) for weight in weights["xla"]]
 
     base, low = 4.0 * tokens * inner * sum(outer), 6.0 * tokens * rank * (len(outer) * inner + sum(outer))
-    variants = ours("lora", lora_op.lora_group, platform, both, sweep)
+    variants = ours("lora", lora_op.lora_group, both, sweep)
     targets = {}
     if opponents and nf4:
         alone = Variant(weights_alone, compared=False)
@@ -389,39 +382,39 @@ def lora_case(
     )
 
 
-def lora_checks(platform: str, dry: bool) -> Iterator[Case]:
+def lora_checks(dry: bool) -> Iterator[Case]:
     for dtype in CLOSE:
         if dry:
-            yield lora_case("tiny", "qkv", dtype, platform, 48)
+            yield lora_case("tiny", "qkv", dtype, 48)
             continue
         for model in ("Qwen2.5-0.5B", "Qwen2.5-3B"):
-            yield lora_case(model, "qkv", dtype, platform, 512)
-        yield lora_case("Qwen2.5-0.5B", "gate_up", dtype, platform, 333, 0.0)
-        yield lora_case("Qwen2.5-0.5B", "down", dtype, platform, 256)
+            yield lora_case(model, "qkv", dtype, 512)
+        yield lora_case("Qwen2.5-0.5B", "gate_up", dtype, 333, 0.0)
+        yield lora_case("Qwen2.5-0.5B", "down", dtype, 256)
 
 
-def lora_timings(platform: str, dry: bool, sweep: bool) -> Iterator[Case]:
+def lora_timings(dry: bool, sweep: bool) -> Iterator[Case]:
     for model in ("tiny",) if dry else ("Qwen2.5-0.5B", "Qwen2.5-3B"):
         for group in ("qkv",) if dry else groups_of(model):
             dtype, tokens = ("float32", 64) if dry else ("bfloat16", 16384)
-            yield lora_case(model, group, dtype, platform, tokens, opponents=True, sweep=sweep)
+            yield lora_case(model, group, dtype, tokens, opponents=True, sweep=sweep)
 
 
 # ---- the same with NF4 weights -----------------------------------------------------------------------
 
 
-def nf4_checks(platform: str, dry: bool) -> Iterator[Case]:
+def nf4_checks(dry: bool) -> Iterator[Case]:
     for dtype in CLOSE:
         for model, group, tokens in [("tiny", "qkv", 32)] if dry else [("Qwen2.5-0.5B", "qkv", 256), ("Qwen2.5-3B", "o", 300)]:
-            yield lora_case(model, group, dtype, platform, tokens, nf4=True)
+            yield lora_case(model, group, dtype, tokens, nf4=True)
 
 
-def nf4_timings(platform: str, dry: bool, sweep: bool) -> Iterator[Case]:
+def nf4_timings(dry: bool, sweep: bool) -> Iterator[Case]:
     if dry:
-        yield lora_case("tiny", "qkv", "float32", platform, 32, nf4=True, opponents=True, sweep=sweep)
+        yield lora_case("tiny", "qkv", "float32", 32, nf4=True, opponents=True, sweep=sweep)
         return
     for model, group in (("Qwen2.5-0.5B", "gate_up"), ("Qwen2.5-3B", "gate_up"), ("Qwen2.5-3B", "qkv")):
-        yield lora_case(model, group, "bfloat16", platform, 16384, nf4=True, opponents=True, sweep=sweep)
+        yield lora_case(model, group, "bfloat16", 16384, nf4=True, opponents=True, sweep=sweep)
 
 
 def dequantised_bits() -> dict[str, Any]:

@@ -15,14 +15,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxre_kernels.implementations import implementations_of
+from jaxre_kernels.implementations import HARDWARE, implementations_of, runs_on
 
 # A result is right when its error, max|difference| / max|reference| to f32, is at most this, or twice that of the plain formula in the
 # same dtype: f32 differs by the order of its sums (of at most 16,384 products), bf16 keeps 8 bits. In the order of the checks: what
 # training uses on an accelerator first.
 CLOSE = {"bfloat16": 2.0**-7, "float32": 1e-5}
-TOUCHED = 2**28  # bytes written between two calls, four times the second-level cache of an H200
+# Bytes written between two calls: many times the second-level cache of an H200 (60 MB), and long enough (0.4 ms there) to hide what the
+# host needs for a call of many small programs.
+TOUCHED = 2**30
 DRY_TOUCHED = 2**20
+HOST_BOUND = 0.1  # of the time is waited for the device at the end, at least, where the device is what takes it
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Case:
     targets: dict[str, float] = field(default_factory=dict)
 
 
-def ours(op: str, function: Callable, platform: str, both: Callable[[Callable], Callable], sweep: bool) -> dict[str, Variant]:
+def ours(op: str, function: Callable, both: Callable[[Callable], Callable], sweep: bool) -> dict[str, Variant]:
     """The implementations that the dispatch of an op names, each by itself and, with `sweep`, with each of the tile sizes it lists.
 
     Args:
@@ -72,8 +75,7 @@ def ours(op: str, function: Callable, platform: str, both: Callable[[Callable], 
     listed = getattr(importlib.import_module(name), "TILES", {}) if importlib.util.find_spec(name) else {}
     variants = {}
     for name in implementations_of(op):
-        device = name.removeprefix("pallas_").split("_")[0]
-        elsewhere = f"runs on a {device.upper()} alone" if device in ("gpu", "tpu") and device != platform else None
+        elsewhere = None if runs_on(name, jax.devices()[0]) else f"is for {HARDWARE[name].told} alone"
         call = partial(function, implementation=name) if "implementation" in known else function
         variants[name] = Variant(both(call), name, left_out=elsewhere)
         for tiles in listed.get(name, ()) if sweep and "tiles" in known else ():
@@ -82,8 +84,8 @@ def ours(op: str, function: Callable, platform: str, both: Callable[[Callable], 
     return variants
 
 
-def only_on(platform: str, wanted: str, otherwise: str | None = None) -> str | None:
-    return otherwise if platform == wanted else f"runs on a {wanted.upper()} alone"
+def only_on(wanted: str, otherwise: str | None = None) -> str | None:
+    return otherwise if jax.devices()[0].platform == wanted else f"is for a {wanted.upper()} alone"
 
 
 def missing(package: str) -> str | None:
@@ -135,8 +137,9 @@ class Oracle:
 class Clock:
     """Seconds of a call on the device, median over rounds, each of many calls on inputs in turn with the cache flushed between.
 
-    Calls are dispatched at once and waited for together, so that the host's part is hidden behind the flushes (about 0.1 ms each); the time
-    of as many flushes alone is taken off. (A device runs what it is given in order; a CPU does not, and is waited for after each call.)
+    Calls are dispatched at once and waited for together, so that the host's part is hidden behind the flushes; the time of as many flushes
+    alone is taken off. (A device runs what it is given in order; a CPU does not, and is waited for after each call.) Where the host needs
+    nearly as long as the device, `host_bound` is true of the last measurement: its seconds may be the host's.
     """
 
     def __init__(self, dry: bool = False):
@@ -144,6 +147,7 @@ class Clock:
         self.touch = jax.jit(lambda buffer: buffer + 1, donate_argnums=0)
         self.buffer = jnp.zeros((DRY_TOUCHED if dry else TOUCHED) // 4, jnp.float32)
         self.rounds, self.least = (2, 0.0) if dry else (7, 0.03)
+        self.waited = 0.0  # share of the last flushes that passed when all was dispatched
         self.flushes(2)
 
     def flushes(self, count: int, run: Callable | None = None, sets: list[tuple] | None = None) -> float:
@@ -155,8 +159,11 @@ class Clock:
             self.buffer = self.settle(self.touch(self.buffer))
             if run is not None:
                 found = self.settle(run(*sets[number % len(sets)]))
+        dispatched = time.perf_counter()
         jax.block_until_ready((self.buffer, found))
-        return time.perf_counter() - began
+        ended = time.perf_counter()
+        self.waited = (ended - dispatched) / (ended - began)
+        return ended - began
 
     def seconds(self, run: Callable, sets: list[tuple]) -> tuple[float, float, float]:
         """The median, and the least and the most of the rounds."""
@@ -164,7 +171,12 @@ class Clock:
             jax.block_until_ready(run(*inputs))
         count = int(np.clip(self.least / self.flushes(1, run, sets), len(sets), 60))
         # Of tiny shapes, in a dry run, the difference may come out as nothing.
-        times = [max(self.flushes(count, run, sets) - self.flushes(count), 1e-9) / count for _ in range(self.rounds)]
+        times, waits = [], []
+        for _ in range(self.rounds):
+            both = self.flushes(count, run, sets)
+            waits.append(self.waited)
+            times.append(max(both - self.flushes(count), 1e-9) / count)
+        self.host_bound = statistics.median(waits) < HOST_BOUND
         return statistics.median(times), min(times), max(times)
 
     def copy_rate(self) -> float:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -35,11 +36,14 @@ check, report, sections, timing, cases, tune = (
 DRY = argparse.Namespace(dry=True, sweep=True)
 
 
-def records_of(run, *args, deadline: float = float("inf")) -> list[dict]:
-    """What a section emits, as its file would hold it."""
-    found = []
-    run(lambda **record: found.append(json.loads(json.dumps(record))), deadline, DRY, *args)
-    return found
+def records_of(run, *args, deadline: float = float("inf"), earlier: str = "") -> list[dict]:
+    """What a section leaves in its file, what was begun aside."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records"
+        path.write_text(earlier)
+        run(sections.Records(path), deadline, DRY, *args)
+        found = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    return [one for one in found if "begun" not in one]
 
 
 # ---- what is run -------------------------------------------------------------------------------
@@ -65,11 +69,11 @@ def test_a_timing_tells_each_variant_and_how_it_stands_to_the_goal(monkeypatch):
     monkeypatch.setattr(dispatch, "TILES", {"xla": [{"queries": 64}]})
     found = records_of(sections.time_op, "attention")
     variants = {one["variant"]: one for one in found if "variant" in one}
-    for name in ("xla", "xla, queries 64", "xla, narrow blocks", "dense mask"):
+    for name in ("xla", "xla, queries 64", "xla, as on a CPU", "dense mask"):
         assert variants[name]["passed"] and variants[name]["seconds"] > 0, variants[name]
     assert variants["xla, queries 64"]["tiles"] == {"queries": 64}
     for name in ("cuDNN, dense mask", "cuDNN, packed"):
-        assert variants[name]["left_out"] == "runs on a GPU alone"
+        assert variants[name]["left_out"] == "is for a GPU alone"
     (goal,) = (one for one in found if "target" in one)
     assert goal["against"] == "dense mask" and goal["ours"].startswith("xla")
     assert goal["ratio"] == pytest.approx(variants["dense mask"]["seconds"] / variants[goal["ours"]]["seconds"])
@@ -78,14 +82,20 @@ def test_a_timing_tells_each_variant_and_how_it_stands_to_the_goal(monkeypatch):
 def test_nothing_is_begun_when_the_time_is_over():
     found = [one for one in records_of(sections.time_op, "nf4", deadline=time.monotonic()) if "case" in one]
     # What could not run here at all says that instead.
-    assert found and {one["left_out"] for one in found} <= {sections.LATE, "runs on a TPU alone", "runs on a GPU alone"}
+    assert found and {one["left_out"] for one in found} == {sections.LATE, "is for a TPU alone", "is for a Hopper GPU alone"}
+
+
+def test_no_inputs_are_made_when_the_time_is_over(monkeypatch):
+    monkeypatch.setattr(cases, "normal", None)
+    found = [one for one in records_of(sections.check_op, "attention", deadline=time.monotonic()) if "case" in one]
     assert sections.LATE in {one["left_out"] for one in found}
 
 
-def test_narrow_blocks_narrow_the_backward_pass_too():
-    (case,) = cases.attention_timings("cpu", True, False)
-    plain, narrow = (str(jax.make_jaxpr(case.variants[name].run)(*case.inputs(0))) for name in ("xla", "xla, narrow blocks"))
-    assert plain.count("platform_index") > 0 and narrow.count("platform_index") == 0
+def test_blocks_as_on_a_cpu_are_elsewhere_too_and_backwards():
+    (case,) = cases.attention_timings(True, False)
+    traced = {name: jax.jit(case.variants[name].run).trace(*case.inputs(0)) for name in ("xla", "xla, as on a CPU")}
+    loops = {name: one.lower(lowering_platforms=("cuda",)).as_text().count("stablehlo.case") for name, one in traced.items()}
+    assert loops["xla, as on a CPU"] == loops["xla"] + 2
 
 
 @pytest.fixture
@@ -108,23 +118,72 @@ def test_a_new_implementation_is_picked_up_from_its_dispatch(pretended, monkeypa
 
     pretended(pallas_gpu=kernel)
     monkeypatch.setitem(dispatch.TILES, "pallas_gpu", [{"warps": 4}])
-    (case,) = cases.attention_timings("gpu", True, True)
+    (elsewhere,) = cases.attention_timings(True, True)
+    assert elsewhere.variants["pallas_gpu"].left_out == "is for a Hopper GPU alone"
+    monkeypatch.setattr(timing, "runs_on", lambda name, device: True)
+    (case,) = cases.attention_timings(True, True)
     assert case.variants["pallas_gpu, warps 4"].tiles == {"warps": 4}
     inputs = case.inputs(0)
     assert timing.Oracle(case, inputs).judge(jax.jit(case.variants["pallas_gpu, warps 4"].run)(*inputs))["passed"]
-    (elsewhere,) = cases.attention_timings("cpu", True, True)
-    assert elsewhere.variants["pallas_gpu"].left_out == "runs on a GPU alone"
 
 
-@pytest.mark.parametrize(
-    ("capability", "left_out", "beside"), [("8.9", {"pallas_gpu"}, set()), ("9.0", {"pallas_gpu_sm80"}, {"pallas_gpu_sm80, copy engine"})]
-)
-def test_kernels_for_another_kind_of_gpu_are_left_out(capability, left_out, beside, monkeypatch):
-    monkeypatch.setattr(cases.jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    (case,) = cases.attention_timings("gpu", True, False)
-    kernels = {name: variant.left_out for name, variant in case.variants.items() if name.startswith("pallas_gpu")}
-    assert kernels.keys() == {"pallas_gpu", "pallas_gpu_sm80"} | beside
-    assert {name for name, why in kernels.items() if why} == left_out
+@pytest.mark.parametrize("capability", ["8.9", "9.0", "10.0"])
+@pytest.mark.parametrize("op", ["attention", "lora", "cross_entropy"])
+def test_kernels_for_another_kind_of_gpu_are_left_out(op, capability, monkeypatch):
+    gpu = SimpleNamespace(platform="gpu", compute_capability=capability)
+    monkeypatch.setattr(timing.jax, "devices", lambda: [gpu])
+    (case,) = cases.TIMINGS[op](True, False)
+    kernels = {name: variant.left_out for name, variant in case.variants.items() if name.startswith("pallas")}
+    meant = {"8.9": {"pallas_gpu_sm80"} if op == "attention" else set(), "9.0": {"pallas_gpu"}, "10.0": set()}[capability]
+    beside = {"pallas_gpu_sm80, copy engine"} if (op, capability) == ("attention", "9.0") else set()
+    assert {name for name, why in kernels.items() if not why} == meant | beside
+
+
+def test_an_opponent_that_is_wrong_sets_no_goal():
+    case = SimpleNamespace(op="op", name="case", targets={"other": 2.0})
+    ours, other = {"implementation": "xla", "passed": True, "seconds": 1.0}, {"implementation": None, "seconds": 3.0}
+    (goal,) = sections.targets_of(case, {"xla": ours, "other": other})
+    assert goal["ratio"] == 3.0
+    assert not list(sections.targets_of(case, {"xla": ours, "other": {**other, "passed": False}}))
+
+
+def test_a_section_goes_on_behind_what_it_has():
+    first = records_of(sections.check_op, "attention")
+    kept = [one for one in first if one.get("dtype") == "float32"]
+    kept[0]["error"] = "not run again"
+    again = records_of(sections.check_op, "attention", earlier="".join(json.dumps(one) + "\n" for one in kept))
+    assert again[: len(kept)] == kept and len(again) == len(first)
+    assert set(map(sections.key_of, again)) == set(map(sections.key_of, first))
+
+
+def test_a_kernel_that_the_device_does_not_survive_has_failed_and_the_section_leaves_off(pretended, monkeypatch, tmp_path):
+    def deadly(*_):
+        monkeypatch.setattr(jax, "block_until_ready", None)  # nothing can be waited for any more
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    pretended(pallas_deadly=deadly)
+    records = sections.Records(tmp_path / "records")
+    with pytest.raises(SystemExit) as left:
+        sections.check_op(records, float("inf"), DRY, "attention")
+    assert left.value.code == sections.AGAIN
+    assert records.found[-1]["implementation"] == "pallas_deadly" and records.found[-1]["passed"] is False
+    assert [one["passed"] for one in records.found if one.get("implementation") == "xla" and "begun" not in one] == [True]
+
+
+def test_goals_of_a_step_are_set_against_the_faster_of_two():
+    name = "qwen2.5-0.5b bfloat16"
+    rows = f"{name}, 4 rows of 8,192"
+    one = {"mfu": 0.4, "floor": 0.3, "examples_per_second": 1000.0}
+    found = {rows: {**one, "seconds": 0.6}, f"{rows}, kernels": {**one, "seconds": 0.5}, f"{rows}, NF4": {**one, "seconds": 0.55}}
+    found[f"{name}, batch of 8"] = {**one, "seconds": 0.010}
+    goals = {goal["target"]: (goal["ours"], goal["ratio"] >= goal["least"], goal["ratio"]) for goal in sections.step_goals(found, False)}
+    assert goals == {
+        "share of the ledger's floor": (f"{rows}, kernels", False, 0.6),
+        "MFU on real tokens": (f"{rows}, kernels", True, 0.4),
+        "the study's 400,000 examples in ten minutes": (f"{rows}, kernels", True, 1.5),
+        "an update of the study's batch": (f"{name}, batch of 8", True, 1.2),
+        "an update on NF4 weights": (f"{rows}, NF4", True, 0.5 / 0.55),
+    }
 
 
 def test_a_kernel_that_refuses_is_left_out_and_one_that_breaks_has_failed(pretended, monkeypatch):
@@ -192,6 +251,14 @@ with open(records, "a") as out:
         time.sleep(60)
     elif section == "step":
         out.write(json.dumps({"left_out": "pydantic is not installed"}) + "\\n")
+    elif section == "check nf4":
+        there = open(records).read().count("begun")
+        one = {"case": f"c{there}", "dtype": "float32", "implementation": "xla"}
+        out.write(json.dumps({"begun": one}) + "\\n")
+        out.flush()
+        if there < 2:
+            os.abort()
+        out.write(json.dumps({**one, "passed": True, "error": 0.0, "limit": 0.1}) + "\\n")
 """
 
 
@@ -200,18 +267,27 @@ def test_sections_that_crash_hang_or_lack_something_leave_the_others_their_resul
     script.write_text(SCRIPT)
     monkeypatch.setattr(check, "SECTIONS", script)
     monkeypatch.setattr(check, "GRACE", 0.5)
-    monkeypatch.setattr(check, "SHARES", {"time attention": 0.1, "time lora": 3.0, "step": 3.0})
+    monkeypatch.setattr(check, "SHARES", {"time attention": 0.1, "time lora": 3.0, "time nf4": 3.0, "step": 3.0})
     options = argparse.Namespace(out=tmp_path / "out", minutes=0.5, dry=True, sweep=False)
-    check.run_all(["attention", "lora", "step"], options)
+    check.run_all(["attention", "lora", "nf4", "step"], options)
     found = json.loads((tmp_path / "out" / "hardware_check.json").read_text())
     outcomes = {name: one["outcome"] for name, one in found["sections"].items()}
     assert outcomes["check attention"] == outcomes["time lora"] == "done"
     assert outcomes["check lora"] == "ended with code -6" and "its last words" in found["sections"]["check lora"]["log"]
     assert found["sections"]["check lora"]["records"] == [{"about": {"kind": "pretended"}}, {"left_out": "half", "n": 1}]
+    # One that ended while it ran something went on behind that, and what ended it has failed.
+    assert outcomes["check nf4"] == "done"
+    cases = [one for one in found["sections"]["check nf4"]["records"] if "case" in one]
+    assert [(one["case"], one["passed"]) for one in cases] == [("c0", False), ("c1", False), ("c2", True)]
     assert outcomes["time attention"].startswith("stopped after")
     assert outcomes["step"] == "left out: pydantic is not installed"
     assert found["device"] == {"kind": "pretended"} and found["versions"]["jax"] == jax.__version__
-    assert report.failures(found) == ["check attention: c, float32, xla: error 1.0e+00, allowed 1.0e-01", "check lora: ended with code -6"]
+    broke = "the section ended with code -6 while this ran"
+    assert report.failures(found) == [
+        "check attention: c, float32, xla: error 1.0e+00, allowed 1.0e-01",
+        "check lora: ended with code -6",
+        *(f"check nf4: {case}, float32, xla: {broke}" for case in ("c0", "c1")),
+    ]
     told = (tmp_path / "out" / "hardware_check.md").read_text()
     assert "FAILED: check attention" in told and "| step | left out: pydantic is not installed |" in told
     # What a section started ends with it.
