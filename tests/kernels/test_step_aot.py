@@ -80,7 +80,7 @@ def test_a_sharded_update_fits_a_v5e_with_every_kernel_on(model, quantise):
     assert found["peak"] < 1.05 * TPU_PEAKS[model, quantise] * 2**20
 
 
-# MiB, measured (jax 0.12.0.1): eight rows of 4,096.
+# MiB, measured: eight rows of 4,096. jax 0.12.0.1; the oldest for Python 3.12, 0.11.2, takes 5,311 for the first.
 GPU_PEAKS = {("0.5B", None): 4884, ("0.5B", "nf4"): 4394, ("3B", None): 16929, ("3B", "nf4"): 13126}
 
 
@@ -90,4 +90,5 @@ GPU_PEAKS = {("0.5B", None): 4884, ("0.5B", "nf4"): 4394, ("3B", None): 16929, (
 def test_an_update_fits_an_h200_with_every_kernel_on(tmp_path, model, quantise):
     (tmp_path / "h200").write_text(H200)
     found = compiled_step(str(tmp_path / "h200"), model, quantise, 8, "pallas_gpu", {})
-    assert found["peak"] < 1.05 * GPU_PEAKS[model, quantise] * 2**20
+    room = 1.05 if jax.__version_info__ >= (0, 12) else 1.1
+    assert found["peak"] < room * GPU_PEAKS[model, quantise] * 2**20
