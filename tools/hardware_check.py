@@ -136,7 +136,9 @@ def run_section(section: str, limit: float, options: argparse.Namespace) -> dict
             found = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut short
             lost = unfinished(found)
             if lost is not None:
-                found.append({**lost, "passed": False, "problem": f"the section {outcome} while this ran"})
+                # One that was stopped may only have been slow; the section that did not end is told as such.
+                failed = {} if outcome.startswith("stopped") else {"passed": False}
+                found.append({**lost, **failed, "problem": f"the section {outcome} while this ran"})
                 with records.open("a", encoding="utf-8") as out:
                     out.write("\n" * bool(lines and not lines[-1].endswith("}")) + json.dumps(found[-1]) + "\n")
             if outcome == "done" or time.monotonic() - began > limit or not (lost or outcome == f"ended with code {AGAIN}"):
