@@ -6,6 +6,7 @@ import datetime
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,8 +16,10 @@ import pytest
 from jaxre_kernels import implementations
 from jaxre_kernels.attention import Heads, attention
 from jaxre_kernels.attention import choose as choose_attention
+from jaxre_kernels.attention import dispatch as attention_dispatch
 from jaxre_kernels.cross_entropy import Channels, dense_cross_entropy, linear_cross_entropy
 from jaxre_kernels.cross_entropy import choose as choose_cross_entropy
+from jaxre_kernels.cross_entropy import dispatch as cross_entropy_dispatch
 from jaxre_kernels.implementations import (
     Entry,
     checked,
@@ -203,6 +206,39 @@ def test_cross_entropy_asks_the_table(table):
     np.testing.assert_allclose(found, dense_cross_entropy(x, head, targets, weights), rtol=1e-6)
     name, why = choose_cross_entropy((2, 16), 33, channels=Channels(8, jnp.float16), device_kind=KIND)
     assert name == "xla" and "not float16" in why
+
+
+def test_tile_sizes_that_are_tried_are_taken():
+    """As far as tracing goes; a size that is none is refused by its name."""
+    q, k, v = (jax.ShapeDtypeStruct((1, 1024, heads, 64), jnp.bfloat16) for heads in (4, 2, 2))
+    x, head = (jax.ShapeDtypeStruct((*shape, 256), jnp.bfloat16) for shape in ((2, 512), (4096,)))
+    until, ints, floats = (
+        jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (((1, 1024), jnp.int32), ((2, 512), jnp.int32), ((2, 512), jnp.float32))
+    )
+    calls = {
+        attention_dispatch: lambda **more: jax.eval_shape(partial(attention, span=100, **more), q, k, v, until),
+        cross_entropy_dispatch: lambda **more: jax.eval_shape(partial(linear_cross_entropy, **more), x, head, ints, floats),
+    }
+    tried = set()
+    for dispatch, call in calls.items():
+        for name, listed in dispatch.TILES.items():
+            if name == "pallas_gpu" and jax.__version_info__ < (0, 11):
+                continue
+            for tiles in listed:
+                call(implementation=name, tiles=tiles)
+                tried.add((dispatch, name))
+            with pytest.raises((TypeError, KeyError), match=r"nonsense|tokens"):
+                call(implementation=name, tiles={"nonsense": 1})
+    assert {(attention_dispatch, "pallas_tpu"), (cross_entropy_dispatch, "pallas_tpu"), (attention_dispatch, "xla")} <= tried
+
+
+def test_the_words_of_a_choice_tell_the_tables_tiles(table):
+    table(ENTRY._replace(device_kind="TPU v5e", implementation="pallas_tpu", tiles={"block": 512}))
+    heads = Heads(1, 2, 1, 64, jnp.bfloat16)
+    assert "blocks of 512 tokens of 8,192" in choose_attention(8192, 0, 200, heads=heads, device_kind="TPU v5e")[1]
+    table(ENTRY._replace(op="cross_entropy", sizes={}, implementation="pallas_tpu", tiles={"tokens": 256, "entries": 128}))
+    channels = Channels(896, jnp.bfloat16)
+    assert "256 tokens and 128 entries" in choose_cross_entropy((16, 256), 151936, channels=channels, device_kind=KIND)[1]
 
 
 def test_what_does_not_ask_for_a_kernel_does_not_import_it():

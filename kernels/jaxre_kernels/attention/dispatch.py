@@ -31,7 +31,10 @@ IMPLEMENTATIONS = {"xla": _xla, **{name: partial(_pallas, name) for name in ("pa
 # Of a block. On two CPU cores blocks of 64, 128 and 256 took 1.03, 1.00 and 1.51 (prefix 32, span 144, two rows of 1,024), and 1.04, 1.00
 # and 1.08 (prefix 352, span 208, one row of 2,048) of the processor time (9 and 3 heads of 64 channels, f32; 2026-11-21).
 QUERIES = 128
-TILES = {"xla": [{"queries": queries} for queries in (64, 128, 256, 512)]}  # what `tools/tune_kernels.py` tries
+TILES = {  # what `tools/tune_kernels.py` tries
+    "xla": [{"queries": queries} for queries in (64, 128, 256, 512)],
+    "pallas_tpu": [{"block": tokens} for tokens in (128, 256, 512)],
+}
 NEAR_MULTIPLE = 32  # keys behind a block, rounded up
 
 
@@ -84,7 +87,7 @@ def choose(
     if length is None or (name != "xla" and heads is None):
         return name, reason
     if name != "xla":
-        return name, f"{reason}; {_told(name, length, prefix, span, heads)}"
+        return name, f"{reason}; {_told(name, length, prefix, span, heads, tiles_of(entry, name).get('block'))}"
     if both_ways:
         return name, f"{reason}; dense, both ways"
     blocks = blocks_of(length, prefix, span, **tiles_of(entry, name))
@@ -101,12 +104,12 @@ def _measured(length: int | None, prefix: int, span: int | None, heads: Heads | 
     return measured("attention", device_kind, sizes.pop("dtype"), sizes)
 
 
-def _told(name: str, length: int, prefix: int, span: int | None, heads: Heads) -> str:
+def _told(name: str, length: int, prefix: int, span: int | None, heads: Heads, block: int | None = None) -> str:
     kernels = kernels_of("attention", name)
     refusal = kernels.unsupported(length, prefix, span, *heads)
     if refusal is not None:
         raise ValueError(f"attention implementation {name!r} does not run here: {refusal}; leave it out, or ask for 'xla'")
-    block = kernels.block_of(length, span, heads.heads // heads.kv_heads)
+    block = block or kernels.block_of(length, span, heads.heads // heads.kv_heads)
     return f"pairs of blocks of {block} tokens of {length:,} where one sees another"
 
 

@@ -23,6 +23,7 @@ TOKENS = 1024
 TILES = {  # what `tools/tune_kernels.py` tries
     "xla": [{"at_most": tokens} for tokens in (512, 1024, 2048, 4096, 8192)],
     "pallas_gpu": [{"at_most": tokens} for tokens in (1024, 2048, 4096, 8192)],
+    "pallas_tpu": [{"tokens": tokens, "entries": entries} for tokens, entries in ((512, 512), (256, 512), (256, 256), (128, 128))],
 }
 
 
@@ -99,7 +100,8 @@ def _told(name: str, tokens: tuple[int, ...] | None, vocabulary: int, channels: 
     """What of the logits a kernel leaves in memory."""
     kernels = kernels_of("cross_entropy", name)
     if name == "pallas_tpu":
-        blocks = "" if channels is None else "{} tokens and {} entries at a time, ".format(*kernels.blocks_of(*channels))
+        sizes = (tiles["tokens"], tiles["entries"]) if tiles else channels and kernels.blocks_of(*channels)
+        blocks = "{} tokens and {} entries at a time, ".format(*sizes) if sizes else ""
         return f"{blocks}no logits leave the chip"
     at_once = tiles.get("at_most", kernels.TOKENS)
     if tokens is not None:
@@ -140,6 +142,8 @@ def linear_cross_entropy(
     name, _ = choose(targets.shape, head.shape[0], shards, channels=channels, implementation=implementation, device_kind=device_kind)
     if tiles is None:
         tiles = tiles_of(_measured(targets.shape, head.shape[0], shards, channels, device_kind), name)
+    if name == "pallas_tpu" and tiles:
+        tiles = {"blocks": (tiles["tokens"], tiles["entries"])}
     if name != "xla":
         return kernels_of("cross_entropy", name).pallas_cross_entropy(x, head, targets, weights, **tiles)
     positions = positions_at_once(targets.shape, shards, **tiles)
