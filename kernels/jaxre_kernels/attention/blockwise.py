@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 STEP = 64
-AT_ONCE = 2**28  # scores at once where they need not stay in a cache: 1 GiB in f32
+AT_ONCE = 2**26  # scores at once where they need not stay in a cache: 256 MiB in f32, of which the backward pass has four
 
 
 class Blocks(NamedTuple):
