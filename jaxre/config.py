@@ -282,7 +282,7 @@ class Train(Settings):
         "auto", description="what the backward pass computes again to save memory; auto: the first that fits a device"
     )
     memory_gb: Float | None = Field(
-        None, gt=0.0, description="memory an update may take on a device, GiB; what the device reports if not given"
+        None, gt=0.0, description="memory an update may take on a device, GiB; 95% of what the device reports if not given"
     )
     log_every: Int = Field(10, ge=1)
     evaluate_every: Int | None = Field(None, ge=1, description="steps between validations; once per epoch if not given")

@@ -1,4 +1,4 @@
-"""The one error that reaches the user as a single line."""
+"""The errors that reach the user as a single line."""
 
 
 class InputError(Exception):
@@ -12,3 +12,7 @@ class InputError(Exception):
 
     def __init__(self, message: str):
         super().__init__("".join(one if one.isprintable() else repr(one)[1:-1] for one in message))
+
+
+class DoesNotFit(InputError):
+    """A run that takes more memory than a device has; the message says what would fit."""

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,19 @@ DATASHEET = {
     "TPU v6 lite": 918e12,
 }
 COPIED = 2**26  # elements of the copy: past every cache, small beside a device's memory
+
+
+class Sizes(NamedTuple):
+    """Of the programs that are timed: FLOPs of a chain of products, the side of the square ones, copies."""
+
+    chain: float
+    square: int
+    copies: int
+
+
+# On an accelerator enough that a program's start is lost in it: 2 to 4 ms on an H200, where one product of 1,200 tokens of a 0.5B model
+# takes 2 to 13 us. A processor starts sooner, and has to be done in seconds.
+PROCESSOR, ACCELERATOR = Sizes(5e8, 1024, 4), Sizes(2e12, 8192, 32)
 
 
 @dataclass(frozen=True)
@@ -86,23 +100,54 @@ def time_updates(run: Prepared, count: int, trace: Path | None = None) -> Timed:
 
 
 def matrix_rate(architecture: AnyArchitecture, rows: int, length: int, dtype: np.dtype, mesh: jax.sharding.Mesh) -> float:
-    """FLOP/s of all devices on the products of one layer, [rows, length, I] x [I, O] of `dtype`, each weight on every device."""
+    """FLOP/s of all devices on the products of one layer, [rows, length, I] x [I, O] of `dtype` and, as for the gradient,
+    [rows, length, O] x [O, I]; each weight on every device.
+    """
     counts = Counter(weight.shape(architecture) for weight in table(architecture) if weight.in_layer and len(weight.dims) == 2)
-    flops = seconds = 0.0
-    product = jax.jit(lambda x, w: x @ w)
-    for (inputs, outputs), count in counts.items():
-        x = jax.device_put(_random(0, (rows, length, inputs), dtype), sharding.row_sharding(mesh, leading=0))
-        w = jax.device_put(_random(1, (inputs, outputs), dtype), sharding.replicated(mesh))
-        flops += count * 2.0 * rows * length * inputs * outputs
-        seconds += count * _best(lambda x=x, w=w: product(x, w))
-    return flops / seconds
+    flops = sum(count * 2.0 * rows * length * inputs * outputs for (inputs, outputs), count in counts.items())
+    return flops / sum(count * _seconds_of_product(rows, length, *shape, dtype, mesh) for shape, count in counts.items())
+
+
+def sizes_for(mesh: jax.sharding.Mesh) -> Sizes:
+    """What is timed on these devices."""
+    return PROCESSOR if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR
+
+
+def square_rate(dtype: np.dtype, mesh: jax.sharding.Mesh) -> float:
+    """FLOP/s of all devices on one large square product each: what they can do, whatever the model's shapes are."""
+    rows, size = sharding.row_shards(mesh), sizes_for(mesh).square
+    return 2.0 * rows * size**3 / _seconds_of_product(rows, size, size, size, dtype, mesh)
+
+
+def _seconds_of_product(rows: int, length: int, inputs: int, outputs: int, dtype: np.dtype, mesh: jax.sharding.Mesh) -> float:
+    """The mean of [rows, length, I] x [I, O] and back, in a program of many. Alone a small product takes as long as its start.
+
+    Each takes the result of the one before it, and barriers keep the compiler from multiplying the two weights first.
+    """
+    pairs = int(max(2, sizes_for(mesh).chain // (4 * rows * length * inputs * outputs)))
+    x = jax.device_put(_random(0, (rows, length, inputs), dtype), sharding.row_sharding(mesh, leading=0))
+    # So scaled, a product is of the size of its input.
+    there, back = (
+        jax.device_put(_random(seed, shape, dtype) * shape[0] ** -0.5, sharding.replicated(mesh))
+        for seed, shape in ((1, (inputs, outputs)), (2, (outputs, inputs)))
+    )
+
+    def product(x, w):
+        return jax.lax.optimization_barrier(x @ w)
+
+    @jax.jit
+    def chain(x, there, back):
+        return jax.lax.fori_loop(0, pairs, lambda _, x: product(product(x, there), back), x, unroll=2)
+
+    return _best(lambda: chain(x, there, back)) / (2 * pairs)
 
 
 def copy_rate(mesh: jax.sharding.Mesh) -> float:
-    """Bytes a second, read and written, of a copy on one device."""
+    """Bytes a second, read and written, of adding to an array on one device, in a program that does it many times."""
+    copies = sizes_for(mesh).copies
     source = jax.device_put(jnp.zeros(COPIED, jnp.float32), mesh.devices.flat[0])
-    copy = jax.jit(lambda x: x + 1)
-    return 2 * source.nbytes / _best(lambda: copy(source))
+    add = jax.jit(lambda x: jax.lax.fori_loop(0, copies, lambda _, x: jax.lax.optimization_barrier(x + 1), x))
+    return 2 * source.nbytes * copies / _best(lambda: add(source))
 
 
 def _random(seed: int, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
@@ -110,14 +155,14 @@ def _random(seed: int, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def _best(call: Callable[[], jax.Array], tries: int = 5, repeats: int = 4) -> float:
-    """Seconds of a call, the fastest of `tries` means over `repeats` calls that are dispatched at once."""
+def _best(call: Callable[[], jax.Array], tries: int = 5) -> float:
+    """Seconds of a call, the fastest of `tries`."""
     jax.block_until_ready(call())
     times = []
     for _ in range(tries):
         began = time.perf_counter()
-        jax.block_until_ready([call() for _ in range(repeats)])
-        times.append((time.perf_counter() - began) / repeats)
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - began)
     return min(times)
 
 

@@ -1,4 +1,4 @@
-"""A profile as a picture: the roofline of the device with the run on it, and where the time of an update goes."""
+"""A profile as a picture: the roofline of the device with the run on it, what the savings leave to compute, where an update's time goes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Writes the picture of `profile.profile`'s result as PNG."""
+    """Writes the picture of `profile_run`'s result as PNG."""
     ledger, timing = found["ledger"], found["measured"]
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    roof, bars = figure.subplots(1, 2)
+    figure = Figure(figsize=(17, 4), layout="constrained")
+    roof, steps, bars = figure.subplots(1, 3)
 
     # ---- roofline (Williams et al. 2009): attainable rate against FLOPs per byte of the least traffic
     rate, bandwidth = ledger["matrix_rate"], ledger["copy_rate"]
@@ -27,6 +27,16 @@ def draw(found: dict[str, Any], path: Path) -> None:
     roof.set_ylabel("TFLOP/s")
     roof.set_title(found["device"])
     roof.legend(loc="lower right")
+
+    # ---- savings: what is left after each, those above it made already
+    savings = ledger["savings"]
+    left = [savings[0]["before"], *(one["after"] for one in savings)]
+    drawn = steps.barh(["padded", *(one["name"] for one in savings)], [flops / 1e9 for flops in left], color="tab:blue")
+    steps.bar_label(drawn, ["", *(f"{-one['removed']:+.1%}" for one in savings)], padding=3)
+    steps.invert_yaxis()
+    steps.margins(x=0.2)
+    steps.set_xlabel("GFLOPs an update")
+    steps.set_title("what each saving leaves")
 
     # ---- time: the floor by part of the model, and the update as it was measured
     flops = ledger["flops"]

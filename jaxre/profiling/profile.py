@@ -23,12 +23,12 @@ from jaxre.checkpoints.source import tokenizer_folder
 from jaxre.config import Config, check_config
 from jaxre.data.dataset import load_dataset, supervised_of
 from jaxre.data.rows import Rows
-from jaxre.errors import InputError
+from jaxre.errors import DoesNotFit, InputError
 from jaxre.evaluation.evaluate import write_json
 from jaxre.models.architecture import EncoderArchitecture
 from jaxre.models.weights import parameter_count
 from jaxre.profiling.ledger import Work, bytes_on_device, flops_of, program_flops, savings_of, work_of
-from jaxre.profiling.measure import Timed, copy_rate, datasheet_rate, matrix_rate, time_updates
+from jaxre.profiling.measure import Timed, copy_rate, datasheet_rate, matrix_rate, sizes_for, square_rate, time_updates
 from jaxre.profiling.memory import peak_memory
 from jaxre.profiling.picture import draw
 from jaxre.profiling.prepared import Prepared, members, prepare
@@ -93,9 +93,10 @@ def ledger_of(run: Prepared) -> dict[str, Any]:
     architecture, config = run.initial.architecture, run.config
     lora = config.lora if config.train.method == "lora" else None
     updates = run.plan.updates[: min(COUNTED, run.plan.epoch_ends[0])]
-    work, room = Work(0, 0, 0, 0, 0), 0
+    work, room, row_tokens = Work(0, 0, 0, 0, 0), 0, 0
     for rows in prepared(config, run.dataset, run.plan, 0, len(updates), lambda rows: rows):
-        work, room = work + work_of(rows, isinstance(architecture, EncoderArchitecture)), room + rows.tokens.size
+        own = work_of(rows, isinstance(architecture, EncoderArchitecture))
+        work, room, row_tokens = work + own, room + rows.tokens.size, row_tokens + own.tokens * rows.tokens.shape[-1]
     lengths = run.dataset.train.tokens.lengths
     chosen = np.concatenate([members(update) for update in updates])
     flops = {part: value / len(updates) for part, value in flops_of(work, architecture, lora).items()}
@@ -125,7 +126,7 @@ def ledger_of(run: Prepared) -> dict[str, Any]:
         "program_flops": executed(run),
         "savings": [
             {"name": one.name, "before": one.before / len(updates), "after": one.after / len(updates), "removed": one.removed}
-            for one in savings_of(work, lengths[chosen].tolist(), architecture, lora)
+            for one in savings_of(work, lengths[chosen].tolist(), row_tokens / work.tokens, architecture, lora)
         ],
         "shares": {
             "pad": 1 - work.tokens / room,
@@ -134,6 +135,7 @@ def ledger_of(run: Prepared) -> dict[str, Any]:
         },
         "memory": memory,
         "matrix_rate": rate,
+        "square": {"size": sizes_for(run.mesh).square, "rate": square_rate(run.initial.dtype, run.mesh)},
         "datasheet_rate": datasheet_rate(run.mesh, run.initial.dtype),
         "copy_rate": bandwidth,
         "traffic": traffic,
@@ -141,8 +143,10 @@ def ledger_of(run: Prepared) -> dict[str, Any]:
     }
 
 
-def executed(run: Prepared) -> float:
-    """FLOPs of the products of the traced update, the mean over the counted updates' shapes: pads, masked blocks and recomputation too."""
+def executed(run: Prepared) -> float | None:
+    """FLOPs of the products of the traced update, the mean over the counted updates' shapes: pads, masked blocks and recomputation too.
+    None where a kernel hides some.
+    """
     config, initial = run.config, run.initial
     optimiser = make_optimiser(config, len(run.plan.updates))
     update = make_update(config, initial.architecture, optimiser, initial.dtype, ops_of(config.kernels, run.mesh), run.compiled.remat)
@@ -153,6 +157,8 @@ def executed(run: Prepared) -> float:
             rows = next(iter(prepared(config, run.dataset, run.plan, number, number + 1, lambda rows: rows)))
             rows = Rows(*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in rows))
             flops[one.shape] = program_flops(jax.make_jaxpr(update, static_argnums=3)(initial.state, initial.base, rows, one.shape))
+    if None in flops.values():
+        return None
     return sum(flops[one.shape] for one in updates) / len(updates)
 
 
@@ -163,6 +169,7 @@ def measured(run: Prepared, timed: Timed, ledger: dict[str, Any]) -> dict[str, A
     return {
         "updates": timed.updates,
         "seconds": timed.seconds,
+        "share_of_floor": max(ledger["floor"].values()) / timed.seconds,
         "split": {"input_wait": timed.input_wait, "host": timed.host, "device": timed.device},
         "examples_per_second": timed.examples_per_second,
         "tokens_per_second": timed.tokens_per_second,
@@ -180,10 +187,11 @@ def measured(run: Prepared, timed: Timed, ledger: dict[str, Any]) -> dict[str, A
 def verdict(found: dict[str, Any]) -> str:
     """What bounds the run, in a paragraph."""
     ledger, timing = found["ledger"], found["measured"]
-    seconds, split = timing["seconds"], timing["split"]
-    floor, program = ledger["floor"], ledger["program_flops"] / ledger["flops"]["total"]
+    seconds, split, floor = timing["seconds"], timing["split"], ledger["floor"]
+    # Where a kernel hides what the program multiplies, at least what is needed.
+    times = times_needed(ledger) or 1.0
     waiting, host = split["input_wait"] / sum(split.values()), split["host"] / sum(split.values())
-    reached, spent = max(floor.values()) / seconds, program * floor["products"] / seconds
+    spent = times * floor["products"] / seconds
     if waiting > 0.1:
         bound = f"Waiting for input bounds this run: {waiting:.0%} of an update."
     elif host > 0.3:
@@ -197,11 +205,21 @@ def verdict(found: dict[str, Any]) -> str:
             "The device bounds this run, but not by its products: small or elementwise operations take most of an update (see the trace)."
         )
     rates = f"{ledger['matrix_rate'] / 1e12:.3g} TFLOP/s, {ledger['copy_rate'] / 1e9:.3g} GB/s"
+    told = (
+        f"{bound} An update takes {seconds:.3g} s; at the measured rates ({rates}) what the model needs would take "
+        f"{timing['share_of_floor']:.0%} of that."
+    )
+    if ledger["program_flops"] is None:
+        return f"{told} The program's products are not counted: a kernel hides them."
     return (
-        f"{bound} An update takes {seconds:.3g} s; at the measured rates ({rates}) what the model needs would take {reached:.0%} of that. "
-        f"The program multiplies {program:.2f} times what is needed (pads, masked pairs, recomputation), {spent:.0%} of the update at "
+        f"{told} The program multiplies {times:.2f} times what is needed (pads, masked pairs, recomputation), {spent:.0%} of the update at "
         f"that rate; the other {max(0.0, 1 - spent):.0%} are operations that are no products, products slower than alone, and waiting."
     )
+
+
+def times_needed(ledger: dict[str, Any]) -> float | None:
+    """What the program multiplies over what is needed; None where that is not counted."""
+    return None if ledger["program_flops"] is None else ledger["program_flops"] / ledger["flops"]["total"]
 
 
 def sweep_rows(config: Config, steps: int = 5) -> list[dict[str, Any]]:
@@ -210,6 +228,7 @@ def sweep_rows(config: Config, steps: int = 5) -> list[dict[str, Any]]:
     What does not fit the device's memory has an `error` and comes last.
 
     Raises:
+      DoesNotFit: nothing fits.
       InputError: as `profile_run`.
     """
     sharding.split_cpu(config.mesh.cpu_devices)
@@ -217,20 +236,32 @@ def sweep_rows(config: Config, steps: int = 5) -> list[dict[str, Any]]:
     tried = []
     for changes in candidates(config, longest, sharding.row_shards(sharding.make_mesh(config.mesh))):
         one = check_config(config.model_dump(mode="json") | {"train": config.train.model_dump(mode="json") | changes}, "sweep")
-        found: dict[str, Any] = {"settings": changes}
         try:
-            run = prepare(one)
-            timed = time_updates(run, steps)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            found = timed_rows(one, steps)
+        except (DoesNotFit, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, DoesNotFit) and "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            tried.append(found | {"error": "does not fit the device's memory"})
-            continue
-        found |= {"shapes": [[shape.rows, shape.length, shape.supervised] for shape in run.plan.shapes]}
-        found |= {"examples_per_second": timed.examples_per_second, "tokens_per_second": timed.tokens_per_second}
-        tried.append(found | {"compile_seconds": run.compile_seconds, "memory": sum(run.compiled.memory)})
-        del run  # before the next one takes as much
+            found = {"error": "does not fit the device's memory"}
+        tried.append({"settings": changes} | found)
+    if all("error" in one for one in tried):
+        raise DoesNotFit("nothing of the sweep fits the device's memory: lower train.batch_tokens or train.batch_examples")
     return sorted(tried, key=lambda one: -one.get("examples_per_second", 0.0))
+
+
+def timed_rows(config: Config, steps: int) -> dict[str, Any]:
+    """One try of a sweep. Its run is gone when this returns or raises, before the next one takes as much memory."""
+    run = prepare(config)
+    try:
+        timed = time_updates(run, steps)
+        return {
+            "shapes": [[shape.rows, shape.length, shape.supervised] for shape in run.plan.shapes],
+            "examples_per_second": timed.examples_per_second,
+            "tokens_per_second": timed.tokens_per_second,
+            "compile_seconds": run.compile_seconds,
+            "memory": sum(run.compiled.memory),
+        }
+    finally:
+        del run
 
 
 def candidates(config: Config, longest: int, shards: int) -> list[dict[str, int]]:
@@ -275,7 +306,7 @@ def sweep_table(tried: list[dict[str, Any]]) -> Table:
 def profile_table(found: dict[str, Any]) -> Table:
     """What `profile_run` found."""
     ledger, timing = found["ledger"], found["measured"]
-    shares, memory, split = ledger["shares"], ledger["memory"], timing["split"]
+    shares, memory, split, times = ledger["shares"], ledger["memory"], timing["split"], times_needed(ledger)
 
     def of(parts: dict[str, float], unit: float, name: str) -> str:
         return ", ".join(f"{part} {value / unit:,.4g} {name}" for part, value in parts.items())
@@ -285,15 +316,18 @@ def profile_table(found: dict[str, Any]) -> Table:
         ("device", found["device"]),
         ("FLOPs an update", of({part: value for part, value in ledger["flops"].items() if value}, 1e9, "G")),
         *((f"saved: {one['name']}", f"{one['removed']:.1%} of {one['before'] / 1e9:,.4g} G") for one in ledger["savings"]),
-        ("the program multiplies", f"{ledger['program_flops'] / ledger['flops']['total']:.2f} x what the model needs"),
+        ("the program multiplies", f"{times:.2f} x what the model needs" if times else "not counted, a kernel hides it"),
         ("shares", f"pad {shares['pad']:.1%}, supervised {shares['supervised']:.1%}, shared {shares['shared']:.1%}"),
         ("memory a device", of(memory, 2**20, "MiB")),
         (
             "measured rates",
-            f"{ledger['matrix_rate'] / 1e12:.4g} TFLOP/s (products of the model's shapes), {ledger['copy_rate'] / 1e9:.4g} GB/s",
+            f"{ledger['matrix_rate'] / 1e12:.4g} TFLOP/s (products of the model's shapes), "
+            f"{ledger['square']['rate'] / 1e12:.4g} TFLOP/s (square ones of {ledger['square']['size']:,}), "
+            f"{ledger['copy_rate'] / 1e9:.4g} GB/s",
         ),
         ("floor of an update", of(ledger["floor"], 1e-3, "ms")),
         ("an update takes", f"{timing['seconds'] * 1e3:,.4g} ms; one at a time {of(split, 1e-3, 'ms')}"),
+        ("the floor's share of that", f"{timing['share_of_floor']:.1%}"),
         ("speed", f"{timing['examples_per_second']:,.4g} examples/s, {timing['tokens_per_second']:,.4g} real tokens/s"),
         ("MFU, needed FLOPs against the measured rate", f"{timing['mfu']:.1%}"),
         *([("MFU against the datasheet's rate", f"{timing['mfu_datasheet']:.1%}")] if timing["mfu_datasheet"] else []),

@@ -20,7 +20,7 @@ import optax
 from jaxre.config import Config
 from jaxre.data.packing import Plan, RowShape
 from jaxre.data.rows import Rows, empty_rows
-from jaxre.errors import InputError
+from jaxre.errors import DoesNotFit, InputError
 from jaxre.models.ops import Ops
 from jaxre.training import sharding
 from jaxre.training.initial import Initial
@@ -28,6 +28,9 @@ from jaxre.training.kernels import Chosen, ops_of
 from jaxre.training.step import Metrics, make_update
 
 POLICIES = ("none", "block")
+# Of what a device reports, left free: the compiler's figure is of one update, and knows nothing of the rows that are put on the device
+# ahead nor of holes between buffers.
+HEADROOM = 0.05
 
 CompileOne = Callable[[RowShape, int, str], jax.stages.Compiled]
 
@@ -36,7 +39,8 @@ CompileOne = Callable[[RowShape, int, str], jax.stages.Compiled]
 class CompiledUpdates:
     """`updates`: the compiled update of each row shape, all with one policy `remat`.
 
-    `tried`: bytes a device of each policy that was compiled, in order; `limit`: bytes a device has, None if that is not known.
+    `tried`: bytes a device of each policy that was compiled, in order; `limit`: bytes a run may take of a device, None if that is not
+    known.
     `kernels`: op -> the implementations that run and why, in words (an encoder has a choice of attention alone).
     """
 
@@ -65,8 +69,8 @@ def compile_updates(
     """The update for each row shape of the plan, with `train.remat`, or the first of POLICIES that fits the device.
 
     Raises:
-      InputError: none fits (it names the largest rows x T that does, found by compiling smaller ones), or a kernel that is asked for
-        does not run here.
+      DoesNotFit: none fits (it names the largest rows x T that does, found by compiling smaller ones).
+      InputError: a kernel that is asked for does not run here.
     """
     chosen: Chosen = {}
     ops = ops_of(config.kernels, mesh, chosen)
@@ -91,7 +95,9 @@ def compile_updates(
             return CompiledUpdates(updates, remat, tried, limit, {op: "; ".join(told) for op, told in chosen.items()})
     taken = ", ".join(f"{size / 2**20:,.0f} MiB with train.remat={remat}" for remat, size in tried.items())
     advice = largest_that_fits(config, shapes[0], micro, limit, sharding.row_shards(mesh), compile_one)
-    raise InputError(f"rows of {shapes[0].rows} x {shapes[0].length} take {taken}, a device has {limit / 2**20:,.0f}; {advice}")
+    raise DoesNotFit(
+        f"rows of {shapes[0].rows} x {shapes[0].length} take {taken}, a run may take {limit / 2**20:,.0f} of a device; {advice}"
+    )
 
 
 def compile_update(
@@ -131,11 +137,13 @@ def largest_that_fits(config: Config, shape: RowShape, micro: int, limit: int, s
 
 
 def memory_limit(memory_gb: float | None, mesh: jax.sharding.Mesh) -> int | None:
-    """Bytes that a device has: the setting, else the least that a device of the mesh reports, else None (a CPU reports nothing)."""
+    """Bytes that a run may take of a device: the setting, else the least that a device of the mesh reports but for HEADROOM, else None (a
+    CPU reports nothing).
+    """
     if memory_gb is not None:
         return int(memory_gb * 2**30)
     reported = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
-    return min(reported) if all(reported) else None
+    return int((1 - HEADROOM) * min(reported)) if all(reported) else None
 
 
 def memory_of(compiled: jax.stages.Compiled) -> tuple[int, int]:

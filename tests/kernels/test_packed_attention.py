@@ -20,6 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxre_kernels.attention import Blocks, attention, blocks_of, blockwise, blockwise_attention, choose, masked_attention, visible_mask
 
+from jaxre.profiling.ledger import program_flops
+
 # Sums of at most 40 products in f32, in another order.
 CLOSE = 2e-6
 
@@ -223,17 +225,21 @@ def test_backward_pass_keeps_no_weights_and_no_mask(bounds):
 
 
 def test_work_and_memory_grow_with_the_span_and_not_with_the_row():
-    """A row twice as long has arrays at most twice as large, forwards and backwards; a dense one four times."""
+    """A row twice as long has products and arrays at most twice as large, forwards and backwards; a dense one four times."""
 
-    def largest(T, **bounds):
+    def cost(T, **bounds):
         q, k, v = (jax.ShapeDtypeStruct((1, T, heads, 8), jnp.float32) for heads in (4, 2, 2))
         until = jax.ShapeDtypeStruct((1, T), jnp.int32)
         loss = jax.grad(lambda q, k, v, until: attention(q, k, v, until, **bounds).sum(), argnums=(0, 1, 2))
         compiled = jax.jit(loss).lower(q, k, v, until).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        return program_flops(jax.make_jaxpr(loss)(q, k, v, until)), compiled.memory_analysis().temp_size_in_bytes
 
-    assert largest(2048, span=100, prefix=40) < 2.2 * largest(1024, span=100, prefix=40)
-    assert largest(1024, span=100, prefix=40) < largest(1024) / 2
+    (flops, memory), (twice_flops, twice_memory) = cost(1024, span=100, prefix=40), cost(2048, span=100, prefix=40)
+    (dense_flops, dense_memory), (twice_dense, _) = cost(1024), cost(2048)
+    assert 0 < twice_flops < 2.2 * flops and twice_dense == 4 * dense_flops
+    assert twice_memory < 2.2 * memory
+    # A block of 128 queries looks at 296 keys of 1,024.
+    assert flops < dense_flops / 3 and memory < dense_memory / 2
 
 
 def mixed_lengths():

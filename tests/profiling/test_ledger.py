@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxre_kernels.attention import visible_mask
+from gpu_interpreter import needs_interpreter
+from jaxre_kernels.attention import attention, visible_mask
 from tiny import ARCHITECTURE
 from tiny_encoders import fields_of
 
@@ -113,6 +116,18 @@ def test_what_each_device_of_a_mesh_runs_counts_for_all_of_them() -> None:
     assert program_flops(jax.make_jaxpr(split)(x, w)) == 2 * 8 * 3 * 5
 
 
+@pytest.mark.parametrize("implementation", ["pallas_tpu", pytest.param("pallas_gpu", marks=[pytest.mark.slow, needs_interpreter])])
+def test_products_that_a_kernel_hides_are_not_counted(implementation: str) -> None:
+    """The grid of one hangs on the data, the products of the other are no `dot_general`."""
+    q, k, v = (jax.ShapeDtypeStruct((1, 256, heads, 64), jnp.bfloat16) for heads in (4, 2, 2))
+    until = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+
+    def scanned(q, k, v, until):
+        return jax.lax.scan(lambda q, _: (attention(q, k, v, until, implementation=implementation), None), q, length=3)
+
+    assert program_flops(jax.make_jaxpr(scanned)(q, k, v, until)) is None
+
+
 def test_recomputation_counts() -> None:
     x = jax.ShapeDtypeStruct((4, 4), jnp.float32)
 
@@ -171,9 +186,23 @@ def test_savings_lead_from_the_padded_run_to_what_is_needed() -> None:
     architecture, lora = architecture_of(ARCHITECTURE, "tiny"), Lora(rank=2)
     rows, lengths = tree_rows(), [5, 8, 9, 5]  # the leaves of the tree, as whole examples
     work = work_of(rows, both_ways=False)
-    savings = savings_of(work, lengths, architecture, lora)
-    padded, triangles = 4 * 9, 4 * 45
-    assert savings[0].before == sum(flops_of(Work(padded, padded, padded, triangles, triangles), architecture, lora).values())
+    savings = savings_of(work, lengths, 24, architecture, lora)
+    padded, pairs = 4 * 9, 4 * 9 * 9
+    # The padded run scores every pair of its rows and forms the gradient of every weight, three products where two are needed.
+    start = flops_of(Work(padded, padded, padded, pairs, pairs), architecture, lora)
+    assert savings[0].before == 1.5 * (start["base"] + start["head"]) + start["LoRA"] + start["attention"]
     assert savings[-1].after == sum(flops_of(work, architecture, lora).values())
     assert [one.after for one in savings[:-1]] == [one.before for one in savings[1:]]
     assert all(0 < one.removed < 1 for one in savings)
+
+
+def test_the_last_two_savings_are_the_gradients_of_frozen_weights_and_the_pairs_that_are_not_visible() -> None:
+    architecture, lora = architecture_of(ARCHITECTURE, "tiny"), Lora(rank=2)
+    work = work_of(tree_rows(), both_ways=False)
+    gradients, pairs = savings_of(work, [5, 8, 9, 5], 24, architecture, lora)[4:]
+    parts = flops_of(work, architecture, lora)
+    assert gradients.before - gradients.after == 0.5 * (parts["base"] + parts["head"])
+    # Each of the 17 tokens, and of the 4 that the last layer runs at, scored all of its row of 24.
+    every = flops_of(dataclasses.replace(work, pairs=17 * 24, last_pairs=4 * 24), architecture, lora)
+    assert pairs.before - pairs.after == every["attention"] - parts["attention"] > 0
+    assert savings_of(work, [5, 8, 9, 5], 24, architecture, None)[4].removed == 0  # all weights are trained

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 from refusals import refusal
 from tiny import tiny_config, write_tiny_model
@@ -15,8 +19,11 @@ from jaxre import cli
 from jaxre.checkpoints.source import tokenizer_folder
 from jaxre.config import Config, save_config
 from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.errors import DoesNotFit
+from jaxre.profiling import profile
+from jaxre.profiling.measure import Timed
 from jaxre.profiling.prepared import members
-from jaxre.profiling.profile import candidates, profile_folder
+from jaxre.profiling.profile import candidates, profile_folder, profile_table, sweep_rows, sweep_table, verdict
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -63,7 +70,7 @@ def test_a_profile_agrees_with_the_plan_and_leaves_the_run_folder_free(jaxre: Ca
     assert ledger["shares"] == pytest.approx({"pad": fill.pad, "supervised": fill.supervised, "shared": fill.shared})
     assert ledger["examples"] == pytest.approx(len(tokens) / len(plan.updates))
     assert sum(value for part, value in ledger["flops"].items() if part != "total") == pytest.approx(ledger["flops"]["total"])
-    assert ledger["savings"][-1]["after"] == pytest.approx(ledger["flops"]["total"])
+    assert len(ledger["savings"]) == 6 and ledger["savings"][-1]["after"] == pytest.approx(ledger["flops"]["total"])
     # The program multiplies pads and masked pairs too, so never less than what is needed.
     assert ledger["program_flops"] > ledger["flops"]["total"]
     assert set(ledger["memory"]) == {"base", "trained", "optimiser", "rows", "activations"}
@@ -73,12 +80,25 @@ def test_a_profile_agrees_with_the_plan_and_leaves_the_run_folder_free(jaxre: Ca
     assert measured["examples_per_second"] * measured["seconds"] == pytest.approx(examples)
     assert measured["mfu"] * ledger["matrix_rate"] == pytest.approx(ledger["flops_per_example"] * measured["examples_per_second"])
     assert set(measured["split"]) == {"input_wait", "host", "device"} and min(measured["split"].values()) >= 0
-    assert "bounds this run" in found["verdict"]
+    assert measured["share_of_floor"] * measured["seconds"] == pytest.approx(max(ledger["floor"].values()))
+    assert ledger["square"]["rate"] > 0
+    assert "bounds this run" in found["verdict"] and f"would take {measured['share_of_floor']:.0%} of that" in found["verdict"]
+    cells = {name: value for name, value in zip(*(column.cells for column in profile_table(found).columns), strict=True)}
+    assert cells["the floor's share of that"] == f"{measured['share_of_floor']:.1%}"
+    assert [name.removeprefix("saved: ") for name in cells if "saved" in name] == [one["name"] for one in ledger["savings"]]
+    assert f"square ones of {ledger['square']['size']:,}" in cells["measured rates"]
+    # A kernel hides its products from the program's count.
+    found["ledger"]["program_flops"] = None
+    assert verdict(found).endswith("The program's products are not counted: a kernel hides them.")
+    cells = {name: value for name, value in zip(*(column.cells for column in profile_table(found).columns), strict=True)}
+    assert cells["the program multiplies"] == "not counted, a kernel hides it"
+    found = json.loads((tmp_path / "found.json").read_text())
 
     left = tmp_path / "runs" / "run-profile"
     assert json.loads((left / "profile.json").read_text()) == found
     assert (left / "profile.png").read_bytes().startswith(b"\x89PNG")
-    assert list((left / "trace").rglob("*.xplane.pb"))
+    assert list((left / "trace").rglob("*.xplane.pb")), "what XProf reads"
+    assert list((left / "trace").rglob("*.trace.json.gz")), "what Perfetto reads"
     assert not config.run_folder.exists()
 
 
@@ -104,6 +124,43 @@ def test_a_sweep_keeps_the_batch_and_every_example(config: Config) -> None:
     assert {one["row_length"] for one in tried} == {128, 256, 512, 1024}
     assert all(2048 % (one["row_length"] * one["accumulation"]) == 0 for one in tried)
     assert all(2048 // (one["row_length"] * one["accumulation"]) % 4 == 0 for one in candidates(config, longest=100, shards=4))
+
+
+def test_a_sweep_goes_on_where_rows_do_not_fit_and_keeps_nothing_of_them(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused by the compiler's figure, or out of memory when they run."""
+
+    class Run(SimpleNamespace):
+        """What a weak reference can be made to."""
+
+    held: list[weakref.ref] = []
+
+    def prepare(config: Config) -> Run:
+        assert not any(run() for run in held), "two runs in memory"
+        if config.train.row_length == 256:
+            raise DoesNotFit("rows of 4 x 256 take 99 MiB")
+        compiled, plan = SimpleNamespace(memory=(1, 1)), SimpleNamespace(shapes=[])
+        run = Run(length=config.train.row_length, plan=plan, compiled=compiled, compile_seconds=1.0)
+        held.append(weakref.ref(run))
+        return run
+
+    def time_updates(run: Run, steps: int) -> Timed:
+        if run.length == 512:
+            jax.jit(lambda: jnp.zeros(2**46))()  # 256 TiB
+        return Timed(steps, 4.0, 400.0, run.length, 0.0, 0.0, 0.0)
+
+    monkeypatch.setattr(profile, "ACCUMULATIONS", (1,))
+    monkeypatch.setattr(profile, "prepare", prepare)
+    monkeypatch.setattr(profile, "time_updates", time_updates)
+    config = tiny_config(tmp_path, model, data={"validation": None}, train={"row_length": 512})
+    tried = sweep_rows(config)
+    assert [one["settings"]["row_length"] for one in tried if "error" not in one] == [1024, 2048]
+    assert {one["settings"]["row_length"] for one in tried if "fit" in one.get("error", "")} == {256, 512} and len(held) == 3
+    assert list(sweep_table(tried).columns[1].cells)[2:] == ["does not fit the device's memory"] * 2
+
+    monkeypatch.setattr(profile, "candidates", lambda *_: [{"row_length": 256}, {"row_length": 512}])
+    assert "lower train.batch_tokens" in refusal(lambda: sweep_rows(config))
 
 
 @pytest.mark.slow

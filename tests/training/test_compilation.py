@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.array import ArrayImpl
 from jax.experimental.compilation_cache import compilation_cache
 from refusals import refusal
 from rich.console import Console
@@ -22,8 +26,9 @@ from jaxre.config import Config
 from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.data.loader import updates
 from jaxre.data.rows import fill_update
+from jaxre.errors import DoesNotFit
 from jaxre.training import loop
-from jaxre.training.compilation import POLICIES, CompiledUpdates, compile_updates
+from jaxre.training.compilation import POLICIES, CompiledUpdates, compile_updates, memory_limit
 from jaxre.training.initial import initial_state
 from jaxre.training.log import read_log
 from jaxre.training.loop import train
@@ -117,6 +122,15 @@ def test_the_first_policy_that_fits_is_taken_and_told(deep: Path, tmp_path: Path
 
     config = tiny_config(tmp_path, deep, name="none", train=settings | {"memory_gb": 1e-6})
     assert "not even 1 x 128 fits with train.remat=block: lower train.row_length" in refusal(lambda: train(config))
+    with pytest.raises(DoesNotFit):  # so that a sweep goes on
+        compiled_with(memory_gb=1e-6)
+
+
+def test_a_twentieth_of_what_a_device_reports_is_left_free_and_a_setting_is_taken_as_it_is() -> None:
+    devices = [SimpleNamespace(memory_stats=lambda size=size: {"bytes_limit": size}) for size in (200 * 2**30, 100 * 2**30)]
+    assert memory_limit(None, SimpleNamespace(local_devices=devices)) == 95 * 2**30
+    assert memory_limit(100.0, SimpleNamespace(local_devices=devices)) == 100 * 2**30
+    assert memory_limit(None, SimpleNamespace(local_devices=[SimpleNamespace(memory_stats=lambda: None)])) is None  # a CPU
 
 
 def test_a_compilation_inside_the_loop_stops_the_run_and_is_named(
@@ -150,19 +164,61 @@ def test_nothing_is_compiled_after_the_first_validation(tiny_model: Path, tmp_pa
     assert len(counts) == 3 and counts[0] > 0 and counts[1:] == [0, 0]
 
 
-@pytest.mark.slow
+@dataclasses.dataclass
+class Watched:
+    """A number on the device; `told` is called when the host asks for it, or waits for it, in whatever way."""
+
+    value: jax.Array
+    told: Callable[[], None]
+
+    def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
+        self.told()
+        return np.asarray(self.value)
+
+    def __float__(self) -> float:
+        return float(np.asarray(self))
+
+    item = tolist = __float__
+
+    def block_until_ready(self) -> Watched:
+        self.told()
+        return self
+
+
+@pytest.mark.once
 def test_the_device_is_waited_for_at_log_steps_only(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, get = [], jax.device_get
+    """Each wait of the loop for a metric or for the state, with the number of updates that were begun before it."""
+    waits, begun = [], 0
 
-    def counted(tree: object) -> object:
-        if isinstance(tree, list) and all(isinstance(one, loop.Metrics) for one in tree):
-            waits.append(len(tree))
-        return get(tree)
+    def told() -> None:
+        if threading.current_thread() is threading.main_thread():  # others prepare rows and write checkpoints
+            waits.append(begun)
 
-    monkeypatch.setattr(loop.jax, "device_get", counted)
+    @dataclasses.dataclass
+    class Update:
+        compiled: jax.stages.Compiled
+
+        def __call__(self, *given: object) -> tuple:
+            nonlocal begun
+            state, metrics = self.compiled(*given)
+            begun += 1
+            return state, loop.Metrics(*(Watched(value, told) for value in metrics))
+
+        def memory_analysis(self) -> object:
+            return self.compiled.memory_analysis()
+
+    def watched(*given: object) -> CompiledUpdates:
+        compiled = compile_updates(*given)
+        return dataclasses.replace(compiled, updates={shape: Update(update) for shape, update in compiled.updates.items()})
+
+    ready, all_ready, value = ArrayImpl.block_until_ready, jax.block_until_ready, ArrayImpl._value
+    monkeypatch.setattr(ArrayImpl, "block_until_ready", lambda array: (told(), ready(array))[1])
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: (told(), all_ready(tree))[1])
+    monkeypatch.setattr(ArrayImpl, "_value", property(lambda array: (told(), value.fget(array))[1]))
+    monkeypatch.setattr(loop, "compile_updates", watched)
     settings = {"epochs": 1, "batch_tokens": 512, "row_length": 128, "log_every": 4, "max_steps": 10, "evaluate_every": 99}
-    run = train(tiny_config(tmp_path, tiny_model, train=settings))
-    assert waits == [4, 4, 2]
+    run = train(tiny_config(tmp_path, tiny_model, data={"validation": None}, train=settings))
+    assert begun == 10 and set(waits) - {0} == {4, 8, 10}
     assert [record["step"] for record in read_log(run) if record["kind"] == "train"] == list(range(1, 11))
 
 
