@@ -170,7 +170,8 @@ def program_flops(jaxpr: Jaxpr | ClosedJaxpr) -> float | None:
         elif name == "scan":
             total += given["length"] * sum(inner)
         elif name == "shard_map":
-            total += given["mesh"].size * sum(inner)
+            # Of the axes that it does not split, the program is that of all devices.
+            total += math.prod(given["mesh"].shape[axis] for axis in given["newly_manual_axes"]) * sum(inner)
         else:
             total += sum(inner)
     return total

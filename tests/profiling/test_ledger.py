@@ -110,8 +110,9 @@ def test_loops_count_as_often_as_they_run() -> None:
 
 def test_what_each_device_of_a_mesh_runs_counts_for_all_of_them() -> None:
     rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
-    mesh = jax.sharding.AbstractMesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    split = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    # Over the tensor axis XLA splits what is left.
+    split = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows, axis_names={"data"})
     x, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 3), (3, 5)))
     assert program_flops(jax.make_jaxpr(split)(x, w)) == 2 * 8 * 3 * 5
 
