@@ -117,11 +117,12 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
         )
     elif section == "step":
         yield from rows_of(
-            "run; ms an update; examples/s; real tokens/s; MFU; of the datasheet; remat; peak MiB; compilation, s; first loss",
+            "run; ms an update; of the floor; examples/s; real tokens/s; MFU; of the datasheet; remat; peak MiB; compilation, s; first loss",
             [
                 [
                     one["case"],
                     f"{1e3 * one['seconds']:.1f}",
+                    f"{one['share_of_floor']:.0%}",
                     f"{one['examples_per_second']:.1f}",
                     f"{one['tokens_per_second']:,.0f}",
                     f"{one['mfu']:.1%}",

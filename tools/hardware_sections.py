@@ -263,8 +263,8 @@ def timed_step(folder: Path, shape: str, overrides: tuple[str, ...], dry: bool) 
     ledger = ledger_of(run)
     first_loss = float(run.update(run.next_rows()).loss)  # to be compared between the runs of one batch
     found = measured(run, time_updates(run, 2 if dry else 20), ledger)
-    about = {name: ledger[name] for name in ("matrix_rate", "program_flops")}
-    return found | about | {"first_loss": first_loss, "needed": ledger["flops"]["total"], "floor": max(ledger["floor"].values())}
+    about = {name: ledger[name] for name in ("matrix_rate", "square", "program_flops")}
+    return found | about | {"first_loss": first_loss, "needed": ledger["flops"]["total"]}
 
 
 def step_goals(found: dict[str, dict], dry: bool) -> Iterator[dict[str, Any]]:
@@ -284,7 +284,7 @@ def step_goals(found: dict[str, dict], dry: bool) -> Iterator[dict[str, Any]]:
         goals = []
         if dense:
             case, one = dense
-            goals += [("share of the ledger's floor", case, "the floor", one["floor"] / one["seconds"], FLOOR_GOAL)]
+            goals += [("share of the ledger's floor", case, "the floor", one["share_of_floor"], FLOOR_GOAL)]
             goals += [("MFU on real tokens", case, "the measured matrix rate", one["mfu"], MFU_GOALS.get(shape, 0.0))]
         if dense and shape == SMALL:
             goals += [

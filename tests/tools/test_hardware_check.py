@@ -173,7 +173,7 @@ def test_a_kernel_that_the_device_does_not_survive_has_failed_and_the_section_le
 def test_goals_of_a_step_are_set_against_the_faster_of_two():
     name = "qwen2.5-0.5b bfloat16"
     rows = f"{name}, 4 rows of 8,192"
-    one = {"mfu": 0.4, "floor": 0.3, "examples_per_second": 1000.0}
+    one = {"mfu": 0.4, "share_of_floor": 0.6, "examples_per_second": 1000.0}
     found = {rows: {**one, "seconds": 0.6}, f"{rows}, kernels": {**one, "seconds": 0.5}, f"{rows}, NF4": {**one, "seconds": 0.55}}
     found[f"{name}, batch of 8"] = {**one, "seconds": 0.010}
     goals = {goal["target"]: (goal["ours"], goal["ratio"] >= goal["least"], goal["ratio"]) for goal in sections.step_goals(found, False)}
