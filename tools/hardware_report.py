@@ -117,7 +117,7 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
         )
     elif section == "step":
         yield from rows_of(
-            "run; ms an update; of the floor; examples/s; real tokens/s; MFU; of the datasheet; remat; peak MiB; compilation, s; first loss",
+            "run; ms; of the floor; examples/s; real tokens/s; MFU; of the datasheet; remat; peak MiB; compiling, s; first loss",
             [
                 [
                     one["case"],
