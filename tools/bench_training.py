@@ -190,6 +190,8 @@ def measured(group: list[str], prompt: str, folder: Path, settings: argparse.Nam
 def fastest_packed(prompt: str, folder: Path, settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Sets `settings.packed` to the fastest of those that it names, None if none works; returns what became of each."""
     tried = {packed: {"left_out": reason} for packed in settings.packed if (reason := unfit(packed, settings.dtype))}
+    for packed in tried:
+        tell(packed, tried[packed])
     able = [packed for packed in settings.packed if packed not in tried]
     speeds = dict.fromkeys(able, 0.0)
     if len(able) > 1:
@@ -198,13 +200,17 @@ def fastest_packed(prompt: str, folder: Path, settings: argparse.Namespace) -> d
             with contextlib.closing(Side(name, folder, settings, prompt)) as side:
                 side.ready()
                 reference = side.ask(f"check {what}")["loss"]
-        tried |= {packed: trial(packed, what, reference, prompt, folder, settings) for packed in able}
+        for packed in able:
+            tried[packed] = trial(packed, what, reference, prompt, folder, settings)
+            tell(packed, tried[packed])
         speeds = {packed: tried[packed]["examples_per_second"] for packed in able if "left_out" not in tried[packed]}
-    for packed, one in tried.items():
-        told = f"is left out: {one['left_out']}" if "left_out" in one else f"{one['examples_per_second']:.3f} examples/s"
-        print(f"(b) with {packed} {told}", file=sys.stderr, flush=True)
     settings.packed = max(speeds, key=speeds.get, default=None)
     return tried
+
+
+def tell(packed: str, one: dict[str, Any]) -> None:
+    told = f"is left out: {one['left_out']}" if "left_out" in one else f"{one['examples_per_second']:.3f} examples/s"
+    print(f"(b) with {packed} {told}", file=sys.stderr, flush=True)
 
 
 def unfit(packed: str, dtype: str) -> str | None:
