@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import functools
 import json
 import math
 import os
@@ -66,42 +66,75 @@ def unpacked(config, tokens, shards):
     return dataclasses.replace(plan, updates=tuple(updates))
 
 
-def plain_lora(x, weights, factors, words, scale, rate):
-    """`jaxre_kernels.lora.lora_group` as it is written down, each projection by itself, differentiated by JAX."""
+def plain_lora(loss_sum, params, adapter, rows, architecture, ops, shape, remat):
+    """Each projection by itself, as it is written down, differentiated by JAX."""
+    return loss_sum(params, adapter, rows, architecture, ops._replace(lora_group=written_down), shape, remat)
+
+
+def written_down(x, weights, factors, words, scale, rate):
+    """`jaxre_kernels.lora.lora_group`."""
     import jax.numpy as jnp
     from jaxre_kernels.lora.dropout import keep_channels
+    from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, dequantise, dequantise_tiles
+
+    def dense(weight):
+        if isinstance(weight, NF4Tiles):
+            return dequantise_tiles(weight, x.dtype)
+        return dequantise(weight, x.dtype).T if isinstance(weight, NF4Weight) else weight
 
     dropped = jnp.where(keep_channels(words, x.shape[-1], rate), x * jnp.asarray(1 / (1 - rate), x.dtype), 0) if rate else x
+    outputs = [x @ dense(weight) for weight in weights]
     return [
-        x @ w if pair is None else x @ w + (dropped @ pair.a.astype(x.dtype) * jnp.asarray(scale, x.dtype)) @ pair.b.astype(x.dtype)
-        for w, pair in zip(weights, factors, strict=True)
+        y if pair is None else y + (dropped @ pair.a.astype(x.dtype) * jnp.asarray(scale, x.dtype)) @ pair.b.astype(x.dtype)
+        for y, pair in zip(outputs, factors, strict=True)
     ]
 
 
-def run_with(lora_group: Callable) -> None:
-    """Every update that this process compiles from here on has `lora_group` in place of the fused one."""
-    from jaxre.training import compilation
+def full_head(loss_sum, params, adapter, rows, architecture, ops, shape, remat):
+    """The head at as many places as a row has; those that the last layer does not give are zeros of weight 0."""
+    import jax.numpy as jnp
 
-    ops_of = compilation.ops_of
-    compilation.ops_of = lambda *given: ops_of(*given)._replace(lora_group=lora_group)
+    def head(x, table, targets, weights):
+        rest = rows.tokens.shape[1] - targets.shape[1]
+        x, targets, weights = (jnp.pad(array, ((0, 0), (0, rest)) + ((0, 0),) * (array.ndim - 2)) for array in (x, targets, weights))
+        return ops.cross_entropy(x, table, targets, weights)
+
+    return loss_sum(params, adapter, rows, architecture, ops._replace(cross_entropy=head), shape, remat)
+
+
+def full_last_layer(loss_sum, params, adapter, rows, architecture, ops, shape, remat):
+    """The last layer at every place of a row, as the others; the head at supervised positions."""
+    from jaxre.models import decoder
+
+    given = (rows.tokens, rows.positions, rows.visible_until)
+    x = decoder.forward(params, *given, architecture, adapter, ops, prefix=shape.prefix, span=shape.span, remat=remat)  # B T D
+    normed, table = decoder.head_factors(params, decoder.take(x, rows.supervised), architecture)  # B S D
+    return ops.cross_entropy(normed, table, rows.targets, rows.weights)
+
+
+def run_with(loss_sum: Callable) -> None:
+    """Every update that this process compiles from here on has `loss_sum` in place of `jaxre.training.step.loss_sum`, which it is given."""
+    from jaxre.training import step
+
+    step.loss_sum = functools.partial(loss_sum, step.loss_sum)
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """`settings` on top of (c)'s; `plan_of` in place of `make_plan`; `lora_group` in place of the fused one."""
+    """`settings` on top of (c)'s; `plan_of` in place of `make_plan`; `loss_sum` in place of the step's."""
 
     settings: tuple[str, ...] = ()
     plan_of: Callable | None = None
-    lora_group: Callable | None = None
+    loss_sum: Callable | None = None
 
 
 VARIANTS = {
     "d:unpacked": Variant(plan_of=unpacked),
     "d:unshared": Variant(plan_of=unshared),
-    # Last layer and head at every position of a row.
-    "d:full-head-and-last-layer": Variant(plan_of=changed(lambda shape: dataclasses.replace(shape, supervised=shape.length))),
+    "d:full-head": Variant(loss_sum=full_head),
+    "d:full-last-layer": Variant(loss_sum=full_last_layer),
     "d:dense-attention": Variant(plan_of=changed(lambda shape: dataclasses.replace(shape, prefix=0, span=None))),
-    "d:plain-lora": Variant(lora_group=plain_lora),
+    "d:plain-lora": Variant(loss_sum=plain_lora),
     "d:remat": Variant(settings=("train.remat=block",)),
 }
 
@@ -123,12 +156,21 @@ class Talk:
         """The next command; None when there is no more to do."""
         return sys.stdin.readline().strip() or None
 
+    def check(self) -> str | None:
+        """The next command if it asks for a loss: "check exact" in f32 on dense weights, "check timed" of what is timed. None is "warm"."""
+        command = self.command()
+        if command is None:
+            sys.exit()
+        return command if command.startswith("check") else None
+
 
 def run_side(side: str, folder: Path, settings: argparse.Namespace) -> None:
     talk = Talk()
     if side == "prepare":
         talk.answer(**write_inputs(folder, settings))
     elif side in ("a", "a'", "b"):
+        from bench_peers import torch_side
+
         torch_side(side, folder, settings, talk)
     else:
         from jaxre.host_memory import keep_freed_memory
@@ -192,7 +234,8 @@ def write_inputs(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
     copy_side_files(side_files_of(source), base)
     (base / "config.json").write_text(json.dumps(fields), encoding="utf-8")
     weights = init_weights(architecture, SEED)
-    save_file(dict(hf_tensors(architecture, weights, np.dtype(np.float32))), base / "model.safetensors", metadata={"format": "pt"})
+    # Of the dtype that is timed: then NF4 is of the same values on every side, and the check in f32 of those of the timed part.
+    save_file(dict(hf_tensors(architecture, weights, np.dtype(settings.dtype))), base / "model.safetensors", metadata={"format": "pt"})
     lora, draw = Lora(rank=RANK, alpha=float(ALPHA), dropout=DROPOUT), np.random.default_rng(SEED)
     factors = jax.tree.map(np.array, init_adapter(architecture, lora, jax.random.key(SEED)))
     for part in factors.values():
@@ -210,7 +253,8 @@ def write_inputs(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
             "longest": int(tokens.lengths.max()),
             "supervised": float(tokens.supervised.mean()),
         }
-    return {"parameters": parameter_count(architecture), "prompts": lengths, "device": str(jax.devices()[0].device_kind)}
+    device = {"device": str(jax.devices()[0].device_kind), "platform": jax.default_backend()}
+    return {"parameters": parameter_count(architecture), "prompts": lengths, **device}
 
 
 def updates_in(seconds: float, settings: argparse.Namespace) -> int:
@@ -235,30 +279,23 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
 
     (prompt,) = settings.prompts
     variant = VARIANTS.get(side, Variant())
-    overrides, plan_of = variant.settings, variant.plan_of or make_plan
-    if variant.lora_group:
-        run_with(variant.lora_group)  # this process is the variant's own
-    config = run_config(folder, prompt, settings, *overrides)
+    plan_of = variant.plan_of or make_plan
+    if variant.loss_sum:
+        run_with(variant.loss_sum)  # this process is the variant's own
+    timed = (*variant.settings, *(("model.quantise=nf4",) if settings.nf4 else ()))
+    config = run_config(folder, prompt, settings, *timed)
     dataset = load_dataset(config, tokenizer_folder(config))
     talk.answer(ready=True)
 
-    talk.command()  # check
     few = dataset.train.tokens.subset(np.arange(len(dataset.train.tokens)) < CHECKED)
-    exact = run_config(folder, prompt, settings, *overrides, "model.dtype=float32", "lora.dropout=0.0", "train.learning_rate=1e-30")
-    with jax.default_matmul_precision("highest"):
-        run = prepare(exact, dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, tokens=few)), plan_of)
-        total = count = 0.0
-        for _ in run.plan.updates:
-            rows = run.next_rows()
-            weight = float(rows.weights.sum())
-            total, count = total + float(run.update(rows).loss) * weight, count + weight
-    talk.answer(loss=total / count, supervised=count)
-    del run
+    few = dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, tokens=few))
+    while command := talk.check():
+        exact = (*variant.settings, "model.dtype=float32")
+        checked = (*(exact if command == "check exact" else timed), "lora.dropout=0.0", "train.learning_rate=1e-30")
+        with jax.default_matmul_precision("highest" if command == "check exact" else None):
+            talk.answer(**loss_of(prepare(run_config(folder, prompt, settings, *checked), few, plan_of)))
 
-    talk.command()  # warm
-    if settings.nf4:
-        config = run_config(folder, prompt, settings, *overrides, "model.quantise=nf4")
-    run = prepare(config, dataset, plan_of)
+    run = prepare(config, dataset, plan_of)  # warm
     jax.block_until_ready(run.update(run.next_rows()))
     began = time.perf_counter()
     jax.block_until_ready(run.update(run.next_rows()))
@@ -278,162 +315,18 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
         jax.block_until_ready(metrics)
         seconds = time.perf_counter() - began
         tokens = int(lengths[chosen].sum())
+        # A device's peak cannot be set back: it is the process's, which for that has not checked a loss before; loading is in it.
         talk.answer(seconds=seconds, examples=len(chosen), tokens=tokens, updates=count, peak=peak_memory(jax.devices()[0]))
 
 
-# ---- (a), (a'), (b) ----------------------------------------------------------------------------------
-
-
-def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk) -> None:
-    import torch
-    from transformers import TrainerCallback
-
-    from jaxre.profiling.memory import reset_resident_peak, resident_peak
-
-    (prompt,) = settings.prompts
-    trainer = torch_trainer(side, folder, settings, prompt, "float32")
-    talk.answer(ready=True)
-
-    talk.command()  # check
+def loss_of(run: Any) -> dict[str, float]:
+    """The loss per supervised token of a prepared run's examples, and how many of these there are."""
     total = count = 0.0
-    trainer.model.eval()
-    with torch.no_grad():
-        for batch in trainer.get_eval_dataloader():
-            batch = trainer._prepare_inputs(batch)
-            supervised = int((batch["labels"][:, 1:] != -100).sum())
-            total += float(trainer.compute_loss(trainer.model, batch)) * supervised
-            count += supervised
-    talk.answer(loss=total / count, supervised=count)
-    if settings.dtype != "float32" or settings.nf4:
-        del trainer
-        trainer = torch_trainer(side, folder, settings, prompt, settings.dtype)
-
-    class Turns(TrainerCallback):
-        """Two updates to warm up, then turns; between them the process waits inside the training loop."""
-
-        began = examples = tokens = start = until = length = 0
-
-        def on_step_end(self, args, state, control, **_):
-            if torch.cuda.is_available() and state.global_step in (1, 2, self.start, self.until):
-                torch.cuda.synchronize()
-            if state.global_step == 1:
-                self.began = time.perf_counter()
-            elif state.global_step == 2:
-                self.length = updates_in(time.perf_counter() - self.began, settings)
-                talk.answer(updates=self.length)
-                self.turn(state, control)
-            elif state.global_step == self.start:
-                self.examples = self.tokens = 0
-                self.began = time.perf_counter()
-            elif state.global_step == self.until:
-                seconds, device = time.perf_counter() - self.began, torch.cuda.is_available()
-                talk.answer(
-                    seconds=seconds,
-                    examples=self.examples,
-                    tokens=self.tokens,
-                    updates=self.length,
-                    peak=torch.cuda.max_memory_allocated() if device else resident_peak(),
-                )
-                self.turn(state, control)
-
-        def turn(self, state, control):
-            if not talk.command():
-                control.should_training_stop = True
-            reset_resident_peak()
-            self.start = state.global_step + 1
-            self.until = self.start + self.length
-
-    turns = Turns()
-    step = trainer.training_step
-
-    def counted(model, inputs, *rest):
-        if "attention_mask" in inputs:
-            turns.examples += len(inputs["input_ids"])
-            turns.tokens += int(inputs["attention_mask"].sum())
-        else:  # packed: an example begins at position 0
-            turns.examples += int((inputs["position_ids"] == 0).sum())
-            turns.tokens += inputs["position_ids"].numel()
-        return step(model, inputs, *rest)
-
-    trainer.training_step = counted
-    trainer.add_callback(turns)
-    talk.command()  # warm
-    trainer.train()
-
-
-def torch_trainer(side: str, folder: Path, settings: argparse.Namespace, prompt: str, dtype: str):
-    import numpy as np
-    import torch
-    from datasets import Dataset
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DataCollatorForSeq2Seq, Trainer, TrainingArguments
-
-    cuda = torch.cuda.is_available()
-    stored = np.load(folder / f"{prompt}.npz")
-    records = []
-    for i, prompt_length in enumerate(stored["prompt_lengths"].tolist()):
-        ids = stored["tokens"][stored["starts"][i] : stored["starts"][i + 1]].tolist()
-        records.append({"input_ids": ids, "labels": [-100] * prompt_length + ids[prompt_length:]})
-    train, few = Dataset.from_list(records), Dataset.from_list(records[:CHECKED])
-    quantised = {}
-    if settings.nf4 and dtype == settings.dtype:
-        four_bits = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-        quantised = {"quantization_config": four_bits}
-    flash = side == "b" and cuda and dtype != "float32" and importlib.util.find_spec("flash_attn") is not None
-    attention = "flash_attention_2" if flash else "sdpa"
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    base = AutoModelForCausalLM.from_pretrained(
-        folder / "model", dtype=getattr(torch, dtype), attn_implementation=attention, device_map="cuda" if cuda else None, **quantised
-    )
-    base.config.use_cache = False
-    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
-    eight_bits = cuda and importlib.util.find_spec("bitsandbytes") is not None
-    common = {
-        "output_dir": str(folder / f"trainer-{side[0]}"),
-        "max_steps": 1_000_000,  # stopped by the turns
-        "learning_rate": RATE,
-        "weight_decay": 0.01,
-        "warmup_steps": 0,
-        "lr_scheduler_type": "linear",
-        "optim": "paged_adamw_8bit" if eight_bits else "adamw_torch_fused" if cuda else "adamw_torch",
-        "seed": SEED,
-        "bf16": dtype == "bfloat16",
-        "use_cpu": not cuda,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": cuda,
-        "gradient_checkpointing": side == "a",
-    }
-    if side == "b":
-        from trl import SFTConfig, SFTTrainer
-
-        # Without variable-length attention rows of a batch are flattened into one, whose mask is dense: then one row at a time.
-        rows = (settings.rows, 1) if flash else (1, settings.rows)
-        config = SFTConfig(
-            **common,
-            per_device_train_batch_size=rows[0],
-            per_device_eval_batch_size=rows[0],
-            gradient_accumulation_steps=rows[1],
-            max_length=settings.row_length,
-            packing=True,
-            torch_compile=settings.compile,
-        )
-        return SFTTrainer(model=model, args=config, train_dataset=train, eval_dataset=few, processing_class=tokenizer)
-    args = TrainingArguments(
-        **common,
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        gradient_accumulation_steps=2,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-        remove_unused_columns=False,
-    )
-    collate = DataCollatorForSeq2Seq(tokenizer, padding="longest")
-    return Trainer(model=model, args=args, train_dataset=train, eval_dataset=few, data_collator=collate)
+    for _ in run.plan.updates:
+        rows = run.next_rows()
+        weight = float(rows.weights.sum())
+        total, count = total + float(run.update(rows).loss) * weight, count + weight
+    return {"loss": total / count, "supervised": count}
 
 
 if __name__ == "__main__":
