@@ -311,11 +311,14 @@ def kernels_here() -> list[str]:
 def time_peers(emit: Records, deadline: float, options: argparse.Namespace) -> None:
     """`bench_training.py`, first with jaxre at the study's own batch, which is what (a) takes, then with packed rows."""
     shape = DRY_STEP if options.dry else STEP
-    name = DRY_SHAPE if options.dry else SMALL
-    sides = "--rounds 1 --seconds 0.5 --sides a',c" if options.dry else "--rounds 2 --seconds 5 --sides a,a',b,c"
-    common = f"--quick --shape {name} --dtype {shape['dtype']} --examples {shape['examples']} {sides}".split()
-    batch = ["--row-length", "1024", *(part for setting in STUDY_BATCH for part in ("--set", setting))]
-    rows = ["--rows", str(shape["rows"]), "--row-length", str(shape["row_length"])]
+    model = DRY_SHAPE if options.dry else SMALL
+    turns = "--rounds 1 --seconds 0.5" if options.dry else "--rounds 2 --seconds 5"
+    common = f"--quick --shape {model} --dtype {shape['dtype']} --examples {shape['examples']} {turns}".split()
+    # PyTorch packs rows of its own length; of its ways to attend within them these two know where an example ends.
+    packed = ["--sides", "a',c"] if options.dry else ["--sides", "a,a',b,c", "--packed", "varlen,flex_attention"]
+    batch = ["--sides", "a',c" if options.dry else "a,a',c", "--row-length", "1024"]
+    batch += [part for setting in STUDY_BATCH for part in ("--set", setting)]
+    rows = [*packed, "--rows", str(shape["rows"]), "--row-length", str(shape["row_length"])]
     for name, extra in zip(PEER_GOALS, (batch, rows), strict=True):
         if any(one.get("case") == name for one in emit.found):
             continue
