@@ -14,7 +14,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_sides import plain_lora
+from bench_sides import written_down
 from jaxre_kernels import attention as attention_op
 from jaxre_kernels import cross_entropy as cross_entropy_op
 from jaxre_kernels import lora as lora_op
@@ -343,9 +343,6 @@ def lora_case(
 
         return run
 
-    def plain(x, weights, *rest):
-        return plain_lora(x, [nf4_op.dequantise(weight, x.dtype).T for weight in weights] if nf4 else weights, *rest)
-
     def products(x, weights, factors, words, dys):
         return [x @ weight for weight in weights], sum(dy @ weight.T for dy, weight in zip(dys, weights, strict=True))
 
@@ -363,7 +360,7 @@ def lora_case(
         variants |= {"dense weights": Variant(with_dense, compared=False), "dequantising alone": alone}
         targets = {"dense weights": 1 / 1.15}  # the goal is a step within 15% of one with dense weights; here it is asked of a group
     elif opponents:
-        variants |= {"autodiff": Variant(both(plain)), "base product": Variant(products, compared=False)}
+        variants |= {"autodiff": Variant(both(written_down)), "base product": Variant(products, compared=False)}
         # The goal: at most 5% over the base product times 1 + LoRA's share of FLOPs, at the rank that the model has.
         targets = {"base product": 1 / (1.05 * (1 + low / base))}
     sizes = {"inputs": inner, "outputs": sum(outer), "projections": len(outer), "rank": rank}
@@ -373,7 +370,7 @@ def lora_case(
         f"{model}, {group}, {tokens:,} tokens, rank {rank}",
         dtype,
         inputs,
-        both(plain),
+        both(written_down),
         variants,
         {"tokens": (4096, 65536)} | {name: (size, size) for name, size in sizes.items()},
         flops=base + low,
