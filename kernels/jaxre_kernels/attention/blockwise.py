@@ -15,8 +15,9 @@ dS = E (dE - rowsum(E dE) / l):
 
     dV = E' (dO / l),    dQ = s dS K,    dK = s dS' Q
 
-Memory: kept are q, k, v and two f32 numbers a query and head, where autodiff of dense attention keeps T weights each. At once there are S B H Q U
-scores in f32 (at least), backward their gradients too, and copies of k and v (and of dk and dv in f32) laid out for the blocks.
+Memory: kept are q, k, v and two f32 numbers a query and head, where autodiff of dense attention keeps T weights each. At once there are
+S B H Q U scores in f32 (at least), backward their gradients too, and copies of k and v (and of dk and dv in f32) laid out for the
+blocks.
 
 Roofline of one block of one key head, with G = H / K; in bf16, where scores and their gradients pass through memory in f32, and
 weights in bf16:
