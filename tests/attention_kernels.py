@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from forests import LAYOUTS, T, row_of
+from forests import LAYOUTS, T, flat, row_of
 from jaxre_kernels.attention import masked_attention
 
 BLOCK = 8
@@ -14,10 +14,20 @@ CLOSE = 2e-6  # f32: sums of at most 37 products, in another order than the refe
 ROWS = np.array([row_of(forest) for forest in LAYOUTS.values()], np.int32)
 
 
-def draws(heads: int, kv_heads: int, channels: int, rows: int = len(ROWS), dtype=jnp.float32, seed: int = 0):
+# Of segments that are seen both ways.
+SEGMENTS = {
+    "one segment": flat(37),
+    "ragged, pads behind": flat(11, 1, 9, 8, 3),
+    "whole blocks and what is left": flat(8, 16, 8, 5),
+    "all pad": flat(),
+    "tokens of length one": flat(*[1] * 37),
+}
+
+
+def draws(heads: int, kv_heads: int, channels: int, rows: int = len(ROWS), dtype=jnp.float32, seed: int = 0, tokens: int = T):
     """q, k, v and the gradient of the output."""
     draw = np.random.default_rng(seed)
-    return [jnp.asarray(draw.standard_normal((rows, T, count, channels)), dtype) for count in (heads, kv_heads, kv_heads, heads)]
+    return [jnp.asarray(draw.standard_normal((rows, tokens, count, channels)), dtype) for count in (heads, kv_heads, kv_heads, heads)]
 
 
 @jax.jit
@@ -31,10 +41,24 @@ def in_f64(q, k, v, dy, mask):
         return [np.asarray(value) for value in dense(*(jnp.asarray(np.asarray(value), jnp.float64) for value in (q, k, v, dy)), mask)]
 
 
-def segments(visible_until: np.ndarray):
-    """The first token of each token's segment, and its end, for a row of roots without nodes below."""
-    first = np.maximum.accumulate(np.where(np.diff(visible_until, prepend=0), np.arange(T), 0))
-    return first.astype(np.int32), visible_until
+def segments(forests, tokens: int = T):
+    """Of rows of roots without nodes below: the first token of each token's segment, its end, and which tokens see each other."""
+    until = np.stack([row_of(forest, tokens) for forest in forests]).astype(np.int32)
+    starts = np.diff(until, prepend=0, axis=1) > 0
+    first = np.maximum.accumulate(np.where(starts, np.arange(tokens), 0), axis=1).astype(np.int32)
+    return first, until, first[:, :, None] == first[:, None, :]
+
+
+def assert_close(found, expected, names=None) -> None:
+    """Row by row, so that no layout hides behind the largest number of another.
+
+    Gradients of scores are differences of products dO V', about the root of the channels large; where a token sees itself alone they
+    are zero, and what is left is the rounding of these.
+    """
+    for ours, reference in zip(found, expected, strict=True):
+        for row, (one, other) in enumerate(zip(np.asarray(ours), reference, strict=True)):
+            bound = CLOSE * max(other.shape[-1] ** 0.5, np.abs(other).max())
+            assert np.abs(one - other).max() < bound, names[row] if names else row
 
 
 def relative(ours, reference) -> float:

@@ -22,9 +22,9 @@ LAYOUTS = {
 }
 
 
-def row_of(forest) -> np.ndarray:
-    """[T] `visible_until`; what the forest leaves over is pad."""
-    until = np.arange(1, T + 1)
+def row_of(forest, tokens: int = T) -> np.ndarray:
+    """[tokens] `visible_until`; what the forest leaves over is pad."""
+    until = np.arange(1, tokens + 1)
 
     def lay(nodes, start):
         for own, below in nodes:
@@ -33,7 +33,7 @@ def row_of(forest) -> np.ndarray:
             start = end
         return start
 
-    assert lay(forest, 0) <= T
+    assert lay(forest, 0) <= tokens
     return until
 
 
@@ -47,6 +47,11 @@ def trees(depth: int):
     """Forests of any shape; `fitted` cuts them to the row."""
     below = st.just([]) if depth == 0 else st.lists(trees(depth - 1), max_size=4)
     return st.tuples(st.integers(1, 9), below)
+
+
+def flat(*lengths: int):
+    """Examples without a shared prefix."""
+    return [(length, []) for length in lengths]
 
 
 def fitted(forest, room):

@@ -20,6 +20,8 @@ from jaxre.errors import InputError
 from jaxre.models.ops import Ops
 from jaxre.training import sharding
 
+# v5p, by both its names, and v6e: here the compiler of jax 0.10 runs out of vector memory with LoRA's kernels.
+TOO_SMALL = ("TPU v5", "TPU v5p", "TPU v6 lite")
 EVERY_AXIS = (*sharding.ROWS, "tensor")
 
 # Op -> what was chosen and why, each in words once, in the order in which it was met.
@@ -113,5 +115,8 @@ def check_kernels(kernels: Kernels, mesh: jax.sharding.Mesh) -> None:
             continue
         if not runs_on(name, device):
             raise InputError(f"kernels.{op}={name}: is for {HARDWARE[name].told}, this is {device.device_kind}; leave it out")
+        if (op, name) == ("lora", "pallas_tpu") and jax.__version_info__ < (0, 11) and device.device_kind in TOO_SMALL:
+            told = f"jax {jax.__version__} compiles it for a TPU v5e alone, this is {device.device_kind}"
+            raise InputError(f"kernels.{op}={name}: {told}; take jax 0.11 or later (Python 3.12), or leave it out")
         if mesh.shape["tensor"] > 1:
             raise InputError(f"kernels.{op}={name}: takes whole heads and channels on a device; set mesh.tensor=1, or leave it out")

@@ -12,12 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cross_entropy_kernels import CLOSE, distance, draws, exact, gradients, relative
-from jax.experimental.pallas import tpu as pltpu
+from interpreters import STRICT
 from jaxre_kernels.cross_entropy import Channels, choose, dense_cross_entropy, linear_cross_entropy
 from jaxre_kernels.cross_entropy.tpu import blocks_of, pallas_cross_entropy, unsupported
-
-# With these, reads of what was never written give NaN, reads behind an array raise, and copies that race are told.
-STRICT = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan", out_of_bounds_reads="raise")
 
 # (tokens, D, V)
 SHAPES = {

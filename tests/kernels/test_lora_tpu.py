@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from interpreters import STRICT
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxre_kernels.lora import choose, lora_group
 from jaxre_kernels.lora.tpu import VMEM_LIMIT, Blocks, Tiling, pallas_lora_group, tiling_of, unsupported
 from jaxre_kernels.nf4 import NF4Tiles, dequantise, dequantise_tiles, quantise, tiled
@@ -37,8 +37,6 @@ from lora_kernels import (
 )
 
 CLOSE = 2e-6  # f32: sums of at most 192 products, in another order than the reference's, which is in f64
-# With these, reads of what was never written give NaN, reads behind an array raise, and copies that race are told.
-STRICT = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", uninitialized_memory="nan", out_of_bounds_reads="raise")
 
 
 def small(parts=(1, 1), interpret=True) -> Tiling:

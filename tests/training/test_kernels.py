@@ -68,6 +68,27 @@ def test_a_kernel_runs_on_what_it_was_written_for(name: str, mesh: SimpleNamespa
         assert said in refusal(lambda: check_kernels(Kernels(attention=name), mesh))
 
 
+@pytest.mark.parametrize(
+    ("version", "kind", "compiles"),
+    [
+        ((0, 10, 2), "TPU v5 lite", True),
+        ((0, 10, 2), "TPU v5p", False),
+        ((0, 10, 2), "TPU v6 lite", False),
+        ((0, 11, 2), "TPU v6 lite", True),
+    ],
+)
+def test_lora_that_a_jax_cannot_compile_for_a_tpu_is_refused(version, kind, compiles, monkeypatch) -> None:
+    """Other ops it compiles for all of them."""
+    monkeypatch.setattr(jax, "__version_info__", version)
+    mesh = mesh_like("tpu")
+    mesh.devices[0].device_kind = kind
+    check_kernels(Kernels(attention="pallas_tpu", cross_entropy="pallas_tpu"), mesh)
+    if compiles:
+        check_kernels(Kernels(lora="pallas_tpu"), mesh)
+    else:
+        assert f"for a TPU v5e alone, this is {kind}; take jax 0.11" in refusal(lambda: check_kernels(Kernels(lora="pallas_tpu"), mesh))
+
+
 def test_arrays_that_a_kernel_does_not_take_are_refused_when_the_update_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(kernels.HARDWARE, "pallas_tpu", kernels.HARDWARE["pallas_tpu"]._replace(platform="cpu"))
     ops = ops_of(Kernels(attention="pallas_tpu", cross_entropy="pallas_tpu", lora="pallas_tpu"), one_device())

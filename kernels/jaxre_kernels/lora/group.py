@@ -12,6 +12,23 @@ counters. With dLi = c dYi Bi^T, side by side in dL:
 On two CPU cores this takes 0.67 of the processor time of autodiff, projection by projection (the seven projections of
 a layer of 576 channels and 1,536 in the MLP, rank 16, 2 x 1,024 tokens, f32, dropout 0.05; 2026-11-21). So does
 [x, Li] [Wi; Bi] as one product, forwards and backwards or backwards alone (0.67 to 0.68), which would copy every W.
+
+dtypes: x, W, dY and results of one, A and B cast to it; products that give L, dL, dA and dB are summed in f32 (at least), L and dL
+then rounded to x's dtype, dA and dB to that of the masters, f32.
+
+Memory: kept for the backward pass are x and L, of the sum of the ranks R numbers a token. x' and its mask, I numbers a token each, are
+there for one product, a dequantised W for one projection.
+
+Roofline for N tokens, I inputs, O outputs and ranks R of all projections together, in bf16; bytes are the least that XLA moves:
+
+                FLOPs                          bytes                          FLOP a byte, N much larger than I and O, these than R
+    forward     2 N I O + 2 N R (I + O)        2 N (2 I + 3 O) + 2 I O        I O / (2 I + 3 O)
+    backward    2 N I O + 4 N R (I + O)        2 N (4 I + 3 O) + 2 I O        I O / (4 I + 3 O)
+
+Y is written by the base product, then read and written again for its low-rank term, as dx is; x is read twice forwards, dY three
+times backwards. Where the compiler writes x' down that is 4 N I more each way, and an NF4 weight is 2.5 I O more (`nf4/reference.py`). For
+q, k and v of Qwen2.5-0.5B and 3B that is 197 and 445 FLOPs a byte forwards, 147 and 330 backwards; an H200 needs 206 by its datasheet,
+a bare product has I O / (I + O): 504 and 1,138.
 """
 
 from __future__ import annotations

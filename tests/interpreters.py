@@ -1,0 +1,51 @@
+"""What tests of Pallas kernels share: its interpreters at their strictest, races that fail the test, and state that is left clean."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jaxre_kernels.cross_entropy import gpu
+
+needs_interpreter = pytest.mark.skipif(gpu.MISSING is not None, reason=str(gpu.MISSING))
+
+# Reads of what was never written give NaN, reads behind an array raise, and accesses that race are told: `clean` makes them fail.
+OPTIONS = {"uninitialized_memory": "nan", "out_of_bounds_reads": "raise"}
+# For TPUs. A copy is done when it is waited for, as late as it may be.
+STRICT = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", **OPTIONS)
+
+
+def strict(**options):
+    """For GPUs."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.InterpretGPUParams(**OPTIONS, **options)
+
+
+class RaceError(AssertionError):
+    """Two accesses that nothing orders."""
+
+
+@contextmanager
+def clean(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Raises RaceError where an interpreter told of a race, and leaves it as it was found.
+
+    jax 0.12 raises, 0.10 and 0.11 print it and go on. What the interpreter itself remembers is forgotten with the next kernel, so
+    after a forward and a backward pass it would be the last kernel's alone; what was printed is of all.
+    """
+    try:
+        yield
+        said = capfd.readouterr()
+        if "RACE DETECTED" in said.out + said.err:
+            raise RaceError(said.out + said.err)
+        sys.stdout.write(said.out)  # for the report of a test that fails
+        sys.stderr.write(said.err)
+    finally:  # an exception inside of an interpreter leaves its state behind, for every later test
+        pltpu.reset_tpu_interpret_mode_state()
+        if gpu.MISSING is None:
+            from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+
+            reset_gpu_interpret_mode_state()
