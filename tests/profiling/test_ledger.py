@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_interpreter import needs_interpreter
+from interpreters import needs_interpreter
 from jaxre_kernels.attention import attention, visible_mask
 from tiny import ARCHITECTURE
 from tiny_encoders import fields_of
