@@ -13,15 +13,16 @@ a sum is 64 channels; ranks are padded to 64 and are more steps of the same sum:
 dropout lies behind the low-rank product: that is formed when the rest is summed, and masked in registers by the counters. A
 tile of any projection is a thread block of the one grid, so narrow projections (k and v) fill the processors together with wide ones.
 
-L has a kernel of its own where there is dropout, which drops channels of x in shared memory. The other three narrow products are XLA's.
-In bf16 they all move, a token, beside 2 (I + O) bytes of each of the wide kernels:
+L has a kernel of its own where there is dropout, which drops channels of x in shared memory. dLi and dBi come from one read of dYi
+(`gpu_narrow.py`) where that moves fewer bytes than two products of XLA, which is decided from the shapes: for wide projections and
+ranks of at most 32. It reads dY apart from the kernel of dx, whose tiles have too few registers left for dB. dA is XLA's: a sum over all
+tokens of dL, which is complete only after all outputs. In bf16 these products move, a token, beside 2 (I + O) bytes of each of the
+wide kernels:
 
-    L: 2 I        dL: 2 O        dB: 2 O        dA: 2 I, and 4 I where the compiler writes x' down
+    L: 2 I        dL and dB: 2.2 O to 4 O        dA: 2 I, and 4 I where the compiler writes x' down
 
 At 16,384 tokens and the 4.8 TB/s of an H200 that is 6 us forwards and at most 34 us backwards for q, k and v of Qwen2.5-0.5B, and 14 and
-342 us for gate and up of 3B; at its 989 TFLOP/s the wide product takes 34 us and 1.49 ms each way. dL and dB do not share
-a read of dY: one is a sum over channels and one over tokens, so one of them would have to leave partial sums in memory, 256 O bytes
-a block of tokens. dA is a sum over all tokens, too.
+at most 342 us for gate and up of 3B (with rank 32, 237); at its 989 TFLOP/s the wide product takes 34 us and 1.49 ms each way.
 
 NF4. The feeding warpgroup decodes codes to bf16 in shared memory, by 15 selections a parameter, while the other two multiply: the
 product reads them there, forwards as they are and backwards transposed. Weights lie as `NF4Tiles` with halves of 64 rows, the tile of a
@@ -63,7 +64,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxre_kernels.lora.gpu_kernels import CHUNK, STEP, Packed, Ring, backward_kernel, forward_kernel, low_kernel
-from jaxre_kernels.lora.group import Factors, Projections, dlow_of, factor_gradients, joined_a, low_of, projections_of
+from jaxre_kernels.lora.gpu_narrow import narrow_gradients, panel_of
+from jaxre_kernels.lora.group import Factors, Projections, b_gradient, dlow_of, joined_a, low_of, projections_of, with_a_gradients
 from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, tiled
 
 MISSING = None if jax.__version_info__ >= (0, 11) else f"it needs jax 0.11 or later, this is {jax.__version__}"
@@ -159,15 +161,16 @@ def _forward(x, weights, factors, words, scale, rate, interpret):
 def _backward(scale, rate, interpret, kept, dys):
     x, weights, factors, words, low = kept
     padded, laid, rows = _padded(factors), _laid(weights), [_rows(dy) for dy in dys]
-    dlow = a = None
+    dlow = a = dbs = None
     if low is not None:
-        dlow, a = dlow_of(dys, padded, scale, rate), joined_a(padded, x.dtype)
+        a = joined_a(padded, x.dtype)
+        dlow, dbs = _dlow_and_dbs(rows, _rows(low), padded, factors, scale / (1 - rate), interpret)
     inputs = _inputs(laid[0])
     masked = low is not None and rate
     (dx,) = _run(
         "lora_backward",
         partial(backward_kernel, rate=rate),
-        (rows, None if low is None else _rows(dlow), a, _words(words) if masked else None, laid),
+        (rows, dlow, a, _words(words) if masked else None, laid),
         [jax.ShapeDtypeStruct((rows[0].shape[0], inputs), dys[0].dtype)],
         (TOKENS, inputs // _width(inputs)),
         (_width(inputs), STEP),
@@ -177,11 +180,31 @@ def _backward(scale, rate, interpret, kept, dys):
     dx = _brought_back(dx, dys[0])
     if low is None:
         return dx, None, None, None
-    gradients = factor_gradients(x, low, dlow, dys, padded, words, rate)
+    gradients = with_a_gradients(x, _brought_back(dlow, x), dbs, padded, words, rate)
     return dx, None, [_cut(gradient, factor) for gradient, factor in zip(gradients, factors, strict=True)], None
 
 
 _op.defvjp(_forward, _backward)
+
+
+def _dlow_and_dbs(rows, low, padded, factors, scale, interpret):
+    """dL [N, sum of R], and dB [R, O] of each projection or None: by one read of dY where `panel_of` says so, else by two of XLA's."""
+    dlows, dbs, first = [], [], 0
+    for dy, wide, factor in zip(rows, padded, factors, strict=True):
+        if factor is None:
+            dbs.append(None)
+            continue
+        (rank, outputs), ranks = factor.b.shape, wide.b.shape[0]
+        panel = panel_of(dy.shape[0], outputs, rank)
+        if panel is None:
+            dlow, db = dlow_of([dy], [wide], scale, 0.0), b_gradient(low[:, first : first + ranks], dy)
+        else:
+            dlow, db = narrow_gradients(dy, low[:, first : first + rank], factor.b.astype(dy.dtype), panel, scale, interpret)
+            dlow, db = jnp.pad(dlow, ((0, 0), (0, ranks - rank))), jnp.pad(db, ((0, ranks - rank), (0, 0)))
+        dlows.append(dlow)
+        dbs.append(db)
+        first += ranks
+    return jnp.concatenate(dlows, axis=-1), dbs
 
 
 def _low(x, factors, words, scale, rate, interpret):

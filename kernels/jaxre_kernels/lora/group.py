@@ -137,13 +137,31 @@ def factor_gradients(
     rate: float,
 ) -> list[Factors | None]:
     """dA and dB of each projection, summed in f32."""
+    lows = iter(_split(low, factors))
+    dbs = [None if factor is None else b_gradient(next(lows), dy) for factor, dy in zip(factors, dys, strict=True)]
+    return with_a_gradients(x, dlow, dbs, factors, words, rate)
+
+
+def b_gradient(low: jax.Array, dy: jax.Array) -> jax.Array:
+    """dB [R, O] of one projection, from its own L."""
+    return _over_tokens(low, dy)
+
+
+def with_a_gradients(
+    x: jax.Array,
+    dlow: jax.Array,
+    dbs: Sequence[jax.Array | None],
+    factors: Sequence[Factors | None],
+    words: jax.Array | None,
+    rate: float,
+) -> list[Factors | None]:
+    """dA of each projection, summed in f32, beside the dB that is there."""
     # As [R, I]: on a CPU the first operand of a sum over tokens is transposed in memory, and dL is the narrow one. Without
     # the barrier the compiler would turn the product around again.
     das = iter(_split(jax.lax.optimization_barrier(_over_tokens(dlow, _dropped(x, words, rate))).T, factors))
-    lows = iter(_split(low, factors))
     return [
-        None if factor is None else Factors(next(das).astype(factor.a.dtype), _over_tokens(next(lows), dy).astype(factor.b.dtype))
-        for factor, dy in zip(factors, dys, strict=True)
+        None if factor is None else Factors(next(das).astype(factor.a.dtype), db.astype(factor.b.dtype))
+        for factor, db in zip(factors, dbs, strict=True)
     ]
 
 
