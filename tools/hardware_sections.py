@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -256,6 +257,7 @@ def timed_step(folder: Path, shape: str, overrides: tuple[str, ...], dry: bool) 
 
     given = argparse.Namespace(prompts=["0shot"], set=[], nf4=False, shape=shape, **(DRY_STEP if dry else STEP))
     if not (folder / "written").is_file():
+        shutil.rmtree(folder, ignore_errors=True)  # what a process left that was ended while it wrote
         folder.mkdir()
         write_inputs(folder, given)
         (folder / "written").touch()
