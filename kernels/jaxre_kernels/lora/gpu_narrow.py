@@ -6,22 +6,21 @@ It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90
 
 One is a sum over outputs, the other over tokens. A thread block has a range of outputs and a span of tokens: B of its range lies in
 shared memory, dB of its range in f32 registers until the span is over, dL of 128 tokens until they are done. So every range leaves
-partial sums of dL, every span of dB, in f32, which XLA adds up; dL of a single range is complete, and rounded at once. Sums have an order:
-nothing is added atomically.
+partial sums of dL, every span of dB, in f32, which XLA adds up. (dL of a single range is complete, but registers hold 16 bytes of a row of
+bf16 together, half of what memory takes at once.) Sums have an order: nothing is added atomically.
 
 Roofline. Bytes of memory, for N tokens, O outputs, ranks padded to r of 16 or 32, k ranges and s spans:
 
     two products of XLA    4 N O, at least
-    this kernel            2 N O + 4 r N (L is transposed first) + 8 r N k (dL of k > 1 written and read) + 8 r O s (dB, s > 1)
+    this kernel            2 N O + 4 r N (L is transposed first) + 8 r N k (dL written and read) + 8 r O s (dB, s > 1)
 
 Of up to 132 thread blocks, the processors of an H200, and ranges that the registers hold, `panel_of` takes the cut that moves least, and
 none where XLA's products move less. For 16,384 tokens that is, as a share of 4 N O,
 
     rank                                16      32
-    0.5B   k, v of 128                  0.88    -
-           q, o, down of 896            0.72    0.94
+    0.5B   q, o, down of 896            0.72    0.94
            gate, up of 4,864            0.59    0.69
-    3B     k, v of 256                  0.81    -
+    3B     k, v of 256                  0.94    -
            q, o, down of 2,048          0.63    0.77
            gate, up of 11,008           0.58    0.65
 
@@ -87,7 +86,7 @@ def panel_of(tokens: int, outputs: int, rank: int) -> Panel | None:
         return Panel(of_range, ranges, max(1, min(steps, PROCESSORS // ranges)))
 
     def moved(panel):
-        partial_sums = 8 * r * tokens * panel.ranges * (panel.ranges > 1) + 8 * r * outputs * panel.spans * (panel.spans > 1)
+        partial_sums = 8 * r * tokens * panel.ranges + 8 * r * outputs * panel.spans * (panel.spans > 1)
         return 2 * tokens * outputs + 4 * r * tokens + partial_sums
 
     best = min(map(cut, PAIRS.get(r, ())), key=moved, default=None)
@@ -117,7 +116,7 @@ def narrow_gradients(
     dlow, db = plgpu.kernel(
         partial(_kernel, panel=panel, scale=scale),
         out_type=[
-            jax.ShapeDtypeStruct((panel.ranges, tokens, r), dtype if panel.ranges == 1 else jnp.float32),
+            jax.ShapeDtypeStruct((panel.ranges, tokens, r), jnp.float32),
             jax.ShapeDtypeStruct((panel.spans, wide, r), jnp.float32),
         ],
         scratch_types={
@@ -220,7 +219,7 @@ def _kernel(dy, low, b, dlow, db, *, ring, panel, scale):
 
                 total = pl.run_scoped(form_dlow, plgpu.ACC((TOKENS // 2, r), jnp.float32))
                 rows = pl.ds((first + step) * TOKENS + half_tokens.start, TOKENS // 2)
-                dlow.at[own, rows][...] = (total * scale).astype(dlow.dtype)
+                dlow.at[own, rows][...] = total * scale
                 return carry
 
             lax.fori_loop(0, steps, some, ())
