@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from gpu_interpreter import fresh_interpreter, needs_interpreter, strict  # noqa: F401 (a fixture of every test)
+from interpreters import needs_interpreter, strict
 from jaxre_kernels.lora.gpu_narrow import Panel, narrow_gradients, panel_of
 from lora_kernels import largest
 
