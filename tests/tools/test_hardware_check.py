@@ -207,6 +207,64 @@ def test_a_kernel_that_refuses_is_left_out_and_one_that_breaks_has_failed(preten
     assert len(told) == 2 and ", breaking: RuntimeError" in told[0] and ", wrong: error" in told[1]
 
 
+def test_each_run_of_the_step_has_a_process_of_its_own_and_goals_come_last(monkeypatch, tmp_path):
+    name = f"{sections.DRY_SHAPE} float32, 1 rows of 1,024"
+    monkeypatch.setattr(sections, "step_runs", lambda dry: {name: ("tiny", ()), f"{name}, NF4": ("tiny", ("model.quantise=nf4",))})
+
+    def timed_step(folder, shape, overrides, dry):
+        if overrides:
+            raise RuntimeError("out of memory")
+        return {"seconds": 1.0, "share_of_floor": 0.5, "mfu": 0.3, "examples_per_second": 9.0}
+
+    monkeypatch.setattr(sections, "timed_step", timed_step)
+    options, path = argparse.Namespace(dry=True, sweep=False, records=tmp_path / "records"), tmp_path / "records"
+    for _ in range(2):
+        with pytest.raises(SystemExit) as left:
+            sections.time_step(sections.Records(path), float("inf"), options)
+        assert left.value.code == sections.AGAIN
+    sections.time_step(sections.Records(path), float("inf"), options)
+    found = sections.Records(path).found
+    assert [one["case"] for one in found if "case" in one] == [name, f"{name}, NF4"]
+    assert "out of memory" in found[3]["problem"]
+    assert {one["target"]: one["ratio"] for one in found[4:]} == {"share of the ledger's floor": 0.5, "MFU on real tokens": 0.3}
+
+
+def test_peers_are_held_against_their_goals(monkeypatch, tmp_path):
+    commands = []
+
+    class Bench:
+        def __init__(self, command, **_):
+            commands.append(command)
+            kept = dict.fromkeys(("tokens_per_second", "ratio", "ratios", "examples_per_update", "peak_bytes", "relative"), 1.0)
+            speeds = {"a": 1.0, "c": 30.0} | ({"b": 20.0} if "--packed" in command else {})
+            sides = {side: kept | {"examples_per_second": speed} for side, speed in speeds.items()}
+            Path(command[command.index("--json") + 1]).write_text(json.dumps({"prompts": {"0shot": sides}}))
+
+        def wait(self, limit):
+            return 0
+
+    monkeypatch.setattr(sections.subprocess, "Popen", Bench)
+    records = sections.Records(tmp_path / "records")
+    sections.time_peers(records, float("inf"), argparse.Namespace(dry=False))
+    goals = [(one["target"], one["against"], one["ratio"], one["ratio"] >= one["least"]) for one in records.found if "target" in one]
+    batch, packed = "training: jaxre at the study's batch, 0shot", "training: jaxre with packed rows, 0shot"
+    assert goals == [(batch, "a", 30.0, True), (packed, "a", 30.0, False), (packed, "b", 1.5, False)]
+    assert "train.batch_examples=8" in commands[0] and "--packed" not in commands[0] and "varlen,flex_attention" in commands[1]
+
+
+@pytest.mark.parametrize(("waited", "bound"), [(0.05, True), (0.5, False)])
+def test_a_time_that_may_be_the_hosts_is_told(waited, bound, monkeypatch):
+    clock = timing.Clock(dry=True)
+    monkeypatch.setattr(timing.jax, "default_backend", lambda: "gpu")
+
+    def flushes(count, run=None, sets=None):
+        clock.waited = waited if run else 0.9
+        return count * (2.0 if run else 1.0)
+
+    monkeypatch.setattr(clock, "flushes", flushes)
+    assert clock.seconds(lambda: None, [()]) == (1.0, 1.0, 1.0) and clock.host_bound is bound
+
+
 def double(x):
     return {"y": 2 * x, "z": x.sum()}
 
