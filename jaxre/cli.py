@@ -14,8 +14,9 @@ from rich.console import Console
 from jaxre.errors import InputError
 from jaxre.host_memory import keep_freed_memory
 
-# What a command needs is imported inside it: jax and the readers take seconds to load. Memory is kept before that, as threads start then.
-# `\b` before an example: its lines are not wrapped, so that they can be pasted.
+# What a command needs is imported inside it: jax and the readers take seconds to load. Memory is
+# kept before that, as threads start then. `\b` before an example: its lines are not wrapped, so
+# that they can be pasted.
 
 app = typer.Typer(
     help="Fine-tunes small language models for relation extraction.",
@@ -23,17 +24,35 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-frontier = typer.Typer(help="Asks frontier models through files that you send, and caches their answers.", rich_markup_mode=None)
+frontier = typer.Typer(
+    help="Asks frontier models through files that you send, and caches their answers.",
+    rich_markup_mode=None,
+)
 app.add_typer(frontier, name="frontier")
 console = Console()
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run", metavar="CONFIG")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="settings on top of the file", metavar="[KEY=VALUE ...]")]
-Dedup = Annotated[bool, typer.Option("--dedup", help="data.dedup=true: leave out training examples whose text is in validation or test")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings on top of the file", metavar="[KEY=VALUE ...]")
+]
+Dedup = Annotated[
+    bool,
+    typer.Option(
+        "--dedup",
+        help="data.dedup=true: leave out training examples whose text is in validation or test",
+    ),
+]
 LabelMapFile = Annotated[Path | None, typer.Option(help="label map, ours -> common", metavar="MAP")]
-Data = Annotated[str | None, typer.Option(help="dataset name or file; the config's test data if not given", metavar="NAME_OR_FILE")]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="dataset name or file; the config's test data if not given", metavar="NAME_OR_FILE"
+    ),
+]
 Split = Annotated[str | None, typer.Option(help="split of the dataset; test if not given")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="also write the result to this file", metavar="FILE")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="also write the result to this file", metavar="FILE")
+]
 
 
 def main() -> None:
@@ -47,22 +66,32 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except typer.TyperException as error:  # an unknown command or option, a missing argument, a bad value
+    except (
+        typer.TyperException
+    ) as error:  # an unknown command or option, a missing argument, a bad value
         problem = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
         context = getattr(error, "ctx", None)
-        print(f"error: {problem}; see `{context.command_path if context else 'jaxre'} --help`", file=sys.stderr)
+        print(
+            f"error: {problem}; see `{context.command_path if context else 'jaxre'} --help`",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except typer.Abort:
         print("error: stopped", file=sys.stderr)
         sys.exit(1)
     except OSError as error:  # a name that is too long, a folder that may not be read
         reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
-        print(f"error: {InputError(f'{error.filename}: {reason}' if error.filename else reason)}", file=sys.stderr)
+        print(
+            f"error: {InputError(f'{error.filename}: {reason}' if error.filename else reason)}",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 
 @app.command()
-def quickstart(output: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/quickstart")) -> None:
+def quickstart(
+    output: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/quickstart"),
+) -> None:
     """The whole main job on what the project ships: train, predict, evaluate, compare, export.
 
     \b
@@ -88,7 +117,8 @@ def doctor() -> None:
 
 @app.command()
 def prepare(config: ConfigFile, overrides: Overrides = None, dedup: Dedup = False) -> None:
-    """Shows the data of a run: counts, lengths, packing, and three examples with the supervised part marked.
+    """Shows the data of a run: counts, lengths, packing, and three examples with the supervised
+    part marked.
 
     \b
     Example: jaxre prepare configs/quickstart.yaml prompt.shots=2
@@ -124,17 +154,29 @@ def profile(
     config: ConfigFile,
     overrides: Overrides = None,
     steps: Annotated[int, typer.Option(min=1, help="updates that are timed")] = 10,
-    sweep: Annotated[bool, typer.Option("--sweep", help="time several rows x length at the same batch and print the best")] = False,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep", help="time several rows x length at the same batch and print the best"
+        ),
+    ] = False,
     json: JsonFile = None,
 ) -> None:
-    """Counts what a run has to compute, times its updates, and says what bounds it; leaves OUTPUT/NAME-profile, no run folder.
+    """Counts what a run has to compute, times its updates, and says what bounds it; leaves
+    OUTPUT/NAME-profile, no run folder.
 
     \b
     Example: jaxre profile configs/quickstart.yaml --steps 5
     """
     keep_freed_memory()
     from jaxre.config import load_config
-    from jaxre.profiling.profile import overrides_of, profile_run, profile_table, sweep_rows, sweep_table
+    from jaxre.profiling.profile import (
+        overrides_of,
+        profile_run,
+        profile_table,
+        sweep_rows,
+        sweep_table,
+    )
 
     loaded = load_config(config, overrides)
     if sweep:
@@ -152,24 +194,47 @@ def profile(
 
 @app.command()
 def predict(
-    model: Annotated[str, typer.Argument(help="run folder, model folder or hub id", metavar="RUN_OR_MODEL_DIR")],
-    data: Annotated[str | None, typer.Option(help="dataset name or file; the run's test data if not given", metavar="NAME_OR_FILE")] = None,
-    split: Annotated[str | None, typer.Option(help="split of the dataset; test if not given")] = None,
+    model: Annotated[
+        str, typer.Argument(help="run folder, model folder or hub id", metavar="RUN_OR_MODEL_DIR")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="dataset name or file; the run's test data if not given", metavar="NAME_OR_FILE"
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="split of the dataset; test if not given")
+    ] = None,
     mode: Annotated[
         Literal["score", "best", "generate"],
         typer.Option(
-            help="score: the most probable label, and the probability of each; best: that label alone, faster; generate: greedy decoding"
+            help=(
+                "score: the most probable label, and the probability of each; best: that label"
+                " alone, faster; generate: greedy decoding"
+            )
         ),
     ] = "score",
-    output: Annotated[Path | None, typer.Option(help="predictions file (.parquet and .csv are written)", metavar="FILE")] = None,
-    text: Annotated[str | None, typer.Option(help='one text, marked: "... <e1>head</e1> ... <e2>tail</e2> ..."')] = None,
-    config: Annotated[Path | None, typer.Option(help="config with prompt and labels, for a model that is no run")] = None,
-    style: Annotated[str | None, typer.Option(help="prompt style in place of the run's prompt, such as shots2-task")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="predictions file (.parquet and .csv are written)", metavar="FILE"),
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help='one text, marked: "... <e1>head</e1> ... <e2>tail</e2> ..."')
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="config with prompt and labels, for a model that is no run")
+    ] = None,
+    style: Annotated[
+        str | None,
+        typer.Option(help="prompt style in place of the run's prompt, such as shots2-task"),
+    ] = None,
 ) -> None:
     """Predicts relations, with exact label probabilities.
 
     \b
-    Example: jaxre predict runs/quickstart --text "<e1>Paris</e1> is the capital of <e2>France</e2>."
+    Example: jaxre predict runs/quickstart --text "<e1>Paris</e1> is the capital of
+    <e2>France</e2>."
     """
     keep_freed_memory()
     from jaxre.compilation_cache import use_compilation_cache
@@ -178,7 +243,10 @@ def predict(
     use_compilation_cache(console.print)
     if text is not None:
         if split or output:
-            raise InputError("--text prints one prediction; give it without --split and --output (--data NAME says whose labels it has)")
+            raise InputError(
+                "--text prints one prediction; give it without --split and --output (--data NAME"
+                " says whose labels it has)"
+            )
         console.print(predict_text(model, text, mode, config, data, style))
         return
     found = predict_data(model, data, split, mode, output, config, console, style)
@@ -188,7 +256,10 @@ def predict(
 
 @app.command()
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(help="predictions file or folder", metavar="PREDICTIONS")], json: JsonFile = None
+    predictions: Annotated[
+        Path, typer.Argument(help="predictions file or folder", metavar="PREDICTIONS")
+    ],
+    json: JsonFile = None,
 ) -> None:
     """Scores a predictions file: positive-class micro-F1, macro-F1, accuracy, per class.
 
@@ -204,16 +275,31 @@ def evaluate(
 
 @app.command()
 def compare(
-    predictions: Annotated[Path, typer.Argument(help="our predictions file", metavar="PREDICTIONS")],
-    cache: Annotated[Path, typer.Argument(help="cached predictions of another model: a file, or hub:OWNER/NAME", metavar="CACHE")],
+    predictions: Annotated[
+        Path, typer.Argument(help="our predictions file", metavar="PREDICTIONS")
+    ],
+    cache: Annotated[
+        Path,
+        typer.Argument(
+            help="cached predictions of another model: a file, or hub:OWNER/NAME", metavar="CACHE"
+        ),
+    ],
     labels: LabelMapFile = None,
-    model: Annotated[str | None, typer.Option(help="which model of a cache that holds several")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="which model of a cache that holds several")
+    ] = None,
     coverage: Annotated[
-        float | None, typer.Option(min=0, max=1, help="stop if less than this share of the predictions has an answer in the cache")
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="stop if less than this share of the predictions has an answer in the cache",
+        ),
     ] = None,
     json: JsonFile = None,
 ) -> None:
-    """Compares predictions with cached ones on the same examples: F1, difference with interval, McNemar.
+    """Compares predictions with cached ones on the same examples: F1, difference with interval,
+    McNemar.
 
     \b
     Example: jaxre compare runs/semeval-small/predictions/semeval2010_task8-test-score.parquet \\
@@ -230,17 +316,29 @@ def compare(
 @frontier.command("export")
 def frontier_export(
     config: ConfigFile,
-    provider: Annotated[Literal["openai", "anthropic", "openrouter"], typer.Option(help="whose form the request files have")],
+    provider: Annotated[
+        Literal["openai", "anthropic", "openrouter"],
+        typer.Option(help="whose form the request files have"),
+    ],
     model: Annotated[str, typer.Option(help="the provider's name of the model")],
-    output: Annotated[Path, typer.Option(help="request file; its manifest is written beside it", metavar="FILE")],
+    output: Annotated[
+        Path, typer.Option(help="request file; its manifest is written beside it", metavar="FILE")
+    ],
     overrides: Overrides = None,
     data: Data = None,
     split: Split = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="of an answer; what a model reasons before it counts too")] = 64,
-    no_temperature: Annotated[bool, typer.Option("--no-temperature", help="for models that refuse it; else it is 0")] = False,
-    style: Annotated[str, typer.Option(help="prompt style in place of the config's prompt, such as shots2-task")] = "",
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="of an answer; what a model reasons before it counts too")
+    ] = 64,
+    no_temperature: Annotated[
+        bool, typer.Option("--no-temperature", help="for models that refuse it; else it is 0")
+    ] = False,
+    style: Annotated[
+        str, typer.Option(help="prompt style in place of the config's prompt, such as shots2-task")
+    ] = "",
 ) -> None:
-    """Writes request files for a frontier model: the prompts of a run, equal ones once. You send them; no key is read or stored.
+    """Writes request files for a frontier model: the prompts of a run, equal ones once. You send
+    them; no key is read or stored.
 
     \b
     Example: jaxre frontier export configs/quickstart.yaml --provider openai --model gpt-4.1-mini \
@@ -261,17 +359,31 @@ def frontier_export(
 
 @frontier.command("import")
 def frontier_import(
-    manifest: Annotated[Path, typer.Argument(help="manifest that the export wrote", metavar="MANIFEST")],
-    results: Annotated[list[Path], typer.Argument(help="result and error files of the provider", metavar="RESULT_FILES...")],
-    output: Annotated[Path, typer.Option(help="cache (.parquet, .csv and .summary.json are written)", metavar="FILE")],
+    manifest: Annotated[
+        Path, typer.Argument(help="manifest that the export wrote", metavar="MANIFEST")
+    ],
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="result and error files of the provider", metavar="RESULT_FILES..."),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(help="cache (.parquet, .csv and .summary.json are written)", metavar="FILE"),
+    ],
     price: Annotated[
-        tuple[float, float] | None, typer.Option(help="USD per million tokens in and out, where the files state no cost", metavar="IN OUT")
+        tuple[float, float] | None,
+        typer.Option(
+            help="USD per million tokens in and out, where the files state no cost",
+            metavar="IN OUT",
+        ),
     ] = None,
 ) -> None:
-    """Makes a cache of predictions from a provider's result files; errors and missing answers are counted and have no row.
+    """Makes a cache of predictions from a provider's result files; errors and missing answers are
+    counted and have no row.
 
     \b
-    Example: jaxre frontier import requests/facts.manifest.json output.jsonl errors.jsonl --output caches/facts \
+    Example: jaxre frontier import requests/facts.manifest.json output.jsonl errors.jsonl --output
+    caches/facts \
       --price 0.2 0.8
     """
     from jaxre.inference.frontier import import_results, import_table
@@ -283,16 +395,26 @@ def frontier_import(
 
 @frontier.command("check")
 def frontier_check(
-    cache: Annotated[Path, typer.Argument(help="cached predictions of another model: a file, or hub:OWNER/NAME", metavar="CACHE")],
-    config: Annotated[Path | None, typer.Option(help="config with data, labels and prompts", metavar="CONFIG")] = None,
+    cache: Annotated[
+        Path,
+        typer.Argument(
+            help="cached predictions of another model: a file, or hub:OWNER/NAME", metavar="CACHE"
+        ),
+    ],
+    config: Annotated[
+        Path | None, typer.Option(help="config with data, labels and prompts", metavar="CONFIG")
+    ] = None,
     data: Data = None,
     split: Split = None,
     labels: LabelMapFile = None,
     model: Annotated[str | None, typer.Option(help="check the answers of this model only")] = None,
-    coverage: Annotated[float, typer.Option(min=0, max=1, help="the share of the examples that must have an answer")] = 0.95,
+    coverage: Annotated[
+        float, typer.Option(min=0, max=1, help="the share of the examples that must have an answer")
+    ] = 0.95,
     json: JsonFile = None,
 ) -> None:
-    """Checks a cache against the data it covers: coverage, gold labels, prompts, repeated answers, labels. Exit code 2 if it fails.
+    """Checks a cache against the data it covers: coverage, gold labels, prompts, repeated answers,
+    labels. Exit code 2 if it fails.
 
     \b
     Example: jaxre frontier check caches/facts.parquet --config configs/quickstart.yaml
@@ -301,21 +423,33 @@ def frontier_check(
     from jaxre.evaluation.cache_check import check_table
     from jaxre.inference.frontier import check_file
 
-    found = check_file(cache, load_config(config) if config else None, data, split, model, labels, coverage)
+    found = check_file(
+        cache, load_config(config) if config else None, data, split, model, labels, coverage
+    )
     console.print(check_table(found))
     write_json(json, found.to_json())
     if found.problems:
         raise InputError(
-            f"{cache}: {found.problems[0]}{f' (and {len(found.problems) - 1} more)' if found.problems[1:] else ''}; mend the cache"
+            f"{cache}:"
+            f" {found.problems[0]}"
+            f"{f' (and {len(found.problems) - 1} more)' if found.problems[1:] else ''};"
+            " mend the cache"
         )
 
 
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="folder of a study", metavar="FOLDER")],
-    output: Annotated[Path | None, typer.Option(help="the page; FOLDER/report.html if not given", metavar="FILE")] = None,
-    figures: Annotated[Path | None, typer.Option(help="also draw PNG and PDF figures into this folder", metavar="FOLDER")] = None,
-    public: Annotated[bool, typer.Option("--public", help="leave out sentences that may not be republished")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="the page; FOLDER/report.html if not given", metavar="FILE")
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="also draw PNG and PDF figures into this folder", metavar="FOLDER"),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="leave out sentences that may not be republished")
+    ] = False,
 ) -> None:
     """Writes what a study found as one HTML page that needs no network, and as figures.
 
@@ -327,20 +461,34 @@ def report(
     written = write_report(folder, output, figures, public)
     if written.closed:
         sets = ", ".join(written.closed)
-        print(f"do not publish the page: it shows sentences of {sets}; --public leaves them out", file=sys.stderr)
+        print(
+            f"do not publish the page: it shows sentences of {sets}; --public leaves them out",
+            file=sys.stderr,
+        )
     for path in (*written.figures, written.page):
         print(path)
 
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="run, adapter or model folder, or hub id", metavar="SOURCE")],
+    source: Annotated[
+        str, typer.Argument(help="run, adapter or model folder, or hub id", metavar="SOURCE")
+    ],
     target: Annotated[Path, typer.Argument(help="folder to write", metavar="TARGET")],
-    to: Annotated[Literal["jaxre", "hf", "peft"], typer.Option(help="hf: Hugging Face; peft: adapter; jaxre: our store")],
+    to: Annotated[
+        Literal["jaxre", "hf", "peft"],
+        typer.Option(help="hf: Hugging Face; peft: adapter; jaxre: our store"),
+    ],
     merge: Annotated[bool, typer.Option("--merge", help="merge the adapter into the base")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given")] = None,
-    quantise: Annotated[Literal["nf4"] | None, typer.Option(help="nf4: projections as NF4, in a jaxre folder")] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="read back what was written and compare every tensor")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given")
+    ] = None,
+    quantise: Annotated[
+        Literal["nf4"] | None, typer.Option(help="nf4: projections as NF4, in a jaxre folder")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="read back what was written and compare every tensor")
+    ] = False,
     json: JsonFile = None,
 ) -> None:
     """Converts weights from and to Hugging Face and PEFT.
@@ -361,9 +509,13 @@ def convert(
 def study(
     config: Annotated[Path, typer.Argument(help="YAML file of the study", metavar="CONFIG")],
     overrides: Overrides = None,
-    plan: Annotated[bool, typer.Option("--plan", help="show what would be done, and how long it takes, and stop")] = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="show what would be done, and how long it takes, and stop"),
+    ] = False,
 ) -> None:
-    """A grid of runs: shows the plan with expected hours, trains, predicts, and writes OUTPUT/NAME/study.json. Goes on where it stopped.
+    """A grid of runs: shows the plan with expected hours, trains, predicts, and writes
+    OUTPUT/NAME/study.json. Goes on where it stopped.
 
     \b
     Example: jaxre study configs/study/small.yaml --plan

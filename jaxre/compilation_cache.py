@@ -16,11 +16,13 @@ UNREADABLE = "Error reading persistent compilation cache entry"  # how JAX's war
 
 
 def use_compilation_cache(say: Callable[[str], object]) -> str:
-    """Switches the cache on, in JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxre/xla, for programs of any size.
+    """Switches the cache on, in JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxre/xla, for programs of
+    any size.
 
-    JAX_ENABLE_COMPILATION_CACHE=false switches it off. A folder that cannot be written is told through `say`, and the
-    process goes on without the cache; so are damaged entries, which are compiled again. Machines may share a folder:
-    JAX's keys hold the device, and of a CPU its instruction set (its topology's fingerprint changes with --xla_cpu_max_isa).
+    JAX_ENABLE_COMPILATION_CACHE=false switches it off. A folder that cannot be written is told
+    through `say`, and the process goes on without the cache; so are damaged entries, which are
+    compiled again. Machines may share a folder: JAX's keys hold the device, and of a CPU its
+    instruction set (its topology's fingerprint changes with --xla_cpu_max_isa).
 
     Returns:
       The folder, or why there is none.
@@ -42,13 +44,16 @@ def use_compilation_cache(say: Callable[[str], object]) -> str:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     if jax.config.jax_compilation_cache_dir != folder:
         jax.config.update("jax_compilation_cache_dir", folder)
-        compilation_cache.reset_cache()  # JAX decides at its first compilation whether there is a cache
+        # JAX decides at its first compilation whether there is a cache
+        compilation_cache.reset_cache()
     _tell_unreadable(folder, say)
     return folder
 
 
 def _tell_unreadable(folder: str, say: Callable[[str], object]) -> None:
-    """Entries that cannot be read, each of which JAX compiles again with a warning, are told once for all."""
+    """Entries that cannot be read, each of which JAX compiles again with a warning, are told once
+    for all.
+    """
     show, told = warnings.showwarning, []
 
     def show_others(message: Warning | str, *place: Any, **more: Any) -> None:
@@ -56,6 +61,9 @@ def _tell_unreadable(folder: str, say: Callable[[str], object]) -> None:
             show(message, *place, **more)
         elif not told:
             told.append(message)
-            say(f"{folder}: has entries that cannot be read, which are compiled again; remove the folder")
+            say(
+                f"{folder}: has entries that cannot be read, which are compiled again; remove the"
+                " folder"
+            )
 
     warnings.showwarning = show_others

@@ -1,7 +1,9 @@
-"""`jaxre quickstart`: the whole main job on what the project ships, with a report a newcomer can read.
+"""`jaxre quickstart`: the whole main job on what the project ships, with a report a newcomer can
+read.
 
 Fine-tunes the shipped base on the shipped corpus, predicts the test split, evaluates it beside
-three baselines, compares example by example with the strongest, and exports for transformers and PEFT.
+three baselines, compares example by example with the strongest, and exports for transformers and
+PEFT.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ CONFIG = Path("configs/quickstart.yaml")
 BASELINES = {
     "majority label": (majority, "always the most frequent label"),
     "TF-IDF + logistic regression": (tfidf_sentence, "words of the sentence"),
-    "TF-IDF + logistic regression, marked": (tfidf_marked, "words with their place about head and tail"),
+    "TF-IDF + logistic regression, marked": (
+        tfidf_marked,
+        "words with their place about head and tail",
+    ),
 }
 
 
@@ -51,17 +56,33 @@ def quickstart(run: Path, console: Console, config_path: Path = CONFIG) -> dict:
     console.rule("2 of 5: predict the test split")
     ours = predict_data(str(run), None, None, "score", None, None, console)
     console.print(ours.summary)
-    untuned = predict_data(config.model.path, None, None, "score", run / "predictions" / "untuned-base", config_path, console)
+    untuned = predict_data(
+        config.model.path,
+        None,
+        None,
+        "score",
+        run / "predictions" / "untuned-base",
+        config_path,
+        console,
+    )
 
     console.rule("3 of 5: evaluate, beside the baselines")
     examples, test = mixtures.load(config.data.train, "data.train"), sources.load(config.data.test)
-    systems = [System("fine-tuned (LoRA)", evaluate_rows(ours.rows, "test"), ours=True, note="this run")]
+    systems = [
+        System("fine-tuned (LoRA)", evaluate_rows(ours.rows, "test"), ours=True, note="this run")
+    ]
     cached = {}
     for name, (baseline, note) in BASELINES.items():
         rows = baseline_rows(name, baseline(examples, test).labels, test)
-        cached[name], _ = write_predictions(run / "predictions" / f"baseline-{len(cached) + 1}", rows)
+        cached[name], _ = write_predictions(
+            run / "predictions" / f"baseline-{len(cached) + 1}", rows
+        )
         systems.append(System(name, evaluate_rows(rows, name), note=note))
-    systems.append(System("base, not fine-tuned", evaluate_rows(untuned.rows, "untuned"), note="the same scoring"))
+    systems.append(
+        System(
+            "base, not fine-tuned", evaluate_rows(untuned.rows, "untuned"), note="the same scoring"
+        )
+    )
 
     console.rule("4 of 5: compare, example by example")
     strongest = max(systems[1:4], key=lambda system: system.scores.f1).name
@@ -76,30 +97,48 @@ def quickstart(run: Path, console: Console, config_path: Path = CONFIG) -> dict:
     summary = summarise(run, systems)
     log = read_log(run)
     curves = {
-        kind: [(record["step"], record["loss"]) for record in log if record["kind"] == kind and "loss" in record]
+        kind: [
+            (record["step"], record["loss"])
+            for record in log
+            if record["kind"] == kind and "loss" in record
+        ]
         for kind in ("train", "validation")
     }
     rows = read_predictions(ours.path)
-    confusion = confusion_matrix([row.relation for row in rows], [row.generated_relation for row in rows])
+    confusion = confusion_matrix(
+        [row.relation for row in rows], [row.generated_relation for row in rows]
+    )
     pictures = draw_report(
-        run / "report", systems, curves["train"], curves["validation"], confusion, title=f"{run.name}: {len(test)} test examples"
+        run / "report",
+        systems,
+        curves["train"],
+        curves["validation"],
+        confusion,
+        title=f"{run.name}: {len(test)} test examples",
     )
     write_json(run / "report" / "summary.json", summary)
 
     console.rule("result")
-    console.print(summary_table(systems, title=f"F1 on {len(test)} test examples with entities and phrasings unseen in training"))
+    console.print(
+        summary_table(
+            systems,
+            title=f"F1 on {len(test)} test examples with entities and phrasings unseen in training",
+        )
+    )
     console.print(f"picture     {pictures[0]}\nrun folder  {run}\n", markup=False)
     console.print(
-        "next, your own data (JSONL, CSV or Parquet with text, head, tail, relation):\n"
-        f"  {typed_command()} train {config_path} name=mine data.train.dataset=train.jsonl data.train.split=null "
-        "data.validation=null data.test=null",
+        "next, your own data (JSONL, CSV or Parquet with text, head, tail, relation):\n "
+        f" {typed_command()} train {config_path} name=mine data.train.dataset=train.jsonl"
+        " data.train.split=null data.validation=null data.test=null",
         soft_wrap=True,
     )
     return summary
 
 
 def typed_command() -> str:
-    """What a user types for `jaxre` here: its path in the environment that runs this, unless the shell finds that one by name."""
+    """What a user types for `jaxre` here: its path in the environment that runs this, unless the
+    shell finds that one by name.
+    """
     script = Path(sys.executable).with_name("jaxre")
     if not script.is_file() or shutil.which("jaxre") == str(script):
         return "jaxre"
@@ -107,12 +146,17 @@ def typed_command() -> str:
 
 
 def clear(run: Path, config: Config, console: Console) -> None:
-    """Removes an earlier quickstart, so that every figure is of this run. Raises InputError for any other folder."""
+    """Removes an earlier quickstart, so that every figure is of this run. Raises InputError for any
+    other folder.
+    """
     if not run.exists():
         return
     saved = run / "config.yaml"
     if not saved.is_file() or load_config(saved).name != config.name:
-        raise InputError(f"{run}: exists and is not an earlier quickstart; remove it or give another folder with --output")
+        raise InputError(
+            f"{run}: exists and is not an earlier quickstart; remove it or give another folder with"
+            " --output"
+        )
     console.print(f"{run}: an earlier quickstart is removed", markup=False)
     # Renamed first: a removal that is cut short leaves no folder that looks like another run's.
     shutil.rmtree(run.rename(run.with_name(f".{run.name}.removed-{os.getpid()}")))
@@ -121,7 +165,16 @@ def clear(run: Path, config: Config, console: Console) -> None:
 def baseline_rows(name: str, labels: Sequence[str], test: Sequence[Example]) -> list[Prediction]:
     """A baseline's labels as prediction rows."""
     return [
-        Prediction(example.id, example.relation, label, example.dataset, "gen_constrained", name, "baseline", "n/a")
+        Prediction(
+            example.id,
+            example.relation,
+            label,
+            example.dataset,
+            "gen_constrained",
+            name,
+            "baseline",
+            "n/a",
+        )
         for example, label in zip(test, labels, strict=True)
     ]
 
@@ -129,9 +182,9 @@ def baseline_rows(name: str, labels: Sequence[str], test: Sequence[Example]) -> 
 def summarise(run: Path, systems: Sequence[System]) -> dict:
     """What scripts read: scores, and the run's own figures from its log.
 
-    `f1` is the fine-tuned model's, `baselines` maps the name of each other system to its own. `rows` lists the shapes of the
-    packed rows: [rows, tokens of a row, supervised positions of a row] each. The shares are of all tokens (pad) and of real ones
-    (supervised).
+    `f1` is the fine-tuned model's, `baselines` maps the name of each other system to its own.
+    `rows` lists the shapes of the packed rows: [rows, tokens of a row, supervised positions of a
+    row] each. The shares are of all tokens (pad) and of real ones (supervised).
     """
     records = {record["kind"]: record for record in read_log(run)}
     end = records["end"]

@@ -1,4 +1,6 @@
-"""What the tests of attention kernels share: rows in blocks of 8 tokens, arrays to be differentiated, dense attention in f64."""
+"""What the tests of attention kernels share: rows in blocks of 8 tokens, arrays to be
+differentiated, dense attention in f64.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from jaxre_kernels.attention import masked_attention
 
 BLOCK = 8
 N = -(-T // BLOCK)
-CLOSE = 2e-6  # f32: sums of at most 37 products, in another order than the reference's, which is in f64
+CLOSE = (
+    2e-6  # f32: sums of at most 37 products, in another order than the reference's, which is in f64
+)
 ROWS = np.array([row_of(forest) for forest in LAYOUTS.values()], np.int32)
 
 
@@ -24,10 +28,21 @@ SEGMENTS = {
 }
 
 
-def draws(heads: int, kv_heads: int, channels: int, rows: int = len(ROWS), dtype=jnp.float32, seed: int = 0, tokens: int = T):
+def draws(
+    heads: int,
+    kv_heads: int,
+    channels: int,
+    rows: int = len(ROWS),
+    dtype=jnp.float32,
+    seed: int = 0,
+    tokens: int = T,
+):
     """q, k, v and the gradient of the output."""
     draw = np.random.default_rng(seed)
-    return [jnp.asarray(draw.standard_normal((rows, tokens, count, channels)), dtype) for count in (heads, kv_heads, kv_heads, heads)]
+    return [
+        jnp.asarray(draw.standard_normal((rows, tokens, count, channels)), dtype)
+        for count in (heads, kv_heads, kv_heads, heads)
+    ]
 
 
 @jax.jit
@@ -38,11 +53,18 @@ def dense(q, k, v, dy, mask):
 
 def in_f64(q, k, v, dy, mask):
     with jax.enable_x64(True):
-        return [np.asarray(value) for value in dense(*(jnp.asarray(np.asarray(value), jnp.float64) for value in (q, k, v, dy)), mask)]
+        return [
+            np.asarray(value)
+            for value in dense(
+                *(jnp.asarray(np.asarray(value), jnp.float64) for value in (q, k, v, dy)), mask
+            )
+        ]
 
 
 def segments(forests, tokens: int = T):
-    """Of rows of roots without nodes below: the first token of each token's segment, its end, and which tokens see each other."""
+    """Of rows of roots without nodes below: the first token of each token's segment, its end, and
+    which tokens see each other.
+    """
     until = np.stack([row_of(forest, tokens) for forest in forests]).astype(np.int32)
     starts = np.diff(until, prepend=0, axis=1) > 0
     first = np.maximum.accumulate(np.where(starts, np.arange(tokens), 0), axis=1).astype(np.int32)
@@ -52,8 +74,8 @@ def segments(forests, tokens: int = T):
 def assert_close(found, expected, names=None) -> None:
     """Row by row, so that no layout hides behind the largest number of another.
 
-    Gradients of scores are differences of products dO V', about the root of the channels large; where a token sees itself alone they
-    are zero, and what is left is the rounding of these.
+    Gradients of scores are differences of products dO V', about the root of the channels large;
+    where a token sees itself alone they are zero, and what is left is the rounding of these.
     """
     for ours, reference in zip(found, expected, strict=True):
         for row, (one, other) in enumerate(zip(np.asarray(ours), reference, strict=True)):

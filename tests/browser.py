@@ -1,4 +1,5 @@
-"""A headless Chromium for tests, spoken to in its DevTools protocol over a pipe: no driver, no further package.
+"""A headless Chromium for tests, spoken to in its DevTools protocol over a pipe: no driver, no
+further package.
 
 with Browser() as browser:
     browser.open(page, width=390)
@@ -21,24 +22,38 @@ from typing import Any
 
 import pytest
 
-FLAGS = "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --hide-scrollbars --remote-debugging-pipe"
+FLAGS = (
+    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run"
+    " --hide-scrollbars --remote-debugging-pipe"
+)
 
 
 class Browser:
     """One browser with one page.
 
-    problems: errors and warnings of the page's console, and exceptions. requests: addresses that the page asked for, itself aside.
+    problems: errors and warnings of the page's console, and exceptions. requests: addresses that
+    the page asked for, itself aside.
     """
 
     def __enter__(self) -> Browser:
         chromium = shutil.which("chromium")
         if chromium is None:
-            pytest.skip("no chromium on PATH; install it (apt-get install chromium) to test the report in a browser")
+            pytest.skip(
+                "no chromium on PATH; install it (apt-get install chromium) to test the report in a"
+                " browser"
+            )
         self.profile = tempfile.mkdtemp(prefix="jaxre-browser-")
         down, up = os.pipe(), os.pipe()
-        command = f"exec {shlex.quote(chromium)} {FLAGS} --user-data-dir={self.profile} about:blank 3<&{down[0]} 4>&{up[1]}"
+        command = (
+            f"exec {shlex.quote(chromium)} {FLAGS} --user-data-dir={self.profile} about:blank"
+            f" 3<&{down[0]} 4>&{up[1]}"
+        )
         self.process = subprocess.Popen(
-            ["bash", "-c", command], pass_fds=(down[0], up[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            ["bash", "-c", command],
+            pass_fds=(down[0], up[1]),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
         )
         os.close(down[0])
         os.close(up[1])
@@ -48,7 +63,9 @@ class Browser:
         self.problems: list[str] = []
         self.requests: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         return self
@@ -63,7 +80,12 @@ class Browser:
     def call(self, method: str, **parameters) -> dict[str, Any]:
         """One command of the protocol, and its result."""
         self.number += 1
-        message = {"id": self.number, "method": method, "params": parameters, **({"sessionId": self.session} if self.session else {})}
+        message = {
+            "id": self.number,
+            "method": method,
+            "params": parameters,
+            **({"sessionId": self.session} if self.session else {}),
+        }
         self.down.write(json.dumps(message).encode() + b"\0")
         while (answer := self._next()).get("id") != self.number:
             self._note(answer)
@@ -86,15 +108,26 @@ class Browser:
         self.settle()
 
     def resize(self, width: int, height: int = 900) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
 
     def settle(self) -> None:
         """Two frames, so that what waits for a layout has run."""
-        self.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+        self.run(
+            "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() =>"
+            " done(1))))"
+        )
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression, awaited."""
-        answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in answer:
             raise RuntimeError(json.dumps(answer["exceptionDetails"])[:500])
         return answer["result"].get("value")
@@ -103,7 +136,14 @@ class Browser:
         """A key on whatever has the focus."""
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode={"Enter": 13, "Tab": 9}[key], **text)
+            self.call(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode={"Enter": 13, "Tab": 9}[key],
+                **text,
+            )
 
     def shoot(self, path: Path, whole: bool = True) -> Path:
         """A picture of the page as PNG."""
@@ -129,7 +169,13 @@ class Browser:
             self.requests.append(parameters["request"]["url"])
         elif method == "Runtime.exceptionThrown":
             self.problems.append(json.dumps(parameters["exceptionDetails"])[:500])
-        elif method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
+        elif method == "Runtime.consoleAPICalled" and parameters["type"] in (
+            "error",
+            "warning",
+            "assert",
+        ):
             self.problems.append(json.dumps(parameters["args"])[:500])
         elif method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
-            self.problems.append(f"{parameters['entry']['text']} {parameters['entry'].get('url', '')}")
+            self.problems.append(
+                f"{parameters['entry']['text']} {parameters['entry'].get('url', '')}"
+            )

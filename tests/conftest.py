@@ -17,19 +17,30 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Before JAX is imported. The tests of one run share what they compile (many train the same tiny model), and nothing with the user's cache.
+# Before JAX is imported. The tests of one run share what they compile (many train the same tiny
+# model), and nothing with the user's cache.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxre-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 # Most of the time goes to compiling programs that run on little data.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
-# XLA's older way to write a fusion's code for CPUs takes two thirds of the time; jax 0.12 no longer has it.
+# XLA's older way to write a fusion's code for CPUs takes two thirds of the time; jax 0.12 no longer
+# has it.
 if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
 # Rooms (and files) that hold no array program of their own: another JAX shows nothing new of them.
-WITHOUT_ARRAYS = {"relations", "data", "evaluation", "study", "profiling", "tools", "test_config.py", "test_quickstart.py"}
+WITHOUT_ARRAYS = {
+    "relations",
+    "data",
+    "evaluation",
+    "study",
+    "profiling",
+    "tools",
+    "test_config.py",
+    "test_quickstart.py",
+}
 # But these take packed rows through a model.
 WITH_ARRAYS = {"test_packed_gradients.py", "test_shared_gradients.py"}
 
@@ -37,12 +48,24 @@ WITH_ARRAYS = {"test_packed_gradients.py", "test_shared_gradients.py"}
 # First, so that `-m` knows the mark.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no processor is without work at the end; rooms without arrays are tested `once`."""
+    """The longest files first, so that no processor is without work at the end; rooms without
+    arrays are tested `once`.
+    """
     for item in items:
-        if item.path.relative_to(ROOT / "tests").parts[0] in WITHOUT_ARRAYS and item.path.name not in WITH_ARRAYS:
+        if (
+            item.path.relative_to(ROOT / "tests").parts[0] in WITHOUT_ARRAYS
+            and item.path.name not in WITH_ARRAYS
+        ):
             item.add_marker("once")
-        if item.get_closest_marker("slow") and not item.get_closest_marker("aot") and hasattr(item.module, "torch"):
-            raise pytest.UsageError(f"{item.nodeid}: slow tests run on the second jax line, where torch is not, so this one ran nowhere")
+        if (
+            item.get_closest_marker("slow")
+            and not item.get_closest_marker("aot")
+            and hasattr(item.module, "torch")
+        ):
+            raise pytest.UsageError(
+                f"{item.nodeid}: slow tests run on the second jax line, where torch is not, so this"
+                " one ran nowhere"
+            )
     items.sort(key=lambda item: "training" not in item.path.parts)
 
 
@@ -64,5 +87,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_models() -> Path:
-    """Folder of real tokenizers and weights: JAXRE_MODELS, else ../shared/models beside the repository."""
+    """Folder of real tokenizers and weights: JAXRE_MODELS, else ../shared/models beside the
+    repository.
+    """
     return _shared("models", "JAXRE_MODELS")

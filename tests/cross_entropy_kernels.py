@@ -1,4 +1,6 @@
-"""What the tests of linear cross-entropy kernels share: random inputs, all gradients, the dense formula in f64."""
+"""What the tests of linear cross-entropy kernels share: random inputs, all gradients, the dense
+formula in f64.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxre_kernels.cross_entropy import dense_cross_entropy
 
-CLOSE = 2e-6  # f32: sums of at most 50 products, in another order than the reference's, which is in f64
+CLOSE = (
+    2e-6  # f32: sums of at most 50 products, in another order than the reference's, which is in f64
+)
 COTANGENT = 0.37
 
 
@@ -34,7 +38,9 @@ def exact(x, head, targets, weights):
     """By autodiff of the dense formula in f64."""
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(array), jnp.float64) for array in (x, head, weights)]
-        return jax.device_get(jax.jit(partial(gradients, dense_cross_entropy))(*wide[:2], targets, wide[2]))
+        return jax.device_get(
+            jax.jit(partial(gradients, dense_cross_entropy))(*wide[:2], targets, wide[2])
+        )
 
 
 def relative(value, reference) -> float:

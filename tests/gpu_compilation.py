@@ -1,7 +1,8 @@
-"""Compiling ahead of time for an H200 that is not here, in a process of its own: what the compiler says of each Mosaic GPU kernel.
+"""Compiling ahead of time for an H200 that is not here, in a process of its own: what the compiler
+says of each Mosaic GPU kernel.
 
-`tools/test --aot` installs the CUDA plugin of jax (no CUDA libraries) for the second line of jax. "Compiles" says nothing of speed, nor
-that it runs.
+`tools/test --aot` installs the CUDA plugin of jax (no CUDA libraries) for the second line of jax.
+"Compiles" says nothing of speed, nor that it runs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ def marks(missing: str | None) -> list[pytest.MarkDecorator]:
     return [
         pytest.mark.aot,
         pytest.mark.skipif(missing is not None, reason=str(missing)),
-        # Where CI is set it fails instead, so that no pipeline is green because nothing was compiled.
+        # Where CI is set it fails instead, so that no pipeline is green because nothing was
+        # compiled.
         pytest.mark.skipif(
-            not PLUGIN and not os.environ.get("CI"), reason="jax's CUDA plugin is not installed; tools/test --aot installs it"
+            not PLUGIN and not os.environ.get("CI"),
+            reason="jax's CUDA plugin is not installed; tools/test --aot installs it",
         ),
     ]
 
@@ -69,24 +72,30 @@ device_description_str: "NVIDIA H200"
 """
 
 
-# `given` an array on the device, `peak` compiles for it and gives the bytes of its memory in use at the peak.
+# `given` an array on the device, `peak` compiles for it and gives the bytes of its memory in use at
+# the peak.
 BEGIN = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-devices = topologies.get_topology_desc("", platform="cuda", target_config=json.loads(sys.argv[1]), topology="1x1x1").devices
+devices = topologies.get_topology_desc(
+    "", platform="cuda", target_config=json.loads(sys.argv[1]), topology="1x1x1"
+).devices
 mesh = Mesh(np.array(devices).reshape(-1), ("data",))
 
+
 def given(dtype, *shape):
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, PartitionSpec()))
+    return jax.ShapeDtypeStruct(
+        shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, PartitionSpec())
+    )
+
 
 def peak(run, *arrays):
     with jax.set_mesh(mesh):
         compiled = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).compile()
     return compiled.memory_analysis().peak_memory_in_bytes
-
 """
 END = """
 
@@ -103,16 +112,31 @@ class Kernel(NamedTuple):
 def compiled(
     folder: Path, program: str, *arguments: Any, target: str = H200, architecture: str = "sm_90a"
 ) -> tuple[int, dict[str, Kernel]]:
-    """What `memory(*arguments)` of a program says, bytes at the peak, and what the compiler says of each kernel; `folder` is empty."""
-    flags = {"JAX_PLATFORMS": "cpu", "MOSAIC_GPU_DUMP_TO": str(folder), "PYTHONPATH": str(Path(__file__).parents[1] / "kernels")}
-    command = [sys.executable, "-c", BEGIN + program + END, json.dumps(target), json.dumps(arguments)]
-    done = subprocess.run(command, env=os.environ | flags, capture_output=True, text=True, timeout=1200)
+    """What `memory(*arguments)` of a program says, bytes at the peak, and what the compiler says of
+    each kernel; `folder` is empty.
+    """
+    flags = {
+        "JAX_PLATFORMS": "cpu",
+        "MOSAIC_GPU_DUMP_TO": str(folder),
+        "PYTHONPATH": str(Path(__file__).parents[1] / "kernels"),
+    }
+    command = [
+        sys.executable,
+        "-c",
+        BEGIN + program + END,
+        json.dumps(target),
+        json.dumps(arguments),
+    ]
+    done = subprocess.run(
+        command, env=os.environ | flags, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     (peak,) = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PEAK"))
     kernels = {}
     for said in folder.glob("*.ptxas"):
         words, name = said.read_text(), re.sub(r"_\d+$", "", said.stem)
-        assert f"for '{architecture}'" in words and "serialized" not in words  # wgmma one by one, which ptxas warns of
+        # wgmma one by one, which ptxas warns of
+        assert f"for '{architecture}'" in words and "serialized" not in words
         spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", words))
         (registers,) = re.findall(r"Used (\d+) registers", words)
         kernels[name] = Kernel(int(registers), spilled, shared_of(folder, name))
@@ -120,7 +144,12 @@ def compiled(
 
 
 def shared_of(folder: Path, name: str) -> int:
-    """Bytes of shared memory of a kernel, without barriers. jax 0.12 numbers this file otherwise than those of the compiler."""
-    told = [said.read_text() for said in folder.glob(f"{name}_*.resources.txt")]  # several where a program has it more than once
-    (shared,) = {int(size) for text in told for size in re.findall(r"smem_scratch_bytes=(\d+)", text)}
+    """Bytes of shared memory of a kernel, without barriers. jax 0.12 numbers this file otherwise
+    than those of the compiler.
+    """
+    # several where a program has it more than once
+    told = [said.read_text() for said in folder.glob(f"{name}_*.resources.txt")]
+    (shared,) = {
+        int(size) for text in told for size in re.findall(r"smem_scratch_bytes=(\d+)", text)
+    }
     return shared

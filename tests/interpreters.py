@@ -1,4 +1,6 @@
-"""What tests of Pallas kernels share: its interpreters at their strictest, races that fail the test, and state that is left clean."""
+"""What tests of Pallas kernels share: its interpreters at their strictest, races that fail the
+test, and state that is left clean.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from jaxre_kernels.cross_entropy import gpu
 
 needs_interpreter = pytest.mark.skipif(gpu.MISSING is not None, reason=str(gpu.MISSING))
 
-# Reads of what was never written give NaN, reads behind an array raise, and accesses that race are told: `clean` makes them fail.
+# Reads of what was never written give NaN, reads behind an array raise, and accesses that race are
+# told: `clean` makes them fail.
 OPTIONS = {"uninitialized_memory": "nan", "out_of_bounds_reads": "raise"}
 # For TPUs. A copy is done when it is waited for, as late as it may be.
 STRICT = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", **OPTIONS)
@@ -33,8 +36,9 @@ class RaceError(AssertionError):
 def clean(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     """Raises RaceError where an interpreter told of a race, and leaves it as it was found.
 
-    jax 0.12 raises, 0.10 and 0.11 print it and go on. What the interpreter itself remembers is forgotten with the next kernel, so
-    after a forward and a backward pass it would be the last kernel's alone; what was printed is of all.
+    jax 0.12 raises, 0.10 and 0.11 print it and go on. What the interpreter itself remembers is
+    forgotten with the next kernel, so after a forward and a backward pass it would be the last
+    kernel's alone; what was printed is of all.
     """
     try:
         yield
@@ -46,6 +50,8 @@ def clean(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     finally:  # an exception inside of an interpreter leaves its state behind, for every later test
         pltpu.reset_tpu_interpret_mode_state()
         if gpu.MISSING is None:
-            from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import reset_gpu_interpret_mode_state
+            from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (
+                reset_gpu_interpret_mode_state,
+            )
 
             reset_gpu_interpret_mode_state()

@@ -23,7 +23,9 @@ def groups(size: str, tokens=4096, rank=32, dtype="bfloat16", nf4=False) -> dict
     D, kv, F = QWEN[size]
     shapes = {"qkv": (D, (D, kv, kv)), "o": (D, (D,)), "gate_up": (D, (F, F)), "down": (F, (D,))}
     return {
-        name: Projections(tokens, inputs, outputs, (rank,) * len(outputs), (nf4,) * len(outputs), dtype)
+        name: Projections(
+            tokens, inputs, outputs, (rank,) * len(outputs), (nf4,) * len(outputs), dtype
+        )
         for name, (inputs, outputs) in shapes.items()
     }
 
@@ -42,7 +44,10 @@ def draws(rows, inputs: int, outputs, ranks, nf4=()) -> Inputs:
     def normal(*shape):
         return draw.standard_normal(shape).astype(np.float32)
 
-    factors = [Factors(normal(inputs, rank), normal(rank, o)) if rank else None for o, rank in zip(outputs, ranks, strict=True)]
+    factors = [
+        Factors(normal(inputs, rank), normal(rank, o)) if rank else None
+        for o, rank in zip(outputs, ranks, strict=True)
+    ]
     weights = [normal(inputs, o) for o in outputs]
     weights = [quantise(weight.T) if i in nf4 else weight for i, weight in enumerate(weights)]
     return Inputs(normal(*rows, inputs), weights, factors, [normal(*rows, o) for o in outputs])
@@ -56,7 +61,9 @@ def words_of(rows) -> jax.Array:
 def gradients(op, x, weights, factors, dys, rate):
     """Outputs, and gradients of x and the factors."""
     words = words_of(x.shape[:-1]) if rate else None
-    outputs, back = jax.vjp(lambda x, factors: op(x, weights, factors, words, SCALE, rate), x, factors)
+    outputs, back = jax.vjp(
+        lambda x, factors: op(x, weights, factors, words, SCALE, rate), x, factors
+    )
     return outputs, *back(dys)
 
 
@@ -67,7 +74,9 @@ def xla(inputs, rate):
 
 @jax.jit
 def autodiff(x, weights, factors, dys, keep):
-    """x W + scale (x keep) A B and its gradients, projection by projection; keep is 0 or 1 / (1 - rate)."""
+    """x W + scale (x keep) A B and its gradients, projection by projection; keep is 0 or 1 / (1 -
+    rate).
+    """
 
     def run(x, factors):
         return [
@@ -81,11 +90,20 @@ def autodiff(x, weights, factors, dys, keep):
 
 def exact(inputs: Inputs, rate: float):
     """x W + scale (x keep) A B in f64; keep is 0 or 1 / (1 - rate)."""
-    dense = [dequantise(weight, jnp.float32).T if isinstance(weight, NF4Weight) else weight for weight in inputs.weights]
+    dense = [
+        dequantise(weight, jnp.float32).T if isinstance(weight, NF4Weight) else weight
+        for weight in inputs.weights
+    ]
     rows, width = inputs.x.shape[:-1], inputs.x.shape[-1]
-    keep = np.asarray(keep_mask_of(rows, width, rate)) / (1 - rate) if rate else np.ones((*rows, width))
+    keep = (
+        np.asarray(keep_mask_of(rows, width, rate)) / (1 - rate)
+        if rate
+        else np.ones((*rows, width))
+    )
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), inputs._replace(weights=dense))
+        wide = jax.tree.map(
+            lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float64), inputs._replace(weights=dense)
+        )
         return jax.device_get(autodiff(*wide, jnp.asarray(keep, jnp.float64)))
 
 
@@ -109,24 +127,38 @@ def in_bfloat16(inputs: Inputs) -> Inputs:
     """Factors stay f32, and what is NF4 stays so."""
 
     def half(arrays):
-        return [array if isinstance(array, NF4Weight) else jnp.asarray(array, jnp.bfloat16) for array in arrays]
+        return [
+            array if isinstance(array, NF4Weight) else jnp.asarray(array, jnp.bfloat16)
+            for array in arrays
+        ]
 
-    return inputs._replace(x=jnp.asarray(inputs.x, jnp.bfloat16), weights=half(inputs.weights), dys=half(inputs.dys))
+    return inputs._replace(
+        x=jnp.asarray(inputs.x, jnp.bfloat16), weights=half(inputs.weights), dys=half(inputs.dys)
+    )
 
 
 def as_near_as_xla(found, inputs: Inputs, rate: float) -> bool:
-    """Whether what a kernel found in bf16 is as near to the exact results of f32 inputs as XLA is, root mean square."""
+    """Whether what a kernel found in bf16 is as near to the exact results of f32 inputs as XLA is,
+    root mean square.
+    """
 
     def distance(value, reference):
         return float(np.sqrt(np.mean((np.asarray(value, np.float64) - reference) ** 2)))
 
     true = exact(inputs, rate)
-    ours, theirs = (jax.tree.leaves(jax.tree.map(distance, one, true)) for one in (found, xla(in_bfloat16(inputs), rate)))
+    ours, theirs = (
+        jax.tree.leaves(jax.tree.map(distance, one, true))
+        for one in (found, xla(in_bfloat16(inputs), rate))
+    )
     return all(one < 1.02 * other for one, other in zip(ours, theirs, strict=True))
 
 
 def mask_drawn(rows, width, kernel) -> tuple[np.ndarray, np.ndarray]:
-    """Where `kernel(inputs)` keeps a channel, in its outputs and in dx: W = 0, A and B of ones on the diagonal, x and dY of ones."""
+    """Where `kernel(inputs)` keeps a channel, in its outputs and in dx: W = 0, A and B of ones on
+    the diagonal, x and dY of ones.
+    """
     eye, ones = np.eye(width, dtype=np.float32), np.ones((*rows, width), np.float32)
-    outputs, dx, _ = kernel(Inputs(ones, [np.zeros((width, width), np.float32)], [Factors(eye, eye)], [ones]))
+    outputs, dx, _ = kernel(
+        Inputs(ones, [np.zeros((width, width), np.float32)], [Factors(eye, eye)], [ones])
+    )
     return np.asarray(outputs[0]) != 0, np.asarray(dx) != 0

@@ -14,7 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def refusals(path: Path) -> list[ast.Call]:
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    return [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "InputError"]
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "InputError"
+    ]
 
 
 def passed_on(message: ast.expr) -> bool:
@@ -24,7 +28,20 @@ def passed_on(message: ast.expr) -> bool:
     )
 
 
-@pytest.mark.parametrize("room", ["relations", "data", "models", "checkpoints", "training", "inference", "evaluation", "profiling", "."])
+@pytest.mark.parametrize(
+    "room",
+    [
+        "relations",
+        "data",
+        "models",
+        "checkpoints",
+        "training",
+        "inference",
+        "evaluation",
+        "profiling",
+        ".",
+    ],
+)
 def test_every_refusal_names_the_mend_after_a_semicolon(room: str) -> None:
     without = [
         f"{path.name}:{call.lineno}: {ast.unparse(call)}"

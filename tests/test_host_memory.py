@@ -32,7 +32,8 @@ print((resident() - before) / size)
 
 
 ON_GLIBC = pytest.mark.skipif(
-    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"), reason="memory is kept where malloc is glibc's, on Linux"
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"),
+    reason="memory is kept where malloc is glibc's, on Linux",
 )
 
 
@@ -60,7 +61,12 @@ def test_a_plugin_for_an_accelerator_leaves_memory_as_it_is(tmp_path):
 
 @ON_GLIBC
 @pytest.mark.skipif(
-    bool(metadata.entry_points(group="jax_plugins") or find_spec("jax_plugins") or find_spec("libtpu")), reason="JAX has plugins here"
+    bool(
+        metadata.entry_points(group="jax_plugins")
+        or find_spec("jax_plugins")
+        or find_spec("libtpu")
+    ),
+    reason="JAX has plugins here",
 )
 def test_without_plugins_nothing_has_to_be_said():
     assert 0.9 < run_script({"JAX_PLATFORMS": ""}) < 1.1
@@ -68,7 +74,9 @@ def test_without_plugins_nothing_has_to_be_said():
 
 def run_script(setting: dict[str, str]) -> float:
     others = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=others | setting, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=others | setting, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
 
@@ -76,10 +84,24 @@ def run_script(setting: dict[str, str]) -> float:
 STARTS = """
 import sys
 from jaxre import cli
-class Reached(Exception): pass
-def reached(): raise Reached
+
+
+class Reached(Exception):
+    pass
+
+
+def reached():
+    raise Reached
+
+
 cli.keep_freed_memory = reached
-for command in (["quickstart"], ["train", "a.yaml"], ["profile", "a.yaml"], ["predict", "a"], ["study", "a.yaml"]):
+for command in (
+    ["quickstart"],
+    ["train", "a.yaml"],
+    ["profile", "a.yaml"],
+    ["predict", "a"],
+    ["study", "a.yaml"],
+):
     try:
         cli.app(command, standalone_mode=False)
     except Reached:
@@ -89,4 +111,11 @@ for command in (["quickstart"], ["train", "a.yaml"], ["profile", "a.yaml"], ["pr
 
 def test_commands_that_compute_keep_memory_before_there_are_threads():
     done = subprocess.run([sys.executable, "-c", STARTS], capture_output=True, text=True)
-    assert done.stdout.split("\n") == ["quickstart", "train", "profile", "predict", "study", ""], done.stderr
+    assert done.stdout.split("\n") == [
+        "quickstart",
+        "train",
+        "profile",
+        "predict",
+        "study",
+        "",
+    ], done.stderr

@@ -24,7 +24,11 @@ def config_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart")
     model = write_tiny_model(folder / "model")
     config = tiny_config(
-        folder, model, "quickstart", data={"test": {"dataset": "facts", "split": "test", "limit": 40}}, train={"epochs": 1}
+        folder,
+        model,
+        "quickstart",
+        data={"test": {"dataset": "facts", "split": "test", "limit": 40}},
+        train={"epochs": 1},
     )
     save_config(config, folder / "quickstart.yaml")
     return folder / "quickstart.yaml"
@@ -36,9 +40,25 @@ def test_quickstart_runs_the_whole_job_twice_over(config_path: Path, tmp_path: P
         said = io.StringIO()
         summary = quickstart(run, Console(file=said, width=120), config_path)
         assert json.loads((run / "report" / "summary.json").read_text()) == summary
-        assert set(summary) == {"f1", "baselines", "train_seconds", "real_tokens_per_second", "rows", "pad_share", "supervised_share"}
-        assert set(summary["baselines"]) >= {"majority label", "TF-IDF + logistic regression", "base, not fine-tuned"}
-        assert 0 < summary["supervised_share"] < 1 and 0 <= summary["pad_share"] < 1 and summary["train_seconds"] > 0
+        assert set(summary) == {
+            "f1",
+            "baselines",
+            "train_seconds",
+            "real_tokens_per_second",
+            "rows",
+            "pad_share",
+            "supervised_share",
+        }
+        assert set(summary["baselines"]) >= {
+            "majority label",
+            "TF-IDF + logistic regression",
+            "base, not fine-tuned",
+        }
+        assert (
+            0 < summary["supervised_share"] < 1
+            and 0 <= summary["pad_share"] < 1
+            and summary["train_seconds"] > 0
+        )
         for made in (
             "adapter/adapter_model.safetensors",
             "merged/model.safetensors",
@@ -71,7 +91,9 @@ def test_the_shipped_base_is_small_and_has_its_tokenizer() -> None:
     assert json.loads((shipped("facts-base") / "config.json").read_text())["model_type"] == "qwen2"
 
 
-def test_the_next_command_can_be_typed_as_it_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_command_can_be_typed_as_it_is_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a plain machine jaxre is in the project's .venv and not on the path."""
     scripts = tmp_path / ".venv" / "bin"
     scripts.mkdir(parents=True)

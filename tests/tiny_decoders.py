@@ -33,14 +33,29 @@ SIZES = {
     "eos_token_id": 1,
     "pad_token_id": 1,
 }
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 
-# What each stands for: the switches of the five studied decoders and of Qwen3, and the corners of our layout.
+# What each stands for: the switches of the five studied decoders and of Qwen3, and the corners of
+# our layout.
 CONFIGS = {
     "qwen2 tied, biases, grouped heads": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2 untied": {"model_type": "qwen2", "tie_word_embeddings": False},
-    "llama untied, head_dim given, K=H": {"model_type": "llama", "head_dim": 12, "num_key_value_heads": 4},
-    "llama grouped heads, K=1": {"model_type": "llama", "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "llama untied, head_dim given, K=H": {
+        "model_type": "llama",
+        "head_dim": 12,
+        "num_key_value_heads": 4,
+    },
+    "llama grouped heads, K=1": {
+        "model_type": "llama",
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": True,
+    },
     "llama-3 scaled rope": {
         "model_type": "llama",
         "head_dim": 16,
@@ -48,19 +63,29 @@ CONFIGS = {
         "tie_word_embeddings": True,
     },
     "smollm3, every fourth layer unrotated": {"model_type": "smollm3", "num_hidden_layers": 5},
-    "smollm3, list of unrotated layers": {"model_type": "smollm3", "num_hidden_layers": 3, "no_rope_layers": [0, 1, 0]},
+    "smollm3, list of unrotated layers": {
+        "model_type": "smollm3",
+        "num_hidden_layers": 3,
+        "no_rope_layers": [0, 1, 0],
+    },
     "qwen3, norms of q and k": {"model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True},
     "one layer": {"model_type": "qwen2", "num_hidden_layers": 1, "tie_word_embeddings": True},
 }
 
 
 def ground_truth(name: str):
-    """Imports torch or peft; on Python 3.11 they must be there, above it the test is skipped (design.md, Versions)."""
-    return importlib.import_module(name) if sys.version_info < (3, 12) else pytest.importorskip(name)
+    """Imports torch or peft; on Python 3.11 they must be there, above it the test is skipped
+    (design.md, Versions).
+    """
+    return (
+        importlib.import_module(name) if sys.version_info < (3, 12) else pytest.importorskip(name)
+    )
 
 
 def build(fields: dict, folder: Path, seed: int = 0, dtype: str = "float32", **save):
-    """A transformers model with random weights that matter, saved to `folder`; returned in eval mode."""
+    """A transformers model with random weights that matter, saved to `folder`; returned in eval
+    mode.
+    """
     torch = ground_truth("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
@@ -68,9 +93,12 @@ def build(fields: dict, folder: Path, seed: int = 0, dtype: str = "float32", **s
     fields = {**SIZES, **fields}
     config = AutoConfig.for_model(**fields)
     with no_init_weights():  # every parameter is drawn below; theirs takes 13 s for 200 million
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", dtype=torch.float32
+        )
     model.tie_weights()
     generator = torch.Generator().manual_seed(seed)
+    # model.to() would round the rotary frequencies too
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -82,7 +110,7 @@ def build(fields: dict, folder: Path, seed: int = 0, dtype: str = "float32", **s
                 parameter.copy_(noise)
             else:
                 parameter.copy_(noise * 1.5 / parameter.shape[1] ** 0.5)
-            parameter.data = parameter.to(getattr(torch, dtype))  # model.to() would round the rotary frequencies too
+            parameter.data = parameter.to(getattr(torch, dtype))
     model.save_pretrained(folder, **save)
     return model.eval()
 
@@ -96,8 +124,13 @@ def their_logits(model, tokens: np.ndarray, positions: np.ndarray | None = None)
     tokens = torch.tensor(tokens, dtype=torch.long)
     with torch.no_grad():
         given = None if positions is None else torch.tensor(positions, dtype=torch.long)
-        # Without a mask, positions that jump are taken for packed sequences where config.json says use_cache=false.
-        return model(tokens, attention_mask=torch.ones_like(tokens), position_ids=given).logits.float().numpy()
+        # Without a mask, positions that jump are taken for packed sequences where config.json says
+        # use_cache=false.
+        return (
+            model(tokens, attention_mask=torch.ones_like(tokens), position_ids=given)
+            .logits.float()
+            .numpy()
+        )
 
 
 @partial(jax.jit, static_argnums=(4, 6))
@@ -121,7 +154,15 @@ def our_logits(
     positions = np.broadcast_to(np.arange(T), (B, T)) if positions is None else positions
     visible_until = np.full((B, T), T) if visible_until is None else visible_until
     return np.asarray(
-        _logits(params, jnp.asarray(tokens), jnp.asarray(positions), jnp.asarray(visible_until), architecture, factors, scale)
+        _logits(
+            params,
+            jnp.asarray(tokens),
+            jnp.asarray(positions),
+            jnp.asarray(visible_until),
+            architecture,
+            factors,
+            scale,
+        )
     )
 
 
@@ -138,5 +179,8 @@ def random_factors(architecture: Architecture, lora, seed: int = 0) -> dict:
     from jaxre.models.lora import init_adapter
 
     draw = np.random.default_rng(seed)
-    fresh = jax.eval_shape(lambda: init_adapter(architecture, lora, jax.random.key(seed)))  # its form alone: nothing compiles
-    return jax.tree.map(lambda leaf: (0.3 * draw.standard_normal(leaf.shape)).astype(np.float32), fresh)
+    # its form alone: nothing compiles
+    fresh = jax.eval_shape(lambda: init_adapter(architecture, lora, jax.random.key(seed)))
+    return jax.tree.map(
+        lambda leaf: (0.3 * draw.standard_normal(leaf.shape)).astype(np.float32), fresh
+    )

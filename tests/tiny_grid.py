@@ -1,4 +1,6 @@
-"""A tiny study: a random model and two small datasets, one of the shipped corpus and one of our own sentences."""
+"""A tiny study: a random model and two small datasets, one of the shipped corpus and one of our own
+sentences.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,14 @@ def study_tree(folder: Path, model: Path) -> dict:
             "data": {"cache": str(folder / "cache")},
             "prompt": {"system": None, "user": "{marked}\n{head} -> {tail}:"},
             "lora": {"rank": 2, "alpha": 4},
-            "train": {"epochs": 1, "max_steps": 2, "batch_tokens": 512, "row_length": 128, "learning_rate": 1e-2, "log_every": 1},
+            "train": {
+                "epochs": 1,
+                "max_steps": 2,
+                "batch_tokens": 512,
+                "row_length": 128,
+                "learning_rate": 1e-2,
+                "log_every": 1,
+            },
         },
         "models": {"tiny": {"model": {"path": str(model)}}},
         "datasets": {

@@ -8,8 +8,11 @@ from jaxre.data.template import Encoded
 from jaxre.data.tokens import TokenSet
 
 
-def begin_alike(seed: int = 0, vocabulary: int = 97, root: int = 20, deeper: int = 10, branches: int = 4) -> TokenSet:
-    """Prompts of two roots, each with examples that share more than the root, one prompt asked three times, and a stranger.
+def begin_alike(
+    seed: int = 0, vocabulary: int = 97, root: int = 20, deeper: int = 10, branches: int = 4
+) -> TokenSet:
+    """Prompts of two roots, each with examples that share more than the root, one prompt asked
+    three times, and a stranger.
 
     The order of the examples says nothing of who begins like whom.
     """
@@ -28,7 +31,10 @@ def begin_alike(seed: int = 0, vocabulary: int = 97, root: int = 20, deeper: int
                 encoded.append(Encoded(prompt + some(1, 6), len(prompt)))
             # Prompts that are no more than the beginning of others.
             encoded.append(Encoded(nested + some(1, 3), len(nested)))
-        encoded += [Encoded(prompt + some(2, 4), len(prompt)) for prompt in (start + some(3, 9) for _ in range(branches))]
+        encoded += [
+            Encoded(prompt + some(2, 4), len(prompt))
+            for prompt in (start + some(3, 9) for _ in range(branches))
+        ]
     same = roots[0] + some(9, 9)
     encoded += [Encoded(same + answer, len(same)) for answer in ([5], [5], [6, 7, 8])]
     encoded.append(Encoded([*some(8, 8), 3], 8))

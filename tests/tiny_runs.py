@@ -16,7 +16,9 @@ LORA = Lora(rank=4, alpha=10.0, targets=("q", "down"))
 
 
 def equal(one, other) -> bool:
-    return jax.tree.structure(one) == jax.tree.structure(other) and jax.tree.all(jax.tree.map(np.array_equal, one, other))
+    return jax.tree.structure(one) == jax.tree.structure(other) and jax.tree.all(
+        jax.tree.map(np.array_equal, one, other)
+    )
 
 
 def bits(folder) -> dict:
@@ -30,13 +32,32 @@ def bits(folder) -> dict:
 
 def make_run(folder, base, method: str, result: bool = True, **model):
     """A run folder as training leaves it."""
-    settings = {"name": "study-1", "model": {"path": str(base), **model}, "data": {"train": {"dataset": "facts", "split": "train"}}}
-    config = check_config({**settings, "train": {"method": method, "batch_examples": 8}, "lora": LORA.model_dump()}, "test")
+    settings = {
+        "name": "study-1",
+        "model": {"path": str(base), **model},
+        "data": {"train": {"dataset": "facts", "split": "train"}},
+    }
+    config = check_config(
+        {**settings, "train": {"method": method, "batch_examples": 8}, "lora": LORA.model_dump()},
+        "test",
+    )
     folder.mkdir(parents=True)
     save_config(config, folder / "config.yaml")
     opened = open_model(base, None)
     if result and method == "lora":
-        save_adapter(folder / "adapter", opened.architecture, LORA, random_factors(opened.architecture, LORA), str(base), opened.folder)
+        save_adapter(
+            folder / "adapter",
+            opened.architecture,
+            LORA,
+            random_factors(opened.architecture, LORA),
+            str(base),
+            opened.folder,
+        )
     if result and method == "full":
-        save_base(folder / "model", opened.architecture, jax.tree.map(lambda leaf: leaf * 2, opened.base), opened.folder)
+        save_base(
+            folder / "model",
+            opened.architecture,
+            jax.tree.map(lambda leaf: leaf * 2, opened.base),
+            opened.folder,
+        )
     return folder

@@ -1,10 +1,12 @@
-"""Time and memory of `jaxre convert` on a random bf16 model of full size, beside `cp` of the same folder.
+"""Time and memory of `jaxre convert` on a random bf16 model of full size, beside `cp` of the same
+folder.
 
-    python tools/bench_conversion.py ../shared/models/Qwen/Qwen2.5-3B-Instruct runs/conversion --rounds 3 --json conversion.json
+    python tools/bench_conversion.py ../shared/models/Qwen/Qwen2.5-3B-Instruct runs/conversion
+    --rounds 3 --json conversion.json
 
-Every round runs each command once, in a process of its own, in turn; a time ends when the disk has the data (sync). Memory is
-the process's largest resident set. What comes back from our store is compared byte by byte with what went in. Needs room
-for five copies of the model.
+Every round runs each command once, in a process of its own, in turn; a time ends when the disk has
+the data (sync). Memory is the process's largest resident set. What comes back from our store is
+compared byte by byte with what went in. Needs room for five copies of the model.
 """
 
 from __future__ import annotations
@@ -36,8 +38,12 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("like", type=Path, help="folder with the config.json (and tokenizer) of a model")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "like", type=Path, help="folder with the config.json (and tokenizer) of a model"
+    )
     parser.add_argument("work", type=Path, help="folder to work in; must not exist")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
@@ -54,7 +60,15 @@ def main() -> None:
         "hf to jaxre": [*convert, hf, ours, "--to", "jaxre"],
         "jaxre to hf": [*convert, ours, back, "--to", "hf"],
         "adapter merged to hf": [*convert, adapter, asked.work / "merged", "--to", "hf", "--merge"],
-        "hf to jaxre, nf4": [*convert, hf, asked.work / "nf4", "--to", "jaxre", "--quantise", "nf4"],
+        "hf to jaxre, nf4": [
+            *convert,
+            hf,
+            asked.work / "nf4",
+            "--to",
+            "jaxre",
+            "--quantise",
+            "nf4",
+        ],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     memory = dict.fromkeys(commands, 0)
@@ -63,7 +77,11 @@ def main() -> None:
             took, resident = measured(command)
             seconds[name].append(took)
             memory[name] = max(memory[name], resident)
-        differing = [path.name for path in hf.glob("*.safetensors*") if not filecmp.cmp(path, back / path.name, shallow=False)]
+        differing = [
+            path.name
+            for path in hf.glob("*.safetensors*")
+            if not filecmp.cmp(path, back / path.name, shallow=False)
+        ]
         if differing:
             sys.exit(f"not what went in: {', '.join(differing)}")
         for made in asked.work.iterdir():
@@ -74,7 +92,9 @@ def main() -> None:
 
 
 def write_random(hf: Path, adapter: Path, like: Path) -> int:
-    """A random model of `like`'s architecture and an adapter of rank 16 on it; returns the bytes of the weights."""
+    """A random model of `like`'s architecture and an adapter of rank 16 on it; returns the bytes of
+    the weights.
+    """
     architecture = read_architecture(like)
     shapes = hf_shapes(architecture)
     block = np.random.default_rng(0).standard_normal(1 << 22, np.float32).astype(BF16)
@@ -104,17 +124,27 @@ def measured(command: list) -> tuple[float, int]:
     return took, used.ru_maxrss * 1024
 
 
-def report(asked: argparse.Namespace, size: int, seconds: dict[str, list[float]], memory: dict[str, int]) -> None:
+def report(
+    asked: argparse.Namespace, size: int, seconds: dict[str, list[float]], memory: dict[str, int]
+) -> None:
     copied = statistics.median(seconds["cp"])
     print(
-        f"{asked.like.name}: {size / 1e9:.2f} GB in bf16; {asked.rounds} rounds; {platform.machine()}, Python {platform.python_version()}"
+        f"{asked.like.name}: {size / 1e9:.2f} GB in bf16; {asked.rounds} rounds;"
+        f" {platform.machine()}, Python {platform.python_version()}"
     )
     for name, times in seconds.items():
         took = statistics.median(times)
-        print(f"{name:22} {took:6.1f} s ({took / copied:4.1f} x cp, {size / 1e6 / took:5.0f} MB/s), peak {memory[name] / 1e9:.2f} GB")
+        print(
+            f"{name:22} {took:6.1f} s ({took / copied:4.1f} x cp, {size / 1e6 / took:5.0f} MB/s),"
+            f" peak {memory[name] / 1e9:.2f} GB"
+        )
     if asked.json:
         asked.json.write_text(
-            json.dumps({"model": asked.like.name, "bytes": size, "seconds": seconds, "peak_bytes": memory}, indent=2) + "\n"
+            json.dumps(
+                {"model": asked.like.name, "bytes": size, "seconds": seconds, "peak_bytes": memory},
+                indent=2,
+            )
+            + "\n"
         )
 
 

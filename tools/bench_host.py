@@ -1,11 +1,14 @@
-"""The host's side of a run: what is not the device's work, phase by phase, in wall-clock and CPU seconds.
+"""The host's side of a run: what is not the device's work, phase by phase, in wall-clock and CPU
+seconds.
 
-    python tools/bench_host.py data --examples 200000    # read, tokenise, cache and plan; then from the cache
-    python tools/bench_host.py start --examples 8000     # `jaxre train` to step 1, cold and again (0.5B shape, random weights)
-    python tools/bench_host.py step                      # host time of one update of a tiny model
+    python tools/bench_host.py data --examples 200000    # read, tokenise, cache and plan; then from
+    the cache python tools/bench_host.py start --examples 8000     # `jaxre train` to step 1, cold
+    and again (0.5B shape, random weights) python tools/bench_host.py step                      #
+    host time of one update of a tiny model
 
-The examples are SemEval's training sentences, each with another word at its end (JAXRE_DATA names the data); --model is
-a folder with a tokenizer (and for `start` a config.json). What is made is kept in --work, so remove it for a cold start.
+The examples are SemEval's training sentences, each with another word at its end (JAXRE_DATA names
+the data); --model is a folder with a tokenizer (and for `start` a config.json). What is made is
+kept in --work, so remove it for a cold start.
 """
 
 from __future__ import annotations
@@ -39,13 +42,20 @@ def write_examples(work: Path, count: int) -> Path:
     path = work / f"examples-{count}.jsonl"
     if not path.is_file():
         given = sources.load(Source(dataset="semeval2010_task8", split="train"))
-        words = sorted({word for example in given for word in example.text.split() if word.isalpha()})
+        words = sorted(
+            {word for example in given for word in example.text.split() if word.isalpha()}
+        )
         draw = random.Random(0)
         with path.open("w", encoding="utf-8") as file:
             for number in range(count):
                 one = given[number % len(given)]
                 spans = {"head_span": one.head_span, "tail_span": one.tail_span}
-                record = {"id": str(number), "text": f"{one.text} {draw.choice(words)}", "head": one.head, "tail": one.tail}
+                record = {
+                    "id": str(number),
+                    "text": f"{one.text} {draw.choice(words)}",
+                    "head": one.head,
+                    "tail": one.tail,
+                }
                 file.write(json.dumps(record | spans | {"relation": one.relation}) + "\n")
     return path
 
@@ -85,8 +95,14 @@ def bench_data(work: Path, model: Path, count: int) -> Phases:
         with phase(phases, "digest"):
             digest = examples_digest(questions, examples, template, config.train.row_length)
         with phase(phases, "tokenise and write the cache"):
-            tokens, cached = cached_tokens(config.data.cache, digest, lambda: encode_examples(examples, questions, template))
-        print("  it was there already; remove --work for a cold start" if cached else f"  {tokens.tokens.size:,} tokens")
+            tokens, cached = cached_tokens(
+                config.data.cache, digest, lambda: encode_examples(examples, questions, template)
+            )
+        print(
+            "  it was there already; remove --work for a cold start"
+            if cached
+            else f"  {tokens.tokens.size:,} tokens"
+        )
         with phase(phases, f"plan {config.train.epochs} epochs"):
             plan = make_plan(config, tokens, shards=1)
         print(f"  {len(plan.updates):,} updates")
@@ -102,14 +118,24 @@ def bench_data(work: Path, model: Path, count: int) -> Phases:
 def bench_start(work: Path, model: Path, count: int, dtype: str) -> Phases:
     """Two starts in processes of their own; the second finds the tokens and the compiled update."""
     folder = random_weights(work, model)
-    tree = settings(work, folder, write_examples(work, count), row_length=1024, batch_tokens=1024, max_steps=1)
+    tree = settings(
+        work, folder, write_examples(work, count), row_length=1024, batch_tokens=1024, max_steps=1
+    )
     tree["model"]["dtype"] = dtype
     phases: Phases = {}
     for turn in ("first", "second"):
         path = work / f"{turn}.yaml"
         path.write_text(json.dumps(tree | {"name": f"{turn}-{time.time_ns()}"}), encoding="utf-8")
         print(f"{turn} start:")
-        worker = [sys.executable, __file__, "start-worker", "--config", str(path), "--began", str(time.time())]
+        worker = [
+            sys.executable,
+            __file__,
+            "start-worker",
+            "--config",
+            str(path),
+            "--began",
+            str(time.time()),
+        ]
         done = subprocess.run(worker, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             sys.exit(f"the {turn} start failed")
@@ -117,7 +143,10 @@ def bench_start(work: Path, model: Path, count: int, dtype: str) -> Phases:
             if line.startswith("phase "):
                 _, name, wall, cpu = line.split("\t")
                 phases[f"{turn}: {name}"] = float(wall), float(cpu)
-                print(f"  {name:40s} {float(wall):8.2f} s wall {float(cpu):8.2f} s CPU since the process began")
+                print(
+                    f"  {name:40s} {float(wall):8.2f} s wall {float(cpu):8.2f} s CPU since the"
+                    " process began"
+                )
     return phases
 
 
@@ -136,14 +165,22 @@ def random_weights(work: Path, model: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for file in model.iterdir():
             (folder / file.name).write_bytes(file.read_bytes())
-        architecture = architecture_of(json.loads((model / "config.json").read_text(encoding="utf-8")), str(model))
-        tensors = dict(hf_tensors(architecture, init_weights(architecture, seed=0), np.dtype(ml_dtypes.bfloat16)))
+        architecture = architecture_of(
+            json.loads((model / "config.json").read_text(encoding="utf-8")), str(model)
+        )
+        tensors = dict(
+            hf_tensors(
+                architecture, init_weights(architecture, seed=0), np.dtype(ml_dtypes.bfloat16)
+            )
+        )
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 def start_worker(config: Path, began: float) -> None:
-    """`jaxre train CONFIG`, which tells when each of its parts is done: seconds since `began`, CPU seconds of the process."""
+    """`jaxre train CONFIG`, which tells when each of its parts is done: seconds since `began`, CPU
+    seconds of the process.
+    """
 
     def tell(name: str) -> None:
         print(f"phase \t{name}\t{time.time() - began}\t{time.process_time()}", flush=True)
@@ -169,7 +206,11 @@ def start_worker(config: Path, began: float) -> None:
         setattr(loop, name, timed)
 
     parts = {"load_dataset": "data", "make_plan": "plan", "initial_state": "weights and state"}
-    parts |= {"compile_updates": "compiled (or read)", "prepared": "step 1 reached", "check_finite": "step 1 done"}
+    parts |= {
+        "compile_updates": "compiled (or read)",
+        "prepared": "step 1 reached",
+        "check_finite": "step 1 done",
+    }
     for name, told in parts.items():
         wrap(name, told)
     loop.train(loaded)
@@ -181,8 +222,9 @@ def start_worker(config: Path, began: float) -> None:
 def bench_step(work: Path, steps: int) -> Phases:
     """CPU time of the thread that runs the loop, and of the one that prepares its rows, per update.
 
-    CPU time of the two threads, not wall-clock: what they wait for is the device's, and other processes do not count.
-    On a CPU some of the device's work runs in the calling thread, so the model is small.
+    CPU time of the two threads, not wall-clock: what they wait for is the device's, and other
+    processes do not count. On a CPU some of the device's work runs in the calling thread, so the
+    model is small.
     """
     import jax
     import numpy as np
@@ -215,6 +257,7 @@ def bench_step(work: Path, steps: int) -> Phases:
         return found
 
     state, pending, parts = initial.state, [], {"take the rows": 0.0, "dispatch the update": 0.0}
+    # what runs ahead of the device without bound is no loop of ours
     for step, rows in enumerate(prepared(config, dataset, plan, 0, steps, put)):
         if step == steps // 10:  # the first ones fill caches
             jax.block_until_ready(pending)
@@ -225,10 +268,12 @@ def bench_step(work: Path, steps: int) -> Phases:
         parts["dispatch the update"] += time.thread_time() - before
         pending.append(metrics)
         if step % 16 == 15:
-            jax.block_until_ready(metrics)  # what runs ahead of the device without bound is no loop of ours
+            jax.block_until_ready(metrics)
     total, count = time.thread_time() - began, steps - counted
     parts["take the rows"] = total - parts["dispatch the update"]
-    parts["prepare and put the rows (other thread)"] = (thread[-1] - thread[counted]) * count / (len(thread) - 1 - counted)
+    parts["prepare and put the rows (other thread)"] = (
+        (thread[-1] - thread[counted]) * count / (len(thread) - 1 - counted)
+    )
     (work / "log").mkdir(exist_ok=True)
     log = RunLog(work / "log", 0)
     before = time.thread_time()
@@ -244,11 +289,15 @@ def bench_step(work: Path, steps: int) -> Phases:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=["data", "start", "step", "start-worker"])
     parser.add_argument("--examples", type=int, default=200_000)
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--model", type=Path, default=Path("../shared/models/Qwen/Qwen2.5-0.5B-Instruct"))
+    parser.add_argument(
+        "--model", type=Path, default=Path("../shared/models/Qwen/Qwen2.5-0.5B-Instruct")
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--work", type=Path, default=Path("runs/bench-host"))
     parser.add_argument("--json", type=Path)
@@ -266,7 +315,9 @@ def main() -> None:
     else:
         phases = bench_step(given.work, given.steps)
     if given.json:
-        told = {name: {"wall_seconds": wall, "cpu_seconds": cpu} for name, (wall, cpu) in phases.items()}
+        told = {
+            name: {"wall_seconds": wall, "cpu_seconds": cpu} for name, (wall, cpu) in phases.items()
+        }
         given.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
 
 

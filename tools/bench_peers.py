@@ -1,4 +1,6 @@
-"""The sides of `bench_training.py` in PyTorch, which `bench_sides.py` starts: (a) and (a') with Trainer, (b) with TRL's SFTTrainer."""
+"""The sides of `bench_training.py` in PyTorch, which `bench_sides.py` starts: (a) and (a') with
+Trainer, (b) with TRL's SFTTrainer.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,12 @@ from transformers import (
 from jaxre.profiling.memory import reset_resident_peak, resident_peak
 
 CUDA = torch.cuda.is_available()
-WHOLE_ROWS = ("flash_attention_2", "varlen", "flex_attention")  # look at no pair of tokens of two examples, however long a row is
+# look at no pair of tokens of two examples, however long a row is
+WHOLE_ROWS = (
+    "flash_attention_2",
+    "varlen",
+    "flex_attention",
+)
 
 
 def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk) -> None:
@@ -39,13 +46,20 @@ def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
     while command := talk.check():
         exact = command == "check exact"
         trainer = torch_trainer(
-            side, folder, settings, *tried[0], dtype="float32" if exact else settings.dtype, quantise=settings.nf4 and not exact
+            side,
+            folder,
+            settings,
+            *tried[0],
+            dtype="float32" if exact else settings.dtype,
+            quantise=settings.nf4 and not exact,
         )
         talk.answer(**loss_of(trainer))
         del trainer
         free()
     for rows, checkpointing in tried:
-        trainer = torch_trainer(side, folder, settings, rows, checkpointing, dtype=settings.dtype, quantise=settings.nf4)
+        trainer = torch_trainer(
+            side, folder, settings, rows, checkpointing, dtype=settings.dtype, quantise=settings.nf4
+        )
         turns = Turns(trainer, settings, talk, {"at_once": rows, "checkpointing": checkpointing})
         if turns.run(last=(rows, checkpointing) == tried[-1]):
             return
@@ -64,7 +78,11 @@ def fits(settings: argparse.Namespace) -> list[tuple[int, bool]]:
     if not CUDA:
         return [(1, False)]
     most = settings.rows if settings.packed.partition("+")[0] in WHOLE_ROWS else 1
-    return [(rows, checkpointing) for checkpointing in (False, True) for rows in dict.fromkeys((most, 1))]
+    return [
+        (rows, checkpointing)
+        for checkpointing in (False, True)
+        for rows in dict.fromkeys((most, 1))
+    ]
 
 
 def loss_of(trainer: Trainer) -> dict[str, float]:
@@ -81,21 +99,29 @@ def loss_of(trainer: Trainer) -> dict[str, float]:
 
 
 class Turns(TrainerCallback):
-    """Updates to warm up, the last of them timed, then turns; between them the process waits inside the training loop."""
+    """Updates to warm up, the last of them timed, then turns; between them the process waits inside
+    the training loop.
+    """
 
-    def __init__(self, trainer: Trainer, settings: argparse.Namespace, talk: Talk, told: dict[str, Any]):
+    def __init__(
+        self, trainer: Trainer, settings: argparse.Namespace, talk: Talk, told: dict[str, Any]
+    ):
         self.trainer, self.settings, self.talk, self.told = trainer, settings, talk, told
-        # torch.compile compiles the first shape, and again, for any shape, when it meets a second one.
+        # torch.compile compiles the first shape, and again, for any shape, when it meets a second
+        # one.
         self.warm = 4 if trainer.args.torch_compile else 2
         self.began = self.examples = self.tokens = self.start = self.until = self.length = 0
-        # (examples, tokens) of the micro-batches that were made and not trained on yet, counted before they go to the device.
+        # (examples, tokens) of the micro-batches that were made and not trained on yet, counted
+        # before they go to the device.
         self.made: deque[tuple[int, int]] = deque()
         self.collate, self.step = trainer.data_collator, trainer.training_step
         trainer.data_collator, trainer.training_step = self.collated, self.stepped
         trainer.add_callback(self)
 
     def run(self, last: bool) -> bool:
-        """Trains until there are no more commands; False if the device has too little memory, which is an error of the `last`."""
+        """Trains until there are no more commands; False if the device has too little memory, which
+        is an error of the `last`.
+        """
         try:
             self.trainer.train()
         except torch.OutOfMemoryError:
@@ -109,7 +135,9 @@ class Turns(TrainerCallback):
         if "attention_mask" in batch:
             self.made.append((len(batch["input_ids"]), int(batch["attention_mask"].sum())))
         else:  # packed: an example begins at position 0
-            self.made.append((int((batch["position_ids"] == 0).sum()), batch["position_ids"].numel()))
+            self.made.append(
+                (int((batch["position_ids"] == 0).sum()), batch["position_ids"].numel())
+            )
         return batch
 
     def stepped(self, *given: Any) -> torch.Tensor:
@@ -132,7 +160,13 @@ class Turns(TrainerCallback):
         elif state.global_step == self.until:
             seconds = time.perf_counter() - self.began
             peak = torch.cuda.max_memory_allocated() if CUDA else resident_peak()
-            self.talk.answer(seconds=seconds, examples=self.examples, tokens=self.tokens, updates=self.length, peak=peak)
+            self.talk.answer(
+                seconds=seconds,
+                examples=self.examples,
+                tokens=self.tokens,
+                updates=self.length,
+                peak=peak,
+            )
             self.turn(state, control)
 
     def turn(self, state, control):
@@ -172,14 +206,18 @@ def torch_trainer(
     quantised = {}
     if quantise:
         four_bits = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
         )
         quantised = {"quantization_config": four_bits}
     AttentionInterface.register("varlen", varlen_attention)
     base = AutoModelForCausalLM.from_pretrained(
         folder / "model",
         dtype=getattr(torch, dtype),
-        # Not every attention takes f32, and the check in what is timed is with the one that is timed.
+        # Not every attention takes f32, and the check in what is timed is with the one that is
+        # timed.
         attn_implementation=attention if dtype == settings.dtype else "sdpa",
         device_map="cuda" if CUDA else None,
         **quantised,
@@ -196,7 +234,9 @@ def torch_trainer(
         "weight_decay": 0.01,
         "warmup_steps": 0,
         "lr_scheduler_type": "linear",
-        "optim": "paged_adamw_8bit" if eight_bits else "adamw_torch_fused" if CUDA else "adamw_torch",
+        "optim": (
+            "paged_adamw_8bit" if eight_bits else "adamw_torch_fused" if CUDA else "adamw_torch"
+        ),
         "seed": SEED,
         "bf16": dtype == "bfloat16",
         "use_cpu": not CUDA,
@@ -222,18 +262,37 @@ def torch_trainer(
             torch_compile=bool(compiled),
         )
         train, few = Dataset.from_list(records), Dataset.from_list(records[:CHECKED])
-        return SFTTrainer(model=model, args=config, train_dataset=train, eval_dataset=few, processing_class=tokenizer)
+        return SFTTrainer(
+            model=model,
+            args=config,
+            train_dataset=train,
+            eval_dataset=few,
+            processing_class=tokenizer,
+        )
     args = TrainingArguments(**common, gradient_accumulation_steps=2, remove_unused_columns=False)
     collate = DataCollatorForSeq2Seq(tokenizer, padding="longest")
-    return Trainer(model=model, args=args, train_dataset=records, eval_dataset=records[:CHECKED], data_collator=collate)
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=records,
+        eval_dataset=records[:CHECKED],
+        data_collator=collate,
+    )
 
 
 def varlen_attention(module, query, key, value, attention_mask, scaling=None, **packed):
-    """PyTorch's own FlashAttention over packed examples (torch.nn.attention.varlen), as transformers calls attention: [1, H, T, C] each."""
+    """PyTorch's own FlashAttention over packed examples (torch.nn.attention.varlen), as
+    transformers calls attention: [1, H, T, C] each.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     groups = query.shape[1] // key.shape[1]
     key, value = (array.repeat_interleave(groups, dim=1) for array in (key, value))
     q, k, v = (array[0].transpose(0, 1).contiguous() for array in (query, key, value))  # T H C
     starts, longest = packed["cu_seq_lens_q"], packed["max_length_q"]
-    return varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0))[None], None
+    return (
+        varlen_attn(q, k, v, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0))[
+            None
+        ],
+        None,
+    )

@@ -1,17 +1,21 @@
-"""Checks every kernel against f32 on this machine's accelerator, then measures kernels, training step and peers. Needs no network.
+"""Checks every kernel against f32 on this machine's accelerator, then measures kernels, training
+step and peers. Needs no network.
 
     tools/hardware_check --out runs/h200                     # everything, within 9 minutes
     tools/hardware_check --only attention,lora --minutes 4
-    tools/hardware_check --dry                               # tiny shapes on the CPU: runs every part, measures nothing
+    tools/hardware_check --dry                               # tiny shapes on the CPU: runs every
+    part, measures nothing
 
-Kernels are checked first, then timed: median of several rounds, inputs in turn, caches flushed, beside the bare products, cuDNN, splash
-attention and tokamax where these are to be had. Every section is a process of its own with a share of the time, so that one that fails,
-hangs or lacks a package costs the others nothing; what it leaves of its share is theirs. A kernel that ends its process, or leaves the
-device unusable, has failed, and the section goes on behind it in a new one. OUT/hardware_check.json and .md are written anew
-after each section. The exit code is 1 where a check failed or a section with checks did not end.
+Kernels are checked first, then timed: median of several rounds, inputs in turn, caches flushed,
+beside the bare products, cuDNN, splash attention and tokamax where these are to be had. Every
+section is a process of its own with a share of the time, so that one that fails, hangs or lacks a
+package costs the others nothing; what it leaves of its share is theirs. A kernel that ends its
+process, or leaves the device unusable, has failed, and the section goes on behind it in a new one.
+OUT/hardware_check.json and .md are written anew after each section. The exit code is 1 where a
+check failed or a section with checks did not end.
 
-Attention, cross-entropy, LoRA and NF4 need jax alone. The step needs jaxre's dependencies, and the peers the `bench` extra; both need the
-data and tokenizers of JAXRE_DATA and JAXRE_MODELS.
+Attention, cross-entropy, LoRA and NF4 need jax alone. The step needs jaxre's dependencies, and the
+peers the `bench` extra; both need the data and tokenizers of JAXRE_DATA and JAXRE_MODELS.
 """
 
 from __future__ import annotations
@@ -39,9 +43,26 @@ OPS = ("attention", "cross_entropy", "lora", "nf4")
 PARTS = (*OPS, "step", "peers")
 # Of the time. Checks go first, side by side where there are cores for it.
 CHECKS_SHARE = 4.5
-SHARES = {"time attention": 5.0, "time cross_entropy": 2.5, "time lora": 3.0, "time nf4": 1.5, "step": 3.0, "peers": 4.0}
+SHARES = {
+    "time attention": 5.0,
+    "time cross_entropy": 2.5,
+    "time lora": 3.0,
+    "time nf4": 1.5,
+    "step": 3.0,
+    "peers": 4.0,
+}
 GRACE = 15  # seconds that a section may take to end what it has begun when its time is over
-PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "libtpu", "nvidia-cudnn-cu13", "nvidia-cublas", "numpy", "flax")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "jax-cuda12-plugin",
+    "libtpu",
+    "nvidia-cudnn-cu13",
+    "nvidia-cublas",
+    "numpy",
+    "flax",
+)
 PACKAGES += ("torch", "transformers", "peft", "trl", "bitsandbytes", "tokamax")
 SECTIONS = Path(__file__).with_name("hardware_sections.py")
 
@@ -51,7 +72,11 @@ _running: set[subprocess.Popen] = set()
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--only", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
-    parser.add_argument("--sweep", action="store_true", help="time every case with all tile sizes (`tune_kernels.py` asks for it)")
+    parser.add_argument(
+        "--sweep",
+        action="store_true",
+        help="time every case with all tile sizes (`tune_kernels.py` asks for it)",
+    )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, stopped)
     found = run_all(parts_of(parser, options.only, PARTS), options)
@@ -59,7 +84,9 @@ def main() -> None:
 
 
 def arguments(told: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=told, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=told, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
     parser.add_argument("--out", type=Path, default=Path("runs/hardware_check"), metavar="FOLDER")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU")
@@ -81,45 +108,77 @@ def run_all(parts: list[str], options: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "revision": output_of("git", "describe", "--always", "--dirty"),
-        "driver": output_of("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"),
+        "driver": output_of(
+            "nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"
+        ),
         "device": None,
         "versions": versions(),
-        "settings": {"parts": parts, "minutes": options.minutes, "dry": options.dry, "sweep": options.sweep},
+        "settings": {
+            "parts": parts,
+            "minutes": options.minutes,
+            "dry": options.dry,
+            "sweep": options.sweep,
+        },
         "sections": {},
     }
     groups = groups_of(parts)
     for number, (sections, share) in enumerate(groups):
-        limit = max(1.0, end - time.monotonic() - GRACE) * share / sum(share for _, share in groups[number:])
+        limit = (
+            max(1.0, end - time.monotonic() - GRACE)
+            * share
+            / sum(share for _, share in groups[number:])
+        )
         # Several processes can share a GPU, not a TPU.
-        workers = min(len(sections), max(1, (os.cpu_count() or 1) // 4) if found["driver"] or options.dry else 1)
+        workers = min(
+            len(sections),
+            max(1, (os.cpu_count() or 1) // 4) if found["driver"] or options.dry else 1,
+        )
         each = limit * workers / len(sections)
         with ThreadPoolExecutor(workers) as pool:
-            ended = list(pool.map(lambda section, each=each: run_section(section, each, options), sections))
+            ended = list(
+                pool.map(lambda section, each=each: run_section(section, each, options), sections)
+            )
         for section, one in zip(sections, ended, strict=True):
             found["sections"][section] = one
-            found["device"] = found["device"] or next((record["about"] for record in one["records"] if "about" in record), None)
+            found["device"] = found["device"] or next(
+                (record["about"] for record in one["records"] if "about" in record), None
+            )
             print(f"{section}: {one['outcome']} ({one['seconds']:.0f} s)", flush=True)
-        (options.out / "hardware_check.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        (options.out / "hardware_check.md").write_text("\n".join(markdown(found)) + "\n", encoding="utf-8")
-    print("\n".join(["", *markdown(found), f"written to {options.out}/hardware_check.json and .md"]))
+        (options.out / "hardware_check.json").write_text(
+            json.dumps(found, indent=1) + "\n", encoding="utf-8"
+        )
+        (options.out / "hardware_check.md").write_text(
+            "\n".join(markdown(found)) + "\n", encoding="utf-8"
+        )
+    print(
+        "\n".join(["", *markdown(found), f"written to {options.out}/hardware_check.json and .md"])
+    )
     return found
 
 
 def groups_of(parts: list[str]) -> list[tuple[list[str], float]]:
-    """Sections that may run side by side, and their share of the time: all checks, then one after the other."""
+    """Sections that may run side by side, and their share of the time: all checks, then one after
+    the other.
+    """
     checks = [f"check {part}" for part in parts if part in OPS]
     timed = [f"time {part}" if part in OPS else part for part in parts]
-    return [*([(checks, CHECKS_SHARE)] if checks else []), *(([section], SHARES[section]) for section in timed)]
+    return [
+        *([(checks, CHECKS_SHARE)] if checks else []),
+        *(([section], SHARES[section]) for section in timed),
+    ]
 
 
 def run_section(section: str, limit: float, options: argparse.Namespace) -> dict[str, Any]:
     """Runs a section, at most `limit` seconds and the grace, and reads what it has found.
 
-    One that is to be started again is, and one that ended while it ran something goes on behind that.
+    One that is to be started again is, and one that ended while it ran something goes on behind
+    that.
     """
     root = Path(__file__).resolve().parents[1]
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(root), str(root / "kernels"), os.environ.get("PYTHONPATH")])
+        ),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # checks share the device, and so do the peers
         "HF_HUB_OFFLINE": "1",
         **({"JAX_PLATFORMS": "cpu"} if options.dry else {}),
@@ -133,28 +192,47 @@ def run_section(section: str, limit: float, options: argparse.Namespace) -> dict
             command = [sys.executable, str(SECTIONS), section, str(records), f"{left:.0f}", *asked]
             outcome = run_process(command, environment, log, left + GRACE)
             lines = records.read_text(encoding="utf-8").splitlines() if records.is_file() else []
-            found = [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be cut short
+            # the last one may be cut short
+            found = [json.loads(line) for line in lines if line.endswith("}")]
             lost = unfinished(found)
             if lost is not None:
-                # One that was stopped may only have been slow; the section that did not end is told as such.
+                # One that was stopped may only have been slow; the section that did not end is told
+                # as such.
                 failed = {} if outcome.startswith("stopped") else {"passed": False}
                 found.append({**lost, **failed, "problem": f"the section {outcome} while this ran"})
                 with records.open("a", encoding="utf-8") as out:
-                    out.write("\n" * bool(lines and not lines[-1].endswith("}")) + json.dumps(found[-1]) + "\n")
-            if outcome == "done" or time.monotonic() - began > limit or not (lost or outcome == f"ended with code {AGAIN}"):
+                    out.write(
+                        "\n" * bool(lines and not lines[-1].endswith("}"))
+                        + json.dumps(found[-1])
+                        + "\n"
+                    )
+            if (
+                outcome == "done"
+                or time.monotonic() - began > limit
+                or not (lost or outcome == f"ended with code {AGAIN}")
+            ):
                 break
         told = log.read_text(errors="replace").splitlines()[-40:]
     if outcome == "done":
         whole = [one["left_out"] for one in found if one.keys() == {"left_out"}]
         outcome, told = f"left out: {whole[0]}" if whole else outcome, []
-    return {"outcome": outcome, "seconds": time.monotonic() - began, "records": [one for one in found if "begun" not in one], "log": told}
+    return {
+        "outcome": outcome,
+        "seconds": time.monotonic() - began,
+        "records": [one for one in found if "begun" not in one],
+        "log": told,
+    }
 
 
 def run_process(command: list[str], environment: dict[str, str], log: Path, limit: float) -> str:
-    """Runs a section's process and what it starts for at most `limit` seconds, and says how it ended."""
+    """Runs a section's process and what it starts for at most `limit` seconds, and says how it
+    ended.
+    """
     with log.open("w") as out:
         # A group of its own, so that what it started ends with it.
-        process = subprocess.Popen(command, stdout=out, stderr=out, env=environment, process_group=0)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env=environment, process_group=0
+        )
     _running.add(process)
     try:
         code = process.wait(limit)
@@ -187,7 +265,9 @@ def versions() -> dict[str, str]:
 
 def output_of(*command: str) -> str | None:
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent)
+        found = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, cwd=Path(__file__).parent
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None

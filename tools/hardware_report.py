@@ -16,9 +16,13 @@ def failures(found: dict[str, Any]) -> list[str]:
             if one.get("passed") is False and one.get("implementation"):
                 told = (
                     one.get("problem")
-                    or f"error {one['error'] if one['error'] is None else format(one['error'], '.1e')}, allowed {one['limit']:.1e}"
+                    or f"error {None if one['error'] is None else format(one['error'], '.1e')},"
+                    f" allowed {one['limit']:.1e}"
                 )
-                wrong.append(f"{section}: {one['case']}, {one['dtype']}, {one.get('variant', one['implementation'])}: {told}")
+                wrong.append(
+                    f"{section}: {one['case']}, {one['dtype']},"
+                    f" {one.get('variant', one['implementation'])}: {told}"
+                )
     return wrong
 
 
@@ -33,16 +37,37 @@ def rows_of(heads: str, rows: list[list[str]]) -> Iterator[str]:
 
 def markdown(found: dict[str, Any]) -> Iterator[str]:
     device = found["device"] or {}
-    yield f"# {'Dry run, no measurement' if found['settings']['dry'] else 'Hardware check'}: {device.get('kind', 'no device answered')}"
+    yield (
+        f"# {'Dry run, no measurement' if found['settings']['dry'] else 'Hardware check'}:"
+        f" {device.get('kind', 'no device answered')}"
+    )
     yield ""
-    told = [found["date"], found["driver"], device.get("runtime"), found["revision"] and f"revision {found['revision']}"]
-    yield "; ".join([*filter(None, told), ", ".join(f"{name} {number}" for name, number in found["versions"].items())])
+    told = [
+        found["date"],
+        found["driver"],
+        device.get("runtime"),
+        found["revision"] and f"revision {found['revision']}",
+    ]
+    yield "; ".join(
+        [
+            *filter(None, told),
+            ", ".join(f"{name} {number}" for name, number in found["versions"].items()),
+        ]
+    )
     yield ""
     wrong = failures(found)
-    yield "\n".join(f"- FAILED: {line}" for line in wrong) if wrong else "Every check that ran passed."
+    yield (
+        "\n".join(f"- FAILED: {line}" for line in wrong)
+        if wrong
+        else "Every check that ran passed."
+    )
     yield ""
     yield from rows_of(
-        "part; outcome; seconds", [[name, one["outcome"], f"{one['seconds']:.0f}"] for name, one in found["sections"].items()]
+        "part; outcome; seconds",
+        [
+            [name, one["outcome"], f"{one['seconds']:.0f}"]
+            for name, one in found["sections"].items()
+        ],
     )
     records = {name: one["records"] for name, one in found["sections"].items()}
     goals = [one for part in records.values() for one in part if "target" in one]
@@ -66,7 +91,8 @@ def markdown(found: dict[str, Any]) -> Iterator[str]:
             yield f"## {section}"
             yield ""
             yield from (
-                f"Measured on this device: {one['rates']['matrix'] / 1e12:,.1f} TFLOP/s, {one['rates']['copy'] / 1e9:,.0f} GB/s.\n"
+                f"Measured on this device: {one['rates']['matrix'] / 1e12:,.1f} TFLOP/s,"
+                f" {one['rates']['copy'] / 1e9:,.0f} GB/s.\n"
                 for one in part
                 if "rates" in one
             )
@@ -79,7 +105,9 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
     ran = [one for one in cases if "left_out" not in one and "problem" not in one]
 
     def error(one: dict) -> str:
-        return "-" if "error" not in one else "NaN" if one["error"] is None else f"{one['error']:.1e}"
+        return (
+            "-" if "error" not in one else "NaN" if one["error"] is None else f"{one['error']:.1e}"
+        )
 
     if section.startswith("check"):
         yield from rows_of(
@@ -99,13 +127,14 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
         )
     elif section.startswith("time"):
         yield from rows_of(
-            "case; variant; ms (least to most); TFLOP/s; of the matrix rate; GB/s; temporary MiB; error",
+            "case; variant; ms (least to most); TFLOP/s; of the matrix rate; GB/s; temporary MiB;"
+            " error",
             [
                 [
                     one["case"],
                     one["variant"],
-                    f"{1e3 * one['seconds']:.3f} ({1e3 * one['least']:.3f} to {1e3 * one['most']:.3f})"
-                    + ", the host's" * one["host_bound"],
+                    f"{1e3 * one['seconds']:.3f} ({1e3 * one['least']:.3f} to"
+                    f" {1e3 * one['most']:.3f})" + ", the host's" * one["host_bound"],
                     f"{one['flops'] / 1e12:.1f}",
                     f"{one['of_matrix_rate']:.0%}",
                     f"{one['bytes'] / 1e9:,.0f}",
@@ -117,7 +146,8 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
         )
     elif section == "step":
         yield from rows_of(
-            "run; ms; of the floor; examples/s; real tokens/s; MFU; of the datasheet; remat; peak MiB; compiling, s; first loss",
+            "run; ms; of the floor; examples/s; real tokens/s; MFU; of the datasheet; remat; peak"
+            " MiB; compiling, s; first loss",
             [
                 [
                     one["case"],
@@ -137,7 +167,8 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
         )
     else:
         yield from rows_of(
-            "setting; prompt; side; examples/s; x the first; real tokens/s; examples an update; peak MiB; loss differs by",
+            "setting; prompt; side; examples/s; x the first; real tokens/s; examples an update;"
+            " peak MiB; loss differs by",
             [
                 [
                     one["case"],
@@ -158,6 +189,9 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
         reasons.setdefault(one.get("problem") or one["left_out"], []).append(
             f"{one['case']} {one.get('variant', one.get('implementation', ''))}".strip()
         )
-    yield from (f"- not run: {', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items())
+    yield from (
+        f"- not run: {', '.join(dict.fromkeys(names))}: {reason}"
+        for reason, names in reasons.items()
+    )
     if missed:
         yield ""

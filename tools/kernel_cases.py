@@ -1,7 +1,9 @@
-"""What `hardware_check` and `tune_kernels.py` run: for each op its cases, the plain formula, our implementations and opponents.
+"""What `hardware_check` and `tune_kernels.py` run: for each op its cases, the plain formula, our
+implementations and opponents.
 
-Implementations, their tile sizes (`TILES`) and what they refuse come from the op's own dispatch: a new one is picked up as it is. Needs
-jax and numpy; tokamax is measured where it is installed, cuDNN on a GPU, splash attention on a TPU.
+Implementations, their tile sizes (`TILES`) and what they refuse come from the op's own dispatch: a
+new one is picked up as it is. Needs jax and numpy; tokamax is measured where it is installed, cuDNN
+on a GPU, splash attention on a TPU.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from jaxre_kernels.cross_entropy import dense_cross_entropy
 from jaxre_kernels.implementations import implementations_of, kernels_of, runs_on
 from kernel_timing import CLOSE, Case, Variant, missing, normal, only_on, ours
 
-# Heads, key heads, channels of a head, embedding, feed-forward, vocabulary and the study's LoRA rank.
+# Heads, key heads, channels of a head, embedding, feed-forward, vocabulary and the study's LoRA
+# rank.
 MODELS = {
     "Qwen2.5-0.5B": (14, 2, 64, 896, 4864, 151936, 32),
     "Qwen2.5-3B": (16, 2, 128, 2048, 11008, 151936, 64),
@@ -32,14 +35,18 @@ MODELS = {
 }
 DROPOUT, SCALE = 0.05, 2.0
 
-# ---- packed attention --------------------------------------------------------------------------------
+# ---- packed attention
+# --------------------------------------------------------------------------------
 
 
-def packed(rows: int, length: int, mean: int, longest: int, prefix: int, pads: int, seed: int) -> tuple[np.ndarray, ...]:
+def packed(
+    rows: int, length: int, mean: int, longest: int, prefix: int, pads: int, seed: int
+) -> tuple[np.ndarray, ...]:
     """Rows of examples of about `mean` tokens behind a shared prefix, pads at the end.
 
     Returns:
-      visible_until [B, T]; starts [B, M + 1] and lengths [B, M] of the examples, -1 where there is none: cuDNN's form. All int32.
+      visible_until [B, T]; starts [B, M + 1] and lengths [B, M] of the examples, -1 where there is
+      none: cuDNN's form. All int32.
     """
     draw, shortest = np.random.default_rng(seed), max(1, mean // 2)
     most = length // shortest + 1
@@ -69,7 +76,9 @@ def dense_attention(q, k, v, visible_until):
 
 
 def as_on_a_cpu(run: Callable) -> Callable:
-    """Blockwise attention of one block after another, each of which looks back no further than it must."""
+    """Blockwise attention of one block after another, each of which looks back no further than it
+    must.
+    """
     orders = blockwise._orders
 
     def patched(*inputs):  # forward and backward are traced in here
@@ -80,16 +89,27 @@ def as_on_a_cpu(run: Callable) -> Callable:
 
 
 def cudnn_masked(q, k, v, visible_until):
-    return jax.nn.dot_product_attention(q, k, v, mask=visible_mask(visible_until)[:, None], implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=visible_mask(visible_until)[:, None], implementation="cudnn"
+    )
 
 
 def cudnn_packed(q, k, v, dout, visible_until, starts, lengths):
-    """cuDNN's own packed form, behind a private call of JAX: examples lie one behind another, none shares a prefix."""
+    """cuDNN's own packed form, behind a private call of JAX: examples lie one behind another, none
+    shares a prefix.
+    """
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     def attend(q, k, v):
-        where = {"q_seqlen": lengths, "kv_seqlen": lengths, "q_offsets": starts, "kv_offsets": starts}
-        return dot_product_attention(q, k, v, **where, scale=q.shape[-1] ** -0.5, mask_type=MaskType.PADDING_CAUSAL)
+        where = {
+            "q_seqlen": lengths,
+            "kv_seqlen": lengths,
+            "q_offsets": starts,
+            "kv_offsets": starts,
+        }
+        return dot_product_attention(
+            q, k, v, **where, scale=q.shape[-1] ** -0.5, mask_type=MaskType.PADDING_CAUSAL
+        )
 
     out, back = jax.vjp(attend, q, k, v)
     return out, *back(dout)
@@ -111,7 +131,9 @@ def splash_attention(q, k, v, visible_until, interpret=False):
     kernel = splash.make_splash_mha(causal, head_shards=1, q_seq_shards=1, interpret=interpret)
     k, v = (jnp.repeat(array, heads // array.shape[2], axis=2) for array in (k, v))
     q, k, v = (array.swapaxes(1, 2) for array in ((q * q.shape[-1] ** -0.5).astype(q.dtype), k, v))
-    return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids)))(q, k, v, visible_until).swapaxes(1, 2)
+    return jax.vmap(lambda q, k, v, ids: kernel(q, k, v, segment_ids=splash.SegmentIds(ids, ids)))(
+        q, k, v, visible_until
+    ).swapaxes(1, 2)
 
 
 def with_copy_engine(bounds: dict[str, int]) -> dict[str, Variant]:
@@ -141,10 +163,21 @@ def attention_case(
     bounds = {"prefix": prefix, "span": longest}
 
     def inputs(seed):
-        q, k, v, dout = (normal(seed, number, (rows, length, heads, C), dtype) for number, heads in enumerate((H, K, K, H)))
-        return q, k, v, dout, *map(jnp.asarray, packed(rows, length, mean, longest, prefix, pads, seed))
+        q, k, v, dout = (
+            normal(seed, number, (rows, length, heads, C), dtype)
+            for number, heads in enumerate((H, K, K, H))
+        )
+        return (
+            q,
+            k,
+            v,
+            dout,
+            *map(jnp.asarray, packed(rows, length, mean, longest, prefix, pads, seed)),
+        )
 
-    variants = ours("attention", partial(attention_op.attention, **bounds), attended, sweep) | with_copy_engine(bounds)
+    variants = ours(
+        "attention", partial(attention_op.attention, **bounds), attended, sweep
+    ) | with_copy_engine(bounds)
     if opponents:
         half = None if dtype == "bfloat16" else "takes bfloat16 alone"
         alone = None if not prefix else "knows no shared prefix"
@@ -154,13 +187,25 @@ def attention_case(
             "cuDNN, dense mask": Variant(attended(cudnn_masked), left_out=only_on("gpu", half)),
             "cuDNN, packed": Variant(cudnn_packed, left_out=only_on("gpu", half or alone)),
             "splash": Variant(attended(splash_attention), left_out=only_on("tpu", alone)),
-            "tokamax, dense mask": Variant(attended(tokamax_attention), left_out=missing("tokamax")),
+            "tokamax, dense mask": Variant(
+                attended(tokamax_attention), left_out=missing("tokamax")
+            ),
         }
     until = packed(rows, length, mean, longest, prefix, pads, 0)[0]
     pairs = int((until - np.arange(length)).sum())
     if covers is not None:
-        covers = {"prefix": (0, 0), **covers, "heads": (H, H), "kv_heads": (K, K), "channels": (C, C)}
-    told = f"{model}, {rows} x {length:,}, examples of about {mean}" + (f" behind {prefix}" if prefix else "") + (", pads" if pads else "")
+        covers = {
+            "prefix": (0, 0),
+            **covers,
+            "heads": (H, H),
+            "kv_heads": (K, K),
+            "channels": (C, C),
+        }
+    told = (
+        f"{model}, {rows} x {length:,}, examples of about {mean}"
+        + (f" behind {prefix}" if prefix else "")
+        + (", pads" if pads else "")
+    )
     return Case(
         "attention",
         told,
@@ -190,21 +235,53 @@ def attention_checks(dry: bool) -> Iterator[Case]:
 
 def attention_timings(dry: bool, sweep: bool) -> Iterator[Case]:
     if dry:
-        yield attention_case("tiny", "float32", 1, 384, 60, 100, opponents=True, sweep=sweep, targets={"dense mask": 15.0})
+        yield attention_case(
+            "tiny",
+            "float32",
+            1,
+            384,
+            60,
+            100,
+            opponents=True,
+            sweep=sweep,
+            targets={"dense mask": 15.0},
+        )
         return
     make = partial(attention_case, dtype="bfloat16", opponents=True)
     short = {"length": (4096, 16384), "span": (129, 384)}
-    # The goals of packed attention: 15 times as fast as a dense mask, and faster than cuDNN's packed form.
+    # The goals of packed attention: 15 times as fast as a dense mask, and faster than cuDNN's
+    # packed form.
     targets = {"dense mask": 15.0, "cuDNN, packed": 1.0}
     for model in ("Qwen2.5-0.5B", "Qwen2.5-3B"):
-        yield make(model, rows=2, length=8192, mean=150, longest=240, covers=short, targets=targets, sweep=sweep)
+        yield make(
+            model,
+            rows=2,
+            length=8192,
+            mean=150,
+            longest=240,
+            covers=short,
+            targets=targets,
+            sweep=sweep,
+        )
     shared = {"length": (1024, 4095), "prefix": (128, 1024), "span": (65, 384)}
-    yield make("Qwen2.5-0.5B", rows=8, length=2048, mean=80, longest=208, prefix=352, covers=shared, sweep=sweep)
+    yield make(
+        "Qwen2.5-0.5B",
+        rows=8,
+        length=2048,
+        mean=80,
+        longest=208,
+        prefix=352,
+        covers=shared,
+        sweep=sweep,
+    )
     longer = {"length": (4096, 16384), "span": (385, 2048)}
-    yield make("Qwen2.5-0.5B", rows=2, length=8192, mean=1000, longest=1600, covers=longer, sweep=sweep)
+    yield make(
+        "Qwen2.5-0.5B", rows=2, length=8192, mean=1000, longest=1600, covers=longer, sweep=sweep
+    )
 
 
-# ---- linear cross-entropy ----------------------------------------------------------------------------
+# ---- linear cross-entropy
+# ----------------------------------------------------------------------------
 
 
 def cross_entropy_case(
@@ -224,8 +301,17 @@ def cross_entropy_case(
         head = normal(seed, 1, (V, D), dtype, D**-0.5)
         chosen = jax.random.randint(jax.random.key(seed + 1), tokens, 0, V)
         # tokamax knows no weights: they are all the same where it is measured.
-        weights = jnp.full(tokens, 1 / count) if opponents else jax.random.bernoulli(jax.random.key(seed), 0.7, tokens) / count
-        return normal(seed, 0, (*tokens, D), dtype), head, chosen.astype(jnp.int32), weights.astype(jnp.float32)
+        weights = (
+            jnp.full(tokens, 1 / count)
+            if opponents
+            else jax.random.bernoulli(jax.random.key(seed), 0.7, tokens) / count
+        )
+        return (
+            normal(seed, 0, (*tokens, D), dtype),
+            head,
+            chosen.astype(jnp.int32),
+            weights.astype(jnp.float32),
+        )
 
     def both(loss):
         def run(x, head, targets, weights):
@@ -241,7 +327,10 @@ def cross_entropy_case(
     def tokamax_loss(x, head, targets, weights):
         import tokamax
 
-        return tokamax.linear_softmax_cross_entropy_loss(x.reshape(-1, D), targets.reshape(-1), head.T) / count
+        return (
+            tokamax.linear_softmax_cross_entropy_loss(x.reshape(-1, D), targets.reshape(-1), head.T)
+            / count
+        )
 
     variants = ours("cross_entropy", cross_entropy_op.linear_cross_entropy, both, sweep)
     if opponents:
@@ -255,7 +344,8 @@ def cross_entropy_case(
     size = jnp.dtype(dtype).itemsize
     return Case(
         "cross_entropy",
-        f"{model}, {' x '.join(map(str, tokens))} tokens, head {'trained' if trained else 'frozen'}",
+        f"{model}, {' x '.join(map(str, tokens))} tokens, head"
+        f" {'trained' if trained else 'frozen'}",
         dtype,
         inputs,
         both(dense_cross_entropy),
@@ -278,23 +368,47 @@ def cross_entropy_checks(dry: bool) -> Iterator[Case]:
 
 def cross_entropy_timings(dry: bool, sweep: bool) -> Iterator[Case]:
     if dry:
-        yield cross_entropy_case("tiny", "float32", (2, 32), False, opponents=True, sweep=sweep, targets={"bare product": 1 / 1.1})
+        yield cross_entropy_case(
+            "tiny",
+            "float32",
+            (2, 32),
+            False,
+            opponents=True,
+            sweep=sweep,
+            targets={"bare product": 1 / 1.1},
+        )
         return
     make = partial(cross_entropy_case, dtype="bfloat16", opponents=True)
     for model in ("Qwen2.5-0.5B", "Qwen2.5-3B"):
-        # The goal: within a tenth of the bare product. The head is frozen, as in LoRA: the table does not know whether it is.
-        yield make(model, tokens=(16, 256), trained=False, covers={"tokens": (2048, 16384)}, targets={"bare product": 1 / 1.1}, sweep=sweep)
-    yield make("Qwen2.5-0.5B", tokens=(8, 128), trained=False, covers={"tokens": (256, 2047)}, sweep=sweep)
+        # The goal: within a tenth of the bare product. The head is frozen, as in LoRA: the table
+        # does not know whether it is.
+        yield make(
+            model,
+            tokens=(16, 256),
+            trained=False,
+            covers={"tokens": (2048, 16384)},
+            targets={"bare product": 1 / 1.1},
+            sweep=sweep,
+        )
+    yield make(
+        "Qwen2.5-0.5B", tokens=(8, 128), trained=False, covers={"tokens": (256, 2047)}, sweep=sweep
+    )
     yield make("Qwen2.5-0.5B", tokens=(16, 256), trained=True, sweep=sweep)
 
 
-# ---- the LoRA projections of one input ---------------------------------------------------------------
+# ---- the LoRA projections of one input
+# ---------------------------------------------------------------
 
 
 def groups_of(model: str) -> dict[str, tuple[int, tuple[int, ...]]]:
     """name -> (inputs, outputs of each projection) of the four groups of a layer."""
     H, K, C, D, F, *_ = MODELS[model]
-    return {"qkv": (D, (H * C, K * C, K * C)), "o": (H * C, (D,)), "gate_up": (D, (F, F)), "down": (F, (D,))}
+    return {
+        "qkv": (D, (H * C, K * C, K * C)),
+        "o": (H * C, (D,)),
+        "gate_up": (D, (F, F)),
+        "down": (F, (D,)),
+    }
 
 
 def lora_case(
@@ -311,13 +425,19 @@ def lora_case(
     rank, (inner, outer) = MODELS[model][-1], groups_of(model)[group]
 
     def dense(seed):
-        return [normal(seed, 10 + i, (inner, width), dtype, inner**-0.5) for i, width in enumerate(outer)]
+        return [
+            normal(seed, 10 + i, (inner, width), dtype, inner**-0.5)
+            for i, width in enumerate(outer)
+        ]
 
-    # NF4 weights are of one draw for all sets: quantising is slow, and the cache is flushed between calls anyway. Each implementation
-    # gets them in its own form, as in training.
+    # NF4 weights are of one draw for all sets: quantising is slow, and the cache is flushed between
+    # calls anyway. Each implementation gets them in its own form, as in training.
     forms = {}
     if nf4:
-        forms["xla"] = [jax.tree.map(jnp.asarray, nf4_op.quantise(np.asarray(weight.T, np.float32))) for weight in dense(0)]
+        forms["xla"] = [
+            jax.tree.map(jnp.asarray, nf4_op.quantise(np.asarray(weight.T, np.float32)))
+            for weight in dense(0)
+        ]
         for name in implementations_of("lora"):
             if name != "xla" and runs_on(name, jax.devices()[0]):
                 forms[name] = [lora_op.stored(weight, name) for weight in forms["xla"]]
@@ -325,26 +445,35 @@ def lora_case(
     def inputs(seed):
         factors = [
             lora_op.Factors(
-                normal(seed, 20 + i, (inner, rank), "float32", inner**-0.5), normal(seed, 30 + i, (rank, width), "float32", rank**-0.5)
+                normal(seed, 20 + i, (inner, rank), "float32", inner**-0.5),
+                normal(seed, 30 + i, (rank, width), "float32", rank**-0.5),
             )
             for i, width in enumerate(outer)
         ]
         words = jax.random.bits(jax.random.key(seed), (tokens,), jnp.uint32)
         dys = [normal(seed, 40 + i, (tokens, width), dtype) for i, width in enumerate(outer)]
         x = normal(seed, 0, (tokens, inner), dtype)
-        return (x, forms, factors, words, dys, dense(0)) if nf4 else (x, dense(seed), factors, words, dys)
+        return (
+            (x, forms, factors, words, dys, dense(0))
+            if nf4
+            else (x, dense(seed), factors, words, dys)
+        )
 
     def both(projected):
         def run(x, weights, factors, words, dys, *_):
             if isinstance(weights, dict):
                 weights = weights[getattr(projected, "keywords", {}).get("implementation", "xla")]
-            outputs, back = jax.vjp(lambda x, factors: projected(x, weights, factors, words, SCALE, rate), x, factors)
+            outputs, back = jax.vjp(
+                lambda x, factors: projected(x, weights, factors, words, SCALE, rate), x, factors
+            )
             return outputs, *back(dys)
 
         return run
 
     def products(x, weights, factors, words, dys):
-        return [x @ weight for weight in weights], sum(dy @ weight.T for dy, weight in zip(dys, weights, strict=True))
+        return [x @ weight for weight in weights], sum(
+            dy @ weight.T for dy, weight in zip(dys, weights, strict=True)
+        )
 
     def with_dense(x, weights, factors, words, dys, dense):
         return both(lora_op.lora_group)(x, dense, factors, words, dys)
@@ -352,16 +481,27 @@ def lora_case(
     def weights_alone(x, weights, *_):
         return [nf4_op.dequantise(weight, x.dtype) for weight in weights["xla"]]
 
-    base, low = 4.0 * tokens * inner * sum(outer), 6.0 * tokens * rank * (len(outer) * inner + sum(outer))
+    base, low = (
+        4.0 * tokens * inner * sum(outer),
+        6.0 * tokens * rank * (len(outer) * inner + sum(outer)),
+    )
     variants = ours("lora", lora_op.lora_group, both, sweep)
     targets = {}
     if opponents and nf4:
         alone = Variant(weights_alone, compared=False)
-        variants |= {"dense weights": Variant(with_dense, compared=False), "dequantising alone": alone}
-        targets = {"dense weights": 1 / 1.15}  # the goal is a step within 15% of one with dense weights; here it is asked of a group
+        variants |= {
+            "dense weights": Variant(with_dense, compared=False),
+            "dequantising alone": alone,
+        }
+        # the goal is a step within 15% of one with dense weights; here it is asked of a group
+        targets = {"dense weights": 1 / 1.15}
     elif opponents:
-        variants |= {"autodiff": Variant(both(written_down)), "base product": Variant(products, compared=False)}
-        # The goal: at most 5% over the base product times 1 + LoRA's share of FLOPs, at the rank that the model has.
+        variants |= {
+            "autodiff": Variant(both(written_down)),
+            "base product": Variant(products, compared=False),
+        }
+        # The goal: at most 5% over the base product times 1 + LoRA's share of FLOPs, at the rank
+        # that the model has.
         targets = {"base product": 1 / (1.05 * (1 + low / base))}
     sizes = {"inputs": inner, "outputs": sum(outer), "projections": len(outer), "rank": rank}
     weights_moved = inner * sum(outer) * (4.127 / 8 if nf4 else jnp.dtype(dtype).itemsize)
@@ -397,12 +537,17 @@ def lora_timings(dry: bool, sweep: bool) -> Iterator[Case]:
             yield lora_case(model, group, dtype, tokens, opponents=True, sweep=sweep)
 
 
-# ---- the same with NF4 weights -----------------------------------------------------------------------
+# ---- the same with NF4 weights
+# -----------------------------------------------------------------------
 
 
 def nf4_checks(dry: bool) -> Iterator[Case]:
     for dtype in CLOSE:
-        for model, group, tokens in [("tiny", "qkv", 32)] if dry else [("Qwen2.5-0.5B", "qkv", 256), ("Qwen2.5-3B", "o", 300)]:
+        for model, group, tokens in (
+            [("tiny", "qkv", 32)]
+            if dry
+            else [("Qwen2.5-0.5B", "qkv", 256), ("Qwen2.5-3B", "o", 300)]
+        ):
             yield lora_case(model, group, dtype, tokens, nf4=True)
 
 
@@ -410,12 +555,18 @@ def nf4_timings(dry: bool, sweep: bool) -> Iterator[Case]:
     if dry:
         yield lora_case("tiny", "qkv", "float32", 32, nf4=True, opponents=True, sweep=sweep)
         return
-    for model, group in (("Qwen2.5-0.5B", "gate_up"), ("Qwen2.5-3B", "gate_up"), ("Qwen2.5-3B", "qkv")):
+    for model, group in (
+        ("Qwen2.5-0.5B", "gate_up"),
+        ("Qwen2.5-3B", "gate_up"),
+        ("Qwen2.5-3B", "qkv"),
+    ):
         yield lora_case(model, group, "bfloat16", 16384, nf4=True, opponents=True, sweep=sweep)
 
 
 def dequantised_bits() -> dict[str, Any]:
-    """Whether `dequantise` gives the f32 bits that IEEE arithmetic gives: product, sum and product, each rounded."""
+    """Whether `dequantise` gives the f32 bits that IEEE arithmetic gives: product, sum and product,
+    each rounded.
+    """
     from jaxre_kernels.nf4.weight import BLOCK, DYNAMIC, NESTED_BLOCK, NF4
 
     matrix = np.random.default_rng(0).standard_normal((192, 320), np.float32)
@@ -424,10 +575,27 @@ def dequantised_bits() -> dict[str, Any]:
     scales = DYNAMIC[weight.absmax] * nested + weight.offset
     codes = np.stack([weight.codes >> 4, weight.codes & 15], axis=-1).reshape(-1)
     exact = (NF4[codes] * np.repeat(scales, BLOCK)).reshape(matrix.shape)
-    found = np.asarray(jax.jit(partial(nf4_op.dequantise, dtype=jnp.float32))(jax.tree.map(jnp.asarray, weight)))
+    found = np.asarray(
+        jax.jit(partial(nf4_op.dequantise, dtype=jnp.float32))(jax.tree.map(jnp.asarray, weight))
+    )
     error = float(np.abs(found - exact).max() / np.abs(exact).max())
-    return {"error": error, "limit": 1e-6, "passed": error <= 1e-6, "bits_equal": bool((found == exact).all())}
+    return {
+        "error": error,
+        "limit": 1e-6,
+        "passed": error <= 1e-6,
+        "bits_equal": bool((found == exact).all()),
+    }
 
 
-CHECKS = {"attention": attention_checks, "cross_entropy": cross_entropy_checks, "lora": lora_checks, "nf4": nf4_checks}
-TIMINGS = {"attention": attention_timings, "cross_entropy": cross_entropy_timings, "lora": lora_timings, "nf4": nf4_timings}
+CHECKS = {
+    "attention": attention_checks,
+    "cross_entropy": cross_entropy_checks,
+    "lora": lora_checks,
+    "nf4": nf4_checks,
+}
+TIMINGS = {
+    "attention": attention_timings,
+    "cross_entropy": cross_entropy_timings,
+    "lora": lora_timings,
+    "nf4": nf4_timings,
+}

@@ -1,6 +1,7 @@
 """Composes the project's own relation corpus from hand-written facts and phrasings.
 
-    python tools/make_corpus.py            # writes jaxre/assets/corpus/{train,validation,test}.jsonl
+    python tools/make_corpus.py            # writes
+    jaxre/assets/corpus/{train,validation,test}.jsonl
 
 The sources are jaxre/assets/corpus/source/*.txt; a line is one of
 
@@ -9,11 +10,13 @@ The sources are jaxre/assets/corpus/source/*.txt; a line is one of
     phrasing | split | text with {head}, {tail} and slots
     none     | split | marked,marked | text whose marked pair is not related
 
-A `labels` line opens a section, the lines after it belong to it. In a text, `{slot}` is a slot of the fact, `{a slot}` puts
-a or an before it, `{he} {his} {him} {parent}` follow the fact's pronoun (`{che} {chis} {chim} {child}` the slot `cp`), and
-`[...]` is left out when one of its slots is missing, or by the hash of fact and phrasing. A phrasing is used with a fact only
-if the fact has its slots. A leading lower-case "the " of a name is an article: it is printed, but stays outside the span.
-No random numbers: every choice is a SHA-256 of the material, so the files are the same bytes on every machine.
+A `labels` line opens a section, the lines after it belong to it. In a text, `{slot}` is a slot of
+the fact, `{a slot}` puts a or an before it, `{he} {his} {him} {parent}` follow the fact's pronoun
+(`{che} {chis} {chim} {child}` the slot `cp`), and `[...]` is left out when one of its slots is
+missing, or by the hash of fact and phrasing. A phrasing is used with a fact only if the fact has
+its slots. A leading lower-case "the " of a name is an article: it is printed, but stays outside the
+span. No random numbers: every choice is a SHA-256 of the material, so the files are the same bytes
+on every machine.
 """
 
 import argparse
@@ -27,7 +30,8 @@ from pathlib import Path
 
 CORPUS = Path(__file__).resolve().parent.parent / "jaxre" / "assets" / "corpus"
 SPLITS = ("train", "validation", "test")
-# Sentences per section: (pair of inverse labels, single label, hard negatives of a relation file, section of none.txt).
+# Sentences per section: (pair of inverse labels, single label, hard negatives of a relation file,
+# section of none.txt).
 QUOTAS = {"train": (164, 98, 22, 18), "validation": (26, 15, 3, 3), "test": (44, 26, 6, 5)}
 # Sentences of a pair that are used in both directions.
 BOTH_WAYS = {"train": 44, "validation": 5, "test": 13}
@@ -42,14 +46,17 @@ MARK = {"head": "\x01", "tail": "\x02", "other": "\x03"}
 
 @dataclass
 class Section:
-    """One `labels` line and everything below it; `types` maps head, tail and other to PERSON, PLACE, WORK or ORG."""
+    """One `labels` line and everything below it; `types` maps head, tail and other to PERSON,
+    PLACE, WORK or ORG.
+    """
 
     file: str
     forward: str
     inverse: str | None
     types: dict[str, str]
     facts: list[tuple[str, dict[str, str]]] = field(default_factory=list)  # (split, slots)
-    phrasings: list[tuple[str, tuple[str, str], str]] = field(default_factory=list)  # (split, marked pair, text)
+    # (split, marked pair, text)
+    phrasings: list[tuple[str, tuple[str, str], str]] = field(default_factory=list)
     negatives: list[tuple[str, tuple[str, str], str]] = field(default_factory=list)
 
 
@@ -58,7 +65,9 @@ def digest(*parts: str) -> int:
 
 
 def read_sections(folder: Path) -> list[Section]:
-    """Reads all source files, in the order of their names. Raises ValueError, with file and line, on a malformed line."""
+    """Reads all source files, in the order of their names. Raises ValueError, with file and line,
+    on a malformed line.
+    """
     sections: list[Section] = []
     for path in sorted(folder.glob("*.txt")):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -68,19 +77,31 @@ def read_sections(folder: Path) -> list[Section]:
             try:
                 if cells[0] == "labels":
                     types = dict(zip(("head", "tail", "other"), cells[3:], strict=False))
-                    sections.append(Section(path.name, cells[1], None if cells[2] == "-" else cells[2], types))
+                    sections.append(
+                        Section(path.name, cells[1], None if cells[2] == "-" else cells[2], types)
+                    )
                     continue
                 section, split = sections[-1], SPLITS[SPLITS.index(cells[1])]
                 if section.file != path.name:
                     raise ValueError("no labels line before it")
                 if cells[0] == "fact":
                     _, _, head, tail, pronoun, *rest = cells
-                    slots = dict(pair.strip().split("=", 1) for pair in rest[0].split(";")) if rest and rest[0] else {}
-                    child = {"c" + k: v for k, v in PRONOUNS[slots.pop("cp", "-")].items() if k != "parent" and k != "child"}
+                    slots = (
+                        dict(pair.strip().split("=", 1) for pair in rest[0].split(";"))
+                        if rest and rest[0]
+                        else {}
+                    )
+                    child = {
+                        "c" + k: v
+                        for k, v in PRONOUNS[slots.pop("cp", "-")].items()
+                        if k != "parent" and k != "child"
+                    }
                     if child:
                         child["child"] = "son" if child["che"] == "he" else "daughter"
                     own = {k: v for k, v in PRONOUNS[pronoun].items() if k != "child"}
-                    section.facts.append((split, {"head": head, "tail": tail} | own | child | slots))
+                    section.facts.append(
+                        (split, {"head": head, "tail": tail} | own | child | slots)
+                    )
                 elif cells[0] == "phrasing":
                     section.phrasings.append((split, ("head", "tail"), cells[2]))
                 elif cells[0] == "none":
@@ -103,7 +124,9 @@ def indefinite(words: str) -> str:
 
 
 def compose(phrasing: str, slots: dict[str, str]) -> tuple[str, dict[str, tuple[int, int]]] | None:
-    """One sentence and the spans of its entities, or None where the fact lacks a slot that the phrasing needs."""
+    """One sentence and the spans of its entities, or None where the fact lacks a slot that the
+    phrasing needs.
+    """
 
     def has_slots(text: str) -> bool:
         return all(name.removeprefix("a ") in slots for name in re.findall(r"\{([^}]+)\}", text))
@@ -124,7 +147,9 @@ def compose(phrasing: str, slots: dict[str, str]) -> tuple[str, dict[str, tuple[
             if suffix and article and bare.endswith("s"):
                 suffix = "'"  # the Netherlands' largest port
             return article + MARK[name] + bare + MARK[name] + suffix
-        return (indefinite(slots[name[2:]]) if name.startswith("a ") else slots[name]) + (match[2] or "")
+        return (indefinite(slots[name[2:]]) if name.startswith("a ") else slots[name]) + (
+            match[2] or ""
+        )
 
     text = re.sub(r"\{([^}]+)\}('s)?", fill, text)
     text = re.sub(r"\s+", " ", text).strip()
@@ -141,7 +166,9 @@ def compose(phrasing: str, slots: dict[str, str]) -> tuple[str, dict[str, tuple[
     return re.sub("[\x01-\x03]", "", text), spans
 
 
-def pick(section: Section, split: str, phrasings: list, count: int) -> Iterator[tuple[str, dict, dict, tuple[str, str], int]]:
+def pick(
+    section: Section, split: str, phrasings: list, count: int
+) -> Iterator[tuple[str, dict, dict, tuple[str, str], int]]:
     """Up to `count` distinct sentences, facts and phrasings used as evenly as possible.
 
     Yields (text, spans, slots, marked pair, how often this phrasing came before).
@@ -155,15 +182,32 @@ def pick(section: Section, split: str, phrasings: list, count: int) -> Iterator[
             if sentence and WORDS[0] <= len(sentence[0].split()) <= WORDS[1]:
                 made[f, p] = sentence
     used_facts, used_phrasings, texts = Counter(), Counter(), set()
-    order = {key: digest(section.file, facts[key[0]]["head"], facts[key[0]]["tail"], phrasings[key[1]][1]) for key in made}
+    order = {
+        key: digest(
+            section.file, facts[key[0]]["head"], facts[key[0]]["tail"], phrasings[key[1]][1]
+        )
+        for key in made
+    }
     while made and len(texts) < count:
-        key = min(made, key=lambda k: (used_facts[k[0]] * len(facts) + used_phrasings[k[1]] * len(phrasings), order[k]))
+        key = min(
+            made,
+            key=lambda k: (
+                used_facts[k[0]] * len(facts) + used_phrasings[k[1]] * len(phrasings),
+                order[k],
+            ),
+        )
         text, spans = made.pop(key)
         if text in texts:
             continue
         texts.add(text)
         f, p = key
-        yield text, spans, facts[f], phrasings[p][0], used_phrasings[p] + digest(phrasings[p][1]) % 2
+        yield (
+            text,
+            spans,
+            facts[f],
+            phrasings[p][0],
+            used_phrasings[p] + digest(phrasings[p][1]) % 2,
+        )
         used_facts[f] += 1
         used_phrasings[p] += 1
 
@@ -185,10 +229,14 @@ def make_row(section: Section, text: str, spans: dict, head: str, tail: str, rel
 
 def section_rows(section: Section, split: str) -> Iterator[dict]:
     pair_count, single_count, negative_count, none_count = QUOTAS[split]
-    count = none_count if section.forward == "none" else pair_count if section.inverse else single_count
+    count = (
+        none_count if section.forward == "none" else pair_count if section.inverse else single_count
+    )
     for i, (text, spans, _, _, turn) in enumerate(pick(section, split, section.phrasings, count)):
         if section.inverse is None:
-            head, tail = ("tail", "head") if section.forward == "none" and turn % 2 else ("head", "tail")
+            head, tail = (
+                ("tail", "head") if section.forward == "none" and turn % 2 else ("head", "tail")
+            )
             yield make_row(section, text, spans, head, tail, section.forward)
             continue
         both = (i + 1) * BOTH_WAYS[split] // count > i * BOTH_WAYS[split] // count
@@ -196,12 +244,18 @@ def section_rows(section: Section, split: str) -> Iterator[dict]:
             yield make_row(section, text, spans, "head", "tail", section.forward)
         if both or turn % 2 == 1:
             yield make_row(section, text, spans, "tail", "head", section.inverse)
-    for i, (text, spans, _, (one, two), turn) in enumerate(pick(section, split, section.negatives, negative_count)):
+    for i, (text, spans, _, (one, two), turn) in enumerate(
+        pick(section, split, section.negatives, negative_count)
+    ):
         yield make_row(section, text, spans, *((two, one) if turn % 2 else (one, two)), "none")
-        if i % 2 == 0 and {"head", "tail"} <= spans.keys():  # the related pair of the same sentence, as a contrast
+        if (
+            i % 2 == 0 and {"head", "tail"} <= spans.keys()
+        ):  # the related pair of the same sentence, as a contrast
             forward = section.inverse is None or i % 4 == 0
             pair = ("head", "tail") if forward else ("tail", "head")
-            yield make_row(section, text, spans, *pair, section.forward if forward else section.inverse)
+            yield make_row(
+                section, text, spans, *pair, section.forward if forward else section.inverse
+            )
 
 
 def compose_corpus(folder: Path) -> dict[str, list[dict]]:
@@ -221,7 +275,10 @@ def compose_corpus(folder: Path) -> dict[str, list[dict]]:
 def check(corpus: dict[str, list[dict]]) -> None:
     """Raises ValueError, naming all offenders, where a row breaks a promise of the README."""
     faults = []
-    entities = {split: {row[side] for row in rows for side in ("head", "tail")} for split, rows in corpus.items()}
+    entities = {
+        split: {row[side] for row in rows for side in ("head", "tail")}
+        for split, rows in corpus.items()
+    }
     for rows in corpus.values():
         uses = Counter(row["text"] for row in rows)
         faults += [f"{n} rows of: {text}" for text, n in uses.items() if n > 2]
@@ -235,7 +292,11 @@ def check(corpus: dict[str, list[dict]]) -> None:
             if split == other or split == "train":
                 continue
             text = "\n".join(row["text"] for row in corpus[other])
-            seen = [name for name in entities[split] if re.search(rf"\b{re.escape(name)}(?!\w)", text, re.IGNORECASE)]
+            seen = [
+                name
+                for name in entities[split]
+                if re.search(rf"\b{re.escape(name)}(?!\w)", text, re.IGNORECASE)
+            ]
             faults += [f"{split} entity occurs in {other}: {name}" for name in sorted(seen)]
     if faults:
         raise ValueError("\n".join(faults))
@@ -260,7 +321,13 @@ def main() -> None:
     for split, path in write_corpus(arguments.source, arguments.target).items():
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         print(f"{split}: {len(rows)} rows, {len({row['text'] for row in rows})} sentences")
-        print("  " + ", ".join(f"{label} {n}" for label, n in sorted(Counter(row["relation"] for row in rows).items())))
+        print(
+            "  "
+            + ", ".join(
+                f"{label} {n}"
+                for label, n in sorted(Counter(row["relation"] for row in rows).items())
+            )
+        )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python tools/make_tokenizer.py configs/facts-base.yaml TARGET_FOLDER [VOCABULARY]
 
-It reads the same texts as the language-model run of the config. `<e1>`, `</e1>`, `<e2>`, `</e2>`, which
-mark head and tail in a prompt, are tokens of their own.
+It reads the same texts as the language-model run of the config. `<e1>`, `</e1>`, `<e2>`, `</e2>`,
+which mark head and tail in a prompt, are tokens of their own.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ TEMPLATE = (
 def main(config_path: str, target: str, vocabulary: str = "8192") -> None:
     config = load_config(config_path)
     texts = sorted({document for _, document in read_texts(config.data.text)})
-    labels = sorted({example.relation for source in config.data.text.sources for example in load(source)})
+    labels = sorted(
+        {example.relation for source in config.data.text.sources for example in load(source)}
+    )
     # What every prompt repeats (roles, fields, labels) would else be spelled in pieces.
     texts += [f"system {PROMPT.system} user {PROMPT.user} assistant {' '.join(labels)}"] * 200
-    # A mark takes the space before it, and what follows is spelled as after a space: a marked word keeps its token.
+    # A mark takes the space before it, and what follows is spelled as after a space: a marked word
+    # keeps its token.
     marks = [AddedToken(mark, normalized=False, lstrip=True) for mark in MARKS]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -51,7 +54,10 @@ def main(config_path: str, target: str, vocabulary: str = "8192") -> None:
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens(marks)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=["<|im_start|>"]
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=["<|im_start|>"],
     )
     wrapped.chat_template = TEMPLATE
     wrapped.save_pretrained(target)

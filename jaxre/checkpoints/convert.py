@@ -45,16 +45,29 @@ from jaxre.models.lora import merge_one, scale_of
 from jaxre.models.quantised import dequantise_matrix, is_nf4, quantise_matrix
 from jaxre.models.weights import AnyArchitecture
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
-NAMES = {"hf": "a Hugging Face folder", "jaxre": "a jaxre folder", "peft": "a PEFT adapter", "run": "a run"}
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
+NAMES = {
+    "hf": "a Hugging Face folder",
+    "jaxre": "a jaxre folder",
+    "peft": "a PEFT adapter",
+    "run": "a run",
+}
 BLOCK = 1 << 22  # elements compared at once
 # Every file that may give a token its id; tokenizers differ in which of them they read.
 TOKEN_IDS: dict[str, Callable[[Path], Iterable[int | str]]] = {
-    "tokenizer.json": lambda path: Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values(),
+    "tokenizer.json": lambda path: (
+        Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values()
+    ),
     "vocab.json": lambda path: read_json(path).values(),
     "added_tokens.json": lambda path: read_json(path).values(),
     "tokenizer_config.json": lambda path: read_json(path).get("added_tokens_decoder") or (),
-    "vocab.txt": lambda path: range(len(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))),
+    "vocab.txt": lambda path: range(
+        len(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+    ),
 }
 
 
@@ -62,10 +75,11 @@ TOKEN_IDS: dict[str, Callable[[Path], Iterable[int | str]]] = {
 class Conversion:
     """What was written: numbers of weights and bytes, and their dtype.
 
-    `merged` is whether an adapter was added in. `differences` is, where the folder was verified, name of
-    each tensor -> max|written - source|, of NF4 by its values; of a merged one the source is W + scale A B in f32.
-    `recast` is whether a tensor has another dtype than in the source; `left_out` names tensors of the source's that
-    are not written; `unreadable` is a base that peft does not open.
+    `merged` is whether an adapter was added in. `differences` is, where the folder was verified,
+    name of each tensor -> max|written - source|, of NF4 by its values; of a merged one the source
+    is W + scale A B in f32. `recast` is whether a tensor has another dtype than in the source;
+    `left_out` names tensors of the source's that are not written; `unreadable` is a base that peft
+    does not open.
     """
 
     source: str
@@ -84,12 +98,17 @@ class Conversion:
     def __str__(self) -> str:
         merged = ", the adapter merged" if self.merged else ""
         size = f"{self.parameters:,} parameters, {self.dtype}, {self.bytes / 1e6:,.1f} MB"
-        line = f"{NAMES[self.kind]} {self.source} -> {NAMES[self.to]} {self.target} ({size}{merged})"
+        line = (
+            f"{NAMES[self.kind]} {self.source} -> {NAMES[self.to]} {self.target} ({size}{merged})"
+        )
         if self.left_out:
             line += f"; left out, for no classifier has them: {', '.join(self.left_out)}"
         if self.unreadable:
             base = f"its base {self.unreadable}, a jaxre folder"
-            line += f"; peft cannot open {base}: convert that --to hf and name the new folder in adapter_config.json"
+            line += (
+                f"; peft cannot open {base}: convert that --to hf and name the new folder in"
+                " adapter_config.json"
+            )
         return line
 
     def to_json(self) -> dict[str, Any]:
@@ -98,9 +117,11 @@ class Conversion:
 
 @dataclass(frozen=True)
 class _Plan:
-    """One conversion: the form of each tensor that is written, its values before the cast, and how a folder is written and read.
+    """One conversion: the form of each tensor that is written, its values before the cast, and how
+    a folder is written and read.
 
-    A form is (shape, dtype), with None for the dtype of an NF4 weight. `recast` and `left_out` are Conversion's.
+    A form is (shape, dtype), with None for the dtype of an NF4 weight. `recast` and `left_out` are
+    Conversion's.
     """
 
     forms: dict[str, tuple[tuple[int, ...], np.dtype | None]]
@@ -124,17 +145,21 @@ def convert(
 
     Args:
       source: anything `open_model` opens.
-      merge: adds the adapter into the base: formed in f32, cast once to the base's dtype. An NF4 base is dequantised:
-        a run's adapter goes into the values that it was trained on, and the merged model predicts as the run does.
-      dtype: "float32", "bfloat16" or "float16" of the written dense weights; the stored one is kept if not given, the
-        embeddings' for what was NF4.
-      quantise: "nf4" for NF4 projections in a jaxre folder. From there to Hugging Face they are dequantised.
-      verify: reads back what was written, as the source's tensors, before the folder appears. Each must have the bits
-        that were meant: those of the source, or of their one rounding where they were merged, cast or quantised.
+      merge: adds the adapter into the base: formed in f32, cast once to the base's dtype. An NF4
+        base is dequantised: a run's adapter goes into the values that it was trained on, and the
+        merged model predicts as the run does.
+      dtype: "float32", "bfloat16" or "float16" of the written dense weights; the stored one is kept
+        if not given, the embeddings' for what was NF4.
+      quantise: "nf4" for NF4 projections in a jaxre folder. From there to Hugging Face they are
+        dequantised.
+      verify: reads back what was written, as the source's tensors, before the folder appears. Each
+        must have the bits that were meant: those of the source, or of their one rounding where they
+        were merged, cast or quantised.
 
     Raises:
-      InputError: a source that does not open, a combination that says nothing, a target that exists or cannot be
-        written, a weight that `dtype` cannot hold, tensors that do not read back as written.
+      InputError: a source that does not open, a combination that says nothing, a target that exists
+        or cannot be written, a weight that `dtype` cannot hold, tensors that do not read back as
+        written.
     """
     target = Path(target)
     if to not in ("jaxre", "hf", "peft"):
@@ -143,7 +168,9 @@ def convert(
     _check(str(source), found, to, merge, dtype, quantise)
     check_free(target)
     _check_tokenizer(found)
-    plan = _plan_adapter(found) if to == "peft" else _plan_weights(found, to, merge, dtype, quantise)
+    plan = (
+        _plan_adapter(found) if to == "peft" else _plan_weights(found, to, merge, dtype, quantise)
+    )
     _check_space(target, sum(_bytes(*form) for form in plan.forms.values()))
     try:
         with atomic_folder(target) as folder:
@@ -151,7 +178,9 @@ def convert(
             differences = _verify(plan, folder, target) if verify else None
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{target}: cannot be written ({reason}); free its disk or name another folder") from None
+        raise InputError(
+            f"{target}: cannot be written ({reason}); free its disk or name another folder"
+        ) from None
     return Conversion(
         source=str(source),
         target=target,
@@ -160,7 +189,9 @@ def convert(
         merged=merge,
         parameters=sum(math.prod(shape) for shape, _ in plan.forms.values()),
         bytes=sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
-        dtype=", ".join(sorted({"NF4" if dtype is None else dtype.name for _, dtype in plan.forms.values()})),
+        dtype=", ".join(
+            sorted({"NF4" if dtype is None else dtype.name for _, dtype in plan.forms.values()})
+        ),
         differences=differences,
         recast=plan.recast,
         left_out=plan.left_out,
@@ -169,7 +200,9 @@ def convert(
 
 
 def verification_table(conversion: Conversion) -> Table:
-    """The largest difference of each weight over its layers, and over all; `to_json` has every tensor's."""
+    """The largest difference of each weight over its layers, and over all; `to_json` has every
+    tensor's.
+    """
     groups: dict[str, dict[str, float]] = {}
     for name, value in conversion.differences.items():
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), {})[name] = value
@@ -181,20 +214,30 @@ def verification_table(conversion: Conversion) -> Table:
     left_out = f"; left out: {', '.join(conversion.left_out)}" if conversion.left_out else ""
     table = Table(title=f"verified: {found}{of}{left_out}")
     for column in ("weight (* any layer)", "tensors", "largest difference", "in"):
-        table.add_column(column, justify="right" if column in ("tensors", "largest difference") else "left", overflow="fold")
+        table.add_column(
+            column,
+            justify="right" if column in ("tensors", "largest difference") else "left",
+            overflow="fold",
+        )
     for weight, members in {**groups, "all": conversion.differences}.items():
         worst = max(members, key=members.get)
-        table.add_row(weight, str(len(members)), f"{members[worst]:.3g}", worst if members[worst] else "")
+        table.add_row(
+            weight, str(len(members)), f"{members[worst]:.3g}", worst if members[worst] else ""
+        )
     return table
 
 
-def _plan_weights(found: Located, to: str, merge: bool, dtype: str | None, quantise: str | None) -> _Plan:
+def _plan_weights(
+    found: Located, to: str, merge: bool, dtype: str | None, quantise: str | None
+) -> _Plan:
     tensors = open_weights(found.folder, found.quantise)
     architecture, shapes = tensors.architecture, hf_shapes(tensors.architecture)
     if quantise:
         check_quantisable(architecture, found.folder)
     at, embeddings = positions(architecture), tensors.dtypes[next(iter(shapes))]
-    dtypes = {name: embeddings if stored is None else stored for name, stored in tensors.dtypes.items()}
+    dtypes = {
+        name: embeddings if stored is None else stored for name, stored in tensors.dtypes.items()
+    }
     if dtype is not None:
         dtypes = dict.fromkeys(dtypes, DTYPES[dtype])
     if quantise:
@@ -210,17 +253,32 @@ def _plan_weights(found: Located, to: str, merge: bool, dtype: str | None, quant
             whole = merge_one(value, *pairs[name], scale)
         if (~np.isfinite(whole) & np.isfinite(value)).any():
             raise InputError(
-                f"{found.adapter}: merged into {name}, it gives values that are not finite; its factors or lora_alpha are broken"
+                f"{found.adapter}: merged into {name}, it gives values that are not finite; its"
+                " factors or lora_alpha are broken"
             )
         return whole
 
     def write(folder: Path) -> None:
         fill, adapter = write_base if to == "hf" else write_native, found.adapter
         cast = _ahead((name, _cast(name, exact(name), dtypes[name])) for name in dtypes)
-        fill(folder, architecture, dtypes, cast, found.folder, side_files=side_files_of(found.folder, adapter))
+        fill(
+            folder,
+            architecture,
+            dtypes,
+            cast,
+            found.folder,
+            side_files=side_files_of(found.folder, adapter),
+        )
 
     forms = {name: (shapes[name], dtypes[name]) for name in dtypes}
-    return _Plan(forms, exact, write, lambda folder: open_weights(folder).read, dtypes != tensors.dtypes, tensors.left_out)
+    return _Plan(
+        forms,
+        exact,
+        write,
+        lambda folder: open_weights(folder).read,
+        dtypes != tensors.dtypes,
+        tensors.left_out,
+    )
 
 
 def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -232,8 +290,12 @@ def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.
             yield tensor
 
 
-def _pairs(found: Located, architecture: AnyArchitecture) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], float]:
-    """Hugging Face name -> (B, A) in its layout, [O, R] and [R, I], of each targeted weight; and the scale."""
+def _pairs(
+    found: Located, architecture: AnyArchitecture
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], float]:
+    """Hugging Face name -> (B, A) in its layout, [O, R] and [R, I], of each targeted weight; and
+    the scale.
+    """
     lora, factors = load_adapter(found.adapter, architecture)
     pairs = {}
     for name, (weight, path, index) in positions(architecture).items():
@@ -250,14 +312,20 @@ def _plan_adapter(found: Located) -> _Plan:
     return _Plan(
         {name: (value.shape, value.dtype) for name, value in flat.items()},
         flat.__getitem__,
-        lambda folder: save_adapter(folder, architecture, lora, factors, found.base_name, found.folder),
+        lambda folder: save_adapter(
+            folder, architecture, lora, factors, found.base_name, found.folder
+        ),
         lambda folder: _flat(load_adapter(folder, architecture)[1]).__getitem__,
     )
 
 
 def _flat(factors: dict) -> dict[str, np.ndarray]:
     leaves = jax.tree_util.tree_leaves_with_path(factors)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves if leaf.size}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in leaves
+        if leaf.size
+    }
 
 
 def _bytes(shape: tuple[int, ...], dtype: np.dtype | None) -> int:
@@ -273,19 +341,26 @@ def _cast(name: str, value: np.ndarray, dtype: np.dtype | None) -> np.ndarray | 
     if dtype.itemsize < value.dtype.itemsize or dtype == np.float16:
         lost = np.isinf(cast) & np.isfinite(value)
         if lost.any():
-            raise InputError(f"{name}: {np.asarray(value[lost][0], np.float64):.6g} is too large for {dtype.name}; use --dtype float32")
+            raise InputError(
+                f"{name}: {np.asarray(value[lost][0], np.float64):.6g} is too large for"
+                f" {dtype.name}; use --dtype float32"
+            )
     return cast
 
 
 def _verify(plan: _Plan, folder: Path, target: Path) -> dict[str, float]:
-    """max|written - source| of each tensor. Raises InputError for any that is not, bit for bit, what was meant."""
+    """max|written - source| of each tensor. Raises InputError for any that is not, bit for bit,
+    what was meant.
+    """
     read = plan.reader(folder)
     differences, wrong = {}, {}
     for name, (_, dtype) in plan.forms.items():
         exact, back = plan.exact(name), read(name)
         if dtype is None:
             meant = _cast(name, exact, dtype)
-            same = is_nf4(back) and all(map(np.array_equal, jax.tree.leaves(meant), jax.tree.leaves(back)))
+            same = is_nf4(back) and all(
+                map(np.array_equal, jax.tree.leaves(meant), jax.tree.leaves(back))
+            )
             differences[name] = _gap(exact, dequantise_matrix(back))
             if not same:
                 wrong[name] = differences[name]
@@ -293,7 +368,9 @@ def _verify(plan: _Plan, folder: Path, target: Path) -> dict[str, float]:
         exact, back, differences[name] = exact.reshape(-1), back.reshape(-1), 0.0
         for start in range(0, exact.size, BLOCK):
             one, other = exact[start : start + BLOCK], back[start : start + BLOCK]
-            same = other.dtype == dtype and np.array_equal(_cast(name, one, dtype).view(np.uint8), other.view(np.uint8))
+            same = other.dtype == dtype and np.array_equal(
+                _cast(name, one, dtype).view(np.uint8), other.view(np.uint8)
+            )
             if not same or one.dtype != dtype:
                 differences[name] = max(differences[name], _gap(one, other))
             if not same:
@@ -301,8 +378,8 @@ def _verify(plan: _Plan, folder: Path, target: Path) -> dict[str, float]:
     if wrong:
         worst = max(wrong, key=wrong.get)
         raise InputError(
-            f"{target}: {len(wrong)} of {len(plan.forms)} tensors do not read back as written, {worst} by {wrong[worst]:.3g}; "
-            "do not trust this disk, name a folder on another"
+            f"{target}: {len(wrong)} of {len(plan.forms)} tensors do not read back as written,"
+            f" {worst} by {wrong[worst]:.3g}; do not trust this disk, name a folder on another"
         )
     return differences
 
@@ -319,7 +396,9 @@ def _gap(one: np.ndarray, other: np.ndarray) -> float:
     return float(gaps.max())
 
 
-def _check(source: str, found: Located, to: str, merge: bool, dtype: str | None, quantise: str | None) -> None:
+def _check(
+    source: str, found: Located, to: str, merge: bool, dtype: str | None, quantise: str | None
+) -> None:
     """Refuses what cannot be, before any weight is read."""
     if dtype is not None and to == "peft":
         raise InputError(f"--dtype {dtype}: an adapter is stored in float32; leave it out")
@@ -328,21 +407,35 @@ def _check(source: str, found: Located, to: str, merge: bool, dtype: str | None,
     if quantise not in (None, "nf4"):
         raise InputError(f"--quantise {quantise}: not a form of weights that is known; nf4 is")
     if quantise and to != "jaxre":
-        raise InputError(f"--quantise {quantise}: only a jaxre folder holds NF4 weights; use --to jaxre")
+        raise InputError(
+            f"--quantise {quantise}: only a jaxre folder holds NF4 weights; use --to jaxre"
+        )
     if to == "peft":
         if found.adapter is None:
-            whole = "the run trained all weights" if found.kind == "run" else f"it is {NAMES[found.kind]}"
+            whole = (
+                "the run trained all weights"
+                if found.kind == "run"
+                else f"it is {NAMES[found.kind]}"
+            )
             raise InputError(
-                f"{source}: has no adapter, {whole}; {'use --to hf' if found.kind != 'hf' else 'train with train.method=lora first'}"
+                f"{source}: has no adapter, {whole};"
+                f" {'use --to hf' if found.kind != 'hf' else 'train with train.method=lora first'}"
             )
         if merge:
-            raise InputError(f"{source}: a merged model is no adapter; leave --merge out, or use --to hf")
+            raise InputError(
+                f"{source}: a merged model is no adapter; leave --merge out, or use --to hf"
+            )
     elif found.adapter is not None and not merge:
-        raise InputError(f"{source}: is an adapter on a base; add --merge for a whole model, or use --to peft for the adapter alone")
+        raise InputError(
+            f"{source}: is an adapter on a base; add --merge for a whole model, or use --to peft"
+            " for the adapter alone"
+        )
     elif merge and found.adapter is None:
         raise InputError(f"{source}: has no adapter to merge; leave --merge out")
     if quantise and found.adapter is not None:
-        raise InputError(f"{source}: is an adapter on a base; merge it into a folder first, then quantise that")
+        raise InputError(
+            f"{source}: is an adapter on a base; merge it into a folder first, then quantise that"
+        )
     if found.kind == to and not _changes(found, dtype, quantise):
         raise InputError(f"{source}: is {NAMES[to]} already; copy the folder")
 
@@ -356,7 +449,9 @@ def _changes(found: Located, dtype: str | None, quantise: str | None) -> bool:
 
 
 def _check_tokenizer(found: Located) -> None:
-    """Raises InputError for a tokenizer with tokens that the embeddings lack; a folder may have none."""
+    """Raises InputError for a tokenizer with tokens that the embeddings lack; a folder may have
+    none.
+    """
     architecture = read_architecture(found.folder)
     for name, path in side_files_of(found.folder, found.adapter).items():
         if name not in TOKEN_IDS:
@@ -367,7 +462,8 @@ def _check_tokenizer(found: Located) -> None:
             raise
         except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception)
             raise InputError(
-                f"{path}: the tokenizer does not load ({next(iter(str(error).splitlines()), type(error).__name__)}); download it again"
+                f"{path}: the tokenizer does not load"
+                f" ({next(iter(str(error).splitlines()), type(error).__name__)}); download it again"
             ) from None
         try:
             check_vocabulary(highest, architecture)
@@ -380,4 +476,7 @@ def _check_space(target: Path, needed: int) -> None:
     place = next(parent for parent in target.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise InputError(f"{target}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; name a folder on another disk")
+        raise InputError(
+            f"{target}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; name a"
+            " folder on another disk"
+        )

@@ -24,7 +24,15 @@ from jaxre_kernels.nf4 import NF4Weight, empty
 from transformers import PreTrainedTokenizerBase
 
 from jaxre.checkpoints.encoder_folder import BUFFERS, classifier_fields, stored_names, with_head_of
-from jaxre.checkpoints.shards import MEND_PICKLED, STORED_DTYPES, Form, Stored, is_pickled, stored_tensors, write_shards
+from jaxre.checkpoints.shards import (
+    MEND_PICKLED,
+    STORED_DTYPES,
+    Form,
+    Stored,
+    is_pickled,
+    stored_tensors,
+    write_shards,
+)
 from jaxre.errors import InputError
 from jaxre.models.architecture import EncoderArchitecture, read_architecture
 from jaxre.models.quantised import is_nf4, quantise_matrix
@@ -51,11 +59,13 @@ TEMPLATES = "additional_chat_templates"  # a folder: a tokenizer's templates bes
 
 @dataclass(frozen=True)
 class Tensors:
-    """The weights of a folder, read one at a time, so that a model passes through without being held.
+    """The weights of a folder, read one at a time, so that a model passes through without being
+    held.
 
-    `dtypes` is name -> stored dtype in the order in which they lie on disk, None for NF4; `read(name)` gives one
-    tensor. Names and layout are Hugging Face's, whatever the folder is. `left_out` names stored tensors that are
-    not weights of this architecture (the head of an encoder's pretraining).
+    `dtypes` is name -> stored dtype in the order in which they lie on disk, None for NF4;
+    `read(name)` gives one tensor. Names and layout are Hugging Face's, whatever the folder is.
+    `left_out` names stored tensors that are not weights of this architecture (the head of an
+    encoder's pretraining).
     """
 
     architecture: AnyArchitecture
@@ -78,52 +88,104 @@ def resolve_model(path: str) -> Path:
     if shipped(path).is_dir() and "/" not in path:
         return shipped(path)
     if folder.is_file():
-        why = f"holds pickled weights, which are never read; {MEND_PICKLED}" if is_pickled(folder.name) else "is a file; give its folder"
+        why = (
+            f"holds pickled weights, which are never read; {MEND_PICKLED}"
+            if is_pickled(folder.name)
+            else "is a file; give its folder"
+        )
         raise InputError(f"{path}: {why}")
     if path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):
-        raise InputError(f"{path}: no such run or model folder; give a folder, a hub id OWNER/NAME, or the shipped facts-base")
+        raise InputError(
+            f"{path}: no such run or model folder; give a folder, a hub id OWNER/NAME, or the"
+            " shipped facts-base"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+        return Path(
+            snapshot_download(
+                path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error) or repr(error)).splitlines()[0]
-        raise InputError(f"{path}: not a folder, and the hub did not give it ({reason}); download it and give the folder") from None
+        raise InputError(
+            f"{path}: not a folder, and the hub did not give it ({reason}); download it and give"
+            " the folder"
+        ) from None
 
 
 def folder_tensors(folder: Path) -> dict[str, Stored | str]:
-    """Hugging Face name -> tensor, from `model.safetensors` or, where there is none, the sharded index (transformers' order).
+    """Hugging Face name -> tensor, from `model.safetensors` or, where there is none, the sharded
+    index (transformers' order).
 
-    In the order in which they lie on disk. One that the index and its file do not agree on is what is wrong with it:
-    loaders differ in which of the two they follow.
+    In the order in which they lie on disk. One that the index and its file do not agree on is what
+    is wrong with it: loaders differ in which of the two they follow.
 
     Raises:
-      InputError: no safetensors (pickled weights are never read), a broken index, a missing or outside shard.
+      InputError: no safetensors (pickled weights are never read), a broken index, a missing or
+        outside shard.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
         return dict(stored_tensors(single))
     if index.is_file():
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names or not all(isinstance(shard, str) for shard in names.values()):
-            raise InputError(f"{index}: not a safetensors index; its weight_map must name a file for each tensor")
+        if (
+            not isinstance(names, dict)
+            or not names
+            or not all(isinstance(shard, str) for shard in names.values())
+        ):
+            raise InputError(
+                f"{index}: not a safetensors index; its weight_map must name a file for each tensor"
+            )
         for shard in sorted(set(names.values())):
-            # The name decides, not where a link leads: the hub's cache links each file to a folder of blobs.
+            # The name decides, not where a link leads: the hub's cache links each file to a folder
+            # of blobs.
             if shard in (".", "..") or Path(shard).name != shard or "\\" in shard:
-                raise InputError(f"{index}: points at {shard}, outside the folder; an index may name files beside it only")
+                raise InputError(
+                    f"{index}: points at {shard}, outside the folder; an index may name files"
+                    " beside it only"
+                )
             if not (folder / shard).is_file():
-                raise InputError(f"{folder / shard}: no such file, though {index.name} names it; download it again")
-        lying = [pair for shard in sorted(set(names.values())) for pair in stored_tensors(folder / shard).items()]
-        found: dict[str, Stored | str] = {name: one for name, one in lying if names.get(name) == one.path.name}
-        found |= {name: f"lies in {one.path.name}, where the index has it not" for name, one in lying if names.get(name) != one.path.name}
-        return found | dict.fromkeys((name for name in names if name not in found), "is not in its file, though the index says so")
+                raise InputError(
+                    f"{folder / shard}: no such file, though {index.name} names it; download it"
+                    " again"
+                )
+        lying = [
+            pair
+            for shard in sorted(set(names.values()))
+            for pair in stored_tensors(folder / shard).items()
+        ]
+        found: dict[str, Stored | str] = {
+            name: one for name, one in lying if names.get(name) == one.path.name
+        }
+        found |= {
+            name: f"lies in {one.path.name}, where the index has it not"
+            for name, one in lying
+            if names.get(name) != one.path.name
+        }
+        return found | dict.fromkeys(
+            (name for name in names if name not in found),
+            "is not in its file, though the index says so",
+        )
     pickled = sorted(path.name for path in folder.iterdir() if is_pickled(path.name))
     if pickled:
-        raise InputError(f"{folder}: only pickled weights ({pickled[0]}), which are never read; {MEND_PICKLED}")
-    # Of a hub's model the pickled files are not downloaded, so what it has of them is not known here.
-    hub = f"; if it has pickled weights, which are never read, {MEND_PICKLED}" if folder.parent.name == "snapshots" else ""
-    raise InputError(f"{folder}: no model.safetensors and no model.safetensors.index.json; give a folder that holds its weights{hub}")
+        raise InputError(
+            f"{folder}: only pickled weights ({pickled[0]}), which are never read; {MEND_PICKLED}"
+        )
+    # Of a hub's model the pickled files are not downloaded, so what it has of them is not known
+    # here.
+    hub = (
+        f"; if it has pickled weights, which are never read, {MEND_PICKLED}"
+        if folder.parent.name == "snapshots"
+        else ""
+    )
+    raise InputError(
+        f"{folder}: no model.safetensors and no model.safetensors.index.json; give a folder that"
+        f" holds its weights{hub}"
+    )
 
 
 def open_base(folder: Path) -> Tensors:
@@ -137,27 +199,36 @@ def open_base(folder: Path) -> Tensors:
     stored, left_out = folder_tensors(folder), ()
     if isinstance(architecture, EncoderArchitecture):
         names = stored_names(architecture, stored, folder)
-        left_out = tuple(sorted(name for name in stored.keys() - set(names.values()) if not name.endswith(BUFFERS)))
+        left_out = tuple(
+            sorted(
+                name for name in stored.keys() - set(names.values()) if not name.endswith(BUFFERS)
+            )
+        )
         stored = {ours: stored[own] for ours, own in names.items()}
         architecture = with_head_of(architecture, stored)
     _check_tensors(folder, architecture, stored)
     head = stored.get("lm_head.weight") if architecture.tied_head else None
-    if head is not None and not np.array_equal(head.read(), stored["model.embed_tokens.weight"].read()):
+    if head is not None and not np.array_equal(
+        head.read(), stored["model.embed_tokens.weight"].read()
+    ):
         raise InputError(
-            f"{folder}: config.json ties the head to the embeddings, but lm_head.weight differs from them; "
-            "set tie_word_embeddings to false, or remove the tensor"
+            f"{folder}: config.json ties the head to the embeddings, but lm_head.weight differs"
+            " from them; set tie_word_embeddings to false, or remove the tensor"
         )
     wanted = hf_shapes(architecture)
     dtypes = {name: one.dtype for name, one in stored.items() if name in wanted}
     return Tensors(architecture, dtypes, lambda name: stored[name].read(), left_out)
 
 
-def load_base(folder: Path, dtype: np.dtype | None = None, quantise: str | None = None) -> tuple[AnyArchitecture, dict]:
+def load_base(
+    folder: Path, dtype: np.dtype | None = None, quantise: str | None = None
+) -> tuple[AnyArchitecture, dict]:
     """The architecture and weights (numpy, our layout) from a folder.
 
     Args:
       dtype: of the dense arrays; as stored if not given.
-      quantise: "nf4" for projections as NF4, of the stored values; the host then holds the quantised model and one tensor.
+      quantise: "nf4" for projections as NF4, of the stored values; the host then holds the
+        quantised model and one tensor.
 
     Raises:
       InputError: listing every missing, misshapen and unknown tensor, or a broken file.
@@ -167,7 +238,8 @@ def load_base(folder: Path, dtype: np.dtype | None = None, quantise: str | None 
 
 
 def quantised(tensors: Tensors, place: Path) -> Tensors:
-    """The same with the projections as NF4, each quantised when it is read; those that are NF4 already are taken as they are.
+    """The same with the projections as NF4, each quantised when it is read; those that are NF4
+    already are taken as they are.
 
     Raises:
       InputError: a model that has no such projections, with `place` in front.
@@ -178,19 +250,29 @@ def quantised(tensors: Tensors, place: Path) -> Tensors:
 
     def read(name: str) -> np.ndarray | NF4Weight:
         value = tensors.read(name)
-        return quantise_matrix(value, f"{place}: {name}") if dtypes[name] is None and not is_nf4(value) else value
+        return (
+            quantise_matrix(value, f"{place}: {name}")
+            if dtypes[name] is None and not is_nf4(value)
+            else value
+        )
 
     return Tensors(tensors.architecture, dtypes, read)
 
 
 def check_quantisable(architecture: AnyArchitecture, place: str | Path) -> None:
-    """Raises InputError for an encoder: NF4 holds a frozen base of LoRA, and encoders are trained whole."""
+    """Raises InputError for an encoder: NF4 holds a frozen base of LoRA, and encoders are trained
+    whole.
+    """
     if isinstance(architecture, EncoderArchitecture):
-        raise InputError(f"{place}: is an encoder ({architecture.kind}); nf4 is for the projections of decoders, leave it out")
+        raise InputError(
+            f"{place}: is an encoder ({architecture.kind}); nf4 is for the projections of decoders,"
+            " leave it out"
+        )
 
 
 def gathered(tensors: Tensors, dtype: np.dtype | None, place: Path) -> tuple[AnyArchitecture, dict]:
-    """The architecture and all weights as our pytree; each tensor goes straight into its place of the stack.
+    """The architecture and all weights as our pytree; each tensor goes straight into its place of
+    the stack.
 
     Args:
       dtype: of the dense arrays; as stored if not given.
@@ -199,16 +281,25 @@ def gathered(tensors: Tensors, dtype: np.dtype | None, place: Path) -> tuple[Any
       InputError: layers of one weight that differ in dtype, with `place` in front.
     """
     at = positions(tensors.architecture)
-    chosen = {name: stored if dtype is None or stored is None else np.dtype(dtype) for name, stored in tensors.dtypes.items()}
+    chosen = {
+        name: stored if dtype is None or stored is None else np.dtype(dtype)
+        for name, stored in tensors.dtypes.items()
+    }
     dtypes = uniform_dtypes(tensors.architecture, chosen, place)
     arrays = {
-        path: empty(shape[:-3:-1], shape[:-2]) if dtypes[weight.name] is None else np.empty(shape, dtypes[weight.name])
+        path: (
+            empty(shape[:-3:-1], shape[:-2])
+            if dtypes[weight.name] is None
+            else np.empty(shape, dtypes[weight.name])
+        )
         for weight, path, shape, _ in places(tensors.architecture)
     }
     for name in tensors.dtypes:
         weight, path, index = at[name]
         value = tensors.read(name)
-        for whole, one in zip(jax.tree.leaves(arrays[path]), jax.tree.leaves(value), strict=True):  # four of an NF4 weight
+        for whole, one in zip(
+            jax.tree.leaves(arrays[path]), jax.tree.leaves(value), strict=True
+        ):  # four of an NF4 weight
             whole[index] = transposed(one) if weight.transpose and not is_nf4(value) else one
     return tensors.architecture, tree_of(arrays.items())
 
@@ -232,7 +323,8 @@ def save_base(
       params: our pytree (numpy or jax arrays).
       like: the folder whose config.json, tokenizer and generation config are carried along.
       dtype: of the stored weights; as they are if not given.
-      config: the fields of config.json, where they are not those of `like` (a model trained from scratch).
+      config: the fields of config.json, where they are not those of `like` (a model trained from
+        scratch).
       tokenizer: where it is not that of `like` (an encoder's, with its entity markers).
       replace: whether a folder that is there already is replaced.
 
@@ -242,7 +334,15 @@ def save_base(
     leaves = {name: _leaf(params, path) for name, (_, path, _) in positions(architecture).items()}
     dtypes = {name: np.dtype(dtype or leaf.dtype) for name, leaf in leaves.items()}
     with atomic_folder(target, replace=replace) as folder:
-        write_base(folder, architecture, dtypes, hf_tensors(architecture, params, dtype), like, config=config, tokenizer=tokenizer)
+        write_base(
+            folder,
+            architecture,
+            dtypes,
+            hf_tensors(architecture, params, dtype),
+            like,
+            config=config,
+            tokenizer=tokenizer,
+        )
 
 
 def write_base(
@@ -279,15 +379,21 @@ def write_base(
 
 
 def side_files_of(folder: Path, adapter: Path | None = None) -> dict[str, Path]:
-    """Name -> path of what `folder` carries beside its weights; what `adapter` has is taken from there.
+    """Name -> path of what `folder` carries beside its weights; what `adapter` has is taken from
+    there.
 
-    An adapter with a whole tokenizer takes the place of the base's: added tokens or templates of two do not mix.
+    An adapter with a whole tokenizer takes the place of the base's: added tokens or templates of
+    two do not mix.
     """
     found: dict[str, Path] = {}
     for place in filter(None, (folder, adapter)):
-        if (place / "tokenizer_config.json").is_file() and any((place / name).is_file() for name in VOCABULARIES):
+        if (place / "tokenizer_config.json").is_file() and any(
+            (place / name).is_file() for name in VOCABULARIES
+        ):
             found = {name: path for name, path in found.items() if name == "generation_config.json"}
-        found |= {name: place / name for name in (*SIDE_FILES, TEMPLATES) if (place / name).exists()}
+        found |= {
+            name: place / name for name in (*SIDE_FILES, TEMPLATES) if (place / name).exists()
+        }
     return found
 
 
@@ -297,8 +403,12 @@ def copy_side_files(files: dict[str, Path], target: Path) -> None:
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target / name)
 
 
-def positions(architecture: AnyArchitecture) -> dict[str, tuple[Weight, tuple[str, ...], int | EllipsisType]]:
-    """Hugging Face name -> (row, path in our pytree, index of the layer in a stack or `...`) of each tensor."""
+def positions(
+    architecture: AnyArchitecture,
+) -> dict[str, tuple[Weight, tuple[str, ...], int | EllipsisType]]:
+    """Hugging Face name -> (row, path in our pytree, index of the layer in a stack or `...`) of
+    each tensor.
+    """
     return {
         name: (weight, path, layer if path[0] == "layers" else ...)
         for weight, path, _, _ in places(architecture)
@@ -309,8 +419,9 @@ def positions(architecture: AnyArchitecture) -> dict[str, tuple[Weight, tuple[st
 def transposed(matrix: np.ndarray) -> np.ndarray:
     """A matrix [I, O] as a contiguous [O, I].
 
-    Sixty-four rows at a time, copied aside with a gap between them: at a stride of a power of two a column's
-    lines share one set of the cache. Measured on [11008, 2048] in bf16: 1,700 MB/s, numpy's copy of `matrix.T` 270.
+    Sixty-four rows at a time, copied aside with a gap between them: at a stride of a power of two a
+    column's lines share one set of the cache. Measured on [11008, 2048] in bf16: 1,700 MB/s,
+    numpy's copy of `matrix.T` 270.
     """
     inputs, outputs = matrix.shape
     turned = np.empty((outputs, inputs), matrix.dtype)
@@ -323,7 +434,9 @@ def transposed(matrix: np.ndarray) -> np.ndarray:
 
 
 def hf_shapes(architecture: AnyArchitecture) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape in its layout, of every tensor that a folder of this architecture must have."""
+    """Hugging Face name -> shape in its layout, of every tensor that a folder of this architecture
+    must have.
+    """
     return {
         name: weight.shape(architecture)[:: -1 if weight.transpose else 1]
         for weight, path, _, _ in places(architecture)
@@ -331,7 +444,9 @@ def hf_shapes(architecture: AnyArchitecture) -> dict[str, tuple[int, ...]]:
     }
 
 
-def hf_tensors(architecture: AnyArchitecture, params: dict, dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
+def hf_tensors(
+    architecture: AnyArchitecture, params: dict, dtype: np.dtype | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
     """(Hugging Face name, tensor in its layout) of each base weight; a tied head is not written."""
     for weight, path, _, _ in places(architecture):
         value = np.asarray(_leaf(params, path))  # one copy to the host per array, not per layer
@@ -348,10 +463,17 @@ def _leaf(params: dict, path: tuple[str, ...]) -> Any:
 
 
 def check_free(target: Path) -> None:
-    """Raises InputError where something stands in the way of a new folder; an empty folder does not."""
+    """Raises InputError where something stands in the way of a new folder; an empty folder does
+    not.
+    """
     if target.is_dir() and (os.path.ismount(target.resolve()) or target.resolve() == Path.cwd()):
-        raise InputError(f"{target}: is the current folder or a mount point, which no folder can replace; name a folder in it")
-    if (target.exists() or target.is_symlink()) and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(
+            f"{target}: is the current folder or a mount point, which no folder can replace; name a"
+            " folder in it"
+        )
+    if (target.exists() or target.is_symlink()) and not (
+        target.is_dir() and not any(target.iterdir())
+    ):
         raise InputError(f"{target}: exists already; remove it or name another folder")
 
 
@@ -361,10 +483,12 @@ class atomic_folder:
     Where the target is a link to a folder, that folder is meant and the link stays.
 
     Args:
-      replace: whether a folder that is there already is replaced (it stays until the new one is whole).
+      replace: whether a folder that is there already is replaced (it stays until the new one is
+        whole).
 
     Raises:
-      InputError: the target is a file, a folder that is not empty (unless replaced), or cannot be made.
+      InputError: the target is a file, a folder that is not empty (unless replaced), or cannot be
+        made.
     """
 
     def __init__(self, target: Path, *, replace: bool = False):
@@ -380,11 +504,17 @@ class atomic_folder:
             for left in self.place.parent.glob(f".{glob.escape(self.place.name)}.partial-*"):
                 if not _alive(left.name.rpartition("-")[2]):
                     shutil.rmtree(left)
-                    print(f"removed {left}, the unfinished folder of a process that was killed", file=sys.stderr)
+                    print(
+                        f"removed {left}, the unfinished folder of a process that was killed",
+                        file=sys.stderr,
+                    )
             shutil.rmtree(self.partial, ignore_errors=True)
             self.partial.mkdir(parents=True)
         except OSError as error:
-            raise InputError(f"{self.target}: cannot be made ({error.strerror}: {error.filename}); name another folder") from None
+            raise InputError(
+                f"{self.target}: cannot be made ({error.strerror}: {error.filename}); name another"
+                " folder"
+            ) from None
         return self.partial
 
     def __exit__(self, kind, error, trace) -> None:
@@ -394,13 +524,15 @@ class atomic_folder:
         try:
             if self.replace and self.place.is_dir():
                 self.place.rename(self.old)
-            self.partial.rename(self.place)  # takes the place of an empty folder, and fails on what came there meanwhile
+            # takes the place of an empty folder, and fails on what came there meanwhile
+            self.partial.rename(self.place)
         except OSError as failure:
             shutil.rmtree(self.partial, ignore_errors=True)
             if self.old.is_dir():
                 self.old.rename(self.place)
             raise InputError(
-                f"{self.target}: cannot be put in its place ({failure.strerror}); remove what came there meanwhile or name another folder"
+                f"{self.target}: cannot be put in its place ({failure.strerror}); remove what came"
+                " there meanwhile or name another folder"
             ) from None
         shutil.rmtree(self.old, ignore_errors=True)
 
@@ -410,7 +542,11 @@ def _alive(pid: str) -> bool:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
-    except (OSError, ValueError, OverflowError):  # another user's process, or a name that is not ours
+    except (
+        OSError,
+        ValueError,
+        OverflowError,
+    ):  # another user's process, or a name that is not ours
         return True
     return True
 
@@ -420,18 +556,30 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a file that is there and may be read") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give a file that is there and may be read"
+        ) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); correct it or download it again") from None
+        raise InputError(
+            f"{path}: not valid JSON ({error}); correct it or download it again"
+        ) from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: must hold one JSON object; correct it or download it again")
     return value
 
 
-def _check_tensors(folder: Path, architecture: AnyArchitecture, stored: dict[str, Stored | str]) -> None:
-    """Raises InputError listing every tensor that is missing, misshapen, of no floating-point type, or not known."""
+def _check_tensors(
+    folder: Path, architecture: AnyArchitecture, stored: dict[str, Stored | str]
+) -> None:
+    """Raises InputError listing every tensor that is missing, misshapen, of no floating-point type,
+    or not known.
+    """
     shapes = hf_shapes(architecture)
-    problems = [f"{name} {found}" for name, found in stored.items() if isinstance(found, str) and not HARMLESS.fullmatch(name)]
+    problems = [
+        f"{name} {found}"
+        for name, found in stored.items()
+        if isinstance(found, str) and not HARMLESS.fullmatch(name)
+    ]
     for name, expected in shapes.items():
         if name not in stored:
             problems.append(f"{name} is missing")
@@ -440,7 +588,9 @@ def _check_tensors(folder: Path, architecture: AnyArchitecture, stored: dict[str
         elif found.shape != expected:
             problems.append(f"{name} has shape {list(found.shape)}, expected {list(expected)}")
         elif found.kind not in STORED_DTYPES:
-            problems.append(f"{name} is stored as {found.kind}, which is not one of {', '.join(STORED_DTYPES)}")
+            problems.append(
+                f"{name} is stored as {found.kind}, which is not one of {', '.join(STORED_DTYPES)}"
+            )
     known = set(shapes)
     if architecture.tied_head:
         known.add("lm_head.weight")  # compared with the embeddings by the caller
@@ -453,7 +603,9 @@ def _check_tensors(folder: Path, architecture: AnyArchitecture, stored: dict[str
         raise InputError(f"{folder}: {'; '.join(problems)}; the weights do not fit config.json")
 
 
-def uniform_dtypes(architecture: AnyArchitecture, dtypes: dict[str, np.dtype | None], place: Path) -> dict[str, np.dtype | None]:
+def uniform_dtypes(
+    architecture: AnyArchitecture, dtypes: dict[str, np.dtype | None], place: Path
+) -> dict[str, np.dtype | None]:
     """Name of our weight -> its dtype, from that of each tensor; None is NF4.
 
     Raises:
@@ -462,10 +614,16 @@ def uniform_dtypes(architecture: AnyArchitecture, dtypes: dict[str, np.dtype | N
     kinds: dict[str, set[np.dtype | None]] = {}
     for name, (weight, _, _) in positions(architecture).items():
         kinds.setdefault(weight.name, set()).add(dtypes[name])
-    mixed = {name: " and ".join(sorted(dtype.name for dtype in found)) for name, found in kinds.items() if len(found) > 1}
+    mixed = {
+        name: " and ".join(sorted(dtype.name for dtype in found))
+        for name, found in kinds.items()
+        if len(found) > 1
+    }
     if mixed:
         listed = "; ".join(f"{name} is stored as {found}" for name, found in mixed.items())
-        raise InputError(f"{place}: {listed} in different layers; choose one with jaxre convert --dtype")
+        raise InputError(
+            f"{place}: {listed} in different layers; choose one with jaxre convert --dtype"
+        )
     return {name: found.pop() for name, found in kinds.items()}
 
 

@@ -1,4 +1,5 @@
-"""Our own folder: `config.json`, the tokenizer, and the pytree as it lies in memory, each array a TensorStore (Zarr 3).
+"""Our own folder: `config.json`, the tokenizer, and the pytree as it lies in memory, each array a
+TensorStore (Zarr 3).
 
     write_native(folder, architecture, dtypes, tensors, like=base_folder)
     architecture, params = load_native(folder, np.dtype("float32"))
@@ -66,8 +67,10 @@ def write_native(
 
     Args:
       side_files: name -> path of these two, where they are not those of `like`.
-      dtypes: Hugging Face name -> dtype of every tensor; None, of all projections, where they come as NF4.
-      tensors: (name, array in Hugging Face's layout) of each, once, in any order; two are held at a time. None may change later.
+      dtypes: Hugging Face name -> dtype of every tensor; None, of all projections, where they come
+        as NF4.
+      tensors: (name, array in Hugging Face's layout) of each, once, in any order; two are held at a
+        time. None may change later.
 
     Raises:
       InputError: layers of one weight that differ in dtype.
@@ -79,11 +82,16 @@ def write_native(
         if 0 in shape:
             continue  # a model of one layer has no stack, and TensorStore holds no empty array
         if stored[weight.name] is None:
-            made = {field: _create(folder, (*path, field), *form) for field, form in forms(shape[:-3:-1], shape[:-2]).items()}
+            made = {
+                field: _create(folder, (*path, field), *form)
+                for field, form in forms(shape[:-3:-1], shape[:-2]).items()
+            }
             stores[path] = NF4Weight(**made, shape=shape[:-3:-1])
         else:
             stores[path] = _create(folder, path, shape, stored[weight.name])
     at, writing = positions(architecture), None
+    # where a tensor is refused too: what is still written would bring the folder back that is then
+    # removed
     try:
         for name, tensor in tensors:
             weight, path, index = at.pop(name)
@@ -91,10 +99,14 @@ def write_native(
             _wait(writing)  # so that one is written while the next is read
             # Nobody changes the array, so it need not be copied: measured twice as fast.
             writing = jax.tree.map(
-                lambda store, part, index=index: store[index].write(part, can_reference_source_data_indefinitely=True), stores[path], array
+                lambda store, part, index=index: store[index].write(
+                    part, can_reference_source_data_indefinitely=True
+                ),
+                stores[path],
+                array,
             )
     finally:
-        _wait(writing)  # where a tensor is refused too: what is still written would bring the folder back that is then removed
+        _wait(writing)
     if at:
         raise ValueError(f"not written: {', '.join(at)}")
     shutil.copyfile(like / "config.json", folder / "config.json")
@@ -109,7 +121,8 @@ def open_native(folder: Path) -> Tensors:
     """The weights of our folder; no data is read yet.
 
     Raises:
-      InputError: another version, or weights that are broken or do not fit config.json (all listed).
+      InputError: another version, or weights that are broken or do not fit config.json (all
+        listed).
     """
     architecture, stores = _open(Path(folder))
     at = positions(architecture)
@@ -119,11 +132,16 @@ def open_native(folder: Path) -> Tensors:
         value = _read(Path(folder), jax.tree.map(lambda store: store[index], stores[path]))
         return transposed(value) if weight.transpose and not is_nf4(value) else value
 
-    dtypes = {name: None if is_nf4(stores[path]) else stores[path].dtype.numpy_dtype for name, (_, path, _) in at.items()}
+    dtypes = {
+        name: None if is_nf4(stores[path]) else stores[path].dtype.numpy_dtype
+        for name, (_, path, _) in at.items()
+    }
     return Tensors(architecture, dtypes, read)
 
 
-def load_native(folder: Path, dtype: np.dtype | None = None, quantise: str | None = None) -> tuple[AnyArchitecture, dict]:
+def load_native(
+    folder: Path, dtype: np.dtype | None = None, quantise: str | None = None
+) -> tuple[AnyArchitecture, dict]:
     """Architecture and weights (numpy) of our folder.
 
     Args:
@@ -131,14 +149,18 @@ def load_native(folder: Path, dtype: np.dtype | None = None, quantise: str | Non
       quantise: "nf4" for projections as NF4; those that are stored so are taken as they are.
 
     Raises:
-      InputError: another version, or weights that are broken or do not fit config.json (all listed).
+      InputError: another version, or weights that are broken or do not fit config.json (all
+        listed).
     """
     if quantise and not stored_quantised(folder):
         return gathered(quantised(open_native(folder), folder), dtype, folder)
     architecture, stores = _open(Path(folder))
     arrays = {}
     for path, store in stores.items():
-        arrays[path] = _read(Path(folder), store if dtype is None or is_nf4(store) else ts.cast(store, np.dtype(dtype)))
+        arrays[path] = _read(
+            Path(folder),
+            store if dtype is None or is_nf4(store) else ts.cast(store, np.dtype(dtype)),
+        )
     for _, path, shape, _ in places(architecture):
         if 0 in shape:
             last = arrays["last", path[1]]
@@ -146,11 +168,16 @@ def load_native(folder: Path, dtype: np.dtype | None = None, quantise: str | Non
     return architecture, tree_of(arrays.items())
 
 
-def _open(folder: Path) -> tuple[AnyArchitecture, dict[tuple[str, ...], ts.TensorStore | NF4Weight]]:
+def _open(
+    folder: Path,
+) -> tuple[AnyArchitecture, dict[tuple[str, ...], ts.TensorStore | NF4Weight]]:
     """The store of each array of our pytree; of an NF4 weight its four, as an NF4Weight."""
     version, nf4 = read_json(folder / MARKER).get("version"), stored_quantised(folder)
     if version != VERSION:
-        raise InputError(f"{folder / MARKER}: version {version!r} is not known, this jaxre reads {VERSION}; {MEND}")
+        raise InputError(
+            f"{folder / MARKER}: version {version!r} is not known, this jaxre reads {VERSION};"
+            f" {MEND}"
+        )
     if nf4 not in (None, "nf4"):
         raise InputError(f"{folder / MARKER}: quantised as {nf4!r}, this jaxre reads nf4; {MEND}")
     architecture = read_architecture(folder)
@@ -165,7 +192,9 @@ def _open(folder: Path) -> tuple[AnyArchitecture, dict[tuple[str, ...], ts.Tenso
     for weight, path, shape, _ in held:
         parts = {path: (shape, None)}  # any of the dtypes of weights
         if nf4 and weight.lora:
-            parts = {(*path, field): form for field, form in forms(shape[:-3:-1], shape[:-2]).items()}
+            parts = {
+                (*path, field): form for field, form in forms(shape[:-3:-1], shape[:-2]).items()
+            }
         expected |= {".".join(part): (part, *form) for part, form in parts.items()}
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not known" for name in sorted(found - expected.keys())]
@@ -174,28 +203,47 @@ def _open(folder: Path) -> tuple[AnyArchitecture, dict[tuple[str, ...], ts.Tenso
         if name not in found:
             continue
         # Without this option a chunk that is lost would read as zeros.
-        spec = {"driver": "zarr3", "kvstore": _location(folder, path), "fill_missing_data_reads": False}
+        spec = {
+            "driver": "zarr3",
+            "kvstore": _location(folder, path),
+            "fill_missing_data_reads": False,
+        }
         try:
             stores[path] = ts.open(spec, read=True).result()
         except ValueError as error:
             raise _unreadable(folder, error) from None
         if stores[path].shape != shape:
             problems.append(f"{name} has shape {list(stores[path].shape)}, expected {list(shape)}")
-        kinds, kind = [dtype] if dtype else list(STORED_DTYPES.values()), stores[path].dtype.numpy_dtype
+        kinds, kind = (
+            [dtype] if dtype else list(STORED_DTYPES.values()),
+            stores[path].dtype.numpy_dtype,
+        )
         if kind not in kinds:
-            problems.append(f"{name} is stored as {kind.name}, which is not {' or '.join(one.name for one in kinds)}")
+            problems.append(
+                f"{name} is stored as {kind.name}, which is not"
+                f" {' or '.join(one.name for one in kinds)}"
+            )
     if problems:
-        raise InputError(f"{weights}: {'; '.join(problems)}; the weights do not fit config.json; {MEND}")
+        raise InputError(
+            f"{weights}: {'; '.join(problems)}; the weights do not fit config.json; {MEND}"
+        )
     for weight, path, shape, _ in held:
         if nf4 and weight.lora:
-            stores[path] = NF4Weight(**{field: stores.pop((*path, field)) for field in forms(shape[:-3:-1])}, shape=shape[:-3:-1])
+            stores[path] = NF4Weight(
+                **{field: stores.pop((*path, field)) for field in forms(shape[:-3:-1])},
+                shape=shape[:-3:-1],
+            )
     return architecture, stores
 
 
-def _create(folder: Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: np.dtype) -> ts.TensorStore:
+def _create(
+    folder: Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: np.dtype
+) -> ts.TensorStore:
     layer = shape[1:] if path[0] == "layers" else shape
     if layer:
-        rows = max(1, min(layer[0], CHUNK_BYTES * layer[0] // (int(np.prod(layer)) * dtype.itemsize)))
+        rows = max(
+            1, min(layer[0], CHUNK_BYTES * layer[0] // (int(np.prod(layer)) * dtype.itemsize))
+        )
         layer = (rows, *layer[1:])
     spec = {
         "driver": "zarr3",
@@ -207,7 +255,10 @@ def _create(folder: Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: 
                 "name": "regular",
                 "configuration": {"chunk_shape": [1] * (len(shape) - len(layer)) + list(layer)},
             },
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+            "codecs": [
+                {"name": "bytes", "configuration": {"endian": "little"}},
+                {"name": "crc32c"},
+            ],
         },
         "store_data_equal_to_fill_value": True,  # zeros are data: biases and norms
     }
@@ -219,7 +270,11 @@ def _create(folder: Path, path: tuple[str, ...], shape: tuple[int, ...], dtype: 
 
 def _location(folder: Path, path: tuple[str, ...]) -> dict[str, str | bool]:
     # Left to the kernel when a chunk reaches the disk, as with every other file that we write.
-    return {"driver": "file", "path": f"{folder.absolute() / WEIGHTS / '.'.join(path)}/", "file_io_sync": False}
+    return {
+        "driver": "file",
+        "path": f"{folder.absolute() / WEIGHTS / '.'.join(path)}/",
+        "file_io_sync": False,
+    }
 
 
 def _read(folder: Path, store: ts.TensorStore | NF4Weight) -> np.ndarray | NF4Weight:

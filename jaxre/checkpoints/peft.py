@@ -30,7 +30,16 @@ from jaxre.models.weights import Weight, table
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 # Fields of adapter_config.json that we read, or that say nothing about what the adapter computes.
-_READ = {"peft_type", "task_type", "base_model_name_or_path", "target_modules", "r", "lora_alpha", "lora_dropout", "use_rslora"}
+_READ = {
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "target_modules",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "use_rslora",
+}
 _CHECKED = {"bias", "rank_pattern", "alpha_pattern", "init_lora_weights", "revision"}
 _IDLE = {
     "auto_mapping",
@@ -46,18 +55,28 @@ _IDLE = {
     "qalora_group_size",
     "runtime_config",
 }
-# Initialisations that leave the base as it is. The others (pissa, olora, corda, loftq, ...) change it.
+# Initialisations that leave the base as it is. The others (pissa, olora, corda, loftq, ...) change
+# it.
 _HARMLESS_INITIAL = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(
-    target: Path, architecture: Architecture, lora: Lora, factors: dict, base_name: str, base_folder: Path, *, replace: bool = False
+    target: Path,
+    architecture: Architecture,
+    lora: Lora,
+    factors: dict,
+    base_name: str,
+    base_folder: Path,
+    *,
+    replace: bool = False,
 ) -> None:
-    """Writes a folder that `peft` loads, with the tokenizer of `base_folder`. It appears whole or not at all.
+    """Writes a folder that `peft` loads, with the tokenizer of `base_folder`. It appears whole or
+    not at all.
 
     Args:
       factors: in the form of `models.lora.init_adapter` (numpy or jax arrays); stored in f32.
-      base_name: hub id, shipped name or folder of the base; a folder is written as an absolute path.
+      base_name: hub id, shipped name or folder of the base; a folder is written as an absolute
+        path.
       replace: whether a folder that is there already is replaced.
 
     Raises:
@@ -69,7 +88,11 @@ def save_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base.resolve()) if base.is_dir() else base_name,
-        "target_modules": [_module(weights[name]).rpartition(".")[2] for name in LORA_TARGETS if name in lora.targets],
+        "target_modules": [
+            _module(weights[name]).rpartition(".")[2]
+            for name in LORA_TARGETS
+            if name in lora.targets
+        ],
         "r": lora.rank,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": lora.dropout,
@@ -81,7 +104,9 @@ def save_adapter(
         "modules_to_save": None,
     }
     tensors = {
-        name: np.ascontiguousarray(np.asarray(_at(factors, architecture, weight, layer)[side], np.float32).T)
+        name: np.ascontiguousarray(
+            np.asarray(_at(factors, architecture, weight, layer)[side], np.float32).T
+        )
         for weight, layer, side, name, _ in _peft_names(architecture, lora)
     }
     with atomic_folder(target, replace=replace) as folder:
@@ -99,16 +124,26 @@ def load_adapter(folder: Path, architecture: Architecture) -> tuple[Lora, dict]:
     """
     folder = Path(folder)
     if isinstance(architecture, EncoderArchitecture):
-        raise InputError(f"{folder}: its base is an encoder ({architecture.kind}), which takes no adapter; encoders are trained whole")
+        raise InputError(
+            f"{folder}: its base is an encoder ({architecture.kind}), which takes no adapter;"
+            " encoders are trained whole"
+        )
     lora = _read_settings(folder, architecture)
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        pickled = sorted(one.name for one in folder.iterdir() if one.stem == "adapter_model" and is_pickled(one.name))
+        pickled = sorted(
+            one.name
+            for one in folder.iterdir()
+            if one.stem == "adapter_model" and is_pickled(one.name)
+        )
         if pickled:
             raise InputError(
-                f"{folder}: only pickled weights ({pickled[0]}), which are never read; save it with peft's safe_serialization=True"
+                f"{folder}: only pickled weights ({pickled[0]}), which are never read; save it with"
+                " peft's safe_serialization=True"
             )
-        raise InputError(f"{path}: no such file; a PEFT adapter has {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise InputError(
+            f"{path}: no such file; a PEFT adapter has {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
     factors: dict = {"layers": {}, "last": {}}
     for weight, place, (*stack, inputs, outputs), _ in targets(architecture, lora):
         factors[place[0]][weight.name] = {
@@ -123,12 +158,17 @@ def load_adapter(folder: Path, architecture: Architecture) -> tuple[Lora, dict]:
         elif found.shape != shape:
             problems.append(f"{name} has shape {list(found.shape)}, expected {list(shape)}")
         elif found.kind not in STORED_DTYPES:
-            problems.append(f"{name} is stored as {found.kind}, which is not one of {', '.join(STORED_DTYPES)}")
+            problems.append(
+                f"{name} is stored as {found.kind}, which is not one of {', '.join(STORED_DTYPES)}"
+            )
         else:
             _at(factors, architecture, weight, layer)[side][...] = found.read().T
     problems += [f"{name} is not known" for name in sorted(stored)]
     if problems:
-        raise InputError(f"{path}: {'; '.join(problems)}; the adapter belongs to another base, or its tensors do not fit {CONFIG_FILE}")
+        raise InputError(
+            f"{path}: {'; '.join(problems)}; the adapter belongs to another base, or its tensors do"
+            f" not fit {CONFIG_FILE}"
+        )
     return lora, factors
 
 
@@ -138,10 +178,14 @@ def base_name_of(folder: Path) -> str:
     settings = read_json(path)
     name = settings.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise InputError(f"{path}: base_model_name_or_path is missing; write the folder or hub id of the base there")
+        raise InputError(
+            f"{path}: base_model_name_or_path is missing; write the folder or hub id of the base"
+            " there"
+        )
     if settings.get("revision") not in (None, "main"):
         raise InputError(
-            f"{path}: revision {settings['revision']!r} of the base is not fetched; download it and name its folder as the base"
+            f"{path}: revision {settings['revision']!r} of the base is not fetched; download it and"
+            " name its folder as the base"
         )
     return name
 
@@ -149,15 +193,22 @@ def base_name_of(folder: Path) -> str:
 def _read_settings(folder: Path, architecture: Architecture) -> Lora:
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise InputError(f"{path}: no such file; a PEFT adapter has {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise InputError(
+            f"{path}: no such file; a PEFT adapter has {CONFIG_FILE} and {WEIGHTS_FILE}"
+        )
     settings = read_json(path)
     if settings.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type {settings.get('peft_type')!r} is not supported; LORA is")
+        raise InputError(
+            f"{path}: peft_type {settings.get('peft_type')!r} is not supported; LORA is"
+        )
     if settings.get("task_type") not in ("CAUSAL_LM", None):
-        raise InputError(f"{path}: task_type {settings['task_type']!r} is not supported; CAUSAL_LM is")
+        raise InputError(
+            f"{path}: task_type {settings['task_type']!r} is not supported; CAUSAL_LM is"
+        )
     if unsupported := _unsupported(settings):
         raise InputError(
-            f"{path}: {', '.join(unsupported)}: not supported; merge the adapter with peft (merge_and_unload) and load the merged folder"
+            f"{path}: {', '.join(unsupported)}: not supported; merge the adapter with peft"
+            " (merge_and_unload) and load the merged folder"
         )
     try:
         return Lora(
@@ -168,55 +219,88 @@ def _read_settings(folder: Path, architecture: Architecture) -> Lora:
             rslora=settings.get("use_rslora", False),
         )
     except KeyError as error:
-        raise InputError(f"{path}: the field {error.args[0]} is missing; add it or save the adapter again") from None
+        raise InputError(
+            f"{path}: the field {error.args[0]} is missing; add it or save the adapter again"
+        ) from None
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise InputError(
-            f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']} (given: {problem['input']!r}); correct it"
+            f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']} (given:"
+            f" {problem['input']!r}); correct it"
         ) from None
 
 
 def _unsupported(settings: dict[str, Any]) -> list[str]:
-    """Each setting that changes what the adapter computes in a way we do not have, as `field=value`."""
-    found = [field for field, value in settings.items() if field not in _READ | _CHECKED | _IDLE and not _is_off(value)]
+    """Each setting that changes what the adapter computes in a way we do not have, as
+    `field=value`.
+    """
+    found = [
+        field
+        for field, value in settings.items()
+        if field not in _READ | _CHECKED | _IDLE and not _is_off(value)
+    ]
     if settings.get("bias", "none") != "none":
         found.append("bias")
     for pattern, common in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         values = settings.get(pattern) or {}
-        if not isinstance(values, dict) or any(value != settings.get(common) for value in values.values()):
+        if not isinstance(values, dict) or any(
+            value != settings.get(common) for value in values.values()
+        ):
             found.append(pattern)
     if settings.get("init_lora_weights") not in _HARMLESS_INITIAL:
         found.append("init_lora_weights")
     return [f"{field}={json.dumps(settings[field])}" for field in found]
 
 
+# not 0, which may be the number of a layer
 def _is_off(value: Any) -> bool:
-    return value is None or value is False or value in ("", [], {})  # not 0, which may be the number of a layer
+    return value is None or value is False or value in ("", [], {})
 
 
 def _target_names(wanted: Any, architecture: Architecture, path: Path) -> tuple[str, ...]:
-    """Our projections that `target_modules` means, by PEFT's own rules (a list of name endings, or one regular expression)."""
+    """Our projections that `target_modules` means, by PEFT's own rules (a list of name endings, or
+    one regular expression).
+    """
     rows = [weight for weight in table(architecture) if weight.lora]
-    modules = {weight.name: [_module(weight).format(layer=layer) for layer in range(architecture.layers)] for weight in rows}
+    modules = {
+        weight.name: [_module(weight).format(layer=layer) for layer in range(architecture.layers)]
+        for weight in rows
+    }
     if wanted == "all-linear":
         return tuple(modules)
     if isinstance(wanted, str):
         try:
             rules = [re.compile(wanted)]
         except re.error as error:
-            raise InputError(f"{path}: target_modules is not a regular expression ({error}); correct it or list the modules") from None
+            raise InputError(
+                f"{path}: target_modules is not a regular expression ({error}); correct it or list"
+                " the modules"
+            ) from None
     elif isinstance(wanted, list) and wanted and all(isinstance(ending, str) for ending in wanted):
         rules = [re.compile(rf"(.*\.)?{re.escape(ending)}") for ending in wanted]
     else:
-        raise InputError(f"{path}: target_modules is {wanted!r}; it must name at least one projection")
-    matched = {name: [any(rule.fullmatch(module) for rule in rules) for module in list_] for name, list_ in modules.items()}
+        raise InputError(
+            f"{path}: target_modules is {wanted!r}; it must name at least one projection"
+        )
+    matched = {
+        name: [any(rule.fullmatch(module) for rule in rules) for module in list_]
+        for name, list_ in modules.items()
+    }
     if partial := [name for name, layers in matched.items() if any(layers) and not all(layers)]:
-        raise InputError(f"{path}: target_modules takes {', '.join(partial)} of some layers only; adapters here span all layers")
+        raise InputError(
+            f"{path}: target_modules takes {', '.join(partial)} of some layers only; adapters here"
+            " span all layers"
+        )
     everything = [module for list_ in modules.values() for module in list_]
-    if idle := [rule.pattern for rule in rules if not any(rule.fullmatch(module) for module in everything)]:
+    if idle := [
+        rule.pattern for rule in rules if not any(rule.fullmatch(module) for module in everything)
+    ]:
         names = ", ".join(pattern.removeprefix(r"(.*\.)?") for pattern in idle)
         known = ", ".join(_module(weight).rpartition(".")[2] for weight in rows)
-        raise InputError(f"{path}: target_modules names {names}, which LoRA does not adapt here; it adapts {known}")
+        raise InputError(
+            f"{path}: target_modules names {names}, which LoRA does not adapt here; it adapts"
+            f" {known}"
+        )
     return tuple(name for name, layers in matched.items() if all(layers))
 
 
@@ -224,7 +308,9 @@ def _module(weight: Weight) -> str:
     return weight.hf.removesuffix(".weight")
 
 
-def _peft_names(architecture: Architecture, lora: Lora) -> Iterator[tuple[Weight, int, str, str, tuple[int, int]]]:
+def _peft_names(
+    architecture: Architecture, lora: Lora
+) -> Iterator[tuple[Weight, int, str, str, tuple[int, int]]]:
     """(row, layer, side "a" or "b", PEFT's name, PEFT's shape) of each tensor of an adapter."""
     for weight in table(architecture):
         if not weight.lora or weight.name not in lora.targets:

@@ -27,7 +27,9 @@ class RunStore:
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep),
-                preservation_policy.BestN(get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False),
+                preservation_policy.BestN(
+                    get_metric_fn=self._score, n=1, keep_checkpoints_without_metrics=False
+                ),
             ]
         )
         options = ocp.CheckpointManagerOptions(
@@ -54,16 +56,26 @@ class RunStore:
         return self.latest if best is None else best
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
-        """Starts writing; returns once the state is copied off the devices, so that it may be donated.
+        """Starts writing; returns once the state is copied off the devices, so that it may be
+        donated.
 
-        On CPU nothing is copied: the writer holds the buffers, and XLA does not reuse a held buffer that is donated.
+        On CPU nothing is copied: the writer holds the buffers, and XLA does not reuse a held buffer
+        that is donated.
         """
         self.manager.save(step, args=ocp.args.StandardSave(_stored(state)), metrics=metrics)
 
     def restore(self, step: int, like: Any) -> Any:
-        """The state of `step`, in the shapes, dtypes and shardings of `like` (arrays or shapes), whatever mesh it was saved from."""
+        """The state of `step`, in the shapes, dtypes and shardings of `like` (arrays or shapes),
+        whatever mesh it was saved from.
+        """
         leaves, form = jax.tree.flatten(shapes_of(like))
-        restored = iter(jax.tree.leaves(self.manager.restore(step, args=ocp.args.StandardRestore(_stored(form.unflatten(leaves))))))
+        restored = iter(
+            jax.tree.leaves(
+                self.manager.restore(
+                    step, args=ocp.args.StandardRestore(_stored(form.unflatten(leaves)))
+                )
+            )
+        )
         return form.unflatten(next(restored) if leaf.size else _empty(leaf) for leaf in leaves)
 
     def wait(self) -> None:
@@ -76,7 +88,9 @@ class RunStore:
 
 def shapes_of(state: Any) -> Any:
     """Shapes, dtypes and shardings of a state, without its arrays."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state
+    )
 
 
 def _stored(state: Any) -> Any:
@@ -85,4 +99,6 @@ def _stored(state: Any) -> Any:
 
 
 def _empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.shape, leaf.dtype)[index])
+    return jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda index: np.zeros(leaf.shape, leaf.dtype)[index]
+    )

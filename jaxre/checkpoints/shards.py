@@ -4,9 +4,10 @@
     write_shards(folder, {"model.norm.weight": ((64,), np.dtype(np.float32))}, tensors.items())
 
 `safetensors.numpy.save_file` wants every tensor of a file in memory at once: 5 GB a shard. Here all
-headers are written first (sizes are known before any weight is read), then each tensor at its place,
-in whatever order they come. `safe_open` checks a file; its data is read straight into numpy, which
-measured 4 times as fast as `get_tensor`, and maps no pages that would count as the process's memory.
+headers are written first (sizes are known before any weight is read), then each tensor at its
+place, in whatever order they come. `safe_open` checks a file; its data is read straight into numpy,
+which measured 4 times as fast as `get_tensor`, and maps no pages that would count as the process's
+memory.
 """
 
 from __future__ import annotations
@@ -34,14 +35,18 @@ STORED_DTYPES = {
 SHARD_BYTES = 5 * 10**9  # transformers' and the hub's usual size
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MEND_PICKLED = "convert them with transformers: model.save_pretrained(folder, safe_serialization=True)"
+MEND_PICKLED = (
+    "convert them with transformers: model.save_pretrained(folder, safe_serialization=True)"
+)
 
 Form = tuple[tuple[int, ...], np.dtype]  # shape and dtype of a tensor
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file, of which only the header was read. `kind` is safetensors' word for its dtype."""
+    """One tensor of a file, of which only the header was read. `kind` is safetensors' word for its
+    dtype.
+    """
 
     path: Path
     kind: str
@@ -59,7 +64,9 @@ class Stored:
         try:
             data = np.fromfile(self.path, np.uint8, self.bytes, offset=self.start)
         except OSError as error:
-            raise InputError(f"{self.path}: cannot be read ({error.strerror}); give a file that may be read") from None
+            raise InputError(
+                f"{self.path}: cannot be read ({error.strerror}); give a file that may be read"
+            ) from None
         if data.size < self.bytes:
             raise InputError(f"{self.path}: became shorter while it was read; download it again")
         return data.view(self.dtype).reshape(self.shape)
@@ -79,15 +86,24 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     if is_pickled(path.name):
         raise InputError(f"{path}: pickled weights, which are never read; {MEND_PICKLED}")
     try:
-        safe_open(path, framework="np", backend="pread")  # checks that header, types, shapes and length agree
+        # checks that header, types, shapes and length agree
+        safe_open(path, framework="np", backend="pread")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+        raise InputError(
+            f"{path}: not a whole safetensors file ({error}); download it again"
+        ) from None
     header.pop("__metadata__", None)
     return {
-        name: Stored(path, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0], _extent(entry))
+        name: Stored(
+            path,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            8 + length + entry["data_offsets"][0],
+            _extent(entry),
+        )
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     }
 
@@ -97,8 +113,11 @@ def _extent(entry: dict) -> int:
     return end - start
 
 
-def write_shards(folder: Path, forms: dict[str, Form], tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes `model.safetensors`, or shards of at most SHARD_BYTES (a larger tensor is one alone) and their index.
+def write_shards(
+    folder: Path, forms: dict[str, Form], tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    """Writes `model.safetensors`, or shards of at most SHARD_BYTES (a larger tensor is one alone)
+    and their index.
 
     Args:
       forms: name -> (shape, dtype) of every tensor, in the order in which they are laid out.
@@ -110,7 +129,11 @@ def write_shards(folder: Path, forms: dict[str, Form], tensors: Iterable[tuple[s
     """
     words = {dtype: word for word, dtype in STORED_DTYPES.items()}
     shards = _shards(forms)
-    names = ["model.safetensors"] if len(shards) == 1 else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in _counted(shards)]
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in _counted(shards)]
+    )
     places = {}
     with contextlib.ExitStack() as stack:
         for file_name, members in zip(names, shards, strict=True):
@@ -118,12 +141,18 @@ def write_shards(folder: Path, forms: dict[str, Form], tensors: Iterable[tuple[s
             end = 0
             for name in members:
                 start, end = end, end + _bytes(forms[name])
-                header[name] = {"dtype": words[forms[name][1]], "shape": forms[name][0], "data_offsets": (start, end)}
+                header[name] = {
+                    "dtype": words[forms[name][1]],
+                    "shape": forms[name][0],
+                    "data_offsets": (start, end),
+                }
             text = json.dumps(header, separators=(",", ":")).encode()
             text += b" " * (-len(text) % 8)  # so that the data is aligned
             file = stack.enter_context((folder / file_name).open("wb"))
             file.write(len(text).to_bytes(8, "little") + text)
-            places |= {name: (file, 8 + len(text) + header[name]["data_offsets"][0]) for name in members}
+            places |= {
+                name: (file, 8 + len(text) + header[name]["data_offsets"][0]) for name in members
+            }
         for name, tensor in tensors:
             file, place = places.pop(name)
             if (tensor.shape, tensor.dtype) != forms[name]:
@@ -135,9 +164,15 @@ def write_shards(folder: Path, forms: dict[str, Form], tensors: Iterable[tuple[s
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": sum(map(_bytes, forms.values()))},
-            "weight_map": {name: file_name for file_name, members in zip(names, shards, strict=True) for name in members},
+            "weight_map": {
+                name: file_name
+                for file_name, members in zip(names, shards, strict=True)
+                for name in members
+            },
         }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def _shards(forms: dict[str, Form]) -> list[list[str]]:

@@ -17,7 +17,14 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxre.checkpoints.huggingface import Tensors, load_base, open_base, quantised, read_json, resolve_model
+from jaxre.checkpoints.huggingface import (
+    Tensors,
+    load_base,
+    open_base,
+    quantised,
+    read_json,
+    resolve_model,
+)
 from jaxre.checkpoints.native import is_native, load_native, open_native
 from jaxre.checkpoints.peft import CONFIG_FILE, base_name_of, load_adapter
 from jaxre.config import Config, Lora, load_config
@@ -33,8 +40,9 @@ class Loaded:
     """A model in memory.
 
     `folder` carries its tokenizer and config.json; `name` is what to call it; `base` its weights
-    (numpy, our layout) without the adapter; `lora` and `factors` (numpy f32) the adapter, if it has one.
-    `kind` is what was opened; `base_name` what an adapter on it names as its base; `quantise` how a dense base was quantised.
+    (numpy, our layout) without the adapter; `lora` and `factors` (numpy f32) the adapter, if it has
+    one. `kind` is what was opened; `base_name` what an adapter on it names as its base; `quantise`
+    how a dense base was quantised.
     """
 
     folder: Path
@@ -49,7 +57,9 @@ class Loaded:
 
 
 def compute_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> np.dtype:
-    """The dtype of base weights and products; auto is bfloat16 on an accelerator, float32 on CPU."""
+    """The dtype of base weights and products; auto is bfloat16 on an accelerator, float32 on
+    CPU.
+    """
     if setting == "auto":
         setting = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return np.dtype(ml_dtypes.bfloat16) if setting == "bfloat16" else np.dtype(np.float32)
@@ -57,7 +67,9 @@ def compute_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> np.dtype:
 
 @dataclass(frozen=True)
 class Located:
-    """Where the parts of a model lie: `folder` holds its base weights, `adapter` its adapter, if it has one. The rest as in Loaded."""
+    """Where the parts of a model lie: `folder` holds its base weights, `adapter` its adapter, if it
+    has one. The rest as in Loaded.
+    """
 
     folder: Path
     name: str
@@ -71,9 +83,10 @@ def locate(path: str | Path, quantise: str | None = None) -> Located:
     """The parts of a model, of which nothing is read yet.
 
     Args:
-      path: a Hugging Face folder, a jaxre folder, a PEFT adapter, a run folder, a shipped name or a hub id.
-      quantise: "nf4" for a base with NF4 projections; a run with an adapter takes its own setting, for its
-        adapter belongs to that base.
+      path: a Hugging Face folder, a jaxre folder, a PEFT adapter, a run folder, a shipped name or a
+        hub id.
+      quantise: "nf4" for a base with NF4 projections; a run with an adapter takes its own setting,
+        for its adapter belongs to that base.
 
     Raises:
       InputError: nothing of the kind, or an unfinished run.
@@ -93,7 +106,9 @@ def locate(path: str | Path, quantise: str | None = None) -> Located:
 
 
 def open_weights(folder: Path, quantise: str | None = None) -> Tensors:
-    """The base weights of a Hugging Face or jaxre folder, to be read one at a time. Raises InputError for weights that do not fit."""
+    """The base weights of a Hugging Face or jaxre folder, to be read one at a time. Raises
+    InputError for weights that do not fit.
+    """
     tensors = open_native(folder) if is_native(folder) else open_base(folder)
     return quantised(tensors, folder) if quantise else tensors
 
@@ -109,9 +124,23 @@ def open_model(path: str | Path, dtype: np.dtype | None, quantise: str | None = 
       InputError: nothing of the kind, an unfinished run, or weights that do not fit.
     """
     found = locate(path, quantise)
-    architecture, base = (load_native if is_native(found.folder) else load_base)(found.folder, dtype, found.quantise)
-    lora, factors = (None, None) if found.adapter is None else load_adapter(found.adapter, architecture)
-    return Loaded(found.folder, found.name, architecture, base, lora, factors, found.kind, found.base_name, found.quantise)
+    architecture, base = (load_native if is_native(found.folder) else load_base)(
+        found.folder, dtype, found.quantise
+    )
+    lora, factors = (
+        (None, None) if found.adapter is None else load_adapter(found.adapter, architecture)
+    )
+    return Loaded(
+        found.folder,
+        found.name,
+        architecture,
+        base,
+        lora,
+        factors,
+        found.kind,
+        found.base_name,
+        found.quantise,
+    )
 
 
 def kind_of(folder: Path) -> Kind:
@@ -125,23 +154,32 @@ def kind_of(folder: Path) -> Kind:
     if (folder / "config.yaml").is_file():
         return "run"
     raise InputError(
-        f"{folder}: not a model; it has none of config.json (Hugging Face), {CONFIG_FILE} (PEFT), jaxre.json, config.yaml (a run)"
+        f"{folder}: not a model; it has none of config.json (Hugging Face), {CONFIG_FILE} (PEFT),"
+        " jaxre.json, config.yaml (a run)"
     )
 
 
 def tokenizer_folder(config: Config) -> Path:
-    """The folder whose tokenizer a run uses: that of its base, or `model.path` itself for weights from scratch.
+    """The folder whose tokenizer a run uses: that of its base, or `model.path` itself for weights
+    from scratch.
 
     Raises:
-      InputError: no such model, or a decoder where the objective needs an encoder, or the other way round.
+      InputError: no such model, or a decoder where the objective needs an encoder, or the other way
+        round.
     """
     scratch = config.model.architecture
     folder = base_of(config.model.path)[1] if scratch is None else resolve_model(config.model.path)
     kind = (scratch or read_json(folder / "config.json")).get("model_type")
     if kind in ENCODERS and config.train.objective != "classify":
-        raise InputError(f"{config.model.path}: is an encoder ({kind}); set train.objective=classify and train.method=full")
+        raise InputError(
+            f"{config.model.path}: is an encoder ({kind}); set train.objective=classify and"
+            " train.method=full"
+        )
     if kind in KINDS and config.train.objective == "classify":
-        raise InputError(f"{config.model.path}: is a decoder ({kind}); train.objective=classify takes an encoder ({', '.join(ENCODERS)})")
+        raise InputError(
+            f"{config.model.path}: is a decoder ({kind}); train.objective=classify takes an encoder"
+            f" ({', '.join(ENCODERS)})"
+        )
     return folder
 
 
@@ -149,13 +187,22 @@ def check_finished(folder: Path, config: Config) -> None:
     """Raises InputError for a run that has no result yet."""
     result = "model" if config.train.method == "full" else "adapter"
     if not (folder / result).is_dir():
-        raise InputError(f"{folder}: this run has no {result}/ yet; finish it with: jaxre train {folder / 'config.yaml'}")
+        raise InputError(
+            f"{folder}: this run has no {result}/ yet; finish it with: jaxre train"
+            f" {folder / 'config.yaml'}"
+        )
     if config.train.method == "lora" and config.model.architecture is not None:
-        raise InputError(f"{folder}: its adapter was trained on random weights that were not kept; train with train.method=full")
+        raise InputError(
+            f"{folder}: its adapter was trained on random weights that were not kept; train with"
+            " train.method=full"
+        )
 
 
-def base_of(name: str, seen: frozenset[Path] = frozenset(), adapter: Path | None = None) -> tuple[str, Path]:
-    """The base weights behind a name: what an adapter on them names as its base (a hub id, else the absolute folder), and their folder.
+def base_of(
+    name: str, seen: frozenset[Path] = frozenset(), adapter: Path | None = None
+) -> tuple[str, Path]:
+    """The base weights behind a name: what an adapter on them names as its base (a hub id, else the
+    absolute folder), and their folder.
 
     A run that starts from an adapter continues that adapter, so both have the same base.
 
@@ -167,12 +214,16 @@ def base_of(name: str, seen: frozenset[Path] = frozenset(), adapter: Path | None
     """
     folder = resolve_model(name)
     if folder.resolve() in seen:
-        raise InputError(f"{folder}: is named as the base of itself; name the folder of the base weights")
+        raise InputError(
+            f"{folder}: is named as the base of itself; name the folder of the base weights"
+        )
     seen = seen | {folder.resolve()}
     kind = kind_of(folder)
     if kind in ("hf", "jaxre"):
         # PEFT would take a shipped name for a hub id.
-        return name if "/" in name and not Path(name).expanduser().is_dir() else str(folder.resolve()), folder
+        return (
+            name if "/" in name and not Path(name).expanduser().is_dir() else str(folder.resolve())
+        ), folder
     config = load_config(folder / "config.yaml") if kind == "run" else None
     if config:
         check_finished(folder, config)
@@ -180,13 +231,18 @@ def base_of(name: str, seen: frozenset[Path] = frozenset(), adapter: Path | None
             return str((folder / "model").resolve()), folder / "model"
     if adapter:
         raise InputError(
-            f"{name}: is itself an adapter, which {adapter} on top would leave out; merge it first with "
-            f"jaxre convert {name} TARGET --to hf --merge, and name TARGET as base_model_name_or_path"
+            f"{name}: is itself an adapter, which {adapter} on top would leave out; merge it first"
+            f" with jaxre convert {name} TARGET --to hf --merge, and name TARGET as"
+            " base_model_name_or_path"
         )
-    return base_of(config.model.path, seen) if config else base_of(base_name_of(folder), seen, folder)
+    return (
+        base_of(config.model.path, seen) if config else base_of(base_name_of(folder), seen, folder)
+    )
 
 
-def _with_adapter(source: Path, adapter: Path, name: str, kind: Kind, quantise: str | None) -> Located:
+def _with_adapter(
+    source: Path, adapter: Path, name: str, kind: Kind, quantise: str | None
+) -> Located:
     try:
         base_name, folder = base_of(str(source))
     except InputError as error:

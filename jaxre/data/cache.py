@@ -49,7 +49,9 @@ def cached_tokens(cache: str, digest: str, make: Callable[[], TokenSet]) -> tupl
 
 
 def stored_tokens(cache: str, digest: str) -> TokenSet | None:
-    """The entry of `digest`, None if there is none or it is damaged. Raises InputError as `cached_tokens`."""
+    """The entry of `digest`, None if there is none or it is damaged. Raises InputError as
+    `cached_tokens`.
+    """
     try:
         return _read_entry(cache, digest)
     except (ValueError, OSError) as error:
@@ -57,7 +59,9 @@ def stored_tokens(cache: str, digest: str) -> TokenSet | None:
 
 
 def read_note(cache: str, key: str) -> dict[str, Any] | None:
-    """What `write_note` left under `key`, None if there is nothing or it is damaged. Raises InputError as `cached_tokens`."""
+    """What `write_note` left under `key`, None if there is nothing or it is damaged. Raises
+    InputError as `cached_tokens`.
+    """
     try:
         read = ts.KvStore.open(location(cache, key)).result().read("note.json").result()
     except (ValueError, OSError) as error:
@@ -70,7 +74,9 @@ def read_note(cache: str, key: str) -> dict[str, Any] | None:
 
 
 def write_note(cache: str, key: str, value: dict[str, Any]) -> None:
-    """Keeps a small JSON value, unless the cache cannot be written: what a note tells can be found out again."""
+    """Keeps a small JSON value, unless the cache cannot be written: what a note tells can be found
+    out again.
+    """
     note = json.dumps({"value": value, "checksum": _checksum(value)})
     with contextlib.suppress(ValueError, OSError):
         ts.KvStore.open(location(cache, key)).result().write("note.json", note.encode()).result()
@@ -92,7 +98,10 @@ def location(cache: str, digest: str, name: str = "") -> str | dict[str, str]:
 def _unusable(cache: str, error: Exception) -> InputError:
     # TensorStore's message repeats every path on the way to the reason, which comes last.
     told = str(error).splitlines()[0].split(" [")[0].rpartition(": ")[2]
-    return InputError(f"data.cache={cache}: cannot be used ({told}); point data.cache to a folder that can be written")
+    return InputError(
+        f"data.cache={cache}: cannot be used ({told}); point data.cache to a folder that can be"
+        " written"
+    )
 
 
 def _read_entry(cache: str, digest: str) -> TokenSet | None:
@@ -115,7 +124,12 @@ def _read_entry(cache: str, digest: str) -> TokenSet | None:
 
 def _write_entry(cache: str, digest: str, made: TokenSet) -> None:
     ids = np.frombuffer(json.dumps(made.ids).encode(), np.uint8)
-    arrays = {"tokens": made.tokens, "starts": made.starts, "prompt_lengths": made.prompt_lengths, "ids": ids}
+    arrays = {
+        "tokens": made.tokens,
+        "starts": made.starts,
+        "prompt_lengths": made.prompt_lengths,
+        "ids": ids,
+    }
     arrays = {name: np.ascontiguousarray(arrays[name], kind) for name, kind in _TYPES.items()}
     for name, array in arrays.items():
         _write(cache, digest, name, array)
@@ -125,11 +139,18 @@ def _write_entry(cache: str, digest: str, made: TokenSet) -> None:
         "tokens": int(made.tokens.size),
         "checksums": {name: zlib.crc32(array) for name, array in arrays.items()},
     }
-    ts.KvStore.open(location(cache, digest)).result().write("manifest.json", json.dumps(manifest).encode()).result()
+    ts.KvStore.open(location(cache, digest)).result().write(
+        "manifest.json", json.dumps(manifest).encode()
+    ).result()
 
 
 def _read(cache: str, digest: str, name: str) -> np.ndarray:
-    array = ts.open({"driver": "zarr3", "kvstore": location(cache, digest, name)}).result().read().result()
+    array = (
+        ts.open({"driver": "zarr3", "kvstore": location(cache, digest, name)})
+        .result()
+        .read()
+        .result()
+    )
     return np.ascontiguousarray(array, _TYPES[name])
 
 
@@ -139,7 +160,16 @@ def _write(cache: str, digest: str, name: str, value: np.ndarray) -> None:
     layout = ts.ChunkLayout(chunk_shape=[max(1, min(CHUNK, value.size))])
     # Written over, not deleted first: another process may be writing the same.
     try:
-        array = ts.open(spec, create=True, open=True, dtype=value.dtype, shape=value.shape, chunk_layout=layout).result()
+        array = ts.open(
+            spec, create=True, open=True, dtype=value.dtype, shape=value.shape, chunk_layout=layout
+        ).result()
     except ValueError:  # what a damaged entry left
-        array = ts.open(spec, create=True, delete_existing=True, dtype=value.dtype, shape=value.shape, chunk_layout=layout).result()
+        array = ts.open(
+            spec,
+            create=True,
+            delete_existing=True,
+            dtype=value.dtype,
+            shape=value.shape,
+            chunk_layout=layout,
+        ).result()
     array.write(value).result()

@@ -1,4 +1,6 @@
-"""Updates prepared and put on the device ahead by a Grain thread. Resume needs only the step number."""
+"""Updates prepared and put on the device ahead by a Grain thread. Resume needs only the step
+number.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def updates(
     """Rows of the updates `first`, `first + 1`, ... of the plan.
 
     Args:
-      put: host arrays to where the update reads them; called by the thread, so that a step waits for no transfer.
+      put: host arrays to where the update reads them; called by the thread, so that a step waits
+        for no transfer.
       ahead: updates prepared and put before they are asked for.
     """
     steps = grain.MapDataset.range(first, len(plan.updates)).map(

@@ -2,9 +2,10 @@
 
     The [E1:PERSON] Ada Lovelace [/E1:PERSON] wrote the [E2:WORK] Notes [/E2:WORK].
 
-Untyped (`[E1]`) where an example has no entity types, and where a type did not occur in training. (Study: protocol,
-encoder baseline; typed entity markers: Zhou & Chen 2021, arXiv:2102.01373, section 3.) The tokenizer says which markers
-there are: training adds what is missing, prediction uses what it finds.
+Untyped (`[E1]`) where an example has no entity types, and where a type did not occur in training.
+(Study: protocol, encoder baseline; typed entity markers: Zhou & Chen 2021, arXiv:2102.01373,
+section 3.) The tokenizer says which markers there are: training adds what is missing, prediction
+uses what it finds.
 """
 
 from __future__ import annotations
@@ -33,28 +34,37 @@ def markers(role: str, kind: str | None = None) -> tuple[str, str]:
     return f"[{name}]", f"[/{name}]"
 
 
-def add_markers(tokenizer: PreTrainedTokenizerBase, train: Iterable[Example]) -> dict[int, list[int]]:
+def add_markers(
+    tokenizer: PreTrainedTokenizerBase, train: Iterable[Example]
+) -> dict[int, list[int]]:
     """Gives the tokenizer the markers of the training examples and the untyped ones.
 
-    A marker takes the white space before it, so that RoBERTa's tokens of the words around it are the usual ones.
+    A marker takes the white space before it, so that RoBERTa's tokens of the words around it are
+    the usual ones.
 
     Returns:
-      Id -> ids of the tokens that describe it, of each marker that the tokenizer did not have: `@` or `#`, the marks that
-      Zhou & Chen found best, and the type's words.
+      Id -> ids of the tokens that describe it, of each marker that the tokenizer did not have: `@`
+      or `#`, the marks that Zhou & Chen found best, and the type's words.
 
     Raises:
-      InputError: a tokenizer whose numbering has gaps, so that a new token gets the id of an old one.
+      InputError: a tokenizer whose numbering has gaps, so that a new token gets the id of an old
+        one.
     """
     typed = {marker for example in train for pair in _markers_of(example) for marker in pair}
     names = [*markers("E1"), *markers("E2"), *sorted(typed - {*markers("E1"), *markers("E2")})]
     new = [name for name in names if name not in tokenizer.added_tokens_encoder]
     taken = set(tokenizer.get_vocab().values())
-    described = [tokenizer(_description(name), add_special_tokens=False)["input_ids"] for name in new]
-    tokenizer.add_tokens([AddedToken(name, lstrip=True, normalized=False, special=True) for name in new])
+    described = [
+        tokenizer(_description(name), add_special_tokens=False)["input_ids"] for name in new
+    ]
+    tokenizer.add_tokens(
+        [AddedToken(name, lstrip=True, normalized=False, special=True) for name in new]
+    )
     ids = tokenizer.convert_tokens_to_ids(new)
     if taken.intersection(ids):
         raise InputError(
-            "the tokenizer's ids have gaps, so its new tokens would take the ids of others; number its vocabulary without gaps"
+            "the tokenizer's ids have gaps, so its new tokens would take the ids of others; number"
+            " its vocabulary without gaps"
         )
     return dict(zip(ids, described, strict=True))
 
@@ -65,13 +75,21 @@ def markers_in(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
 
 
 def unknown_types(examples: Iterable[Example], known: frozenset[str]) -> list[str]:
-    """Ids of the examples that have an entity type for which there is no marker, or none though there are typed markers."""
-    typed = {role for role in ("E1", "E2") if any(marker.startswith(f"[{role}:") for marker in known)}
+    """Ids of the examples that have an entity type for which there is no marker, or none though
+    there are typed markers.
+    """
+    typed = {
+        role for role in ("E1", "E2") if any(marker.startswith(f"[{role}:") for marker in known)
+    }
 
     def is_unknown(role: str, kind: str | None) -> bool:
         return markers(role, kind)[0] not in known if kind else role in typed
 
-    return [example.id for example in examples if is_unknown("E1", example.head_type) or is_unknown("E2", example.tail_type)]
+    return [
+        example.id
+        for example in examples
+        if is_unknown("E1", example.head_type) or is_unknown("E2", example.tail_type)
+    ]
 
 
 def marked_text(example: Example, known: frozenset[str]) -> str:
@@ -85,30 +103,51 @@ def marked_text(example: Example, known: frozenset[str]) -> str:
     """
     found = next((marker for marker in known if marker in example.text), None)
     if found:
-        raise InputError(f"example {example.id}: the text holds {found}, which marks an entity here; write it another way")
+        raise InputError(
+            f"example {example.id}: the text holds {found}, which marks an entity here; write it"
+            " another way"
+        )
     pairs = _markers_of(example)
-    before_after = [pair if pair[0] in known else markers(role) for role, pair in zip(("E1", "E2"), pairs, strict=True)]
+    before_after = [
+        pair if pair[0] in known else markers(role)
+        for role, pair in zip(("E1", "E2"), pairs, strict=True)
+    ]
     tags = tuple(tag for before, after in before_after for tag in (f"{before} ", f" {after}"))
     spans = locate(example.text, example.head, example.tail, example.head_span, example.tail_span)
     return insert_marks(example.text, *spans, tags)
 
 
-def encode_marked(examples: Sequence[Example], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> TokenSet:
+def encode_marked(
+    examples: Sequence[Example], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> TokenSet:
     """Marked texts as tokens, between the tokenizer's own first and last one; nothing is cut.
 
     Raises:
-      InputError: a tokenizer without entity markers, or one that does not begin with its classification token.
+      InputError: a tokenizer without entity markers, or one that does not begin with its
+        classification token.
     """
     if not set((*markers("E1"), *markers("E2"))) <= markers_in(tokenizer):
-        raise InputError("the tokenizer has no entity markers ([E1], [E2]); take an encoder that `jaxre train` wrote")
-    ids = tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]
+        raise InputError(
+            "the tokenizer has no entity markers ([E1], [E2]); take an encoder that `jaxre train`"
+            " wrote"
+        )
+    ids = tokenizer(
+        list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
     first = tokenizer.cls_token_id
     if first is None or any(tokens[0] != first for tokens in ids):
-        raise InputError("the tokenizer does not begin a text with its classification token; set cls_token and its post-processor")
-    return TokenSet.of((Encoded(tokens, len(tokens)) for tokens in ids), [example.id for example in examples])
+        raise InputError(
+            "the tokenizer does not begin a text with its classification token; set cls_token and"
+            " its post-processor"
+        )
+    return TokenSet.of(
+        (Encoded(tokens, len(tokens)) for tokens in ids), [example.id for example in examples]
+    )
 
 
-def marked_digest(examples: Sequence[Example], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> str:
+def marked_digest(
+    examples: Sequence[Example], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> str:
     """Digest of everything the tokens depend on: ids, marked texts, tokenizer."""
     digest = hashlib.sha256(f"classify {FORMAT} {tokenizer_digest(tokenizer)}\n".encode())
     for example, text in zip(examples, texts, strict=True):

@@ -1,9 +1,10 @@
 """The packing plan: which example goes to which row of which update.
 
-A plan is a pure function of lengths, prefixes, seed and epoch, so that a run resumes from its step number
-alone. Rows of one update are packed from examples in random order; updates are never sorted by
-length. Examples of a row that begin alike share that beginning (`prefixes.py`), so a row's load is the tokens of its
-prefix tree. Letters: B rows, T tokens in a row, S supervised positions in a row.
+A plan is a pure function of lengths, prefixes, seed and epoch, so that a run resumes from its step
+number alone. Rows of one update are packed from examples in random order; updates are never sorted
+by length. Examples of a row that begin alike share that beginning (`prefixes.py`), so a row's load
+is the tokens of its prefix tree. Letters: B rows, T tokens in a row, S supervised positions in a
+row.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from jaxre.errors import InputError
 
 MAX_SHAPES = 3
 ROUND = 16  # prefix and span are multiples of this
-# The head and a last layer run at supervised positions only: such a place costs 0.3 (SmolLM2-135M) to 0.4 (Qwen2.5-0.5B) of a token.
+# The head and a last layer run at supervised positions only: such a place costs 0.3 (SmolLM2-135M)
+# to 0.4 (Qwen2.5-0.5B) of a token.
 HEAD = 0.3
 
 
@@ -30,8 +32,8 @@ HEAD = 0.3
 class RowShape:
     """The fixed shape [rows, T] with S supervised positions of one micro-batch.
 
-    prefix, span: where attention must look: if token i sees token j, then `i - j < span` or `j < prefix`; None and 0 tell
-    nothing (the whole row).
+    prefix, span: where attention must look: if token i sees token j, then `i - j < span` or `j <
+    prefix`; None and 0 tell nothing (the whole row).
     """
 
     rows: int
@@ -43,7 +45,9 @@ class RowShape:
 
 @dataclass(frozen=True)
 class Update:
-    """One update: `micro[a][b]` lists the examples of row b of micro-batch a, by rank; missing rows are all pad."""
+    """One update: `micro[a][b]` lists the examples of row b of micro-batch a, by rank; missing rows
+    are all pad.
+    """
 
     shape: RowShape
     micro: tuple[tuple[tuple[int, ...], ...], ...]
@@ -52,8 +56,9 @@ class Update:
 class Fill(NamedTuple):
     """Shares of a plan's first epoch.
 
-    pad: of the places in rows that hold no token; supervised: supervised tokens in the examples' tokens; shared: of the
-    examples' tokens that take no place of their own; idle: of the places for supervised positions that hold none.
+    pad: of the places in rows that hold no token; supervised: supervised tokens in the examples'
+    tokens; shared: of the examples' tokens that take no place of their own; idle: of the places for
+    supervised positions that hold none.
     """
 
     pad: float
@@ -64,7 +69,8 @@ class Fill(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The updates of a whole run, in order; `epoch_ends[e]` is the number of updates up to the end of epoch e.
+    """The updates of a whole run, in order; `epoch_ends[e]` is the number of updates up to the end
+    of epoch e.
 
     prefixes: what examples beside each other in a row share, and nothing else.
     """
@@ -75,24 +81,42 @@ class Plan:
 
     @property
     def shapes(self) -> tuple[RowShape, ...]:
-        return tuple(sorted({update.shape for update in self.updates}, key=lambda shape: (shape.length, shape.rows)))
+        return tuple(
+            sorted(
+                {update.shape for update in self.updates},
+                key=lambda shape: (shape.length, shape.rows),
+            )
+        )
 
     def fill(self, lengths: np.ndarray, supervised: np.ndarray) -> Fill:
         """How full the rows of the first epoch are; arguments as given to the planner."""
         updates = self.updates[: self.epoch_ends[0]]
-        packed = lay_out([row for update in updates for micro in update.micro for row in micro], lengths, supervised, self.prefixes)
+        packed = lay_out(
+            [row for update in updates for micro in update.micro for row in micro],
+            lengths,
+            supervised,
+            self.prefixes,
+        )
         rows = [len(update.micro) * update.shape.rows for update in updates]
         room = sum(count * update.shape.length for count, update in zip(rows, updates, strict=True))
-        places = sum(count * update.shape.supervised for count, update in zip(rows, updates, strict=True))
+        places = sum(
+            count * update.shape.supervised for count, update in zip(rows, updates, strict=True)
+        )
         real, targets = int(lengths[packed.members].sum()), int(supervised[packed.members].sum())
-        return Fill(1 - packed.loads.sum() / room, targets / real, 1 - packed.loads.sum() / real, 1 - packed.supervised.sum() / places)
+        return Fill(
+            1 - packed.loads.sum() / room,
+            targets / real,
+            1 - packed.loads.sum() / real,
+            1 - packed.supervised.sum() / places,
+        )
 
 
 class Layout(NamedTuple):
     """Where examples stand in rows.
 
-    members: [m] the examples of all rows; row, shared, ends: [m] of each its row, the tokens that it shares with the one
-    before it and the place after its last token. loads, supervised: [rows] tokens and supervised positions.
+    members: [m] the examples of all rows; row, shared, ends: [m] of each its row, the tokens that
+    it shares with the one before it and the place after its last token. loads, supervised: [rows]
+    tokens and supervised positions.
     """
 
     members: np.ndarray
@@ -103,7 +127,9 @@ class Layout(NamedTuple):
     supervised: np.ndarray
 
 
-def lay_out(rows: Sequence[Sequence[int]], lengths: np.ndarray, supervised: np.ndarray, prefixes: Prefixes) -> Layout:
+def lay_out(
+    rows: Sequence[Sequence[int]], lengths: np.ndarray, supervised: np.ndarray, prefixes: Prefixes
+) -> Layout:
     """The places of the members of rows."""
     members, row, shared = prefixes.along(rows)
     own = lengths[members] - shared
@@ -120,13 +146,19 @@ def shape_of(rows: int, length: int, packed: Layout, lengths: np.ndarray) -> Row
     inner = np.where(np.diff(packed.row, prepend=-1) == 0, packed.shared, length)
     roots = np.minimum.reduceat(inner, first)  # what all of a row share; `length` for a row of one
     prefix = _round_up(int(roots[roots < length].max(initial=0)), ROUND)
-    # Members that share more than the root with the one before them see that one's tokens: they are one run of places.
+    # Members that share more than the root with the one before them see that one's tokens: they are
+    # one run of places.
     starts = packed.ends - (lengths[packed.members] - packed.shared)
-    begins = inner <= np.repeat(np.where(roots < length, roots, 0), np.diff(first, append=len(inner)))
+    begins = inner <= np.repeat(
+        np.where(roots < length, roots, 0), np.diff(first, append=len(inner))
+    )
     begins[first] = True
     runs = np.flatnonzero(begins)
     last = np.append(runs[1:], len(inner)) - 1
-    span = _round_up(int((packed.ends[last] - np.maximum(starts[runs], prefix)).max(initial=1)), ROUND)  # a pad sees itself
+    # a pad sees itself
+    span = _round_up(
+        int((packed.ends[last] - np.maximum(starts[runs], prefix)).max(initial=1)), ROUND
+    )
     supervised = min(_round_up(int(packed.supervised.max()), 8), length)
     if prefix + span >= length:
         return RowShape(rows, length, supervised)
@@ -144,7 +176,8 @@ def plan_by_tokens(
     rows: int,
     accumulation: int,
 ) -> Plan:
-    """Whole epochs packed into rows of `row_length` (`pack_rows`), then the rows shuffled into updates.
+    """Whole epochs packed into rows of `row_length` (`pack_rows`), then the rows shuffled into
+    updates.
 
     A row holds examples of one group (`group_examples`).
 
@@ -158,7 +191,9 @@ def plan_by_tokens(
       InputError: no example at all.
     """
     _check(lengths, row_length)
-    groups, prefixes = group_examples(prefixes or Prefixes.nothing(len(lengths)), lengths, supervised, row_length, bundled=True)
+    groups, prefixes = group_examples(
+        prefixes or Prefixes.nothing(len(lengths)), lengths, supervised, row_length, bundled=True
+    )
     packed = []
     for epoch in range(epochs):
         place = np.argsort(shuffled(len(lengths), seed, epoch))  # of each example in the epoch
@@ -166,14 +201,27 @@ def plan_by_tokens(
         for group in groups:
             order = np.argsort(place[[bundle[0] for bundle in group.bundles]])
             found = pack_rows(group.lengths, group.supervised, order, row_length - group.prefix)
-            packed[-1] += [tuple(example for number in sorted(row) for example in group.bundles[number]) for row in found]
-    shape = shape_of(rows, row_length, lay_out([row for epoch in packed for row in epoch], lengths, supervised, prefixes), lengths)
+            packed[-1] += [
+                tuple(example for number in sorted(row) for example in group.bundles[number])
+                for row in found
+            ]
+    shape = shape_of(
+        rows,
+        row_length,
+        lay_out([row for epoch in packed for row in epoch], lengths, supervised, prefixes),
+        lengths,
+    )
     updates, ends = [], []
     for epoch, epoch_rows in enumerate(packed):
         order = shuffled(len(epoch_rows), seed, epoch, salt=1)
         mixed = [epoch_rows[i] for i in order]
         for batch in _chunks(mixed, rows * accumulation):
-            updates.append(Update(shape, tuple(tuple(micro) for micro in _chunks(batch, rows, pad_to=accumulation))))
+            updates.append(
+                Update(
+                    shape,
+                    tuple(tuple(micro) for micro in _chunks(batch, rows, pad_to=accumulation)),
+                )
+            )
         ends.append(len(updates))
     return Plan(tuple(updates), tuple(ends), prefixes)
 
@@ -191,7 +239,8 @@ def plan_by_examples(
     shards: int = 1,
     multiple: int = 128,
 ) -> Plan:
-    """The next `examples` of the shuffled epoch for each update, packed alone into one of at most three shapes.
+    """The next `examples` of the shuffled epoch for each update, packed alone into one of at most
+    three shapes.
 
     Args:
       prefixes: what examples have in common; nothing if not given.
@@ -203,11 +252,18 @@ def plan_by_examples(
       InputError: no example at all.
     """
     _check(lengths, row_length)
-    found, prefixes = group_examples(prefixes or Prefixes.nothing(len(lengths)), lengths, supervised, row_length, bundled=False)
+    found, prefixes = group_examples(
+        prefixes or Prefixes.nothing(len(lengths)), lengths, supervised, row_length, bundled=False
+    )
     group_of = np.empty(len(lengths), np.int64)
     for number, group in enumerate(found):
         group_of[[example for bundle in group.bundles for example in bundle]] = number
-    spread = functools.partial(balance, lengths=lengths.tolist(), groups=group_of.tolist(), prefixes=[group.prefix for group in found])
+    spread = functools.partial(
+        balance,
+        lengths=lengths.tolist(),
+        groups=group_of.tolist(),
+        prefixes=[group.prefix for group in found],
+    )
     multiple = min(multiple, row_length)
     batches, ends = [], []
     for epoch in range(epochs):
@@ -218,9 +274,20 @@ def plan_by_examples(
     rank = prefixes.rank.tolist()
 
     def pack(rows: int) -> tuple[list[list[tuple[int, ...]]], np.ndarray]:
-        """The rows of each update, micro-batch by micro-batch, and the tokens of its fullest row."""
-        packed = [[tuple(sorted(row, key=rank.__getitem__)) for micro in batch for row in spread(micro, rows=rows)] for batch in batches]
-        loads = lay_out([row for update in packed for row in update], lengths, supervised, prefixes).loads
+        """The rows of each update, micro-batch by micro-batch, and the tokens of its fullest
+        row.
+        """
+        packed = [
+            [
+                tuple(sorted(row, key=rank.__getitem__))
+                for micro in batch
+                for row in spread(micro, rows=rows)
+            ]
+            for batch in batches
+        ]
+        loads = lay_out(
+            [row for update in packed for row in update], lengths, supervised, prefixes
+        ).loads
         return packed, loads.reshape(len(packed), -1).max(axis=1)
 
     rows = shards
@@ -233,14 +300,27 @@ def plan_by_examples(
     fitted = [min(length for length in chosen if length >= wanted) for wanted in need.tolist()]
     shapes = {}
     for length in set(fitted):
-        members = [row for update, own in zip(packed, fitted, strict=True) if own == length for row in update]
-        shapes[length] = shape_of(rows, length, lay_out(members, lengths, supervised, prefixes), lengths)
-    updates = tuple(Update(shapes[length], tuple(map(tuple, _chunks(update, rows)))) for length, update in zip(fitted, packed, strict=True))
+        members = [
+            row
+            for update, own in zip(packed, fitted, strict=True)
+            if own == length
+            for row in update
+        ]
+        shapes[length] = shape_of(
+            rows, length, lay_out(members, lengths, supervised, prefixes), lengths
+        )
+    updates = tuple(
+        Update(shapes[length], tuple(map(tuple, _chunks(update, rows))))
+        for length, update in zip(fitted, packed, strict=True)
+    )
     return Plan(updates, tuple(ends), prefixes)
 
 
-def pack_rows(lengths: np.ndarray, supervised: np.ndarray, order: np.ndarray, row_length: int) -> list[tuple[int, ...]]:
-    """Items to rows of `row_length`, by the better of two heuristics, with even supervised positions; ties fall by `order`.
+def pack_rows(
+    lengths: np.ndarray, supervised: np.ndarray, order: np.ndarray, row_length: int
+) -> list[tuple[int, ...]]:
+    """Items to rows of `row_length`, by the better of two heuristics, with even supervised
+    positions; ties fall by `order`.
 
     Inside a row the items stand by `order`, not by length.
     """
@@ -249,18 +329,24 @@ def pack_rows(lengths: np.ndarray, supervised: np.ndarray, order: np.ndarray, ro
     ranks = rank.tolist()
     found = []
     for find in (_best_fit, _pair_fit):
-        rows = _even_supervised(list(find(lengths, order.tolist(), row_length)), lengths, supervised, rank)
+        rows = _even_supervised(
+            list(find(lengths, order.tolist(), row_length)), lengths, supervised, rank
+        )
         most = max(int(supervised[row].sum()) for row in rows)
         found.append((len(rows) * (row_length + HEAD * most), rows))
     rows = min(found, key=lambda one: one[0])[1]
     return [tuple(sorted(row, key=ranks.__getitem__)) for row in rows]
 
 
-def _even_supervised(rows: list[list[int]], lengths: np.ndarray, supervised: np.ndarray, rank: np.ndarray) -> list[list[int]]:
-    """Items of equal length exchanged between rows, so that the fullest row has few more supervised positions than the mean.
+def _even_supervised(
+    rows: list[list[int]], lengths: np.ndarray, supervised: np.ndarray, rank: np.ndarray
+) -> list[list[int]]:
+    """Items of equal length exchanged between rows, so that the fullest row has few more supervised
+    positions than the mean.
 
-    Length by length, the rows with most get the items with fewest. The head runs at as many positions of every row as the
-    fullest has. On SemEval's prompts of 67 to 189 tokens the fullest row of 512 had 88 with a mean of 58, now at most 80 with a mean of 54.
+    Length by length, the rows with most get the items with fewest. The head runs at as many
+    positions of every row as the fullest has. On SemEval's prompts of 67 to 189 tokens the fullest
+    row of 512 had 88 with a mean of 58, now at most 80 with a mean of 54.
     """
     sizes = [len(row) for row in rows]
     items = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
@@ -303,11 +389,13 @@ def _best_fit(lengths: np.ndarray, order: list[int], row_length: int) -> list[li
 
 
 def _pair_fit(lengths: np.ndarray, order: list[int], row_length: int) -> Iterator[list[int]]:
-    """Row by row: the longest left, then the next of `order` while there is much room, then the pairs that leave least.
+    """Row by row: the longest left, then the next of `order` while there is much room, then the
+    pairs that leave least.
 
     Best fit decreasing puts the long with the long and ends with room that no example is short
     enough for. Measured on SemEval's 8,000 prompts (67 to 189 tokens) it fills rows of 512 to
-    95.0% and of 1,024 to 97.4%, this 97.2% and 99.1%; rows of two or three examples it fills better.
+    95.0% and of 1,024 to 97.4%, this 97.2% and 99.1%; rows of two or three examples it fills
+    better.
     """
     length_of, mean = lengths.tolist(), float(lengths.mean())
     left: dict[int, list[int]] = {}  # length -> examples of it, the next of `order` last
@@ -353,11 +441,16 @@ def _pair_fit(lengths: np.ndarray, order: list[int], row_length: int) -> Iterato
 
 
 def balance(
-    examples: Sequence[int], lengths: Sequence[int], rows: int, groups: Sequence[int] | None = None, prefixes: Sequence[int] = (0,)
+    examples: Sequence[int],
+    lengths: Sequence[int],
+    rows: int,
+    groups: Sequence[int] | None = None,
+    prefixes: Sequence[int] = (0,),
 ) -> list[list[int]]:
     """Examples spread over `rows` rows, the longest first, each to the emptiest row.
 
-    groups: [n] of each example, all one if not given; a row holds the `prefixes[g]` first tokens of group g's examples once.
+    groups: [n] of each example, all one if not given; a row holds the `prefixes[g]` first tokens of
+    group g's examples once.
     """
     packed: list[list[int]] = [[] for _ in range(rows)]
     held: list[set[int]] = [set() for _ in range(rows)]
@@ -410,4 +503,7 @@ def _check(lengths: np.ndarray, row_length: int) -> None:
     if not len(lengths):
         raise InputError("the training split has no example; check data.train")
     if lengths.max() > row_length:
-        raise InputError(f"an example of {int(lengths.max())} tokens does not fit a row of {row_length}; raise train.row_length")
+        raise InputError(
+            f"an example of {int(lengths.max())} tokens does not fit a row of {row_length}; raise"
+            " train.row_length"
+        )

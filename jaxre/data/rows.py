@@ -18,12 +18,12 @@ from jaxre.data.tokens import TokenSet
 class Rows(NamedTuple):
     """One batch of packed rows; an update has a leading axis A.
 
-    tokens, positions, visible_until: [B, T] int32. Positions restart with each example and continue after tokens that it
-    shares; token i sees token j exactly when `j <= i < visible_until[j]`; a pad token sees itself.
-    owner: [B, T] uint32, whose dropout mask a token follows.
+    tokens, positions, visible_until: [B, T] int32. Positions restart with each example and continue
+    after tokens that it shares; token i sees token j exactly when `j <= i < visible_until[j]`; a
+    pad token sees itself. owner: [B, T] uint32, whose dropout mask a token follows.
     supervised, targets: [B, S] int32, weights: [B, S] f32. The logits at row position
-    `supervised[b, s]` are scored against `targets[b, s]`; unused places have weight 0. Examples of one prompt are
-    scored at one position each against its own target.
+    `supervised[b, s]` are scored against `targets[b, s]`; unused places have weight 0. Examples of
+    one prompt are scored at one position each against its own target.
     """
 
     tokens: np.ndarray
@@ -42,23 +42,37 @@ def empty_rows(shape: RowShape) -> Rows:
     alone = np.broadcast_to(np.arange(1, T + 1, dtype=np.int32), (B, T)).copy()
     supervised = np.zeros((B, S), np.int32)
     return Rows(
-        tokens, np.zeros_like(tokens), alone, np.zeros((B, T), np.uint32), supervised, supervised.copy(), np.zeros((B, S), np.float32)
+        tokens,
+        np.zeros_like(tokens),
+        alone,
+        np.zeros((B, T), np.uint32),
+        supervised,
+        supervised.copy(),
+        np.zeros((B, S), np.float32),
     )
 
 
-def fill_rows(examples: TokenSet, prefixes: Prefixes, packed: Sequence[Sequence[int]], shape: RowShape, prompt_weight: float = 0.0) -> Rows:
+def fill_rows(
+    examples: TokenSet,
+    prefixes: Prefixes,
+    packed: Sequence[Sequence[int]],
+    shape: RowShape,
+    prompt_weight: float = 0.0,
+) -> Rows:
     """The rows of one micro-batch; `packed[b]` lists the examples of row b.
 
-    An example shares the tokens that `prefixes` says with the one before it in its row. With a `prompt_weight` the prompt's
-    tokens, all but the first, are supervised too, at that weight; one that k examples share is supervised once, at k times
-    the weight. Where the examples have labels, the first token of each is scored against its label.
+    An example shares the tokens that `prefixes` says with the one before it in its row. With a
+    `prompt_weight` the prompt's tokens, all but the first, are supervised too, at that weight; one
+    that k examples share is supervised once, at k times the weight. Where the examples have labels,
+    the first token of each is scored against its label.
 
     Raises:
       ValueError: the rows do not fit the shape.
     """
     rows = empty_rows(shape)
     shared_by_row = iter(prefixes.along(packed)[2].tolist())
-    path, scored = np.zeros((2, shape.length), np.int64)  # of the last example's tokens: row position; place among the targets
+    # of the last example's tokens: row position; place among the targets
+    path, scored = np.zeros((2, shape.length), np.int64)
     for b, members in enumerate(packed):
         start = count = 0
         for example in members:
@@ -66,11 +80,17 @@ def fill_rows(examples: TokenSet, prefixes: Prefixes, packed: Sequence[Sequence[
             end = start + len(tokens) - shared
             rows.tokens[b, start:end] = tokens[shared:]
             rows.positions[b, start:end] = np.arange(shared, len(tokens))
-            rows.owner[b, start:end] = prefixes.owners[examples.starts[example] + shared : examples.starts[example + 1]]
+            rows.owner[b, start:end] = prefixes.owners[
+                examples.starts[example] + shared : examples.starts[example + 1]
+            ]
             path[shared : len(tokens)] = np.arange(start, end)
             rows.visible_until[b, path[: len(tokens)]] = end
             if examples.labels is not None:
-                rows.supervised[b, count], rows.targets[b, count], rows.weights[b, count] = start, examples.labels[example], 1.0
+                rows.supervised[b, count], rows.targets[b, count], rows.weights[b, count] = (
+                    start,
+                    examples.labels[example],
+                    1.0,
+                )
                 start, count = end, count + 1
                 continue
             prompt = int(examples.prompt_lengths[example])
@@ -82,7 +102,9 @@ def fill_rows(examples: TokenSet, prefixes: Prefixes, packed: Sequence[Sequence[
             scored[first : len(tokens)] = np.arange(count, places.stop)
             rows.supervised[b, places] = path[first - 1 : len(tokens) - 1]
             rows.targets[b, places] = tokens[first:]
-            rows.weights[b, places] = np.where(np.arange(first, len(tokens)) < prompt, prompt_weight, 1.0)
+            rows.weights[b, places] = np.where(
+                np.arange(first, len(tokens)) < prompt, prompt_weight, 1.0
+            )
             start, count = end, places.stop
     _check_reach(rows, shape)
     return rows
@@ -92,12 +114,22 @@ def _check_reach(rows: Rows, shape: RowShape) -> None:
     """Attention looks where the shape says; a pair outside of it would be left out silently."""
     if shape.span is None:
         return
-    seen = rows.visible_until[:, shape.prefix :] - np.arange(shape.prefix, shape.length, dtype=np.int32)
+    seen = rows.visible_until[:, shape.prefix :] - np.arange(
+        shape.prefix, shape.length, dtype=np.int32
+    )
     if seen.max(initial=0) > shape.span:
-        raise ValueError(f"a token is seen from {seen.max() - 1} places away, outside of the prefix; {shape} says fewer than {shape.span}")
+        raise ValueError(
+            f"a token is seen from {seen.max() - 1} places away, outside of the prefix; {shape}"
+            f" says fewer than {shape.span}"
+        )
 
 
-def fill_update(examples: TokenSet, prefixes: Prefixes, update: Update, prompt_weight: float = 0.0) -> Rows:
+def fill_update(
+    examples: TokenSet, prefixes: Prefixes, update: Update, prompt_weight: float = 0.0
+) -> Rows:
     """The rows of an update, [A, B, ...]."""
-    micro = [fill_rows(examples, prefixes, packed, update.shape, prompt_weight) for packed in update.micro]
+    micro = [
+        fill_rows(examples, prefixes, packed, update.shape, prompt_weight)
+        for packed in update.micro
+    ]
     return Rows(*(np.stack(arrays) for arrays in zip(*micro, strict=True)))

@@ -1,4 +1,5 @@
-"""Chat turns to tokens with the model's own template; the supervised span is what follows the generation prompt.
+"""Chat turns to tokens with the model's own template; the supervised span is what follows the
+generation prompt.
 
 A template is foreign code, so each of its known faults is caught here by name: no assistant
 text, a supervised prompt, an empty `<think>` block in the target, prompt tokens that are not a
@@ -24,7 +25,8 @@ from jaxre.errors import InputError
 
 Turn = dict[str, str]
 
-# Conversations rendered before their tokens are asked for, so that rendering (Python) and tokenising (Rust) overlap.
+# Conversations rendered before their tokens are asked for, so that rendering (Python) and
+# tokenising (Rust) overlap.
 CHUNK = 2048
 
 # Characters of a prompt's end that other prompts may share; one longer holds text of the example.
@@ -46,11 +48,15 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception)
-        raise InputError(f"{folder}: the tokenizer does not load ({_line(error)}); download it again") from None
+        raise InputError(
+            f"{folder}: the tokenizer does not load ({_line(error)}); download it again"
+        ) from None
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of a tokenizer, but for its truncation and padding, which a call switches on and off."""
+    """Digest of a tokenizer, but for its truncation and padding, which a call switches on and
+    off.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     kept = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
     return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
@@ -65,7 +71,8 @@ class ChatTemplate:
     """A tokenizer's chat template, with reasoning off and the date pinned.
 
     Raises:
-      InputError: the tokenizer has no chat template, or one that asks for the date in a way that cannot be pinned.
+      InputError: the tokenizer has no chat template, or one that asks for the date in a way that
+        cannot be pinned.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, date: str, place: str):
@@ -75,7 +82,8 @@ class ChatTemplate:
             template = None
         if not template:
             raise InputError(
-                f"{place}: the tokenizer has no chat template; add chat_template.jinja, or use the instruct version of the model"
+                f"{place}: the tokenizer has no chat template; add chat_template.jinja, or use the"
+                " instruct version of the model"
             )
         self.tokenizer = tokenizer
         self.place = place
@@ -83,13 +91,20 @@ class ChatTemplate:
         self.date = date
         self._added = frozenset(tokenizer.added_tokens_decoder)
         # Longest first: of two that begin at one place the tokenizer takes the longer.
-        self._added_texts = sorted({str(token) for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)
+        self._added_texts = sorted(
+            {str(token) for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True
+        )
         self._continued: dict[tuple[str, str], tuple[list[int], list[int]] | None] = {}
 
     @functools.cached_property
     def digest(self) -> str:
         """Digest of the tokenizer, its template and the pinned date."""
-        parts = (tokenizer_digest(self.tokenizer), self.template, str(self.tokenizer.special_tokens_map), self.date)
+        parts = (
+            tokenizer_digest(self.tokenizer),
+            self.template,
+            str(self.tokenizer.special_tokens_map),
+            self.date,
+        )
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def render(self, turns: Sequence[Turn], generation: bool) -> str:
@@ -105,23 +120,39 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise InputError(
-                f"{self.place}: the chat template refuses these turns ({_line(error)}); change prompt.system or prompt.shots"
+                f"{self.place}: the chat template refuses these turns ({_line(error)}); change"
+                " prompt.system or prompt.shots"
             ) from None
 
     def split(self, turns: Sequence[Turn], answer: str) -> tuple[str, str]:
-        """(prompt text, supervised text) of turns answered by `answer`. Raises InputError for a faulty template."""
+        """(prompt text, supervised text) of turns answered by `answer`. Raises InputError for a
+        faulty template.
+        """
         prompt = self.render(turns, generation=True)
         full = self.render([*turns, {"role": "assistant", "content": answer}], generation=False)
         if not full.startswith(prompt):
-            same = next((i for i, (one, other) in enumerate(zip(prompt, full, strict=False)) if one != other), len(full))
-            ends = f"after {prompt[max(0, same - 20) : same]!r} come {prompt[same : same + 30]!r} and {full[same : same + 30]!r}"
+            same = next(
+                (
+                    i
+                    for i, (one, other) in enumerate(zip(prompt, full, strict=False))
+                    if one != other
+                ),
+                len(full),
+            )
+            ends = (
+                f"after {prompt[max(0, same - 20) : same]!r} come {prompt[same : same + 30]!r} and"
+                f" {full[same : same + 30]!r}"
+            )
             raise InputError(
-                f"{self.place}: the chat template's generation prompt is not a prefix of the answered conversation ({ends}); "
-                "the template needs mending"
+                f"{self.place}: the chat template's generation prompt is not a prefix of the"
+                f" answered conversation ({ends}); the template needs mending"
             )
         supervised, stripped = full[len(prompt) :], answer.strip()
         if "<think>" in supervised:
-            raise InputError(f"{self.place}: the chat template puts a <think> block into the target; switch reasoning off in the template")
+            raise InputError(
+                f"{self.place}: the chat template puts a <think> block into the target; switch"
+                " reasoning off in the template"
+            )
         if not stripped or not supervised.lstrip().startswith(stripped):
             wrong = (
                 "no supervised token"
@@ -129,65 +160,89 @@ class ChatTemplate:
                 else f"{supervised[:40]!r} before the answer, which would be supervised"
             )
             raise InputError(
-                f"{self.place}: the chat template yields {wrong}; it must put the assistant's text right after its generation prompt"
+                f"{self.place}: the chat template yields {wrong}; it must put the assistant's text"
+                " right after its generation prompt"
             )
         after = supervised.lstrip()[len(stripped) :].strip()
         if after and after not in self._added_texts and prompt.rstrip().endswith(after):
             raise InputError(
-                f"{self.place}: the chat template puts its generation prompt {after[-30:]!r} after the answer too, which would be "
-                "supervised; make it obey add_generation_prompt"
+                f"{self.place}: the chat template puts its generation prompt {after[-30:]!r} after"
+                " the answer too, which would be supervised; make it obey add_generation_prompt"
             )
         return prompt, supervised
 
     def encode(self, conversations: Sequence[tuple[Sequence[Turn], str]]) -> list[Encoded]:
-        """Tokens and prompt lengths of (turns, answer) pairs. Raises InputError for a faulty template."""
+        """Tokens and prompt lengths of (turns, answer) pairs. Raises InputError for a faulty
+        template.
+        """
         return list(self.stream(conversations))
 
     def stream(self, conversations: Sequence[tuple[Sequence[Turn], str]]) -> Iterator[Encoded]:
-        """`encode`, one after the other: a chunk is tokenised by a second thread while the next is rendered."""
+        """`encode`, one after the other: a chunk is tokenised by a second thread while the next is
+        rendered.
+        """
         with ThreadPoolExecutor(1) as pool:
             before = None
             for start in range(0, len(conversations), CHUNK):
-                parts = [self.split(turns, answer) for turns, answer in conversations[start : start + CHUNK]]
+                parts = [
+                    self.split(turns, answer)
+                    for turns, answer in conversations[start : start + CHUNK]
+                ]
                 ahead = pool.submit(self._encode, parts)
                 yield from before.result() if before else ()
                 before = ahead
             yield from before.result() if before else ()
 
     def _encode(self, parts: list[tuple[str, str]]) -> list[Encoded]:
-        """Tokens of (prompt, supervised) texts: those of the whole text, of which the prompt's are a prefix."""
+        """Tokens of (prompt, supervised) texts: those of the whole text, of which the prompt's are
+        a prefix.
+        """
         prompts = self.tokenize_prompts([prompt for prompt, _ in parts])
         answers = [self._answer(*part, ids) for part, ids in zip(parts, prompts, strict=True)]
         whole = [number for number, answer in enumerate(answers) if answer is None]
-        for number, ids in zip(whole, self.tokenize(["".join(parts[number]) for number in whole]), strict=True):
+        for number, ids in zip(
+            whole, self.tokenize(["".join(parts[number]) for number in whole]), strict=True
+        ):
             prompt_ids = prompts[number]
             if ids[: len(prompt_ids)] != prompt_ids or len(ids) == len(prompt_ids):
                 raise InputError(
-                    f"{self.place}: the prompt's tokens are not a prefix of all tokens (the prompt ends {parts[number][0][-30:]!r}); "
-                    "end the generation prompt with a special token or a newline"
+                    f"{self.place}: the prompt's tokens are not a prefix of all tokens (the prompt"
+                    f" ends {parts[number][0][-30:]!r}); end the generation prompt with a special"
+                    " token or a newline"
                 )
             answers[number] = ids[len(prompt_ids) :]
-        return [Encoded(prompt + answer, len(prompt)) for prompt, answer in zip(prompts, answers, strict=True)]
+        return [
+            Encoded(prompt + answer, len(prompt))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
     def tokenize_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
-        """`tokenize`, in which what all prompts begin with (system turn, label list, fixed demonstrations) is tokenised once.
+        """`tokenize`, in which what all prompts begin with (system turn, label list, fixed
+        demonstrations) is tokenised once.
 
-        A tokenizer cuts the text at its added tokens first, so the text may be cut before one too. What an added token
-        does to the text before it (some take white space away) is the same in every prompt; the first one shows it.
+        A tokenizer cuts the text at its added tokens first, so the text may be cut before one too.
+        What an added token does to the text before it (some take white space away) is the same in
+        every prompt; the first one shows it.
         """
         if len(prompts) < 2:
             return self.tokenize(prompts)
         ends = min(prompts), max(prompts)  # what these two begin with, those between them do too
-        same = next((i for i, (one, other) in enumerate(zip(*ends, strict=False)) if one != other), min(map(len, ends)))
+        same = next(
+            (i for i, (one, other) in enumerate(zip(*ends, strict=False)) if one != other),
+            min(map(len, ends)),
+        )
         cut = max((prompts[0].rfind(token, 0, same) for token in self._added_texts), default=-1)
         if cut <= 0:
             return self.tokenize(prompts)
-        start, first, *rest = self.tokenize([prompts[0][:cut], prompts[0], *(prompt[cut:] for prompt in prompts)])
+        start, first, *rest = self.tokenize(
+            [prompts[0][:cut], prompts[0], *(prompt[cut:] for prompt in prompts)]
+        )
         exact = start + rest[0] == first and all(ids[0] in self._added for ids in rest)
         return [start + ids for ids in rest] if exact else self.tokenize(prompts)
 
     def _answer(self, prompt: str, supervised: str, prompt_ids: list[int]) -> list[int] | None:
-        """The supervised tokens without tokenising the prompt again, or None where that is not certain to be the same.
+        """The supervised tokens without tokenising the prompt again, or None where that is not
+        certain to be the same.
 
         A tokenizer cuts the text at its added tokens first, so what follows the last one in the
         prompt is tokenised alike with nothing before it: once for all prompts that end alike. It
@@ -199,27 +254,43 @@ class ChatTemplate:
 
     def tail(self, prompt: str) -> str | None:
         """The prompt from its last added token on, that token included; None if it has none."""
-        ends = [(position + len(token), len(token)) for token in self._added_texts if (position := prompt.rfind(token)) >= 0]
+        ends = [
+            (position + len(token), len(token))
+            for token in self._added_texts
+            if (position := prompt.rfind(token)) >= 0
+        ]
         if not ends:
             return None
         end, length = max(ends)
         return prompt[end - length :]
 
     def continued(self, tail: str, supervised: str) -> tuple[list[int], list[int]] | None:
-        """Tokens of a `tail` and of what follows it; None if the tail's tokens do not begin those of both."""
+        """Tokens of a `tail` and of what follows it; None if the tail's tokens do not begin those
+        of both.
+        """
         key = tail, supervised
         if key not in self._continued:
             start, full = self.tokenize([tail, tail + supervised])
-            exact = start[0] in self._added and full[: len(start)] == start and len(full) > len(start)
+            exact = (
+                start[0] in self._added and full[: len(start)] == start and len(full) > len(start)
+            )
             self._continued[key] = (start, full[len(start) :]) if exact else None
         return self._continued[key]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts that already carry their special tokens."""
-        return self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"] if texts else []
+        return (
+            self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)[
+                "input_ids"
+            ]
+            if texts
+            else []
+        )
 
     def end_of_turn(self, supervised: Sequence[int]) -> int:
-        """How many of the supervised tokens go up to and including the end-of-turn token; all if there is none."""
+        """How many of the supervised tokens go up to and including the end-of-turn token; all if
+        there is none.
+        """
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
         for number, token in enumerate(supervised, 1):
             if token in special:
@@ -238,6 +309,7 @@ def pin_date(template: str, date: datetime.date, place: str) -> str:
     left = re.sub(r"strftime_now\s+is\s+(not\s+)?defined", "", pinned)
     if "strftime_now" in left:
         raise InputError(
-            f"{place}: the chat template asks for the date in a way that cannot be pinned; write strftime_now with a literal format"
+            f"{place}: the chat template asks for the date in a way that cannot be pinned; write"
+            " strftime_now with a literal format"
         )
     return pinned

@@ -20,7 +20,13 @@ from jaxre.data.template import ChatTemplate, Encoded, tokenizer_digest
 from jaxre.errors import InputError
 from jaxre.relations import sources
 from jaxre.relations.marks import squeezed
-from jaxre.relations.prompts import by_label, choose_demonstrations, marked_text, system_turn, turns_after
+from jaxre.relations.prompts import (
+    by_label,
+    choose_demonstrations,
+    marked_text,
+    system_turn,
+    turns_after,
+)
 from jaxre.relations.schema import Example
 
 FORMAT = 1  # part of every digest: raise it when the meaning of the tokens changes
@@ -30,8 +36,8 @@ FORMAT = 1  # part of every digest: raise it when the meaning of the tokens chan
 class Truncation:
     """What cutting each example after `limit` tokens, as others do, would do to its answer.
 
-    examples: in all; cut: longer than the limit; answer_gone: no token of the answer would be left; answer_cut: some would be, not
-    all; longest: tokens of the longest example.
+    examples: in all; cut: longer than the limit; answer_gone: no token of the answer would be left;
+    answer_cut: some would be, not all; longest: tokens of the longest example.
     """
 
     limit: int
@@ -47,8 +53,9 @@ class TokenSet:
     """Tokens of n examples.
 
     tokens: [total] int32; starts: [n + 1] int64; prompt_lengths: [n] int32, at least 1, tokens of
-    example i from there on are supervised; ids: n example ids; labels: [n] int32 for classification, the
-    number of each example's label, which is asked for at its first token (then no token is supervised).
+    example i from there on are supervised; ids: n example ids; labels: [n] int32 for
+    classification, the number of each example's label, which is asked for at its first token (then
+    no token is supervised).
     """
 
     tokens: np.ndarray
@@ -65,7 +72,12 @@ class TokenSet:
             tokens.extend(one.tokens)
             starts.append(len(tokens))
             prompts.append(one.prompt_length)
-        return cls(np.array(tokens, np.int32), np.array(starts, np.int64), np.array(prompts, np.int32), tuple(ids))
+        return cls(
+            np.array(tokens, np.int32),
+            np.array(starts, np.int64),
+            np.array(prompts, np.int32),
+            tuple(ids),
+        )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,7 +103,9 @@ class TokenSet:
         return np.array([_owner(name) for name in self.ids], np.uint32)
 
     def truncation(self, limit: int) -> Truncation:
-        """What truncation on the right would lose, were it done: tokens 0 to limit - 1 of each example would be left."""
+        """What truncation on the right would lose, were it done: tokens 0 to limit - 1 of each
+        example would be left.
+        """
         gone, longer = self.prompt_lengths >= limit, self.lengths > limit
         counts = (int(one.sum()) for one in (longer, gone, longer & ~gone))
         return Truncation(limit, len(self), *counts, longest=int(self.lengths.max(initial=0)))
@@ -106,8 +120,9 @@ class TokenSet:
         dropped = [name for name, keep in zip(self.ids, fits, strict=True) if not keep]
         if dropped and (too_long == "error" or not fits.any()):
             raise InputError(
-                f"{place}: {len(dropped)} of {len(self)} examples are longer than a row of {row_length} tokens "
-                f"(longest {int(self.lengths.max())}, first {dropped[0]}); raise train.row_length"
+                f"{place}: {len(dropped)} of {len(self)} examples are longer than a row of"
+                f" {row_length} tokens (longest {int(self.lengths.max())}, first {dropped[0]});"
+                " raise train.row_length"
             )
         if not dropped:
             return self, []
@@ -119,11 +134,22 @@ class TokenSet:
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
         tokens = self.tokens[np.repeat(chosen, self.lengths)]
         ids = tuple(self.ids[i] for i in np.flatnonzero(chosen))
-        return TokenSet(tokens, starts, self.prompt_lengths[chosen], ids, None if self.labels is None else self.labels[chosen])
+        return TokenSet(
+            tokens,
+            starts,
+            self.prompt_lengths[chosen],
+            ids,
+            None if self.labels is None else self.labels[chosen],
+        )
 
     def held_out(self, share: float) -> tuple[TokenSet, TokenSet]:
-        """(the rest, a share chosen by a fixed hash of the ids); the repeats of a sentence (`id#1@0`) stay together."""
-        outside = np.array([_owner(name.rpartition("#")[0] or name) for name in self.ids], np.uint32) < share * 2**32
+        """(the rest, a share chosen by a fixed hash of the ids); the repeats of a sentence
+        (`id#1@0`) stay together.
+        """
+        outside = (
+            np.array([_owner(name.rpartition("#")[0] or name) for name in self.ids], np.uint32)
+            < share * 2**32
+        )
         return self.subset(~outside), self.subset(outside)
 
 
@@ -133,14 +159,27 @@ def _owner(name: str) -> int:
 
 
 def questions_of(
-    examples: Sequence[Example], prompt: Prompt, labels: Sequence[str], demonstrations: Callable[[Example], list[Example]]
+    examples: Sequence[Example],
+    prompt: Prompt,
+    labels: Sequence[str],
+    demonstrations: Callable[[Example], list[Example]],
 ) -> list[list[dict[str, str]]]:
-    """The chat turns of each example, up to and including the question; `labels` is the schema of all."""
-    systems = {name: system_turn(prompt, labels, name) for name in {example.dataset for example in examples}}
-    return [turns_after(systems[example.dataset], example, prompt, demonstrations(example)) for example in examples]
+    """The chat turns of each example, up to and including the question; `labels` is the schema of
+    all.
+    """
+    systems = {
+        name: system_turn(prompt, labels, name)
+        for name in {example.dataset for example in examples}
+    }
+    return [
+        turns_after(systems[example.dataset], example, prompt, demonstrations(example))
+        for example in examples
+    ]
 
 
-def demonstrator(train: Sequence[Example], prompt: Prompt, seed: int) -> Callable[[Example], list[Example]]:
+def demonstrator(
+    train: Sequence[Example], prompt: Prompt, seed: int
+) -> Callable[[Example], list[Example]]:
     """example -> its demonstrations, drawn from the training split; never the example itself."""
     if not prompt.shots:
         return lambda example: []
@@ -150,19 +189,34 @@ def demonstrator(train: Sequence[Example], prompt: Prompt, seed: int) -> Callabl
     # Drawn once; an example whose text is among them gets the next in line.
     fixed = choose_demonstrations(grouped, prompt, seed)
     texts = {squeezed(demonstration.text) for demonstration in fixed}
-    return lambda example: choose_demonstrations(grouped, prompt, seed, example) if squeezed(example.text) in texts else fixed
+    return lambda example: (
+        choose_demonstrations(grouped, prompt, seed, example)
+        if squeezed(example.text) in texts
+        else fixed
+    )
 
 
-def encode_examples(examples: Sequence[Example], questions: Sequence[Sequence[dict[str, str]]], template: ChatTemplate) -> TokenSet:
+def encode_examples(
+    examples: Sequence[Example],
+    questions: Sequence[Sequence[dict[str, str]]],
+    template: ChatTemplate,
+) -> TokenSet:
     """Questions answered by their gold labels, as tokens."""
-    pairs = [(question, example.relation) for question, example in zip(questions, examples, strict=True)]
+    pairs = [
+        (question, example.relation) for question, example in zip(questions, examples, strict=True)
+    ]
     return TokenSet.of(template.stream(pairs), [example.id for example in examples])
 
 
 def examples_digest(
-    questions: Sequence[Sequence[dict[str, str]]], examples: Sequence[Example], template: ChatTemplate, row_length: int
+    questions: Sequence[Sequence[dict[str, str]]],
+    examples: Sequence[Example],
+    template: ChatTemplate,
+    row_length: int,
 ) -> str:
-    """Digest of everything the tokens depend on: ids, prompts with demonstrations, answers, tokenizer, template, date, length."""
+    """Digest of everything the tokens depend on: ids, prompts with demonstrations, answers,
+    tokenizer, template, date, length.
+    """
     digest = hashlib.sha256(f"sft {FORMAT} {template.digest} {row_length}\n".encode())
     for example, question in zip(examples, questions, strict=True):
         digest.update(json.dumps([example.id, example.relation, question]).encode())
@@ -170,22 +224,31 @@ def examples_digest(
 
 
 def read_texts(text: Text) -> list[tuple[str, str]]:
-    """(name, text) of the documents and sentences of the language-model objective. Raises InputError."""
+    """(name, text) of the documents and sentences of the language-model objective. Raises
+    InputError.
+    """
     documents = []
     for given in text.paths:
         path = Path(given).expanduser()
         path = path if path.exists() else data_root() / given
         files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
-            raise InputError(f"{path}: no such text file or folder of .txt files; correct data.text.paths")
+            raise InputError(
+                f"{path}: no such text file or folder of .txt files; correct data.text.paths"
+            )
         try:
             documents += [(file.name, file.read_text(encoding="utf-8-sig")) for file in files]
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
+            raise InputError(
+                f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8"
+            ) from None
     for source in text.sources:
         examples = sources.load(source)
         for repeat in range(text.repeat_sources):
-            documents += [(f"{example.id}#{repeat}", marked_text(example) if repeat else example.text) for example in examples]
+            documents += [
+                (f"{example.id}#{repeat}", marked_text(example) if repeat else example.text)
+                for example in examples
+            ]
     if not documents:
         raise InputError("data.text: neither paths nor sources are given; give at least one")
     return documents
@@ -193,24 +256,36 @@ def read_texts(text: Text) -> list[tuple[str, str]]:
 
 def texts_digest(documents: Sequence[tuple[str, str]], tokenizer, row_length: int) -> str:
     """Digest of documents, tokenizer and row length."""
-    digest = hashlib.sha256(f"lm {FORMAT} {row_length} {tokenizer_digest(tokenizer)} {tokenizer.eos_token_id}\n".encode())
+    digest = hashlib.sha256(
+        (
+            f"lm {FORMAT} {row_length} {tokenizer_digest(tokenizer)} {tokenizer.eos_token_id}\n"
+        ).encode()
+    )
     for name, document in documents:
         digest.update(json.dumps([name, document]).encode())
     return digest.hexdigest()
 
 
 def encode_texts(documents: Sequence[tuple[str, str]], tokenizer, row_length: int) -> TokenSet:
-    """Documents as tokens, ended by the end-of-text token and cut into pieces of a row; every token but a piece's first is supervised.
+    """Documents as tokens, ended by the end-of-text token and cut into pieces of a row; every token
+    but a piece's first is supervised.
 
-    A last piece of one token, the end-of-text alone, has nothing to be predicted from and is left out.
+    A last piece of one token, the end-of-text alone, has nothing to be predicted from and is left
+    out.
 
     Raises:
       InputError: the tokenizer has no end-of-text token.
     """
     end = tokenizer.eos_token_id
     if end is None:
-        raise InputError("the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json")
-    all_ids = tokenizer([document for _, document in documents], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        raise InputError(
+            "the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json"
+        )
+    all_ids = tokenizer(
+        [document for _, document in documents],
+        add_special_tokens=False,
+        return_attention_mask=False,
+    )["input_ids"]
     encoded, ids = [], []
     for (name, _), tokens in zip(documents, all_ids, strict=True):
         tokens = [*tokens, end]

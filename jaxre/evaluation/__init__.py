@@ -1,1 +1,3 @@
-"""What a run is worth: predictions table, metrics, significance, cached frontier predictions, baselines, report."""
+"""What a run is worth: predictions table, metrics, significance, cached frontier predictions,
+baselines, report.
+"""

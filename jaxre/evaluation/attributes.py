@@ -1,4 +1,6 @@
-"""Which slice of its dataset an example falls into: by entity types, by length of its text, by distance of its entities."""
+"""Which slice of its dataset an example falls into: by entity types, by length of its text, by
+distance of its entities.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ DISTANCES = (0, 4, 9, 19, 39)
 def attributes_of(example: Example) -> dict[str, str]:
     """Level -> name of the slice.
 
-    Words are what white space separates. The distance is the number of words between the two entities, at the places that
-    `marks.locate` finds; entities that overlap, and those that are not found, are slices of their own.
+    Words are what white space separates. The distance is the number of words between the two
+    entities, at the places that `marks.locate` finds; entities that overlap, and those that are not
+    found, are slices of their own.
     """
     return {
         ENTITY_TYPES: f"{example.head_type or 'unknown'} -> {example.tail_type or 'unknown'}",

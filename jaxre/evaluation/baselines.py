@@ -1,10 +1,11 @@
-"""What a model must beat: the most frequent label, and TF-IDF with logistic regression in two variants.
+"""What a model must beat: the most frequent label, and TF-IDF with logistic regression in two
+variants.
 
     prediction = tfidf_marked(train, test)
     prediction.labels, prediction.probabilities          # N labels, [N, C]
 
-Measured on SemEval-2010 Task 8 (8,000 / 2,717), positive-class micro-F1 with direction, and without:
-plain sentence 0.653 and 0.689, entity-marked 0.770 and 0.783; 7 s each on one core.
+Measured on SemEval-2010 Task 8 (8,000 / 2,717), positive-class micro-F1 with direction, and
+without: plain sentence 0.653 and 0.689, entity-marked 0.770 and 0.783; 7 s each on one core.
 """
 
 from __future__ import annotations
@@ -24,17 +25,20 @@ from jaxre.errors import InputError
 from jaxre.relations.marks import locate
 from jaxre.relations.schema import Example
 
-# Inverse regularisation: the best of 1, 3, 10, 30 on a held-out tenth of SemEval's training split (0.738) and on the validation
-# split of facts (0.726); 10 is behind by less than 0.01.
+# Inverse regularisation: the best of 1, 3, 10, 30 on a held-out tenth of SemEval's training split
+# (0.738) and on the validation split of facts (0.726); 10 is behind by less than 0.01.
 _C = 30.0
 _WORD = re.compile(r"\w+|[^\w\s]")
-# Words of the context outside of the two entities; lengths of suffixes and of a between-text that is a feature as a whole.
+# Words of the context outside of the two entities; lengths of suffixes and of a between-text that
+# is a feature as a whole.
 _NEAR, _SUFFIX, _WHOLE = 2, 3, 6
 
 
 @dataclass(frozen=True)
 class BaselinePrediction:
-    """`labels[i]` is the most probable of `classes` for test example i; `probabilities` is [N, C], float64."""
+    """`labels[i]` is the most probable of `classes` for test example i; `probabilities` is [N, C],
+    float64.
+    """
 
     labels: tuple[str, ...]
     classes: tuple[str, ...]
@@ -42,12 +46,16 @@ class BaselinePrediction:
 
 
 def majority(train: Sequence[Example], test: Sequence[Example]) -> BaselinePrediction:
-    """The most frequent label of `train` (of equals the first), with the label shares as probabilities."""
+    """The most frequent label of `train` (of equals the first), with the label shares as
+    probabilities.
+    """
     _check(train, test)
     counts = Counter(example.relation for example in train)
     classes = tuple(sorted(counts))
     shares = np.array([counts[label] for label in classes]) / len(train)
-    return BaselinePrediction((counts.most_common(1)[0][0],) * len(test), classes, np.tile(shares, (len(test), 1)))
+    return BaselinePrediction(
+        (counts.most_common(1)[0][0],) * len(test), classes, np.tile(shares, (len(test), 1))
+    )
 
 
 def tfidf_sentence(train: Sequence[Example], test: Sequence[Example]) -> BaselinePrediction:
@@ -56,26 +64,41 @@ def tfidf_sentence(train: Sequence[Example], test: Sequence[Example]) -> Baselin
 
 
 def tfidf_marked(train: Sequence[Example], test: Sequence[Example]) -> BaselinePrediction:
-    """Logistic regression on words with their role: head, tail, between them, just before and after, anywhere."""
+    """Logistic regression on words with their role: head, tail, between them, just before and
+    after, anywhere.
+    """
     return _fit(train, test, lambda example: list(_marked_features(example)))
 
 
-def _fit(train: Sequence[Example], test: Sequence[Example], features: Callable[[Example], list[str]]) -> BaselinePrediction:
+def _fit(
+    train: Sequence[Example], test: Sequence[Example], features: Callable[[Example], list[str]]
+) -> BaselinePrediction:
     _check(train, test)
+    # logistic regression needs two classes; with one there is nothing to learn
     if len({example.relation for example in train}) == 1:
-        return majority(train, test)  # logistic regression needs two classes; with one there is nothing to learn
-    # Features that occur once double the time and change F1 on SemEval by 0.003; a few hundred examples need them.
-    vectoriser = TfidfVectorizer(analyzer=features, sublinear_tf=True, min_df=2 if len(train) >= 1000 else 1)
+        return majority(train, test)
+    # Features that occur once double the time and change F1 on SemEval by 0.003; a few hundred
+    # examples need them.
+    vectoriser = TfidfVectorizer(
+        analyzer=features, sublinear_tf=True, min_df=2 if len(train) >= 1000 else 1
+    )
     inputs: csr_matrix = vectoriser.fit_transform(train)
-    model = LogisticRegression(C=_C, max_iter=300).fit(inputs, [example.relation for example in train])
+    model = LogisticRegression(C=_C, max_iter=300).fit(
+        inputs, [example.relation for example in train]
+    )
     probabilities = model.predict_proba(vectoriser.transform(test))  # N C
     classes = tuple(str(label) for label in model.classes_)
-    return BaselinePrediction(tuple(classes[best] for best in probabilities.argmax(axis=1)), classes, probabilities)
+    return BaselinePrediction(
+        tuple(classes[best] for best in probabilities.argmax(axis=1)), classes, probabilities
+    )
 
 
 def _check(train: Sequence[Example], test: Sequence[Example]) -> None:
     if not train or not test:
-        raise InputError(f"a baseline needs examples: {len(train)} to train on, {len(test)} to predict; give splits that have some")
+        raise InputError(
+            f"a baseline needs examples: {len(train)} to train on, {len(test)} to predict; give"
+            " splits that have some"
+        )
 
 
 def _sentence_features(example: Example) -> Iterator[str]:
@@ -85,8 +108,12 @@ def _sentence_features(example: Example) -> Iterator[str]:
 
 
 def _marked_features(example: Example) -> Iterator[str]:
-    """Prefixes say where a word stands. Which entity comes first in the text is a feature too: labels have directions."""
-    head, tail = locate(example.text, example.head, example.tail, example.head_span, example.tail_span)
+    """Prefixes say where a word stands. Which entity comes first in the text is a feature too:
+    labels have directions.
+    """
+    head, tail = locate(
+        example.text, example.head, example.tail, example.head_span, example.tail_span
+    )
     yield from (f"any {word}" for word in _words(example.text))
     for role, entity in (("head", example.head), ("tail", example.tail)):
         words = _words(entity)

@@ -1,4 +1,6 @@
-"""Cached answers of a frontier model in one form, and the exact ways to say which example an answer belongs to."""
+"""Cached answers of a frontier model in one form, and the exact ways to say which example an answer
+belongs to.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,11 @@ SAME_ANSWER = "same answer"
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One cached answer; it belongs to `example_id`, or to every example whose prompt has `prompt_hash`.
+    """One cached answer; it belongs to `example_id`, or to every example whose prompt has
+    `prompt_hash`.
 
-    `gold` is the gold label as the cache spells it; status, tokens and cost are those of `Prediction`. What a cache does not state
-    is empty.
+    `gold` is the gold label as the cache spells it; status, tokens and cost are those of
+    `Prediction`. What a cache does not state is empty.
     """
 
     label: str
@@ -65,7 +68,9 @@ class Cache:
 
 
 def squash(text: str) -> str:
-    """Letters and digits of `text` in lower case: what stays when spacing and punctuation differ."""
+    """Letters and digits of `text` in lower case: what stays when spacing and punctuation
+    differ.
+    """
     return re.sub(r"[\W_]+", "", text.lower()) or text.strip()
 
 
@@ -100,7 +105,11 @@ def join_cached(
             if len(mine) == len(theirs) == 1:
                 found[mine[0]] = theirs[0], f"key {level + 1}"
         taken = {item for item, _ in found.values()}
-    aligned = len(ours) == len(cached) and all(agree(i, i) for i in range(len(ours))) and all(i == j for i, (j, _) in found.items())
+    aligned = (
+        len(ours) == len(cached)
+        and all(agree(i, i) for i in range(len(ours)))
+        and all(i == j for i, (j, _) in found.items())
+    )
     if aligned:
         return {i: found.get(i, (i, POSITION)) for i in range(len(ours))}
     for level in range(levels):
@@ -143,7 +152,9 @@ def _benchmark(name: str) -> str:
 
 @dataclass(frozen=True)
 class Join:
-    """Rows with their answers, ids of rows without one by reason, and answers that belong to no row."""
+    """Rows with their answers, ids of rows without one by reason, and answers that belong to no
+    row.
+    """
 
     found: list[tuple[Prediction, Answer]]
     missing: dict[str, tuple[str, ...]]
@@ -151,28 +162,38 @@ class Join:
 
 
 def join(rows: Sequence[Prediction], answers: Sequence[Answer], uncovered: dict[str, str]) -> Join:
-    """Joins by example id, else by prompt hash; answers of one model in one setting. Repeated answers count if they agree."""
+    """Joins by example id, else by prompt hash; answers of one model in one setting. Repeated
+    answers count if they agree.
+    """
     by_id, by_hash = defaultdict(list), defaultdict(list)
     for answer in answers:
-        (by_id[answer.example_id] if answer.example_id else by_hash[answer.prompt_hash]).append(answer)
+        (by_id[answer.example_id] if answer.example_id else by_hash[answer.prompt_hash]).append(
+            answer
+        )
     found, missing, used = [], defaultdict(list), set()
     for row in rows:
-        candidates = by_id.get(row.example_id) or (by_hash.get(row.prompt_hash, []) if row.prompt_hash else [])
+        candidates = by_id.get(row.example_id) or (
+            by_hash.get(row.prompt_hash, []) if row.prompt_hash else []
+        )
         used.update(answer.key for answer in candidates)
         labels = {normalise_label(answer.label) for answer in candidates}
         if len(labels) == 1:
             found.append((row, candidates[0]))
         else:
-            missing[DISAGREE if labels else uncovered.get(row.example_id, "not in the cache")].append(row.example_id)
+            missing[
+                DISAGREE if labels else uncovered.get(row.example_id, "not in the cache")
+            ].append(row.example_id)
     strangers = tuple(answer for answer in answers if answer.key not in used)
     return Join(found, {reason: tuple(ids) for reason, ids in missing.items()}, strangers)
 
 
-def gold_differs(found: Sequence[tuple[Prediction, Answer]], label_map: LabelMap | None) -> list[tuple[Prediction, Answer]]:
+def gold_differs(
+    found: Sequence[tuple[Prediction, Answer]], label_map: LabelMap | None
+) -> list[tuple[Prediction, Answer]]:
     """Joined rows whose gold label the cache states otherwise.
 
-    One prompt may be that of several examples with several gold labels, of which a cache keeps one: it is enough to be among them.
-    Raises InputError for a gold label that the map does not list.
+    One prompt may be that of several examples with several gold labels, of which a cache keeps one:
+    it is enough to be among them. Raises InputError for a gold label that the map does not list.
     """
     ours = defaultdict(set)
     for row, answer in found:
@@ -180,7 +201,8 @@ def gold_differs(found: Sequence[tuple[Prediction, Answer]], label_map: LabelMap
     return [
         (row, answer)
         for row, answer in found
-        if answer.gold and normalise_label(common_label(answer.gold, label_map)) not in ours[answer.key]
+        if answer.gold
+        and normalise_label(common_label(answer.gold, label_map)) not in ours[answer.key]
     ]
 
 

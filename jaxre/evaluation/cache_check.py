@@ -1,4 +1,5 @@
-"""A cache against the data it claims to cover: how much it answers, and whether it is about these examples and prompts at all.
+"""A cache against the data it claims to cover: how much it answers, and whether it is about these
+examples and prompts at all.
 
 check = check_cache(read_cache(path), examples, labels)
 check.problems                       # sentences; none if the cache can be compared
@@ -27,7 +28,9 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class SettingCheck:
-    """The answers of one model in one setting. Ids are those of examples; `outside` counts labels that the schema does not have."""
+    """The answers of one model in one setting. Ids are those of examples; `outside` counts labels
+    that the schema does not have.
+    """
 
     model: str
     gen_type: str
@@ -52,23 +55,41 @@ class SettingCheck:
     @property
     def name(self) -> str:
         return (
-            ", ".join(part for part in (self.model, self.gen_type, self.prompt_shot and f"{self.prompt_shot}-shot") if part) or "the cache"
+            ", ".join(
+                part
+                for part in (
+                    self.model,
+                    self.gen_type,
+                    self.prompt_shot and f"{self.prompt_shot}-shot",
+                )
+                if part
+            )
+            or "the cache"
         )
 
     def problems(self, least: float) -> list[str]:
         """What forbids a comparison."""
         found = []
         if self.coverage < least:
-            found.append(f"answers {self.answered:,} of {self.examples:,} examples ({self.coverage:.1%}), less than {least:.0%}")
+            found.append(
+                f"answers {self.answered:,} of {self.examples:,} examples ({self.coverage:.1%}),"
+                f" less than {least:.0%}"
+            )
         for ids, what in (
             (self.missing.get(DISAGREE, ()), "different answers for one example"),
             (self.gold_differs, "another gold label"),
             (self.prompt_differs, "another prompt"),
         ):
             if ids:
-                found.append(f"has {what} in {len(ids):,} cases ({', '.join(ids[:SHOWN])}{', ...' if len(ids) > SHOWN else ''})")
+                found.append(
+                    f"has {what} in {len(ids):,} cases"
+                    f" ({', '.join(ids[:SHOWN])}{', ...' if len(ids) > SHOWN else ''})"
+                )
         if self.gen_type and self.gen_type not in get_args(GenType):
-            found.append(f"has the unknown gen_type {self.gen_type!r}; the study's are {' and '.join(get_args(GenType))}")
+            found.append(
+                f"has the unknown gen_type {self.gen_type!r}; the study's are"
+                f" {' and '.join(get_args(GenType))}"
+            )
         if self.prompt_shot and not self.prompt_shot.isdigit():
             found.append(f"has the unknown prompt_shot {self.prompt_shot!r}; write a number")
         return [f"{self.name} {one}" for one in found]
@@ -76,7 +97,9 @@ class SettingCheck:
 
 @dataclass(frozen=True)
 class CacheCheck:
-    """All settings of a cache, for one dataset; `problems` are sentences, without any it can be compared."""
+    """All settings of a cache, for one dataset; `problems` are sentences, without any it can be
+    compared.
+    """
 
     place: str
     dataset: str
@@ -86,7 +109,10 @@ class CacheCheck:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict:
-        return {**asdict(self), "settings": [{**asdict(one), "coverage": one.coverage} for one in self.settings]}
+        return {
+            **asdict(self),
+            "settings": [{**asdict(one), "coverage": one.coverage} for one in self.settings],
+        }
 
 
 def check_cache(
@@ -103,13 +129,15 @@ def check_cache(
 
     Args:
       labels: the schema, in our spelling.
-      prompts: example id -> prompt as it is asked in `setting`, (gen_type, prompt_shot). Where an answer states its prompt or the hash of
-        it, it must be this one; an example with a hash of its source's own prompt (`Example.prompt_hash`) must have that, in all settings.
+      prompts: example id -> prompt as it is asked in `setting`, (gen_type, prompt_shot). Where an
+        answer states its prompt or the hash of it, it must be this one; an example with a hash of
+        its source's own prompt (`Example.prompt_hash`) must have that, in all settings.
       label_map: as in `compare`.
       least: the share of examples that must have an answer.
 
     Raises:
-      InputError: no answers, or none for the dataset of the examples; a gold label that the map does not list.
+      InputError: no answers, or none for the dataset of the examples; a gold label that the map
+        does not list.
     """
     dataset = examples[0].dataset
     answers, notes = _of_dataset(cache, dataset)
@@ -124,10 +152,25 @@ def check_cache(
         known = setting is None or (gen_type in ("", setting[0]) and shot in ("", setting[1]))
         asked = prompts if prompts and known else {}
         if prompts and not known:
-            notes.append(f"{gen_type}, {shot}-shot: the config asks {setting[0]}, {setting[1]}-shot, so its prompts are not compared")
-        rows = [Prediction(one.id, one.relation, "", prompt=asked.get(one.id, ""), prompt_hash=_hash(one, asked)) for one in examples]
+            notes.append(
+                f"{gen_type}, {shot}-shot: the config asks {setting[0]}, {setting[1]}-shot, so its"
+                " prompts are not compared"
+            )
+        rows = [
+            Prediction(
+                one.id,
+                one.relation,
+                "",
+                prompt=asked.get(one.id, ""),
+                prompt_hash=_hash(one, asked),
+            )
+            for one in examples
+        ]
         joined = join(rows, group, cache.uncovered)
-        said = [normalise_label(label_map.cached(answer.label) if label_map else answer.label) for _, answer in joined.found]
+        said = [
+            normalise_label(label_map.cached(answer.label) if label_map else answer.label)
+            for _, answer in joined.found
+        ]
         labelled = [(row, answer) for row, answer in joined.found if row.relation]
         differ = [row.example_id for row, answer in joined.found if _another_prompt(row, answer)]
         settings.append(
@@ -141,16 +184,22 @@ def check_cache(
                 missing=joined.missing,
                 gold_differs=tuple(row.example_id for row, _ in gold_differs(labelled, label_map)),
                 prompt_differs=tuple(differ),
-                prompts_checked=sum(bool(row.prompt_hash and answer.prompt_hash) for row, answer in joined.found),
+                prompts_checked=sum(
+                    bool(row.prompt_hash and answer.prompt_hash) for row, answer in joined.found
+                ),
                 strangers=len(joined.strangers),
-                outside=dict(Counter(label for label in said if label not in allowed).most_common()),
+                outside=dict(
+                    Counter(label for label in said if label not in allowed).most_common()
+                ),
                 malformed=sum(len(label) > MALFORMED_CHARACTERS for label in said),
                 refusals=sum(answer.status == "refusal" for _, answer in joined.found),
                 truncated=sum(answer.status == "truncated" for _, answer in joined.found),
             )
         )
     problems = tuple(problem for one in settings for problem in one.problems(least))
-    return CacheCheck(cache.place, dataset, tuple(settings), problems, cache.leftover, (*cache.notes, *notes))
+    return CacheCheck(
+        cache.place, dataset, tuple(settings), problems, cache.leftover, (*cache.notes, *notes)
+    )
 
 
 def _of_dataset(cache: Cache, dataset: str) -> tuple[list[Answer], list[str]]:
@@ -160,9 +209,12 @@ def _of_dataset(cache: Cache, dataset: str) -> tuple[list[Answer], list[str]]:
         return [answer for answer in cache.answers if answer.dataset in (*ours, "")], []
     if len(offered) > 1 or not cache.answers:
         raise InputError(
-            f"{cache.place}: holds no answer for {dataset!r} (but for {', '.join(offered) or 'nothing'}); name its data with --data"
+            f"{cache.place}: holds no answer for {dataset!r} (but for"
+            f" {', '.join(offered) or 'nothing'}); name its data with --data"
         )
-    return list(cache.answers), [f"dataset differs: ours {dataset!r}, the cache {offered[0]!r}"] if offered else []
+    return list(cache.answers), (
+        [f"dataset differs: ours {dataset!r}, the cache {offered[0]!r}"] if offered else []
+    )
 
 
 def _hash(example: Example, asked: Mapping[str, str]) -> str:
@@ -181,12 +233,26 @@ def check_table(check: CacheCheck) -> Group:
         table.add_column(column, justify="left" if column == "setting" else "right")
     lines = []
     for one in check.settings:
-        prompts = f"{len(one.prompt_differs):,} of {one.prompts_checked:,}" if one.prompts_checked else "not checked"
-        numbers = f"{one.answered:,} of {one.examples:,}", f"{one.coverage:.1%}", f"{len(one.gold_differs):,}", prompts
+        prompts = (
+            f"{len(one.prompt_differs):,} of {one.prompts_checked:,}"
+            if one.prompts_checked
+            else "not checked"
+        )
+        numbers = (
+            f"{one.answered:,} of {one.examples:,}",
+            f"{one.coverage:.1%}",
+            f"{len(one.gold_differs):,}",
+            prompts,
+        )
         table.add_row(Text(one.name), *numbers, f"{sum(one.outside.values()):,}")
-        said = [f"{reason}: {len(ids):,} ({', '.join(ids[:SHOWN])})" for reason, ids in one.missing.items()]
+        said = [
+            f"{reason}: {len(ids):,} ({', '.join(ids[:SHOWN])})"
+            for reason, ids in one.missing.items()
+        ]
         if one.outside:
-            few = ", ".join(f"{label[:40]!r} {number:,}" for label, number in list(one.outside.items())[:SHOWN])
+            few = ", ".join(
+                f"{label[:40]!r} {number:,}" for label, number in list(one.outside.items())[:SHOWN]
+            )
             said.append(f"outside the schema: {few}")
         for count, what in (
             (one.strangers, "rows belong to no example"),

@@ -1,14 +1,16 @@
-"""ChatGPT's published answers on the SemEval-2010 Task 8 test split (pkuserc/ChatGPT_for_IE, 2023, zero-shot).
+"""ChatGPT's published answers on the SemEval-2010 Task 8 test split (pkuserc/ChatGPT_for_IE, 2023,
+zero-shot).
 
-`SemEval_All_ans.json` is an array of `{headEntity, tailEntity, groundTruth, closePred, ...}`; the sentence
-is blank and `idx` is no SemEval id. Its 2,717 entries stand grouped by directed gold label,
-the groups in the order in which the labels first occur in the test file, and each group in the order of that file:
-in that order gold labels agree in all 2,717 places, the names in 2,575, the names without spacing and
-punctuation in 2,715, and one of the two names in the last two ("acaisson", "continuumbath": a
-neighbouring word stuck to the name). So every entry is joined, and by proof: by its key where the
-key is unique, by position where several entries share one.
+`SemEval_All_ans.json` is an array of `{headEntity, tailEntity, groundTruth, closePred, ...}`; the
+sentence is blank and `idx` is no SemEval id. Its 2,717 entries stand grouped by directed gold
+label, the groups in the order in which the labels first occur in the test file, and each group in
+the order of that file: in that order gold labels agree in all 2,717 places, the names in 2,575, the
+names without spacing and punctuation in 2,715, and one of the two names in the last two
+("acaisson", "continuumbath": a neighbouring word stuck to the name). So every entry is joined, and
+by proof: by its key where the key is unique, by position where several entries share one.
 
-Labels have no direction and no hyphen (`Cause Effect`); compare with configs/labels/semeval-undirected.yaml.
+Labels have no direction and no hyphen (`Cause Effect`); compare with
+configs/labels/semeval-undirected.yaml.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jaxre.errors import InputError
-from jaxre.evaluation.cache import POSITION, SAME_ANSWER, Answer, Cache, how_joined, join_cached, squash
+from jaxre.evaluation.cache import (
+    POSITION,
+    SAME_ANSWER,
+    Answer,
+    Cache,
+    how_joined,
+    join_cached,
+    squash,
+)
 from jaxre.evaluation.metrics import undirected
 from jaxre.relations.schema import Example
 
@@ -29,7 +39,9 @@ FIELDS = ("headEntity", "tailEntity", "groundTruth", "closePred")
 
 def recognises(document: object) -> bool:
     """Whether parsed JSON is this format."""
-    return isinstance(document, list) and all(isinstance(entry, dict) and set(FIELDS) <= set(entry) for entry in document)
+    return isinstance(document, list) and all(
+        isinstance(entry, dict) and set(FIELDS) <= set(entry) for entry in document
+    )
 
 
 def read(document: list[dict], examples: Sequence[Example], place: str) -> Cache:
@@ -37,8 +49,8 @@ def read(document: list[dict], examples: Sequence[Example], place: str) -> Cache
 
     Args:
       document: the parsed array.
-      examples: of the SemEval-2010 Task 8 test split, in file order. Only the whole split proves positions;
-        with fewer, entries whose key is not unique are left over.
+      examples: of the SemEval-2010 Task 8 test split, in file order. Only the whole split proves
+        positions; with fewer, entries whose key is not unique are left over.
       place: the file, for messages.
 
     Raises:
@@ -46,10 +58,15 @@ def read(document: list[dict], examples: Sequence[Example], place: str) -> Cache
     """
     for number, entry in enumerate(document):
         if not all(isinstance(entry[name], str) for name in FIELDS):
-            raise InputError(f"{place}: entry {number}: {', '.join(FIELDS)} must be text; is this SemEval_All_ans.json?")
+            raise InputError(
+                f"{place}: entry {number}: {', '.join(FIELDS)} must be text; is this"
+                " SemEval_All_ans.json?"
+            )
     examples = _grouped(examples)
     ours = [_keys(example.head, example.tail, _spelling(example.relation)) for example in examples]
-    cached = [_keys(entry["headEntity"], entry["tailEntity"], entry["groundTruth"]) for entry in document]
+    cached = [
+        _keys(entry["headEntity"], entry["tailEntity"], entry["groundTruth"]) for entry in document
+    ]
 
     def agree(i: int, j: int) -> bool:
         (head, tail, gold), (their_head, their_tail, their_gold) = ours[i][1], cached[j][1]
@@ -67,7 +84,12 @@ def read(document: list[dict], examples: Sequence[Example], place: str) -> Cache
     return Cache(
         place=place,
         answers=tuple(
-            Answer(label=document[j]["closePred"].strip(), gold=document[j]["groundTruth"].strip(), example_id=examples[i].id, model=MODEL)
+            Answer(
+                label=document[j]["closePred"].strip(),
+                gold=document[j]["groundTruth"].strip(),
+                example_id=examples[i].id,
+                model=MODEL,
+            )
             for i, (j, _) in sorted(found.items())
         ),
         leftover={reason: tuple(items) for reason, items in leftover.items()},
@@ -77,9 +99,12 @@ def read(document: list[dict], examples: Sequence[Example], place: str) -> Cache
             if i not in found
         },
         notes=(
-            f"{MODEL}: joined {how['key 1']:,} by names and gold label, {how['key 2']:,} more without spacing and punctuation, "
-            f"{how[POSITION]:,} by their place in the file (proven by all others), "
-            f"{how[SAME_ANSWER]:,} whose candidates all carry the same answer",
+            (
+                f"{MODEL}: joined {how['key 1']:,} by names and gold label, {how['key 2']:,} more"
+                f" without spacing and punctuation, {how[POSITION]:,} by their place in the file"
+                f" (proven by all others), {how[SAME_ANSWER]:,} whose candidates all carry the same"
+                " answer"
+            ),
             "its labels have no direction",
         ),
     )
@@ -87,7 +112,10 @@ def read(document: list[dict], examples: Sequence[Example], place: str) -> Cache
 
 def _grouped(examples: Sequence[Example]) -> list[Example]:
     """The order of the cache: by gold label, labels in the order of first occurrence."""
-    rank = {label: position for position, label in enumerate(Counter(example.relation for example in examples))}
+    rank = {
+        label: position
+        for position, label in enumerate(Counter(example.relation for example in examples))
+    }
     return sorted(examples, key=lambda example: rank[example.relation])  # stable
 
 

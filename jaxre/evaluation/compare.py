@@ -1,11 +1,12 @@
 """Our predictions against cached answers of another model, example by example.
 
-    comparison = compare(read_predictions(path), read_cache(cache, examples), read_label_map(labels))
-    print(comparison.to_json()["difference"])
+    comparison = compare(read_predictions(path), read_cache(cache, examples),
+    read_label_map(labels)) print(comparison.to_json()["difference"])
 
 Rows join by example id or prompt hash, or by what the cache's adapter proved (frontier.py).
-What does not join is counted and listed with its reason, never guessed. Before anything is compared the cache is checked: how many of
-our examples it answers, whether its gold labels are ours, what its labels are; what is wrong is a warning above the figures, or stops.
+What does not join is counted and listed with its reason, never guessed. Before anything is compared
+the cache is checked: how many of our examples it answers, whether its gold labels are ours, what
+its labels are; what is wrong is a warning above the figures, or stops.
 """
 
 from __future__ import annotations
@@ -36,7 +37,14 @@ from jaxre.evaluation.cache import (
 from jaxre.evaluation.frontier import read_cache
 from jaxre.evaluation.metrics import Scores, score
 from jaxre.evaluation.predictions import Prediction, read_predictions
-from jaxre.evaluation.significance import Interval, McNemar, PairedBootstrap, bootstrap_f1, mcnemar, paired_bootstrap
+from jaxre.evaluation.significance import (
+    Interval,
+    McNemar,
+    PairedBootstrap,
+    bootstrap_f1,
+    mcnemar,
+    paired_bootstrap,
+)
 from jaxre.relations.label_map import LabelMap, read_label_map
 from jaxre.relations.schema import Example, is_negative, normalise_label
 from jaxre.relations.sources import load
@@ -59,7 +67,9 @@ class Quadrant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two systems on the same joined examples; `difference` is ours - cached, in positive-class micro-F1."""
+    """Two systems on the same joined examples; `difference` is ours - cached, in positive-class
+    micro-F1.
+    """
 
     ours_name: str
     cached_name: str
@@ -92,10 +102,18 @@ def compare_files(
     model: str | None = None,
     coverage: float | None = None,
 ) -> Comparison:
-    """`compare` from paths; loads the examples of the predicted split where the cache is joined by text and entities."""
+    """`compare` from paths; loads the examples of the predicted split where the cache is joined by
+    text and entities.
+    """
     rows = read_predictions(predictions)
     label_map = None if labels is None else read_label_map(labels)
-    return compare(rows, read_cache(cache, lambda: covered_examples(rows, str(predictions))), label_map, model, coverage)
+    return compare(
+        rows,
+        read_cache(cache, lambda: covered_examples(rows, str(predictions))),
+        label_map,
+        model,
+        coverage,
+    )
 
 
 def covered_examples(rows: Sequence[Prediction], place: str) -> list[Example]:
@@ -105,10 +123,15 @@ def covered_examples(rows: Sequence[Prediction], place: str) -> list[Example]:
     """
     dataset = rows[0].eval_dataset_name
     splits = {row.example_id.removeprefix(f"{dataset}/").split("/")[0] for row in rows}
-    if not dataset or len(splits) != 1 or not all(row.example_id.startswith(f"{dataset}/{min(splits)}/") for row in rows):
+    if (
+        not dataset
+        or len(splits) != 1
+        or not all(row.example_id.startswith(f"{dataset}/{min(splits)}/") for row in rows)
+    ):
         raise InputError(
-            f"{place}: this cache covers one split of one benchmark, and example {rows[0].example_id!r} does not say which "
-            f"({dataset}/SPLIT/...); predict with --data and --split of it"
+            f"{place}: this cache covers one split of one benchmark, and example"
+            f" {rows[0].example_id!r} does not say which ({dataset}/SPLIT/...); predict with --data"
+            " and --split of it"
         )
     split = splits.pop()
     return load(Source(dataset=dataset, split=split, negatives=ALL_PAIRS))
@@ -125,16 +148,17 @@ def compare(
 
     Args:
       predictions: ours, each example once.
-      cache: cached answers; with several models `model` names one. Rows of the dataset, gen_type and
-        prompt_shot of our predictions are taken where the cache has several.
-      label_map: applied to gold labels and to our predictions, and to cached labels that it lists. All
-        labels that mean "no relation" are one label here.
-      coverage: the least share of the predictions that must join; below `cache.ENOUGH` there is a warning if it is not given.
+      cache: cached answers; with several models `model` names one. Rows of the dataset, gen_type
+        and prompt_shot of our predictions are taken where the cache has several.
+      label_map: applied to gold labels and to our predictions, and to cached labels that it lists.
+        All labels that mean "no relation" are one label here.
+      coverage: the least share of the predictions that must join; below `cache.ENOUGH` there is a
+        warning if it is not given.
 
     Raises:
-      InputError: nothing joins (shows an id and a hash of each side), or less than `coverage`; several models and none named;
-        a prediction without gold label, or one that the map does not list; gold labels that the two
-        sides spell differently.
+      InputError: nothing joins (shows an id and a hash of each side), or less than `coverage`;
+        several models and none named; a prediction without gold label, or one that the map does not
+        list; gold labels that the two sides spell differently.
     """
     answers, notes = _select(cache, predictions, model)
     joined = join(predictions, answers, cache.uncovered)
@@ -144,20 +168,37 @@ def compare(
     warnings = _coverage(len(found), len(predictions), coverage, cache)
     rows, theirs = [row for row, _ in found], [answer for _, answer in found]
     if unlabelled := [row.example_id for row in rows if not row.relation]:
-        raise InputError(f"{len(unlabelled):,} predictions have no gold label (first {unlabelled[0]!r}); fill the column relation")
+        raise InputError(
+            f"{len(unlabelled):,} predictions have no gold label (first {unlabelled[0]!r}); fill"
+            " the column relation"
+        )
 
     gold = [common_gold(row, label_map) for row in rows]
-    ours = [one_negative(label_map.predicted(row.generated_relation) if label_map else row.generated_relation) for row in rows]
+    ours = [
+        one_negative(
+            label_map.predicted(row.generated_relation) if label_map else row.generated_relation
+        )
+        for row in rows
+    ]
     cached = [common_label(answer.label, label_map) for answer in theirs]
     warnings += _check_gold(found, label_map, cache)
-    if label_map and (strays := sum(not (is_negative(label) or label_map.is_common(label)) for label in ours)):
-        notes.append(f"{strays:,} of our predictions are not in {label_map.place}; they count as wrong")
+    if label_map and (
+        strays := sum(not (is_negative(label) or label_map.is_common(label)) for label in ours)
+    ):
+        notes.append(
+            f"{strays:,} of our predictions are not in {label_map.place}; they count as wrong"
+        )
 
     ours_right, cached_right = _right(ours, gold), _right(cached, gold)
-    schema = sorted(set(gold) | (set(map(one_negative, label_map.common.values())) if label_map else set()))
+    schema = sorted(
+        set(gold) | (set(map(one_negative, label_map.common.values())) if label_map else set())
+    )
     notes += _strange_answers(theirs, cached, schema)
     return Comparison(
-        ours_name=" ".join(dict.fromkeys(part for part in (rows[0].model_id, rows[0].tuned_dataset_name) if part)) or "ours",
+        ours_name=" ".join(
+            dict.fromkeys(part for part in (rows[0].model_id, rows[0].tuned_dataset_name) if part)
+        )
+        or "ours",
         cached_name=theirs[0].model or Path(cache.place).stem,
         predictions=len(predictions),
         joined=len(rows),
@@ -167,7 +208,11 @@ def compare(
         cached_f1=bootstrap_f1(gold, cached),
         difference=paired_bootstrap(gold, ours, cached),
         mcnemar=mcnemar(ours_right, cached_right),
-        quadrants=tuple(_quadrant(rows, ours_right, cached_right, ours, cached) for ours in (True, False) for cached in (True, False)),
+        quadrants=tuple(
+            _quadrant(rows, ours_right, cached_right, ours, cached)
+            for ours in (True, False)
+            for cached in (True, False)
+        ),
         not_joined=joined.missing,
         leftover=cache.leftover,
         notes=(*cache.notes, *notes),
@@ -178,7 +223,8 @@ def compare(
 def join_answers(
     predictions: Sequence[Prediction], cache: Cache, model: str | None = None
 ) -> tuple[list[tuple[Prediction, Answer]], dict[str, tuple[str, ...]], list[str]]:
-    """Each prediction with the cached answer for it, the ids of those without one by reason, and in what the settings of both differ.
+    """Each prediction with the cached answer for it, the ids of those without one by reason, and in
+    what the settings of both differ.
 
     Raises InputError as `compare`.
     """
@@ -187,7 +233,9 @@ def join_answers(
     return joined.found, joined.missing, notes
 
 
-def _select(cache: Cache, predictions: Sequence[Prediction], model: str | None) -> tuple[list[Answer], list[str]]:
+def _select(
+    cache: Cache, predictions: Sequence[Prediction], model: str | None
+) -> tuple[list[Answer], list[str]]:
     """The answers of one model in the setting of our predictions."""
     answers, notes = list(cache.answers), []
     for name, ours in (
@@ -198,13 +246,21 @@ def _select(cache: Cache, predictions: Sequence[Prediction], model: str | None) 
         ("prompt_style", predictions[0].prompt_style),
     ):
         offered = sorted({getattr(answer, name) for answer in answers} - {""})
+        # as the cache spells it
         if name == "dataset":
-            ours = next((one for one in offered if same_dataset(one, ours)), ours)  # as the cache spells it
+            ours = next((one for one in offered if same_dataset(one, ours)), ours)
         if name == "model" and (len(offered) > 1 or model) and model not in offered:
             given = f"not {model!r}" if model else "and none was chosen"
-            raise InputError(f"{cache.place}: holds answers of {', '.join(offered) or 'an unnamed model'}, {given}; name one with --model")
+            raise InputError(
+                f"{cache.place}: holds answers of {', '.join(offered) or 'an unnamed model'},"
+                f" {given}; name one with --model"
+            )
         if len(offered) > 1 and ours not in offered:
-            mend = f"but the predictions are for {ours!r}; predict in one of these settings" if ours else "and none was chosen; name one"
+            mend = (
+                f"but the predictions are for {ours!r}; predict in one of these settings"
+                if ours
+                else "and none was chosen; name one"
+            )
             raise InputError(f"{cache.place}: holds {name} {', '.join(offered)}, {mend}")
         if ours in offered:
             answers = [answer for answer in answers if getattr(answer, name) == ours]
@@ -213,54 +269,83 @@ def _select(cache: Cache, predictions: Sequence[Prediction], model: str | None) 
     return answers, notes
 
 
-def _nothing_joined(predictions: Sequence[Prediction], answers: Sequence[Answer], cache: Cache) -> str:
+def _nothing_joined(
+    predictions: Sequence[Prediction], answers: Sequence[Answer], cache: Cache
+) -> str:
     ours = predictions[0]
     if not answers:
-        return f"{cache.place}: no prediction joins the cache; it holds no answer for the split of example {ours.example_id!r}"
+        return (
+            f"{cache.place}: no prediction joins the cache; it holds no answer for the split of"
+            f" example {ours.example_id!r}"
+        )
     theirs = answers[0]
     return (
-        f"{cache.place}: no prediction joins the cache; ours is example {ours.example_id!r} (prompt hash {ours.prompt_hash or 'none'}), "
-        f"the cache has example {theirs.example_id or 'none'!r} (prompt hash {theirs.prompt_hash or 'none'}); "
-        "predict on the split that the cache covers (--data and --split)"
+        f"{cache.place}: no prediction joins the cache; ours is example {ours.example_id!r} (prompt"
+        f" hash {ours.prompt_hash or 'none'}), the cache has example"
+        f" {theirs.example_id or 'none'!r} (prompt hash {theirs.prompt_hash or 'none'}); predict on"
+        " the split that the cache covers (--data and --split)"
     )
 
 
 def _coverage(joined: int, predictions: int, least: float | None, cache: Cache) -> list[str]:
-    """A warning, if the cache answers few of our examples; InputError if fewer than the user wants."""
+    """A warning, if the cache answers few of our examples; InputError if fewer than the user
+    wants.
+    """
     share = joined / predictions
     if least is not None and share < least:
         raise InputError(
-            f"{cache.place}: answers {joined:,} of {predictions:,} predictions ({share:.1%}), less than --coverage {least:g}; "
-            "complete the cache, or lower --coverage"
+            f"{cache.place}: answers {joined:,} of {predictions:,} predictions ({share:.1%}), less"
+            f" than --coverage {least:g}; complete the cache, or lower --coverage"
         )
     if least is None and share < ENOUGH:
-        return [f"the cache answers {joined:,} of {predictions:,} predictions ({share:.1%}); all figures are of these alone"]
+        return [
+            f"the cache answers {joined:,} of {predictions:,} predictions ({share:.1%}); all"
+            " figures are of these alone"
+        ]
     return []
 
 
-def _check_gold(found: Sequence[tuple[Prediction, Answer]], label_map: LabelMap | None, cache: Cache) -> list[str]:
-    """A warning, if gold labels differ; InputError if most do: the label spellings differ, and F1 of the cache would be wrong."""
+def _check_gold(
+    found: Sequence[tuple[Prediction, Answer]], label_map: LabelMap | None, cache: Cache
+) -> list[str]:
+    """A warning, if gold labels differ; InputError if most do: the label spellings differ, and F1
+    of the cache would be wrong.
+    """
     differ = gold_differs(found, label_map)
     if not differ:
         return []
     positive = sum(not is_negative(row.relation) for row, _ in found)
     if len(differ) > max(positive, 1) / 2:
         row, answer = differ[0]
-        mend = f"correct {label_map.place}" if label_map else "give a label map with --labels (configs/labels has some)"
+        mend = (
+            f"correct {label_map.place}"
+            if label_map
+            else "give a label map with --labels (configs/labels has some)"
+        )
         ours = common_gold(row, label_map)
-        raise InputError(f"{cache.place}: gold labels differ: {ours!r} here, {answer.gold!r} there (example {row.example_id}); {mend}")
+        raise InputError(
+            f"{cache.place}: gold labels differ: {ours!r} here, {answer.gold!r} there (example"
+            f" {row.example_id}); {mend}"
+        )
     ids = ", ".join(row.example_id for row, _ in differ[:SHOWN])
     return [f"gold labels differ for {len(differ):,} joined examples ({ids}); ours are used"]
 
 
-def _strange_answers(answers: Sequence[Answer], labels: Sequence[str], schema: Sequence[str]) -> list[str]:
+def _strange_answers(
+    answers: Sequence[Answer], labels: Sequence[str], schema: Sequence[str]
+) -> list[str]:
     """Notes on cached answers that are no label: they count as wrong."""
     known = {normalise_label(label) for label in schema}
-    outside = Counter(label for label in map(normalise_label, labels) if label != "none" and label not in known)
+    outside = Counter(
+        label for label in map(normalise_label, labels) if label != "none" and label not in known
+    )
     notes = []
     if outside:
         few = ", ".join(f"{label[:40]!r} {count:,}" for label, count in outside.most_common(3))
-        notes.append(f"{outside.total():,} cached answers are no label of these examples ({few}{', ...' if len(outside) > 3 else ''})")
+        notes.append(
+            f"{outside.total():,} cached answers are no label of these examples"
+            f" ({few}{', ...' if len(outside) > 3 else ''})"
+        )
     for status, meaning in (("refusal", "refusals"), ("truncated", "cut at the limit of tokens")):
         if count := sum(answer.status == status for answer in answers):
             notes.append(f"{count:,} cached answers are {meaning}")
@@ -283,12 +368,23 @@ def _quadrant(rows, ours_right, cached_right, ours: bool, cached: bool) -> Quadr
 def comparison_table(comparison: Comparison) -> Group:
     """A comparison for the terminal: scores, per class, who was right where, what did not join."""
     c = comparison
-    scores = Table(title=f"{c.joined:,} of {c.predictions:,} predictions joined ({c.join_rate:.1%})", title_justify="left")
+    scores = Table(
+        title=f"{c.joined:,} of {c.predictions:,} predictions joined ({c.join_rate:.1%})",
+        title_justify="left",
+    )
     for column in ("system", "F1", "95% interval", "precision", "recall", "macro-F1", "accuracy"):
         scores.add_column(column, justify="left" if column == "system" else "right")
-    for name, result, interval in ((c.ours_name, c.ours, c.ours_f1), (c.cached_name, c.cached, c.cached_f1)):
+    for name, result, interval in (
+        (c.ours_name, c.ours, c.ours_f1),
+        (c.cached_name, c.cached, c.cached_f1),
+    ):
         shares = (result.precision, result.recall, result.macro_f1, result.accuracy)
-        scores.add_row(Text(name), f"{result.f1:.3f}", f"{interval.low:.3f}-{interval.high:.3f}", *(f"{share:.3f}" for share in shares))
+        scores.add_row(
+            Text(name),
+            f"{result.f1:.3f}",
+            f"{interval.low:.3f}-{interval.high:.3f}",
+            *(f"{share:.3f}" for share in shares),
+        )
 
     difference, test = c.difference, c.mcnemar
     verdict = Text(
@@ -303,19 +399,38 @@ def comparison_table(comparison: Comparison) -> Group:
         classes.add_column(column, justify="left" if column == "label" else "right")
     cached_f1 = {normalise_label(row.label): row.f1 for row in c.cached.per_class}
     for row in c.ours.per_class:
-        classes.add_row(Text(row.label), f"{row.support:,}", f"{row.f1:.3f}", f"{cached_f1[normalise_label(row.label)]:.3f}")
+        classes.add_row(
+            Text(row.label),
+            f"{row.support:,}",
+            f"{row.f1:.3f}",
+            f"{cached_f1[normalise_label(row.label)]:.3f}",
+        )
 
     where = Table(title="Who was right where", title_justify="left")
     for column in ("ours", "cached", "examples", "such as"):
         where.add_column(column, justify="right" if column == "examples" else "left")
     for quadrant in c.quadrants:
-        sides = ("right" if side else "wrong" for side in (quadrant.ours_right, quadrant.cached_right))
+        sides = (
+            "right" if side else "wrong" for side in (quadrant.ours_right, quadrant.cached_right)
+        )
         where.add_row(*sides, f"{quadrant.count:,}", Text(", ".join(quadrant.ids[:3])))
 
-    lost = [f"not joined, {reason}: {len(ids):,} ({_few(ids)})" for reason, ids in c.not_joined.items()]
-    lost += [f"in the cache, {reason}: {len(items):,} ({_few(items)})" for reason, items in c.leftover.items()]
+    lost = [
+        f"not joined, {reason}: {len(ids):,} ({_few(ids)})" for reason, ids in c.not_joined.items()
+    ]
+    lost += [
+        f"in the cache, {reason}: {len(items):,} ({_few(items)})"
+        for reason, items in c.leftover.items()
+    ]
     warnings = (Text(f"WARNING: {line}", style="bold red") for line in c.warnings)
-    return Group(*warnings, scores, verdict, classes, where, *(Text(f"- {line}") for line in (*lost, *c.notes)))
+    return Group(
+        *warnings,
+        scores,
+        verdict,
+        classes,
+        where,
+        *(Text(f"- {line}") for line in (*lost, *c.notes)),
+    )
 
 
 def _few(items: Sequence[str]) -> str:

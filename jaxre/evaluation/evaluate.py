@@ -30,22 +30,30 @@ def evaluate_file(path: str | Path) -> Scores:
 
 
 def evaluate_rows(rows: Sequence[Prediction], place: str) -> Scores:
-    """Scores of prediction rows, with the official one for SemEval's. The schema is that of the probabilities, where the rows have them.
+    """Scores of prediction rows, with the official one for SemEval's. The schema is that of the
+    probabilities, where the rows have them.
 
     Raises:
       InputError: a row without a gold label.
     """
     unlabelled = [row.example_id for row in rows if not row.relation]
     if unlabelled:
-        raise InputError(f"{place}: {len(unlabelled)} rows have no gold label (first {unlabelled[0]}); fill the column relation")
+        raise InputError(
+            f"{place}: {len(unlabelled)} rows have no gold label (first {unlabelled[0]}); fill the"
+            " column relation"
+        )
     schema = sorted({label for row in rows for label in row.probabilities or ()}) or None
     gold, predicted = [row.relation for row in rows], [row.generated_relation for row in rows]
     datasets = {row.eval_dataset_name for row in rows}
     return score_dataset(datasets.pop() if len(datasets) == 1 else "", gold, predicted, schema)
 
 
-def score_dataset(dataset: str, gold: Sequence[str], predicted: Sequence[str], schema: Sequence[str] | None) -> Scores:
-    """`score`, with the official one of SemEval-2010 Task 8 for that dataset. Raises InputError: no examples, or different lengths."""
+def score_dataset(
+    dataset: str, gold: Sequence[str], predicted: Sequence[str], schema: Sequence[str] | None
+) -> Scores:
+    """`score`, with the official one of SemEval-2010 Task 8 for that dataset. Raises InputError: no
+    examples, or different lengths.
+    """
     official = None
     if dataset == semeval.NAME and any(not is_negative(label) for label in gold):
         official = semeval_official_f1(gold, predicted)
@@ -73,7 +81,14 @@ def evaluation_table(scores: Scores) -> Group:
     for column in ("label", "precision", "recall", "F1", "gold", "predicted"):
         classes.add_column(column, justify="left" if column == "label" else "right")
     for one in scores.per_class:
-        classes.add_row(Text(one.label), f"{one.precision:.3f}", f"{one.recall:.3f}", f"{one.f1:.3f}", str(one.support), str(one.predicted))
+        classes.add_row(
+            Text(one.label),
+            f"{one.precision:.3f}",
+            f"{one.recall:.3f}",
+            f"{one.f1:.3f}",
+            str(one.support),
+            str(one.predicted),
+        )
     confused = Table(title="most confused", title_justify="left")
     for column in ("gold", "predicted", "count"):
         confused.add_column(column)
@@ -93,4 +108,6 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise InputError(f"{path}: cannot be written ({error.strerror}); name another file") from None
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); name another file"
+        ) from None

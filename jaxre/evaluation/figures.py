@@ -1,4 +1,5 @@
-"""What all figures share: colours that stay apart for colour-blind readers and in grey, bare axes, plain text, saving.
+"""What all figures share: colours that stay apart for colour-blind readers and in grey, bare axes,
+plain text, saving.
 
 figure = Figure(layout="constrained")
 bare(figure.subplots())
@@ -19,7 +20,14 @@ from jaxre.errors import InputError
 from jaxre.evaluation.metrics import Confusion
 
 # Okabe & Ito 2008.
-BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00"
+BLUE, ORANGE, GREEN, PURPLE, SKY, YELLOW = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#E69F00",
+)
 GREY, INK = "#9A9A9A", "#333333"
 
 
@@ -41,15 +49,31 @@ def draw_confusion(confusion: Confusion, title: str) -> Figure:
     rows, columns = counts.shape
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     cell = min(0.52, 20 / columns)  # inches; a hundred labels still fit a screen when zoomed
-    figure = Figure(figsize=(max(6.5, 4.0 + cell * columns), 3.0 + cell * rows), layout="constrained")
+    figure = Figure(
+        figsize=(max(6.5, 4.0 + cell * columns), 3.0 + cell * rows), layout="constrained"
+    )
     axes = figure.subplots()
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     for row in range(rows):
         for column in range(columns):
             if counts[row, column]:
                 colour = "white" if shares[row, column] > 0.55 else INK
-                axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", color=colour, fontsize=15 * cell)
-    axes.set_xticks(range(columns), [plain(label) for label in confusion.columns], rotation=45, ha="right", rotation_mode="anchor")
+                axes.text(
+                    column,
+                    row,
+                    f"{counts[row, column]}",
+                    ha="center",
+                    va="center",
+                    color=colour,
+                    fontsize=15 * cell,
+                )
+    axes.set_xticks(
+        range(columns),
+        [plain(label) for label in confusion.columns],
+        rotation=45,
+        ha="right",
+        rotation_mode="anchor",
+    )
     axes.set_yticks(range(rows), [plain(label) for label in confusion.labels])
     axes.set_xlabel("predicted")
     axes.set_ylabel("gold")
@@ -60,7 +84,9 @@ def draw_confusion(confusion: Confusion, title: str) -> Figure:
 
 
 def save(figure: Figure, *paths: Path) -> list[Path]:
-    """Writes a figure in the format of each path's suffix, whole or not at all. Raises InputError for a place that cannot be written."""
+    """Writes a figure in the format of each path's suffix, whole or not at all. Raises InputError
+    for a place that cannot be written.
+    """
     FigureCanvasAgg(figure)  # no display, and no global pyplot state
     for path in paths:
         partial = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -69,7 +95,9 @@ def save(figure: Figure, *paths: Path) -> list[Path]:
             figure.savefig(partial, dpi=150, format=path.suffix.removeprefix("."))
             partial.replace(path)
         except OSError as error:
-            raise InputError(f"{path}: cannot be written ({error.strerror}); give another folder") from None
+            raise InputError(
+                f"{path}: cannot be written ({error.strerror}); give another folder"
+            ) from None
         finally:
             if partial.is_file():
                 partial.unlink()

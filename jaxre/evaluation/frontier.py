@@ -1,9 +1,11 @@
 """Cached predictions of frontier models, from any of the shapes in which they are published.
 
-    cache = read_cache("shared/data/frontier_predictions/semeval2010_chatgpt/SemEval_All_ans.json", examples)
+    cache = read_cache("shared/data/frontier_predictions/semeval2010_chatgpt/SemEval_All_ans.json",
+    examples)
 
 The shape is told from the content: the study's long format (a table with `prompt_hash` or
-`example_id`, also from the hub: `hub:Despina/frontier-re-generations`), or one of the JSON formats of `chatgpt_semeval` and `gpt_conll04`.
+`example_id`, also from the hub: `hub:Despina/frontier-re-generations`), or one of the JSON formats
+of `chatgpt_semeval` and `gpt_conll04`.
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from jaxre.relations import hub
 from jaxre.relations.schema import Example
 
 EXPECTED = (
-    "the study's long format (.parquet or .csv with generated_relation and prompt_hash or example_id), "
-    "an array of {headEntity, tailEntity, groundTruth, closePred}, or an object with correct_cases and fail_cases"
+    "the study's long format (.parquet or .csv with generated_relation and prompt_hash or"
+    " example_id), an array of {headEntity, tailEntity, groundTruth, closePred}, or an object with"
+    " correct_cases and fail_cases"
 )
 
 NAMELESS = "rows without example_id and prompt_hash"
@@ -33,16 +36,21 @@ ERROR = "ERROR: "
 FAILED = f"requests that failed ({ERROR.strip()} in place of an answer)"
 
 
-def read_cache(place: str | Path, examples: Sequence[Example] | Callable[[], Sequence[Example]] | None = None) -> Cache:
+def read_cache(
+    place: str | Path, examples: Sequence[Example] | Callable[[], Sequence[Example]] | None = None
+) -> Cache:
     """Reads cached answers and, for the JSON formats, joins them to examples.
 
     Args:
-      place: a .parquet, .csv or .json file, or `hub:OWNER/NAME` of a hub dataset in the study's long format.
+      place: a .parquet, .csv or .json file, or `hub:OWNER/NAME` of a hub dataset in the study's
+        long format.
       examples: the whole split that the cache covers, in file order; all entity pairs for CoNLL04;
-        or what loads it, which is called once the cache is known to need it (a JSON cache names texts and entities).
+        or what loads it, which is called once the cache is known to need it (a JSON cache names
+        texts and entities).
 
     Raises:
-      InputError: no such file, an unknown shape (names what was expected), a broken entry, no examples; the hub as `hub.download`.
+      InputError: no such file, an unknown shape (names what was expected), a broken entry, no
+        examples; the hub as `hub.download`.
     """
     if str(place).startswith(hub.PREFIX):
         rows = [row for split in hub.download(str(place)).values() for row in split.to_list()]
@@ -62,19 +70,26 @@ def read_cache(place: str | Path, examples: Sequence[Example] | Callable[[], Seq
         if adapter.recognises(document):
             examples = examples() if callable(examples) else examples
             if not examples:
-                raise InputError(f"{path}: this cache is joined by text and entities; give the examples of the split it covers")
+                raise InputError(
+                    f"{path}: this cache is joined by text and entities; give the examples of the"
+                    " split it covers"
+                )
             return adapter.read(document, examples, str(path))
     raise InputError(f"{path}: not a cache of predictions that jaxre knows; expected {EXPECTED}")
 
 
 def _read_long(path: Path) -> Cache:
     if path.suffix not in (".parquet", ".csv"):
-        raise InputError(f"{path}: not a cache of predictions that jaxre knows; expected {EXPECTED}")
+        raise InputError(
+            f"{path}: not a cache of predictions that jaxre knows; expected {EXPECTED}"
+        )
     return _of_rows(read_table(path), str(path))
 
 
 def _of_rows(table: Sequence[dict[str, Any]], place: str) -> Cache:
-    """The study's long format. Rows without an id and a hash are left over, and requests that failed, whose text says so."""
+    """The study's long format. Rows without an id and a hash are left over, and requests that
+    failed, whose text says so.
+    """
     if not table:
         raise InputError(f"{place}: the cache is empty; give one with answers")
     if "generated_relation" not in table[0] or not {"prompt_hash", "example_id"} & set(table[0]):
@@ -107,7 +122,9 @@ def _of_rows(table: Sequence[dict[str, Any]], place: str) -> Cache:
             leftover[FAILED].append(row.key)
         else:
             answers.append(row)
-    return Cache(place, tuple(answers), {reason: tuple(items) for reason, items in leftover.items() if items})
+    return Cache(
+        place, tuple(answers), {reason: tuple(items) for reason, items in leftover.items() if items}
+    )
 
 
 def _number(value: object) -> float | None:

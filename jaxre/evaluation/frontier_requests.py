@@ -1,18 +1,22 @@
-"""Request files for frontier models, and the manifest that says which examples each request answers.
+"""Request files for frontier models, and the manifest that says which examples each request
+answers.
 
     manifest = build_manifest(examples, questions, ask, dataset=..., ...)
-    paths = write_requests("requests/facts.jsonl", manifest)     # facts.jsonl and facts.manifest.json
+    paths = write_requests("requests/facts.jsonl", manifest)     # facts.jsonl and
+    facts.manifest.json
 
-A request's `custom_id` is a digest of what is asked (provider, model, parameters, prompt), so equal prompts are one request, and
-an answer can never be taken for that of another prompt. Files are written strictly in the form that a provider documents:
+A request's `custom_id` is a digest of what is asked (provider, model, parameters, prompt), so equal
+prompts are one request, and an answer can never be taken for that of another prompt. Files are
+written strictly in the form that a provider documents:
 
 - openai: JSON Lines for the batch interface, one request to /v1/chat/completions per line.
 - anthropic: the JSON body of a message batch.
-- openrouter: JSON Lines of `{"custom_id", "body"}`, `body` being what is posted to a chat interface of this kind. Store what comes back as
-  `{"custom_id": ..., "response": ...}`, one line per answer:
+- openrouter: JSON Lines of `{"custom_id", "body"}`, `body` being what is posted to a chat interface
+  of this kind. Store what comes back as `{"custom_id": ..., "response": ...}`, one line per answer:
 
       while read -r line; do
-        jq -c .body <<< "$line" | curl -s -H @header.txt -H "Content-Type: application/json" -d @- $URL/chat/completions \\
+        jq -c .body <<< "$line" | curl -s -H @header.txt -H "Content-Type: application/json" -d @-
+        $URL/chat/completions \\
           | jq -c --argjson asked "$line" '{custom_id: $asked.custom_id, response: .}'
       done < requests.jsonl > answers.jsonl
 
@@ -50,8 +54,9 @@ class Limits:
     bytes: int
 
 
-# As documented in 2026: OpenAI batch (50,000 requests, 200 MB), Anthropic message batches (100,000 requests, 256 MB). Chat interfaces
-# take one request at a time; their files only stay small enough to handle.
+# As documented in 2026: OpenAI batch (50,000 requests, 200 MB), Anthropic message batches (100,000
+# requests, 256 MB). Chat interfaces take one request at a time; their files only stay small enough
+# to handle.
 LIMITS: dict[str, Limits] = {
     "openai": Limits(50_000, 200_000_000),
     "anthropic": Limits(100_000, 256_000_000),
@@ -89,7 +94,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything that importing the answers needs; `labels` is the schema, `date` the day of the export, YYYY-MM-DD."""
+    """Everything that importing the answers needs; `labels` is the schema, `date` the day of the
+    export, YYYY-MM-DD.
+    """
 
     ask: Ask
     dataset: str
@@ -118,7 +125,9 @@ def example_hash(example: Example, prompt: str) -> str:
 
 
 def custom_id(ask: Ask, prompt: str) -> str:
-    """46 characters of [a-z0-9-]: a digest of all that decides the answer. Providers take 64 of letters, digits, - and _."""
+    """46 characters of [a-z0-9-]: a digest of all that decides the answer. Providers take 64 of
+    letters, digits, - and _.
+    """
     asked = json.dumps([asdict(ask), prompt])
     return f"jaxre-{hashlib.sha256(asked.encode()).hexdigest()[:40]}"
 
@@ -146,7 +155,8 @@ def build_manifest(
     """One request per different prompt, in the order of the examples.
 
     Raises:
-      InputError: no examples, a turn without text, something that looks like a key (names the example).
+      InputError: no examples, a turn without text, something that looks like a key (names the
+        example).
     """
     if not examples:
         raise InputError("there is no example to ask about; is the split empty?")
@@ -157,12 +167,15 @@ def build_manifest(
     for example, question in zip(examples, questions, strict=True):
         if not all(turn["content"].strip() for turn in question):
             raise InputError(
-                f"example {example.id}: a turn of its prompt is empty, which providers refuse; correct prompt.user and prompt.system"
+                f"example {example.id}: a turn of its prompt is empty, which providers refuse;"
+                " correct prompt.user and prompt.system"
             )
         prompt = prompt_text(question)
         if prompt not in asked:
             refuse_credentials(prompt, f"the prompt of example {example.id}")
-        asked.setdefault(prompt, []).append(Asked(example.id, example.relation, example_hash(example, prompt)))
+        asked.setdefault(prompt, []).append(
+            Asked(example.id, example.relation, example_hash(example, prompt))
+        )
     return Manifest(
         ask=ask,
         dataset=dataset,
@@ -171,7 +184,9 @@ def build_manifest(
         labels=tuple(labels),
         date=date,
         data_digest=data_digest(examples),
-        requests=tuple(Request(custom_id(ask, prompt), prompt, tuple(those)) for prompt, those in asked.items()),
+        requests=tuple(
+            Request(custom_id(ask, prompt), prompt, tuple(those)) for prompt, those in asked.items()
+        ),
         prompt_style=prompt_style,
     )
 
@@ -185,37 +200,65 @@ def request_record(ask: Ask, request: Request) -> dict[str, Any]:
         chat = [turn for turn in turns if turn["role"] != "system"]
         return {
             "custom_id": request.custom_id,
-            "params": {"model": ask.model, "max_tokens": ask.max_tokens, **sampling, **system, "messages": chat},
+            "params": {
+                "model": ask.model,
+                "max_tokens": ask.max_tokens,
+                **sampling,
+                **system,
+                "messages": chat,
+            },
         }
     if ask.provider == "openai":
         # max_tokens is deprecated there, and refused by the models that reason.
-        body = {"model": ask.model, "messages": turns, **sampling, "max_completion_tokens": ask.max_tokens}
-        return {"custom_id": request.custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
-    return {"custom_id": request.custom_id, "body": {"model": ask.model, "messages": turns, **sampling, "max_tokens": ask.max_tokens}}
+        body = {
+            "model": ask.model,
+            "messages": turns,
+            **sampling,
+            "max_completion_tokens": ask.max_tokens,
+        }
+        return {
+            "custom_id": request.custom_id,
+            "method": "POST",
+            "url": "/v1/chat/completions",
+            "body": body,
+        }
+    return {
+        "custom_id": request.custom_id,
+        "body": {"model": ask.model, "messages": turns, **sampling, "max_tokens": ask.max_tokens},
+    }
 
 
 def write_requests(path: str | Path, manifest: Manifest) -> tuple[list[Path], Path]:
     """Writes the request files and, last, the manifest: all of them or none.
 
     Args:
-      path: of the request file; `x.jsonl` (`x.json` for anthropic) becomes `x-1.jsonl`, `x-2.jsonl`, ... where one file cannot hold
-        all. The manifest is `x.manifest.json` beside it.
+      path: of the request file; `x.jsonl` (`x.json` for anthropic) becomes `x-1.jsonl`,
+        `x-2.jsonl`, ... where one file cannot hold all. The manifest is `x.manifest.json` beside
+        it.
 
-    Returns the request files and the manifest. Raises InputError: one of them exists (a manifest is the only key to the answers
-    of a batch that was sent), a request larger than a file may be.
+    Returns the request files and the manifest. Raises InputError: one of them exists (a manifest is
+    the only key to the answers of a batch that was sent), a request larger than a file may be.
     """
     path = Path(path)
     stem = path.with_suffix("") if path.suffix in (".json", ".jsonl") else path
     suffix = ".json" if manifest.ask.provider == "anthropic" else ".jsonl"
     contents = _contents(manifest)
-    numbers = [""] if len(contents) == 1 else [f"-{number}" for number in range(1, len(contents) + 1)]
+    numbers = (
+        [""] if len(contents) == 1 else [f"-{number}" for number in range(1, len(contents) + 1)]
+    )
     files = [stem.with_name(f"{stem.name}{number}{suffix}") for number in numbers]
     target = stem.with_name(stem.name + SUFFIX)
     if existing := [one for one in (target, *files) if one.exists()]:
-        raise InputError(f"{existing[0]}: exists, and answers may be on their way to it; give --output another name, or remove it")
+        raise InputError(
+            f"{existing[0]}: exists, and answers may be on their way to it; give --output another"
+            " name, or remove it"
+        )
     tree = {"format": FORMAT, **asdict(manifest), "files": [file.name for file in files]}
     stem.parent.mkdir(parents=True, exist_ok=True)
-    pairs = [*zip(files, contents, strict=True), (target, json.dumps(tree, indent=1, ensure_ascii=False) + "\n")]
+    pairs = [
+        *zip(files, contents, strict=True),
+        (target, json.dumps(tree, indent=1, ensure_ascii=False) + "\n"),
+    ]
     drafts = [one.with_name(f".{one.name}.{os.getpid()}.part") for one, _ in pairs]
     done: list[Path] = []
     try:
@@ -241,8 +284,9 @@ def _contents(manifest: Manifest) -> list[str]:
         line = json.dumps(request_record(manifest.ask, request))
         if len(line) + 2 + enclosing > limits.bytes:
             raise InputError(
-                f"example {request.examples[0].example_id}: its request has {len(line):,} bytes, more than a file of "
-                f"{manifest.ask.provider} may have ({limits.bytes:,}); shorten the text, or lower prompt.shots"
+                f"example {request.examples[0].example_id}: its request has {len(line):,} bytes,"
+                f" more than a file of {manifest.ask.provider} may have ({limits.bytes:,}); shorten"
+                " the text, or lower prompt.shots"
             )
         if len(files[-1]) == limits.requests or size + len(line) + 2 > limits.bytes:
             files.append([])
@@ -255,7 +299,9 @@ def _contents(manifest: Manifest) -> list[str]:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """Reads a manifest. Raises InputError: no such file, not a manifest, one that was changed (its ids do not fit its prompts)."""
+    """Reads a manifest. Raises InputError: no such file, not a manifest, one that was changed (its
+    ids do not fit its prompts).
+    """
     path = Path(path)
     text = read_text(path)
     try:
@@ -264,16 +310,36 @@ def read_manifest(path: str | Path) -> Manifest:
             raise ValueError("its format is another")
         ask = Ask(**tree.pop("ask"))
         requests = tuple(
-            Request(one["custom_id"], one["prompt"], tuple(Asked(**example) for example in one["examples"])) for one in tree.pop("requests")
+            Request(
+                one["custom_id"],
+                one["prompt"],
+                tuple(Asked(**example) for example in one["examples"]),
+            )
+            for one in tree.pop("requests")
         )
         manifest = Manifest(
-            ask=ask, requests=requests, **{name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
+            ask=ask,
+            requests=requests,
+            **{
+                name: tuple(value) if isinstance(value, list) else value
+                for name, value in tree.items()
+            },
         )
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{path}: not a manifest of `jaxre frontier export` ({error}); give the {SUFFIX} that it wrote") from None
+        raise InputError(
+            f"{path}: not a manifest of `jaxre frontier export` ({error}); give the {SUFFIX} that"
+            " it wrote"
+        ) from None
     refuse_credentials(tree, str(path))
-    if ask.provider not in get_args(Provider) or not requests or any(one.custom_id != custom_id(ask, one.prompt) for one in requests):
-        raise InputError(f"{path}: was changed after its export, its ids do not fit its prompts; give the one that was written")
+    if (
+        ask.provider not in get_args(Provider)
+        or not requests
+        or any(one.custom_id != custom_id(ask, one.prompt) for one in requests)
+    ):
+        raise InputError(
+            f"{path}: was changed after its export, its ids do not fit its prompts; give the one"
+            " that was written"
+        )
     ids = [example.example_id for request in requests for example in request.examples]
     if len(set(ids)) != len(ids):
         raise InputError(f"{path}: names an example twice; give the one that was written")

@@ -1,16 +1,19 @@
-"""GPT-3.5 and GPT-4o on the CoNLL04 test split (LongjuBai/EECS598_LLM_RelationExtraction): triples per sentence.
+"""GPT-3.5 and GPT-4o on the CoNLL04 test split (LongjuBai/EECS598_LLM_RelationExtraction): triples
+per sentence.
 
-One JSON object per file. `correct_cases` and `fail_cases` map the number of a sentence to `{text, true, pred,
-response}`; `true` and `pred` are lists of `[head:type, relation, tail:type]` in lower case. `error_cases` repeats
-the sentences whose reply could not be parsed. Summary figures in the files are misnamed; they are not read.
+One JSON object per file. `correct_cases` and `fail_cases` map the number of a sentence to `{text,
+true, pred, response}`; `true` and `pred` are lists of `[head:type, relation, tail:type]` in lower
+case. `error_cases` repeats the sentences whose reply could not be parsed. Summary figures in the
+files are misnamed; they are not read.
 
-Sentences are joined by their text. The GPT-4o files hold a paraphrase in its place; but the numbers are those of
-the original documents, so in ascending order the cached sentences are ours: with the whole test
-split, the sets of gold triples agree in all 288 places (269 different sets), which is the proof. With only a
-part of the split there is none, and a paraphrase is not joined.
+Sentences are joined by their text. The GPT-4o files hold a paraphrase in its place; but the numbers
+are those of the original documents, so in ascending order the cached sentences are ours: with the
+whole test split, the sets of gold triples agree in all 288 places (269 different sets), which is
+the proof. With only a part of the split there is none, and a paraphrase is not joined.
 
 In a joined sentence the answer for an ordered pair of our entities is the relation the model gave
-for their names, else `none`. Types and spacing or punctuation of names are not held against the model.
+for their names, else `none`. Types and spacing or punctuation of names are not held against the
+model.
 """
 
 from __future__ import annotations
@@ -21,22 +24,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxre.errors import InputError
-from jaxre.evaluation.cache import POSITION, SAME_ANSWER, Answer, Cache, how_joined, join_cached, squash
+from jaxre.evaluation.cache import (
+    POSITION,
+    SAME_ANSWER,
+    Answer,
+    Cache,
+    how_joined,
+    join_cached,
+    squash,
+)
 from jaxre.relations.schema import Example, is_negative
 
 NONE = "none"
 STRANGERS = "predicted triples whose entities are not ours"
 CASES = ("correct_cases", "fail_cases")
-Triple = tuple[str, str, str]  # names and relation as the file has them: "hakawati theatre:org", "orgbased in", "jerusalem:loc"
+# names and relation as the file has them: "hakawati theatre:org", "orgbased in", "jerusalem:loc"
+Triple = tuple[str, str, str]
 
 
 def recognises(document: object) -> bool:
     """Whether parsed JSON is this format."""
-    return isinstance(document, dict) and all(isinstance(document.get(name), dict) for name in CASES)
+    return isinstance(document, dict) and all(
+        isinstance(document.get(name), dict) for name in CASES
+    )
 
 
 def triple_scores(document: dict, place: str) -> tuple[float, float, float]:
-    """Precision, recall and F1 over exact triples (names, types and relation, as sets per sentence), pooled over all sentences."""
+    """Precision, recall and F1 over exact triples (names, types and relation, as sets per
+    sentence), pooled over all sentences.
+    """
     hits = given = gold = 0
     for case in _cases(document, place):
         predicted, true = set(case.predicted), set(case.true)
@@ -49,7 +65,8 @@ def read(document: dict, examples: Sequence[Example], place: str) -> Cache:
 
     Args:
       document: the parsed object.
-      examples: pairs of the CoNLL04 test split, related and unrelated; ids as `jaxre.relations.conll04` gives them.
+      examples: pairs of the CoNLL04 test split, related and unrelated; ids as
+        `jaxre.relations.conll04` gives them.
       place: the file; also tells the model, which is not stored in it.
 
     Raises:
@@ -79,11 +96,15 @@ def read(document: dict, examples: Sequence[Example], place: str) -> Cache:
 
     for i, pairs in enumerate(sentences):
         if i not in found:
-            uncovered |= dict.fromkeys((pair.id for pair in pairs), "its sentence joins none of the cache")
+            uncovered |= dict.fromkeys(
+                (pair.id for pair in pairs), "its sentence joins none of the cache"
+            )
             continue
         case = cases[found[i][0]]
         if case.broken:
-            uncovered |= dict.fromkeys((pair.id for pair in pairs), "the reply for its sentence could not be parsed")
+            uncovered |= dict.fromkeys(
+                (pair.id for pair in pairs), "the reply for its sentence could not be parsed"
+            )
             continue
         said, true = _relations(case.predicted), _relations(case.true)
         related = _relations_of_ours(pairs)
@@ -95,8 +116,12 @@ def read(document: dict, examples: Sequence[Example], place: str) -> Cache:
             elif len(said[names]) > 1:
                 uncovered[pair.id] = "the model gave several relations for the pair"
             else:
-                label, gold = (next(iter(relations), NONE) for relations in (said[names], true[names]))
-                label, gold = (spelling.get(squash(relation), relation) for relation in (label, gold))
+                label, gold = (
+                    next(iter(relations), NONE) for relations in (said[names], true[names])
+                )
+                label, gold = (
+                    spelling.get(squash(relation), relation) for relation in (label, gold)
+                )
                 answers.append(Answer(label, gold, example_id=pair.id, model=model))
         ours = {squash(name) for pair in pairs for name in (pair.head, pair.tail)}
         for head, relation, tail in sorted(set(case.predicted)):
@@ -110,10 +135,16 @@ def read(document: dict, examples: Sequence[Example], place: str) -> Cache:
         leftover={reason: tuple(items) for reason, items in leftover.items()},
         uncovered=uncovered,
         notes=(
-            f"{model}: joined {how['key 1']:,} sentences by text, {how[POSITION]:,} by their place among the document numbers "
-            f"(gold triples agree in every place), {how[SAME_ANSWER]:,} whose candidates all carry the same reply",
-            "the model found the entities itself: a pair it did not name counts as none, "
-            f"and the {strangers:,} triples it predicted on entities that are not ours are not counted against it",
+            (
+                f"{model}: joined {how['key 1']:,} sentences by text, {how[POSITION]:,} by their"
+                " place among the document numbers (gold triples agree in every place),"
+                f" {how[SAME_ANSWER]:,} whose candidates all carry the same reply"
+            ),
+            (
+                "the model found the entities itself: a pair it did not name counts as none, and"
+                f" the {strangers:,} triples it predicted on entities that are not ours are not"
+                " counted against it"
+            ),
         ),
     )
 
@@ -135,11 +166,20 @@ def _cases(document: dict, place: str) -> list[_Case]:
     cases = []
     for number, case in (item for name in CASES for item in document[name].items()):
         try:
-            cases.append(_Case(int(number), _text(case["text"]), _triples(case["true"]), _triples(case["pred"]), number in broken))
+            cases.append(
+                _Case(
+                    int(number),
+                    _text(case["text"]),
+                    _triples(case["true"]),
+                    _triples(case["pred"]),
+                    number in broken,
+                )
+            )
         except (KeyError, TypeError, ValueError):
             raise InputError(
-                f"{place}: case {number!r}: expected a document number with {{text, true, pred}}, "
-                "true and pred being lists of [head:type, relation, tail:type]; correct it or remove the case"
+                f"{place}: case {number!r}: expected a document number with {{text, true, pred}},"
+                " true and pred being lists of [head:type, relation, tail:type]; correct it or"
+                " remove the case"
             ) from None
     return sorted(cases, key=lambda case: case.number)
 
@@ -151,7 +191,10 @@ def _text(value: object) -> str:
 
 
 def _triples(rows: object) -> list[Triple]:
-    return [(_text(head), " ".join(_text(relation).lower().split()), _text(tail)) for head, relation, tail in rows]
+    return [
+        (_text(head), " ".join(_text(relation).lower().split()), _text(tail))
+        for head, relation, tail in rows
+    ]
 
 
 def _name(entity: str) -> str:
@@ -179,11 +222,17 @@ def _relations_of_ours(pairs: Sequence[Example]) -> dict[tuple[str, str], set[st
 
 
 def _gold_names(pairs: Sequence[Example]) -> set[Triple]:
-    return {(squash(pair.head), squash(pair.relation), squash(pair.tail)) for pair in pairs if not is_negative(pair.relation)}
+    return {
+        (squash(pair.head), squash(pair.relation), squash(pair.tail))
+        for pair in pairs
+        if not is_negative(pair.relation)
+    }
 
 
 def _sentences(examples: Sequence[Example]) -> list[list[Example]]:
-    """Pairs by sentence, in ascending order of the sentence's number (`dataset/split/NUMBER/head/tail`)."""
+    """Pairs by sentence, in ascending order of the sentence's number
+    (`dataset/split/NUMBER/head/tail`).
+    """
     sentences: dict[tuple[int, str], list[Example]] = defaultdict(list)
     for example in examples:
         parts = example.id.split("/")

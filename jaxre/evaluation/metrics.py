@@ -1,4 +1,5 @@
-"""The study's scores of predicted against gold labels (protocol: Scoring), and SemEval-2010 Task 8's official one.
+"""The study's scores of predicted against gold labels (protocol: Scoring), and SemEval-2010 Task
+8's official one.
 
     scores = score(gold, predicted, schema=labels)
     scores.f1                                   # positive-class micro-F1, the primary figure
@@ -46,7 +47,8 @@ class Scores:
     f1: float
     macro_f1: float  # over positive gold labels
     accuracy: float  # over all labels
-    schema_valid: float | None  # share of predictions that are labels of the schema, if one was given
+    # share of predictions that are labels of the schema, if one was given
+    schema_valid: float | None
     malformed: float
     per_class: tuple[ClassScore, ...]  # gold labels and those of the schema, as first spelled
     confused: tuple[tuple[str, str, int], ...]  # (gold, predicted, count), most frequent first
@@ -59,7 +61,9 @@ class Scores:
 
 @dataclass(frozen=True)
 class Labels:
-    """Gold and predicted labels as codes into `names` (normalised; `spelled` is how each first occurred)."""
+    """Gold and predicted labels as codes into `names` (normalised; `spelled` is how each first
+    occurred).
+    """
 
     names: tuple[str, ...]
     spelled: tuple[str, ...]
@@ -71,7 +75,10 @@ class Labels:
     def of(cls, gold: Sequence[str], predicted: Sequence[str]) -> Labels:
         """Raises InputError when there is nothing to score or the lengths differ."""
         if len(gold) != len(predicted):
-            raise InputError(f"{len(gold)} gold labels but {len(predicted)} predictions; score one prediction per example")
+            raise InputError(
+                f"{len(gold)} gold labels but {len(predicted)} predictions; score one prediction"
+                " per example"
+            )
         if not len(gold):
             raise InputError("no predictions to score; is the split empty?")
         # Each spelling is normalised once: there are few of them, and 20,000 examples.
@@ -83,7 +90,13 @@ class Labels:
             spelled.setdefault(name, label or "none")
             code_of[label] = code.setdefault(name, len(code))
         positive = np.array([name not in NEGATIVES for name in spelled])
-        return cls(tuple(spelled), tuple(spelled.values()), _codes(gold, code_of), _codes(predicted, code_of), positive)
+        return cls(
+            tuple(spelled),
+            tuple(spelled.values()),
+            _codes(gold, code_of),
+            _codes(predicted, code_of),
+            positive,
+        )
 
     @property
     def right(self) -> np.ndarray:
@@ -95,12 +108,15 @@ def _codes(labels: Sequence[str], code: dict[str, int]) -> np.ndarray:
     return np.fromiter((code[label] for label in labels), np.int64, len(labels))
 
 
-def score(gold: Sequence[str], predicted: Sequence[str], schema: Iterable[str] | None = None) -> Scores:
+def score(
+    gold: Sequence[str], predicted: Sequence[str], schema: Iterable[str] | None = None
+) -> Scores:
     """All scores of N predictions.
 
     Args:
       gold, predicted: N labels each, in any spelling that `normalise_label` brings together.
-      schema: the allowed labels, for the share of predictions inside it and classes without gold examples.
+      schema: the allowed labels, for the share of predictions inside it and classes without gold
+        examples.
 
     Raises:
       InputError: no examples, or lists of different length.
@@ -112,17 +128,31 @@ def score(gold: Sequence[str], predicted: Sequence[str], schema: Iterable[str] |
     given = np.bincount(labels.predicted, minlength=number)
 
     positive = labels.positive
-    precision, recall, f1 = (float(value) for value in _prf(hits[positive].sum(), given[positive].sum(), support[positive].sum()))
+    precision, recall, f1 = (
+        float(value)
+        for value in _prf(hits[positive].sum(), given[positive].sum(), support[positive].sum())
+    )
     class_precision, class_recall, class_f1 = _prf(hits, given, support)
     positive_gold = positive & (support > 0)
 
     schema_names = None if schema is None else {normalise_label(label): label for label in schema}
     per_class = [
-        ClassScore(spelling, float(class_precision[i]), float(class_recall[i]), float(class_f1[i]), int(support[i]), int(given[i]))
+        ClassScore(
+            spelling,
+            float(class_precision[i]),
+            float(class_recall[i]),
+            float(class_f1[i]),
+            int(support[i]),
+            int(given[i]),
+        )
         for i, (name, spelling) in enumerate(zip(labels.names, labels.spelled, strict=True))
         if support[i] or name in (schema_names or ())
     ]
-    per_class += [ClassScore(label, 0.0, 0.0, 0.0, 0, 0) for name, label in (schema_names or {}).items() if name not in labels.names]
+    per_class += [
+        ClassScore(label, 0.0, 0.0, 0.0, 0, 0)
+        for name, label in (schema_names or {}).items()
+        if name not in labels.names
+    ]
     return Scores(
         examples=len(gold),
         precision=precision,
@@ -130,8 +160,14 @@ def score(gold: Sequence[str], predicted: Sequence[str], schema: Iterable[str] |
         f1=f1,
         macro_f1=float(class_f1[positive_gold].mean()) if positive_gold.any() else 0.0,
         accuracy=float(labels.right.mean()),
-        schema_valid=None if schema_names is None else _share([name in schema_names for name in labels.names], labels.predicted),
-        malformed=_share([len(name) > MALFORMED_CHARACTERS for name in labels.names], labels.predicted),
+        schema_valid=(
+            None
+            if schema_names is None
+            else _share([name in schema_names for name in labels.names], labels.predicted)
+        ),
+        malformed=_share(
+            [len(name) > MALFORMED_CHARACTERS for name in labels.names], labels.predicted
+        ),
         per_class=tuple(sorted(per_class, key=lambda row: row.label)),
         confused=_confused(labels, 10),
         collapsed=int((given > 0).sum()) == 1 < int((support > 0).sum()),
@@ -140,7 +176,11 @@ def score(gold: Sequence[str], predicted: Sequence[str], schema: Iterable[str] |
 
 def _prf(hits, given, support):
     """Precision, recall and F1 from counts (numbers or arrays); 0 where undefined."""
-    return hits / np.maximum(given, 1), hits / np.maximum(support, 1), 2 * hits / np.maximum(given + support, 1)
+    return (
+        hits / np.maximum(given, 1),
+        hits / np.maximum(support, 1),
+        2 * hits / np.maximum(given + support, 1),
+    )
 
 
 def _share(of_name: list[bool], codes: np.ndarray) -> float:
@@ -150,26 +190,36 @@ def _share(of_name: list[bool], codes: np.ndarray) -> float:
 def _confused(labels: Labels, limit: int) -> tuple[tuple[str, str, int], ...]:
     # Pairs that occur, not a matrix: free decoding can yield as many labels as examples.
     wrong = ~labels.right
-    pairs, counts = np.unique(np.stack([labels.gold[wrong], labels.predicted[wrong]], axis=1), axis=0, return_counts=True)
-    rows = [(labels.spelled[g], labels.spelled[p], int(count)) for (g, p), count in zip(pairs.tolist(), counts, strict=True)]
+    pairs, counts = np.unique(
+        np.stack([labels.gold[wrong], labels.predicted[wrong]], axis=1), axis=0, return_counts=True
+    )
+    rows = [
+        (labels.spelled[g], labels.spelled[p], int(count))
+        for (g, p), count in zip(pairs.tolist(), counts, strict=True)
+    ]
     return tuple(sorted(rows, key=lambda row: (-row[2], row[0], row[1]))[:limit])
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """counts[i, j]: gold labels[i] predicted as labels[j]; the last column holds predictions outside of `labels`, if any."""
+    """counts[i, j]: gold labels[i] predicted as labels[j]; the last column holds predictions
+    outside of `labels`, if any.
+    """
 
     labels: tuple[str, ...]
     columns: tuple[str, ...]
     counts: np.ndarray
 
 
-def confusion_matrix(gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str] | None = None) -> Confusion:
+def confusion_matrix(
+    gold: Sequence[str], predicted: Sequence[str], labels: Sequence[str] | None = None
+) -> Confusion:
     """How often each gold label was predicted as each label.
 
     Args:
       gold, predicted: N labels each.
-      labels: rows and columns, in this order; the gold labels, sorted, if not given. Gold labels must be among them.
+      labels: rows and columns, in this order; the gold labels, sorted, if not given. Gold labels
+        must be among them.
 
     Raises:
       InputError: no examples, different lengths, or a gold label outside of `labels`.
@@ -182,8 +232,13 @@ def confusion_matrix(gold: Sequence[str], predicted: Sequence[str], labels: Sequ
     rows = np.array([row_of.get(name, outside) for name in coded.names])
     if (rows[coded.gold] == outside).any():
         stray = coded.spelled[coded.gold[rows[coded.gold] == outside][0]]
-        raise InputError(f"gold label {stray!r} is not among the labels of the confusion matrix ({', '.join(labels)}); add it")
-    counts = np.bincount(rows[coded.gold] * (outside + 1) + rows[coded.predicted], minlength=(outside + 1) ** 2)
+        raise InputError(
+            f"gold label {stray!r} is not among the labels of the confusion matrix"
+            f" ({', '.join(labels)}); add it"
+        )
+    counts = np.bincount(
+        rows[coded.gold] * (outside + 1) + rows[coded.predicted], minlength=(outside + 1) ** 2
+    )
     counts = counts.reshape(outside + 1, outside + 1)[:outside]
     if not counts[:, outside].any():
         return Confusion(tuple(labels), tuple(labels), counts[:, :outside])
@@ -191,7 +246,9 @@ def confusion_matrix(gold: Sequence[str], predicted: Sequence[str], labels: Sequ
 
 
 def undirected(relation: str) -> str:
-    """A SemEval-2010 Task 8 label without its direction: `Cause-Effect(e2,e1)` -> `Cause-Effect`."""
+    """A SemEval-2010 Task 8 label without its direction: `Cause-Effect(e2,e1)` ->
+    `Cause-Effect`.
+    """
     return re.sub(r"\(e[12],\s*e[12]\)$", "", relation.strip())
 
 
@@ -202,7 +259,8 @@ def semeval_official_f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
     by all predictions of the relation in either direction, recall by all its gold examples.
     The mean runs over the relations that occur as gold, without Other. (The task's scorer, v1.2,
     `semeval2010_task8_scorer`, evaluation iii.) A prediction outside of the schema counts as Other,
-    as the scorer counts a skipped example; a relation without direction counts as one in the wrong direction.
+    as the scorer counts a skipped example; a relation without direction counts as one in the wrong
+    direction.
 
     Args:
       gold, predicted: N labels such as `Cause-Effect(e2,e1)` or `Other`.
@@ -210,12 +268,16 @@ def semeval_official_f1(gold: Sequence[str], predicted: Sequence[str]) -> float:
     Raises:
       InputError: no examples, different lengths, or no gold relation.
     """
-    relations = Labels.of(*([undirected(normalise_label(label)) for label in side] for side in (gold, predicted)))
+    relations = Labels.of(
+        *([undirected(normalise_label(label)) for label in side] for side in (gold, predicted))
+    )
     number = len(relations.names)
     hits = np.bincount(relations.gold[Labels.of(gold, predicted).right], minlength=number)
     support = np.bincount(relations.gold, minlength=number)
     _, _, f1 = _prf(hits, np.bincount(relations.predicted, minlength=number), support)
     counted = relations.positive & (support > 0)
     if not counted.any():
-        raise InputError("no gold relation besides Other; the official SemEval score is not defined")
+        raise InputError(
+            "no gold relation besides Other; the official SemEval score is not defined"
+        )
     return float(f1[counted].mean())

@@ -1,4 +1,5 @@
-"""The predictions table: one row per example, in the study's long format, as Parquet and CSV side by side.
+"""The predictions table: one row per example, in the study's long format, as Parquet and CSV side
+by side.
 
     write_predictions("runs/x/predictions/test", rows)      # test.parquet and test.csv
     rows = read_predictions("runs/x/predictions/test.csv")
@@ -29,10 +30,12 @@ GenType = Literal["gen_open", "gen_constrained"]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One prediction. `score` is its log-probability, `probabilities` maps each label of the schema to its own.
+    """One prediction. `score` is its log-probability, `probabilities` maps each label of the schema
+    to its own.
 
-    `prompt_hash` is that of the example (`Example.prompt_hash`) where it has one, else of `prompt`. `status` is "truncated" where the
-    limit of new tokens ended an answer, "refusal" of frontier models, else empty. `date` (YYYY-MM-DD) and cost are known of those alone.
+    `prompt_hash` is that of the example (`Example.prompt_hash`) where it has one, else of `prompt`.
+    `status` is "truncated" where the limit of new tokens ended an answer, "refusal" of frontier
+    models, else empty. `date` (YYYY-MM-DD) and cost are known of those alone.
     """
 
     example_id: str
@@ -59,8 +62,27 @@ class Prediction:
 # The study's columns first, in its order.
 _ARROW = pa.schema(
     [
-        *((name, pa.string()) for name in ("eval_dataset_name", "relation", "gen_type", "model_id", "tuned_dataset_name")),
-        *((name, pa.string()) for name in ("model_shot", "prompt_shot", "generated_relation", "prompt", "prompt_hash", "example_id")),
+        *(
+            (name, pa.string())
+            for name in (
+                "eval_dataset_name",
+                "relation",
+                "gen_type",
+                "model_id",
+                "tuned_dataset_name",
+            )
+        ),
+        *(
+            (name, pa.string())
+            for name in (
+                "model_shot",
+                "prompt_shot",
+                "generated_relation",
+                "prompt",
+                "prompt_hash",
+                "example_id",
+            )
+        ),
         ("prompt_style", pa.string()),
         ("score", pa.float64()),
         ("probabilities", pa.map_(pa.string(), pa.float64())),
@@ -80,7 +102,8 @@ def write_predictions(path: str | Path, rows: Sequence[Prediction]) -> tuple[Pat
     """Writes `path.parquet` and then `path.csv`; each appears complete or not at all.
 
     Args:
-      path: without suffix (`.parquet` or `.csv` is taken off); an existing folder gets the name `predictions`.
+      path: without suffix (`.parquet` or `.csv` is taken off); an existing folder gets the name
+        `predictions`.
       rows: at least one, each example once.
 
     Returns the two paths. Raises InputError when there is no row or an example occurs twice.
@@ -105,10 +128,12 @@ def read_predictions(path: str | Path) -> list[Prediction]:
     """Reads a predictions file.
 
     Args:
-      path: a .parquet or .csv file, or their common name without suffix, or a folder that `write_predictions` filled.
+      path: a .parquet or .csv file, or their common name without suffix, or a folder that
+        `write_predictions` filled.
 
     Raises:
-      InputError: no such file, a column is missing, a cell cannot be read, an example occurs twice, no rows.
+      InputError: no such file, a column is missing, a cell cannot be read, an example occurs twice,
+        no rows.
     """
     path = _existing(Path(path))
     table = read_table(path)
@@ -116,17 +141,29 @@ def read_predictions(path: str | Path) -> list[Prediction]:
     if missing:
         mend = "a file that `jaxre predict` wrote has it"
         if missing == ["example_id"] and "prompt_hash" in table[0]:
-            mend = "this looks like a cache of frontier predictions; give it as CACHE to `jaxre compare`"
-        raise InputError(f"{path}: no column {missing[0]!r} (columns: {', '.join(table[0])}); {mend}")
-    rows = [_prediction(row, f"{path}:{number}") for number, row in enumerate(table, start=2 if path.suffix == ".csv" else 1)]
+            mend = (
+                "this looks like a cache of frontier predictions; give it as CACHE to `jaxre"
+                " compare`"
+            )
+        raise InputError(
+            f"{path}: no column {missing[0]!r} (columns: {', '.join(table[0])}); {mend}"
+        )
+    rows = [
+        _prediction(row, f"{path}:{number}")
+        for number, row in enumerate(table, start=2 if path.suffix == ".csv" else 1)
+    ]
     check_unique(rows, str(path))
     return rows
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .parquet or .csv file as plain dicts, at least one; CSV cells are text. Raises InputError."""
+    """Rows of a .parquet or .csv file as plain dicts, at least one; CSV cells are text. Raises
+    InputError.
+    """
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give the .parquet or .csv that `jaxre predict` wrote")
+        raise InputError(
+            f"{path}: no such file; give the .parquet or .csv that `jaxre predict` wrote"
+        )
     if path.suffix == ".csv":
         rows = _read_csv(path)
     elif path.suffix == ".parquet":
@@ -145,7 +182,10 @@ def check_unique(rows: Sequence[Prediction], place: str) -> None:
     seen = set()
     for row in rows:
         if row.example_id in seen:
-            raise InputError(f"{place}: example {row.example_id!r} occurs twice; keep one prediction per example (a file is one run)")
+            raise InputError(
+                f"{place}: example {row.example_id!r} occurs twice; keep one prediction per example"
+                " (a file is one run)"
+            )
         seen.add(row.example_id)
 
 
@@ -155,7 +195,9 @@ def as_text(value: Any) -> str:
 
 
 def stem_of(path: Path) -> Path:
-    """What the names of both files begin with: a path without .parquet or .csv; in a folder, `predictions`."""
+    """What the names of both files begin with: a path without .parquet or .csv; in a folder,
+    `predictions`.
+    """
     if path.is_dir():
         return path / "predictions"
     return path.with_suffix("") if path.suffix in (".parquet", ".csv") else path
@@ -166,7 +208,9 @@ def _existing(path: Path) -> Path:
         found = sorted(path.glob("*.parquet")) or sorted(path.glob("*.csv"))
         if len(found) != 1:
             names = ", ".join(file.name for file in found) or "none"
-            raise InputError(f"{path}: a folder with {len(found)} predictions files ({names}); name one of them")
+            raise InputError(
+                f"{path}: a folder with {len(found)} predictions files ({names}); name one of them"
+            )
         return found[0]
     if path.suffix not in (".parquet", ".csv"):
         for suffix in (".parquet", ".csv"):
@@ -177,7 +221,9 @@ def _existing(path: Path) -> Path:
 
 def _write_parquet(path: Path, rows: Sequence[Prediction]) -> None:
     columns: dict[str, list] = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
-    columns["probabilities"] = [None if cell is None else list(cell.items()) for cell in columns["probabilities"]]
+    columns["probabilities"] = [
+        None if cell is None else list(cell.items()) for cell in columns["probabilities"]
+    ]
     pq.write_table(pa.table(columns, schema=_ARROW), path, compression="zstd")
 
 
@@ -196,14 +242,18 @@ def _csv_cell(value: Any) -> str:
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
-    csv.field_size_limit(sys.maxsize)  # the default of 131,072 is less than a long prompt with many demonstrations
+    # the default of 131,072 is less than a long prompt with many demonstrations
+    csv.field_size_limit(sys.maxsize)
     rows = []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             for row in reader:
                 if None in row or None in row.values():
-                    raise InputError(f"{path}:{reader.line_num}: more or fewer cells than the header has; quote cells that hold commas")
+                    raise InputError(
+                        f"{path}:{reader.line_num}: more or fewer cells than the header has; quote"
+                        " cells that hold commas"
+                    )
                 rows.append(row)
     except (csv.Error, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not a CSV file in UTF-8: {error}; save it as such") from None
@@ -214,7 +264,10 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
     try:
         return pq.read_table(path).to_pylist(maps_as_pydicts="lossy")
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not a Parquet file: {str(error).splitlines()[0]}; give the .csv beside it, or predict again") from None
+        raise InputError(
+            f"{path}: not a Parquet file: {str(error).splitlines()[0]}; give the .csv beside it, or"
+            " predict again"
+        ) from None
 
 
 def _prediction(row: dict[str, Any], place: str) -> Prediction:
@@ -222,7 +275,9 @@ def _prediction(row: dict[str, Any], place: str) -> Prediction:
     if not values["example_id"]:
         raise InputError(f"{place}: empty example_id; every row needs the id of its example")
     values["score"] = _cell(row.get("score"), float, "score", place)
-    values["probabilities"] = _cell(row.get("probabilities"), _probabilities, "probabilities", place)
+    values["probabilities"] = _cell(
+        row.get("probabilities"), _probabilities, "probabilities", place
+    )
     values["input_tokens"] = _cell(row.get("input_tokens"), int, "input_tokens", place)
     values["output_tokens"] = _cell(row.get("output_tokens"), int, "output_tokens", place)
     values["cost_usd"] = _cell(row.get("cost_usd"), float, "cost_usd", place)
@@ -235,7 +290,10 @@ def _cell(value: Any, read: Callable[[Any], Any], name: str, place: str) -> Any:
     try:
         return read(value)
     except (TypeError, ValueError, AttributeError):
-        raise InputError(f"{place}: {name} cannot be read from {str(value)[:60]!r}; correct the cell or leave it empty") from None
+        raise InputError(
+            f"{place}: {name} cannot be read from {str(value)[:60]!r}; correct the cell or leave it"
+            " empty"
+        ) from None
 
 
 def _probabilities(value: Any) -> dict[str, float]:

@@ -1,10 +1,12 @@
-"""How much the prompt does: a table over prompt styles, and the main effects of what the styles vary.
+"""How much the prompt does: a table over prompt styles, and the main effects of what the styles
+vary.
 
     for table in prompt_sensitivity(study):
         table.spread, table.effects
 
-The styles are a fraction of all combinations of three factors (relations/prompt_styles.py), in which every level of a factor meets
-every level of each other factor equally often. Then the mean over one level minus the mean over another is a main effect.
+The styles are a fraction of all combinations of three factors (relations/prompt_styles.py), in
+which every level of a factor meets every level of each other factor equally often. Then the mean
+over one level minus the mean over another is a main effect.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class StyleRow(Row):
 
 @dataclass(frozen=True)
 class Effect(Row):
-    """A main effect on F1: mean with - mean without (demonstrations: mean at `level` - mean at 0)."""
+    """A main effect on F1: mean with - mean without (demonstrations: mean at `level` - mean at
+    0).
+    """
 
     name: str
     value: float
@@ -50,16 +54,19 @@ class Effect(Row):
 
 @dataclass(frozen=True)
 class PromptSensitivity(Row):
-    """The styles of one model in one setting; effects only where all eight are there, else `problem` says what is missing.
+    """The styles of one model in one setting; effects only where all eight are there, else
+    `problem` says what is missing.
 
-    The eight are half of the 16 combinations, in which each factor is balanced against each other one. What the demonstrations 0 and 4
-    share against 2 and 8 cannot be told from an interaction of the two definitions.
+    The eight are half of the 16 combinations, in which each factor is balanced against each other
+    one. What the demonstrations 0 and 4 share against 2 and 8 cannot be told from an interaction of
+    the two definitions.
     """
 
     model: str
     setting: str
     rows: tuple[StyleRow, ...]
-    spread: float | None  # best - worst overall F1 of the styles, where all were asked of the same datasets
+    # best - worst overall F1 of the styles, where all were asked of the same datasets
+    spread: float | None
     effects: tuple[Effect, ...]
     problem: str = ""
 
@@ -73,19 +80,38 @@ def prompt_sensitivity(study: StudyScores) -> tuple[PromptSensitivity, ...]:
     return tuple(_sensitivity(study, key, systems) for key, systems in settings.items())
 
 
-def _sensitivity(study: StudyScores, key: tuple, systems: list[RecordedSystem]) -> PromptSensitivity:
+def _sensitivity(
+    study: StudyScores, key: tuple, systems: list[RecordedSystem]
+) -> PromptSensitivity:
     kind, model, regime, shots = key
     rows = []
     for system in sorted(systems, key=lambda one: style_factors(one.style)):
         demonstrations, task, labels = style_factors(system.style)
-        f1 = {cell.dataset: cell.interval.value for cell in study.asked(system.name, study.groups[OVERALL])}
-        rows.append(StyleRow(system.style, task, labels, demonstrations, system.name, study.average(system.name, OVERALL), f1))
+        f1 = {
+            cell.dataset: cell.interval.value
+            for cell in study.asked(system.name, study.groups[OVERALL])
+        }
+        rows.append(
+            StyleRow(
+                system.style,
+                task,
+                labels,
+                demonstrations,
+                system.name,
+                study.average(system.name, OVERALL),
+                f1,
+            )
+        )
     sound = [row.average for row in rows if row.average.value is not None]
     values = [one.value for one in sound] if len({one.datasets for one in sound}) == 1 else []
     problem = _incomplete(rows)
     return PromptSensitivity(
         model=model,
-        setting=", ".join(part for part in (kind, regime, "" if shots is None else f"trained on {shots} shots") if part),
+        setting=", ".join(
+            part
+            for part in (kind, regime, "" if shots is None else f"trained on {shots} shots")
+            if part
+        ),
         rows=tuple(rows),
         spread=max(values) - min(values) if len(values) > 1 else None,
         effects=() if problem else _effects(study, rows),
@@ -94,10 +120,15 @@ def _sensitivity(study: StudyScores, key: tuple, systems: list[RecordedSystem]) 
 
 
 def style_factors(style: str) -> tuple[int, bool, bool]:
-    """(demonstrations, task defined, labels defined) of the name of a prompt style, such as `shots2-task`."""
+    """(demonstrations, task defined, labels defined) of the name of a prompt style, such as
+    `shots2-task`.
+    """
     found = re.fullmatch(r"shots(\d+)(-task)?(-labels)?", style)
     if not found:
-        raise InputError(f"prompt style {style!r}: not of the form shots2-task; predict with a style that `jaxre predict --help` lists")
+        raise InputError(
+            f"prompt style {style!r}: not of the form shots2-task; predict with a style that `jaxre"
+            " predict --help` lists"
+        )
     return int(found[1]), bool(found[2]), bool(found[3])
 
 
@@ -126,7 +157,10 @@ def _effects(study: StudyScores, rows: Sequence[StyleRow]) -> tuple[Effect, ...]
     contrasts = {
         "task definition": _contrast(factors[:, 1] == 1, factors[:, 1] == 0),
         "label definitions": _contrast(factors[:, 2] == 1, factors[:, 2] == 0),
-        **{f"{level} demonstrations": _contrast(factors[:, 0] == level, factors[:, 0] == first) for level in more},
+        **{
+            f"{level} demonstrations": _contrast(factors[:, 0] == level, factors[:, 0] == first)
+            for level in more
+        },
     }
     weights = np.stack(list(contrasts.values()), axis=1)  # styles effects
     datasets = []
@@ -135,7 +169,10 @@ def _effects(study: StudyScores, rows: Sequence[StyleRow]) -> tuple[Effect, ...]
         datasets.append(Resamples(styles.whole @ weights, styles.drawn @ weights))
     averaged = clustered(datasets, study.seed)
     intervals = [f1_interval(averaged, index) for index in range(len(contrasts))]
-    return tuple(Effect(name, one.value, one.low, one.high) for name, one in zip(contrasts, intervals, strict=True))
+    return tuple(
+        Effect(name, one.value, one.low, one.high)
+        for name, one in zip(contrasts, intervals, strict=True)
+    )
 
 
 def _contrast(those: np.ndarray, others: np.ndarray) -> np.ndarray:

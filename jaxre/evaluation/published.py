@@ -20,9 +20,11 @@ PATH = Path(__file__).parents[1] / "assets" / "published.json"
 
 @dataclass(frozen=True)
 class PublishedSystem(Row):
-    """One published row: positive-class micro-F1 per dataset. `note`: what went wrong in it, if anything; then it goes into no average.
+    """One published row: positive-class micro-F1 per dataset. `note`: what went wrong in it, if
+    anything; then it goes into no average.
 
-    kind: tuned, adapted, encoder, frontier (as in study_record). regime: gentune, littune, mixtune. shots: of training and prompt.
+    kind: tuned, adapted, encoder, frontier (as in study_record). regime: gentune, littune, mixtune.
+    shots: of training and prompt.
     """
 
     name: str
@@ -37,7 +39,9 @@ class PublishedSystem(Row):
 
 @dataclass(frozen=True)
 class PublishedFootprint(Row):
-    """gigabytes: approximate, of the model as deployed; gpu_ms (RTX 4090), cpu_ms: milliseconds per extraction."""
+    """gigabytes: approximate, of the model as deployed; gpu_ms (RTX 4090), cpu_ms: milliseconds per
+    extraction.
+    """
 
     name: str
     parameters: int

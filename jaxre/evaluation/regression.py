@@ -4,8 +4,9 @@
     fit.per_decade, fit.low, fit.high       # F1 per factor of ten in parameters
     fit.problem                             # why there is no figure, or ""
 
-Least squares of F1 on log10(parameters), with the family and further factors (regime, shots, dataset) as dummies. Size can be told
-from family only by families that have several sizes; with one size per family there is no answer, and none is given.
+Least squares of F1 on log10(parameters), with the family and further factors (regime, shots,
+dataset) as dummies. Size can be told from family only by families that have several sizes; with one
+size per family there is no answer, and none is given.
 """
 
 from __future__ import annotations
@@ -56,9 +57,11 @@ class Coefficient(Row):
 class ScaleRegression(Row):
     """The fit; `per_decade`, `low`, `high`, `p` are of log10(parameters) and None with a `problem`.
 
-    source: measured or published; excluded: systems left out because their answers are broken. carried_by: the families with more
-    than one size, which alone tell size from family. standard_errors: "clustered by dataset" from five datasets on, else "HC3"; degrees:
-    of freedom of the t distribution. coefficients: without those of the dataset dummies. dropped: columns that others determine.
+    source: measured or published; excluded: systems left out because their answers are broken.
+    carried_by: the families with more than one size, which alone tell size from family.
+    standard_errors: "clustered by dataset" from five datasets on, else "HC3"; degrees: of freedom
+    of the t distribution. coefficients: without those of the dataset dummies. dropped: columns that
+    others determine.
     """
 
     source: str
@@ -80,12 +83,16 @@ class ScaleRegression(Row):
 
 
 def scale_regression(
-    points: Sequence[ScalePoint], factors: Sequence[str] = FACTORS, source: str = "measured", excluded: Sequence[str] = ()
+    points: Sequence[ScalePoint],
+    factors: Sequence[str] = FACTORS,
+    source: str = "measured",
+    excluded: Sequence[str] = (),
 ) -> ScaleRegression:
     """Fits F1 ~ log10(parameters) + family + factors; says in `problem` why it cannot.
 
-    Standard errors allow for points that vary together within a dataset (Liang & Zeger 1986, with the usual factor
-    G/(G-1) (N-1)/(N-K) and t of G-1 degrees) or, with few datasets, for unequal variance (HC3, MacKinnon & White 1985).
+    Standard errors allow for points that vary together within a dataset (Liang & Zeger 1986, with
+    the usual factor G/(G-1) (N-1)/(N-K) and t of G-1 degrees) or, with few datasets, for unequal
+    variance (HC3, MacKinnon & White 1985).
 
     Args:
       points: one per system and dataset.
@@ -99,24 +106,54 @@ def scale_regression(
     for point in points:
         sizes[point.family].add(point.parameters)
     several = tuple(sorted(family for family, found in sizes.items() if len(found) > 1))
-    known = {"points": len(points), "families": tuple(sorted(sizes)), "carried_by": several, "source": source, "excluded": tuple(excluded)}
+    known = {
+        "points": len(points),
+        "families": tuple(sorted(sizes)),
+        "carried_by": several,
+        "source": source,
+        "excluded": tuple(excluded),
+    }
     if len(sizes) < 2:
-        return ScaleRegression(**known, problem="one model family at most: nothing to control for; add models of another family")
+        return ScaleRegression(
+            **known,
+            problem=(
+                "one model family at most: nothing to control for; add models of another family"
+            ),
+        )
     if not several:
-        return ScaleRegression(**known, problem="every family has one size: size cannot be told from family; add a second size of one")
+        return ScaleRegression(
+            **known,
+            problem=(
+                "every family has one size: size cannot be told from family; add a second size"
+                " of one"
+            ),
+        )
 
     design, names, dropped = _design(points, factors)
     if SLOPE in dropped:
-        return ScaleRegression(**known, dropped=dropped, problem="the other columns determine the size; leave out a factor or add systems")
+        return ScaleRegression(
+            **known,
+            dropped=dropped,
+            problem="the other columns determine the size; leave out a factor or add systems",
+        )
     if len(points) <= design.shape[1]:
-        return ScaleRegression(**known, dropped=dropped, problem=f"{len(points)} points for {design.shape[1]} columns; add systems")
+        return ScaleRegression(
+            **known,
+            dropped=dropped,
+            problem=f"{len(points)} points for {design.shape[1]} columns; add systems",
+        )
     f1 = np.array([point.f1 for point in points])
-    coefficients, covariance, degrees, errors = _fit(design, f1, [point.dataset for point in points])
+    coefficients, covariance, degrees, errors = _fit(
+        design, f1, [point.dataset for point in points]
+    )
     residual, spread = f1 - design @ coefficients, f1 - f1.mean()
     table = [
         _coefficient(name, float(value), float(error), degrees)
-        for name, value, error in zip(names, coefficients, np.sqrt(np.diag(covariance)), strict=True)
-        if not name.startswith("dataset ")  # their clustered standard errors are zero by construction
+        for name, value, error in zip(
+            names, coefficients, np.sqrt(np.diag(covariance)), strict=True
+        )
+        # Datasets' clustered standard errors are zero by construction.
+        if not name.startswith("dataset ")
     ]
     slope = next(one for one in table if one.name == SLOPE)
     return ScaleRegression(
@@ -136,14 +173,23 @@ def scale_regression(
 def _check(points: Sequence[ScalePoint], factors: Sequence[str]) -> None:
     for factor in factors:
         if factor not in FACTORS:
-            raise InputError(f"scale regression: unknown factor {factor!r}; the factors are {', '.join(FACTORS)}")
+            raise InputError(
+                f"scale regression: unknown factor {factor!r}; the factors are {', '.join(FACTORS)}"
+            )
     for point in points:
         if point.parameters <= 0:
-            raise InputError(f"scale regression: {point.name or point.family} has {point.parameters} parameters; state how many it has")
+            raise InputError(
+                f"scale regression: {point.name or point.family} has {point.parameters} parameters;"
+                " state how many it has"
+            )
 
 
-def _design(points: Sequence[ScalePoint], factors: Sequence[str]) -> tuple[np.ndarray, list[str], tuple[str, ...]]:
-    """The independent columns [N, K], their names, and those that others determine. The size comes last: what it adds to all."""
+def _design(
+    points: Sequence[ScalePoint], factors: Sequence[str]
+) -> tuple[np.ndarray, list[str], tuple[str, ...]]:
+    """The independent columns [N, K], their names, and those that others determine. The size comes
+    last: what it adds to all.
+    """
     columns = {"intercept": np.ones(len(points))}
     for factor in ("family", *factors):
         values = [getattr(point, factor) for point in points]
@@ -164,8 +210,12 @@ def _design(points: Sequence[ScalePoint], factors: Sequence[str]) -> tuple[np.nd
     return np.stack([columns[name] for name in names], axis=1), names, tuple(dropped)
 
 
-def _fit(design: np.ndarray, f1: np.ndarray, clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray, int, str]:
-    """Coefficients [K], their covariance [K, K], degrees of freedom, and what kind of standard error it is."""
+def _fit(
+    design: np.ndarray, f1: np.ndarray, clusters: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, int, str]:
+    """Coefficients [K], their covariance [K, K], degrees of freedom, and what kind of standard
+    error it is.
+    """
     count, columns = design.shape
     bread = np.linalg.inv(design.T @ design)
     coefficients = bread @ design.T @ f1
@@ -175,7 +225,12 @@ def _fit(design: np.ndarray, f1: np.ndarray, clusters: Sequence[str]) -> tuple[n
         member = np.array(clusters)[None] == np.array(groups)[:, None]  # G N
         sums = member @ scores
         factor = len(groups) / (len(groups) - 1) * (count - 1) / (count - columns)
-        return coefficients, factor * bread @ sums.T @ sums @ bread, len(groups) - 1, "clustered by dataset"
+        return (
+            coefficients,
+            factor * bread @ sums.T @ sums @ bread,
+            len(groups) - 1,
+            "clustered by dataset",
+        )
     leverage = np.einsum("nk,kl,nl->n", design, bread, design)
     # A point with a dummy of its own has no residual and tells nothing of the others.
     alone = leverage > 1 - 1e-9
@@ -190,7 +245,11 @@ def _coefficient(name: str, value: float, error: float, degrees: int) -> Coeffic
 
 
 def family_of(model: str) -> str:
-    """The family in a model's name: what stands before its size (`Qwen/Qwen2.5-0.5B-Instruct` -> `Qwen2.5`), or the whole name."""
+    """The family in a model's name: what stands before its size (`Qwen/Qwen2.5-0.5B-Instruct` ->
+    `Qwen2.5`), or the whole name.
+    """
     name = model.rstrip("/").rpartition("/")[2]
-    found = re.match(r"(.+?)[-_ ](\d+(\.\d+)?[bm]|tiny|small|base|medium|large)(?![a-z0-9])", name, re.IGNORECASE)
+    found = re.match(
+        r"(.+?)[-_ ](\d+(\.\d+)?[bm]|tiny|small|base|medium|large)(?![a-z0-9])", name, re.IGNORECASE
+    )
     return found.group(1) if found else name

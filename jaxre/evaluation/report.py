@@ -22,14 +22,21 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_report` left. closed: datasets without an open licence whose sentences the page shows."""
+    """What `write_report` left. closed: datasets without an open licence whose sentences the page
+    shows.
+    """
 
     page: Path
     figures: tuple[Path, ...]
     closed: tuple[str, ...]
 
 
-def write_report(folder: str | Path, output: str | Path | None = None, figures: str | Path | None = None, public: bool = False) -> Written:
+def write_report(
+    folder: str | Path,
+    output: str | Path | None = None,
+    figures: str | Path | None = None,
+    public: bool = False,
+) -> Written:
     """Writes the page, whole or not at all, and the figures.
 
     Args:
@@ -46,7 +53,11 @@ def write_report(folder: str | Path, output: str | Path | None = None, figures: 
     write_text(page, render(findings))
     drawn = draw_figures(findings, Path(figures)) if figures is not None else []
     shown = findings.disagreements.shown if findings.disagreements else ()
-    return Written(page, tuple(drawn), tuple(dict.fromkeys(one.dataset for one in shown if not one.open_licence)))
+    return Written(
+        page,
+        tuple(drawn),
+        tuple(dict.fromkeys(one.dataset for one in shown if not one.open_licence)),
+    )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -54,11 +65,14 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Half a surrogate pair, which JSON can hold, has no UTF-8 form: it is shown as a question mark.
+        # Half a surrogate pair, which JSON can hold, has no UTF-8 form: it is shown as a question
+        # mark.
         partial.write_bytes(text.encode("utf-8", "replace"))
         partial.replace(path)
     except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror}); name another file with --output") from None
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); name another file with --output"
+        ) from None
     finally:
         if partial.is_file():
             partial.unlink()

@@ -3,7 +3,8 @@
     findings = collect(measure(read_record("runs/study-small")), public=False)
     findings.headline, findings.comparisons, findings.disagreements
 
-No statistics are computed here: rows are chosen, ordered and cut to a size that a page can show, and each cut is counted.
+No statistics are computed here: rows are chosen, ordered and cut to a size that a page can show,
+and each cut is counted.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from jaxre.evaluation.prompt_effects import PromptSensitivity, prompt_sensitivit
 from jaxre.evaluation.regression import ScaleRegression
 from jaxre.evaluation.slices import Slice, slices
 from jaxre.evaluation.strata import STRATA, error_strata
-from jaxre.evaluation.study_contrasts import Difference, cross_domain, enumerated_effect, matched_shots, planned_comparisons
+from jaxre.evaluation.study_contrasts import (
+    Difference,
+    cross_domain,
+    enumerated_effect,
+    matched_shots,
+    planned_comparisons,
+)
 from jaxre.evaluation.study_record import RecordedDataset, StudyRecord
 from jaxre.evaluation.study_scores import OVERALL, Average, Cell, StudyScores
 from jaxre.evaluation.study_tables import (
@@ -41,7 +48,8 @@ from jaxre.relations.draws import digest
 from jaxre.relations.marks import locate
 from jaxre.relations.schema import Example, is_negative, normalise_label
 
-# Disagreements shown per dataset and frontier system; and labels of a confusion matrix, of which REBEL alone has 219.
+# Disagreements shown per dataset and frontier system; and labels of a confusion matrix, of which
+# REBEL alone has 219.
 EXAMPLES, CONFUSION_LABELS = 12, 24
 REST = "(all other labels)"
 
@@ -70,7 +78,19 @@ KIND_TITLES = {
 }
 REGIME_TITLES = {"gentune": "GenTune", "littune": "LitTune", "mixtune": "MixTune"}
 
-SLICE_FIELDS = ("level", "name", "domain", "dataset", "n", "measure", "value", "low", "high", "whole", "status")
+SLICE_FIELDS = (
+    "level",
+    "name",
+    "domain",
+    "dataset",
+    "n",
+    "measure",
+    "value",
+    "low",
+    "high",
+    "whole",
+    "status",
+)
 SLICE_WORDS = ("level", "domain", "dataset", "measure", "status")
 
 Segment = tuple[str, str]  # text, and what it is: "", "head", "tail" or "head tail"
@@ -102,7 +122,8 @@ class StrataRow:
 
 @dataclass(frozen=True)
 class Disagreement:
-    """One example that two systems answer differently, all labels in common ones where the frontier's are.
+    """One example that two systems answer differently, all labels in common ones where the
+    frontier's are.
 
     right: "model", "frontier" or "neither".
     """
@@ -122,7 +143,9 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class Disagreements:
-    """Of one model with each frontier system. counts: (dataset, frontier) -> (all, shown); withheld: datasets left out of a public page."""
+    """Of one model with each frontier system. counts: (dataset, frontier) -> (all, shown);
+    withheld: datasets left out of a public page.
+    """
 
     model: str
     shown: tuple[Disagreement, ...]
@@ -168,22 +191,46 @@ class Findings:
         return self.shared if group == IN_BOTH else self.study.groups[group]
 
     def average(self, row: HeadlineRow, group: str) -> Average | None:
-        """The mean of a row; None where it is over datasets that this study does not have, so that it would compare with nothing."""
-        if row.source == "published" and group == OVERALL and not self.shared and IN_BOTH in row.averages:
+        """The mean of a row; None where it is over datasets that this study does not have, so that
+        it would compare with nothing.
+        """
+        if (
+            row.source == "published"
+            and group == OVERALL
+            and not self.shared
+            and IN_BOTH in row.averages
+        ):
             group = IN_BOTH
         found = row.averages[group]
         return found if set(found.datasets) <= set(self.study.groups[OVERALL]) else None
 
     def whole_average(self, row: HeadlineRow, group: str) -> Average | None:
-        """The mean of a row over all datasets of a group; None where it lacks one, so that it would not compare with other rows."""
+        """The mean of a row over all datasets of a group; None where it lacks one, so that it would
+        not compare with other rows.
+        """
         found = self.average(row, group)
-        return found if found and found.value is not None and set(self.wanted(group)) <= set(found.datasets) else None
+        return (
+            found
+            if found and found.value is not None and set(self.wanted(group)) <= set(found.datasets)
+            else None
+        )
 
     @cached_property
     def rows(self) -> tuple[HeadlineRow, ...]:
-        """Measured rows, then published ones with a figure for a dataset of this study; in each, means of most datasets first."""
+        """Measured rows, then published ones with a figure for a dataset of this study; in each,
+        means of most datasets first.
+        """
         names = set(self.study.groups[OVERALL])
-        return tuple(sorted((row for row in self.headline.rows if row.source == "measured" or names & set(row.cells)), key=self._rank))
+        return tuple(
+            sorted(
+                (
+                    row
+                    for row in self.headline.rows
+                    if row.source == "measured" or names & set(row.cells)
+                ),
+                key=self._rank,
+            )
+        )
 
     @property
     def measured(self) -> tuple[HeadlineRow, ...]:
@@ -198,7 +245,12 @@ class Findings:
         average = self.average(row, group)
         if average is None or average.value is None:
             return row.source == "published", len(self.wanted(group)) + 1, 0.0, row.name
-        return row.source == "published", len(self.wanted(group)) - len(average.datasets), -average.value, row.name
+        return (
+            row.source == "published",
+            len(self.wanted(group)) - len(average.datasets),
+            -average.value,
+            row.name,
+        )
 
 
 def collect(study: StudyScores, public: bool = False) -> Findings:
@@ -208,7 +260,8 @@ def collect(study: StudyScores, public: bool = False) -> Findings:
       public: sentences of datasets without an open licence are left out.
     """
     best = best_tuned(study)
-    styled = {one.name for one in study.record.systems if one.style}  # the same weights as another row
+    # the same weights as another row
+    styled = {one.name for one in study.record.systems if one.style}
     return Findings(
         study=study,
         datasets=tuple(_dataset(study, one) for one in study.record.datasets),
@@ -217,7 +270,9 @@ def collect(study: StudyScores, public: bool = False) -> Findings:
         effects={
             "Labels listed in the prompt (first) against not listed": enumerated_effect(study),
             "Trained on the other domain (first) against on this one": cross_domain(study),
-            "As many demonstrations as in training (first) against another number": matched_shots(study),
+            "As many demonstrations as in training (first) against another number": matched_shots(
+                study
+            ),
         },
         labels=labels_effect(study),
         footprint=tuple(row for row in footprint(study) if row.name not in styled),
@@ -231,10 +286,20 @@ def collect(study: StudyScores, public: bool = False) -> Findings:
 
 
 def best_tuned(study: StudyScores) -> str | None:
-    """The fine-tuned system with the most datasets and, of these, the highest mean F1; those of the style table do not count."""
-    tuned = [one.name for one in study.record.systems if one.kind in ("tuned", "adapted") and not one.style]
+    """The fine-tuned system with the most datasets and, of these, the highest mean F1; those of the
+    style table do not count.
+    """
+    tuned = [
+        one.name
+        for one in study.record.systems
+        if one.kind in ("tuned", "adapted") and not one.style
+    ]
     averages = [(study.average(name, OVERALL), name) for name in tuned]
-    ranked = [(len(average.datasets), average.value, name) for average, name in averages if average.value is not None]
+    ranked = [
+        (len(average.datasets), average.value, name)
+        for average, name in averages
+        if average.value is not None
+    ]
     return max(ranked)[2] if ranked else None
 
 
@@ -244,9 +309,12 @@ def dataset_title(name: str) -> str:
 
 def scope_title(scope: str) -> str:
     """A domain, a dataset or the overall average as a heading."""
-    return {OVERALL: "Overall", IN_BOTH: "Datasets that the paper has too", "general": "General", "literary": "Literary"}.get(
-        scope
-    ) or dataset_title(scope)
+    return {
+        OVERALL: "Overall",
+        IN_BOTH: "Datasets that the paper has too",
+        "general": "General",
+        "literary": "Literary",
+    }.get(scope) or dataset_title(scope)
 
 
 def setting(row: HeadlineRow) -> str:
@@ -263,15 +331,22 @@ def setting(row: HeadlineRow) -> str:
 
 
 def cividis(value: float) -> tuple[str, str]:
-    """Colour of a share in [0, 1] on a scale that colour-blind readers see alike, and that of text on it."""
+    """Colour of a share in [0, 1] on a scale that colour-blind readers see alike, and that of text
+    on it.
+    """
     red, green, blue, _ = colormaps["cividis"](min(max(value, 0.0), 1.0))
-    # Relative luminance (WCAG 2.2, with 2.2 for its piecewise exponent); from 0.18 on black contrasts more than white.
+    # Relative luminance (WCAG 2.2, with 2.2 for its piecewise exponent); from 0.18 on black
+    # contrasts more than white.
     light = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 > 0.18
-    return "#" + "".join(f"{round(255 * part):02x}" for part in (red, green, blue)), "#111" if light else "#fff"
+    return "#" + "".join(f"{round(255 * part):02x}" for part in (red, green, blue)), (
+        "#111" if light else "#fff"
+    )
 
 
 def page_data(findings: Findings) -> dict[str, Any]:
-    """What the page's own script draws: the points of the charts, the slices and the confusion matrices."""
+    """What the page's own script draws: the points of the charts, the slices and the confusion
+    matrices.
+    """
     return {
         "kinds": KIND_TITLES,
         "charts": {"scaling": scaling_points(findings), "cost": cost_points(findings)},
@@ -283,7 +358,9 @@ def page_data(findings: Findings) -> dict[str, Any]:
                 "title": dataset_title(dataset),
                 "rows": one.labels,
                 "columns": one.columns,
-                "counts": [[*cell, int(one.counts[*cell])] for cell in np.argwhere(one.counts).tolist()],
+                "counts": [
+                    [*cell, int(one.counts[*cell])] for cell in np.argwhere(one.counts).tolist()
+                ],
             }
             for (system, dataset), one in findings.confusions.items()
         ],
@@ -291,7 +368,9 @@ def page_data(findings: Findings) -> dict[str, Any]:
 
 
 def _slices_data(tables: dict[str, tuple[Slice, ...]]) -> dict[str, Any]:
-    """Rows of SLICE_FIELDS. What recurs is a number into `words`: a study has tens of thousands of slices."""
+    """Rows of SLICE_FIELDS. What recurs is a number into `words`: a study has tens of thousands of
+    slices.
+    """
     words: dict[str, int] = {}
 
     def cells(one: Slice) -> list[Any]:
@@ -305,30 +384,44 @@ def _slices_data(tables: dict[str, tuple[Slice, ...]]) -> dict[str, Any]:
 
 
 def scaling_points(findings: Findings) -> list[dict[str, Any]]:
-    """F1 against parameters, one point per row and group (domains, all, what the paper has too) that it has all datasets of."""
+    """F1 against parameters, one point per row and group (domains, all, what the paper has too)
+    that it has all datasets of.
+    """
     return [
         _point(row, average, group, row.parameters)
         for row in findings.rows
         for group in (*findings.study.groups, *((IN_BOTH,) if findings.shared else ()))
-        if row.parameters and not row.style and (average := findings.whole_average(row, group)) is not None
+        if row.parameters
+        and not row.style
+        and (average := findings.whole_average(row, group)) is not None
     ]
 
 
 def cost_points(findings: Findings) -> list[dict[str, Any]]:
-    """Overall F1 against what the answers cost (USD per 1,000), what training took (hours) and how long one answer takes (ms)."""
+    """Overall F1 against what the answers cost (USD per 1,000), what training took (hours) and how
+    long one answer takes (ms).
+    """
     systems = {system.name: system for system in findings.record.systems}
     points = []
     for row in (row for row in findings.measured if not row.style):
         average, system = findings.whole_average(row, OVERALL), systems[row.name]
         if average is None:
             continue
-        answers = sum(len(cell.ids) for cell in findings.study.asked(row.name, findings.study.groups[OVERALL]))
+        answers = sum(
+            len(cell.ids) for cell in findings.study.asked(row.name, findings.study.groups[OVERALL])
+        )
         prices = {
-            "dollars": None if system.cost_usd is None or not answers else 1000 * system.cost_usd / answers,
+            "dollars": (
+                None if system.cost_usd is None or not answers else 1000 * system.cost_usd / answers
+            ),
             "hours": None if system.seconds is None else system.seconds / 3600,
             "milliseconds": system.latency_ms,
         }
-        points += [_point(row, average, group, price) for group, price in prices.items() if price is not None]
+        points += [
+            _point(row, average, group, price)
+            for group, price in prices.items()
+            if price is not None
+        ]
     return points
 
 
@@ -353,18 +446,34 @@ def _dataset(study: StudyScores, one: RecordedDataset) -> DatasetRow:
 def _strata(cell: Cell) -> StrataRow:
     found = error_strata(cell.gold, cell.predicted, cell.schema)
     counts = {one.name: one.count for one in found.strata}
-    return StrataRow(cell.system, cell.dataset, found.examples, found.errors, tuple(counts[name] for name in STRATA))
+    return StrataRow(
+        cell.system,
+        cell.dataset,
+        found.examples,
+        found.errors,
+        tuple(counts[name] for name in STRATA),
+    )
 
 
 def _confusion(study: StudyScores, cell: Cell) -> Confusion:
-    """At most CONFUSION_LABELS labels by their frequency in the dataset, the same for every system; the others are one row and column."""
+    """At most CONFUSION_LABELS labels by their frequency in the dataset, the same for every system;
+    the others are one row and column.
+    """
     labels = cell.classes
     whole = confusion_matrix(cell.gold, cell.predicted, labels)
     if len(labels) <= CONFUSION_LABELS:
         return whole
-    gold = cell.gold if cell.common else [example.relation for example in study.record.examples[cell.dataset].values()]
+    gold = (
+        cell.gold
+        if cell.common
+        else [example.relation for example in study.record.examples[cell.dataset].values()]
+    )
     support = Counter(map(normalise_label, gold))
-    kept = sorted(sorted(range(len(labels)), key=lambda i: (-support[normalise_label(labels[i])], labels[i]))[:CONFUSION_LABELS])
+    kept = sorted(
+        sorted(range(len(labels)), key=lambda i: (-support[normalise_label(labels[i])], labels[i]))[
+            :CONFUSION_LABELS
+        ]
+    )
     place = np.full(len(whole.columns), len(kept))  # the rest takes what is not kept
     place[kept] = np.arange(len(kept))
     place[len(labels) :] = len(kept) + 1
@@ -383,10 +492,23 @@ def _disagreements(study: StudyScores, model: str, public: bool) -> Disagreement
             ours, theirs = study.cell(model, dataset.name), study.cell(frontier, dataset.name)
             if ours is None or theirs is None or dataset.name in withheld:
                 continue
-            answers = {id: (gold, answer) for id, gold, answer in zip(theirs.ids, theirs.gold, theirs.predicted, strict=True)}
-            translated = [theirs.common.predicted(answer) for answer in ours.predicted] if theirs.common else ours.predicted
+            answers = {
+                id: (gold, answer)
+                for id, gold, answer in zip(theirs.ids, theirs.gold, theirs.predicted, strict=True)
+            }
+            translated = (
+                [theirs.common.predicted(answer) for answer in ours.predicted]
+                if theirs.common
+                else ours.predicted
+            )
             found = [
-                _disagreement(study.record.examples[dataset.name][id], frontier, answer, *answers[id], dataset.open_licence)
+                _disagreement(
+                    study.record.examples[dataset.name][id],
+                    frontier,
+                    answer,
+                    *answers[id],
+                    dataset.open_licence,
+                )
                 for id, answer in zip(ours.ids, translated, strict=True)
                 if id in answers and not _same(answer, answers[id][1])
             ]
@@ -397,15 +519,20 @@ def _disagreements(study: StudyScores, model: str, public: bool) -> Disagreement
 
 
 def _in_turns(found: Sequence[Disagreement]) -> list[Disagreement]:
-    """At most EXAMPLES, of each kind in turn, within a kind by a draw that hangs on the ids alone."""
+    """At most EXAMPLES, of each kind in turn, within a kind by a draw that hangs on the ids
+    alone.
+    """
     kinds = [
-        sorted((one for one in found if one.right == right), key=lambda one: digest(one.id)) for right in ("model", "frontier", "neither")
+        sorted((one for one in found if one.right == right), key=lambda one: digest(one.id))
+        for right in ("model", "frontier", "neither")
     ]
     turns = itertools.chain.from_iterable(itertools.zip_longest(*kinds))
     return [one for one in turns if one is not None][:EXAMPLES]
 
 
-def _disagreement(example: Example, frontier: str, ours: str, gold: str, theirs: str, open_licence: bool) -> Disagreement:
+def _disagreement(
+    example: Example, frontier: str, ours: str, gold: str, theirs: str, open_licence: bool
+) -> Disagreement:
     right = "model" if _same(ours, gold) else "frontier" if _same(theirs, gold) else "neither"
     return Disagreement(
         example.id,
@@ -424,15 +551,24 @@ def _disagreement(example: Example, frontier: str, ours: str, gold: str, theirs:
 
 def _same(first: str, second: str) -> bool:
     """Whether two labels are one; all that say "no relation" are."""
-    return normalise_label(first) == normalise_label(second) or (is_negative(first) and is_negative(second))
+    return normalise_label(first) == normalise_label(second) or (
+        is_negative(first) and is_negative(second)
+    )
 
 
 def segments(example: Example) -> tuple[Segment, ...]:
-    """The text cut where an entity begins or ends, each part with what it belongs to; entities may nest or cross."""
-    head, tail = locate(example.text, example.head, example.tail, example.head_span, example.tail_span)
+    """The text cut where an entity begins or ends, each part with what it belongs to; entities may
+    nest or cross.
+    """
+    head, tail = locate(
+        example.text, example.head, example.tail, example.head_span, example.tail_span
+    )
     spans = {name: span for name, span in (("head", head), ("tail", tail)) if span is not None}
     cuts = sorted({0, len(example.text), *(place for span in spans.values() for place in span)})
     return tuple(
-        (example.text[start:end], " ".join(name for name, span in spans.items() if span[0] <= start and end <= span[1]))
+        (
+            example.text[start:end],
+            " ".join(name for name, span in spans.items() if span[0] <= start and end <= span[1]),
+        )
         for start, end in itertools.pairwise(cuts)
     )

@@ -1,4 +1,5 @@
-"""The figures of a study as PNG and PDF: means, heat map, cost, size, prompt styles, confusion of the best tuned system.
+"""The figures of a study as PNG and PDF: means, heat map, cost, size, prompt styles, confusion of
+the best tuned system.
 
 paths = draw_figures(findings, Path("figures"))
 """
@@ -16,8 +17,28 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from jaxre.evaluation.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, YELLOW, bare, draw_confusion, plain, save
-from jaxre.evaluation.report_data import KIND_TITLES, Findings, best_tuned, cividis, cost_points, dataset_title, scaling_points
+from jaxre.evaluation.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    YELLOW,
+    bare,
+    draw_confusion,
+    plain,
+    save,
+)
+from jaxre.evaluation.report_data import (
+    KIND_TITLES,
+    Findings,
+    best_tuned,
+    cividis,
+    cost_points,
+    dataset_title,
+    scaling_points,
+)
 from jaxre.evaluation.study_scores import OVERALL
 from jaxre.evaluation.study_tables import IN_BOTH
 
@@ -35,7 +56,9 @@ ROWS = 40
 
 
 def draw_figures(findings: Findings, folder: Path) -> list[Path]:
-    """Draws each figure that the study has data for, as NAME.png and NAME.pdf; returns the paths. Raises InputError."""
+    """Draws each figure that the study has data for, as NAME.png and NAME.pdf; returns the paths.
+    Raises InputError.
+    """
     drawers: dict[str, Callable[[Findings], Figure | None]] = {
         "means": _means,
         "heatmap": _heatmap,
@@ -47,14 +70,28 @@ def draw_figures(findings: Findings, folder: Path) -> list[Path]:
     best = best_tuned(findings.study)
     for (system, dataset), confusion in findings.confusions.items():
         if system == best:
-            title = f"{plain(system)} on {plain(dataset_title(dataset))}: a perfect system fills only the diagonal"
-            figures[f"confusion-{re.sub(r'[^A-Za-z0-9_.-]+', '-', dataset)}"] = draw_confusion(confusion, title)
-    return [path for name, figure in figures.items() if figure for path in save(figure, folder / f"{name}.png", folder / f"{name}.pdf")]
+            title = (
+                f"{plain(system)} on {plain(dataset_title(dataset))}: a perfect system fills only"
+                " the diagonal"
+            )
+            figures[f"confusion-{re.sub(r'[^A-Za-z0-9_.-]+', '-', dataset)}"] = draw_confusion(
+                confusion, title
+            )
+    return [
+        path
+        for name, figure in figures.items()
+        if figure
+        for path in save(figure, folder / f"{name}.png", folder / f"{name}.pdf")
+    ]
 
 
 def _means(findings: Findings) -> Figure | None:
     candidates = (row for row in findings.rows if not row.style)
-    shown = [(row, average) for row in candidates if (average := findings.average(row, OVERALL)) and average.value is not None]
+    shown = [
+        (row, average)
+        for row in candidates
+        if (average := findings.average(row, OVERALL)) and average.value is not None
+    ]
     # Means of fewer datasets do not compare with the others: they stand below.
     rows = sorted(shown, key=lambda one: (-len(one[1].datasets), -one[1].value))[:ROWS]
     if not rows:
@@ -65,11 +102,22 @@ def _means(findings: Findings) -> Figure | None:
     for place, (row, average) in enumerate(rows):
         colour, marker = KINDS[row.kind]
         if average.low is not None:
-            axes.plot([average.low, average.high], [place, place], color=colour, linewidth=1.4, alpha=0.7)
-        axes.plot(average.value, place, marker, color=colour, markerfacecolor=_face(row.source, colour), markersize=7)
+            axes.plot(
+                [average.low, average.high], [place, place], color=colour, linewidth=1.4, alpha=0.7
+            )
+        axes.plot(
+            average.value,
+            place,
+            marker,
+            color=colour,
+            markerfacecolor=_face(row.source, colour),
+            markersize=7,
+        )
     whole = len(findings.study.groups[OVERALL])
     names = [
-        plain(row.name, 48) + ("" if len(average.datasets) == whole else f" ({len(average.datasets)} of {whole})") for row, average in rows
+        plain(row.name, 48)
+        + ("" if len(average.datasets) == whole else f" ({len(average.datasets)} of {whole})")
+        for row, average in rows
     ]
     axes.set_yticks(range(len(rows)), names)
     for label, (row, _) in zip(axes.get_yticklabels(), rows, strict=True):
@@ -88,7 +136,9 @@ def _heatmap(findings: Findings) -> Figure | None:
     rows, names = findings.measured[:ROWS], findings.study.groups[OVERALL]
     if not rows or not names:
         return None
-    values = np.array([[row.cells[name].f1 if name in row.cells else np.nan for name in names] for row in rows])
+    values = np.array(
+        [[row.cells[name].f1 if name in row.cells else np.nan for name in names] for row in rows]
+    )
     figure = Figure(figsize=(4.5 + 0.85 * len(names), 2.2 + 0.32 * len(rows)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(values, cmap="cividis", vmin=0, vmax=1, aspect="auto")
@@ -96,26 +146,57 @@ def _heatmap(findings: Findings) -> Figure | None:
         if not np.isnan(value):
             cell = rows[place].cells[names[column]]
             marks = "!" * cell.broken + "°" * (cell.trained is False) + "*" * (not cell.comparable)
-            axes.text(column, place, f"{value:.2f}{marks}", ha="center", va="center", color=cividis(value)[1], fontsize=8)
-    axes.set_xticks(range(len(names)), [plain(dataset_title(name)) for name in names], rotation=40, ha="right", rotation_mode="anchor")
+            axes.text(
+                column,
+                place,
+                f"{value:.2f}{marks}",
+                ha="center",
+                va="center",
+                color=cividis(value)[1],
+                fontsize=8,
+            )
+    axes.set_xticks(
+        range(len(names)),
+        [plain(dataset_title(name)) for name in names],
+        rotation=40,
+        ha="right",
+        rotation_mode="anchor",
+    )
     axes.set_yticks(range(len(rows)), [plain(row.name, 48) for row in rows])
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, colors=INK)
     axes.set_title("F1 of each system on each dataset", loc="left", color=INK)
-    axes.set_xlabel("°: not trained on it; !: broken answers; *: other labels or a part of the examples", fontsize=8, color=INK, loc="left")
+    axes.set_xlabel(
+        "°: not trained on it; !: broken answers; *: other labels or a part of the examples",
+        fontsize=8,
+        color=INK,
+        loc="left",
+    )
     figure.colorbar(image, ax=axes, shrink=0.6, label="F1")
     return figure
 
 
 def _cost(findings: Findings) -> Figure | None:
-    groups = (("dollars", "USD per 1,000 answers"), ("hours", "hours of training"), ("milliseconds", "milliseconds per answer"))
-    found = [(title, points) for group, title in groups if (points := [one for one in cost_points(findings) if one["group"] == group])]
+    groups = (
+        ("dollars", "USD per 1,000 answers"),
+        ("hours", "hours of training"),
+        ("milliseconds", "milliseconds per answer"),
+    )
+    found = [
+        (title, points)
+        for group, title in groups
+        if (points := [one for one in cost_points(findings) if one["group"] == group])
+    ]
     if not found:
         return None
     figure = Figure(figsize=(5 * len(found), 4.2), layout="constrained")
-    for axes, (title, points) in zip(np.atleast_1d(figure.subplots(1, len(found))), found, strict=True):
+    for axes, (title, points) in zip(
+        np.atleast_1d(figure.subplots(1, len(found))), found, strict=True
+    ):
         _scatter(axes, points, title)
-    figure.suptitle("Cost against quality: up is better, left is cheaper", x=0.01, ha="left", color=INK)
+    figure.suptitle(
+        "Cost against quality: up is better, left is cheaper", x=0.01, ha="left", color=INK
+    )
     _legend(figure, [(one["kind"], one["source"]) for _, points in found for one in points])
     for axes, (_, points) in zip(figure.axes, found, strict=True):
         _name(figure, axes, points)
@@ -148,12 +229,27 @@ def _prompts(findings: Findings) -> Figure | None:
     for index, one in enumerate(findings.styles):
         rows = [row for row in one.rows if row.average.value is not None]
         # Side by side, so that the intervals of several models can be told apart.
-        places = [styles.index(row.style) + 0.12 * (index - (len(findings.styles) - 1) / 2) for row in rows]
+        places = [
+            styles.index(row.style) + 0.12 * (index - (len(findings.styles) - 1) / 2)
+            for row in rows
+        ]
         means = np.array([row.average.value for row in rows])
-        around = np.abs(np.array([[row.average.low, row.average.high] for row in rows]).reshape(-1, 2).T - means)
-        label, colour, marker = plain(f"{one.model}, {one.setting}", 80), colours[index % len(colours)], "os^Dv<>p"[index % 8]
+        around = np.abs(
+            np.array([[row.average.low, row.average.high] for row in rows]).reshape(-1, 2).T - means
+        )
+        label, colour, marker = (
+            plain(f"{one.model}, {one.setting}", 80),
+            colours[index % len(colours)],
+            "os^Dv<>p"[index % 8],
+        )
         axes.errorbar(places, means, around, fmt=marker, color=colour, elinewidth=1.2, label=label)
-    axes.set_xticks(range(len(styles)), [plain(style) for style in styles], rotation=30, ha="right", rotation_mode="anchor")
+    axes.set_xticks(
+        range(len(styles)),
+        [plain(style) for style in styles],
+        rotation=30,
+        ha="right",
+        rotation_mode="anchor",
+    )
     axes.grid(axis="y", color="#e4e4e4")
     axes.set_ylabel("mean F1 (line: 95% interval)")
     axes.set_title("The same question in several wordings", loc="left", color=INK)
@@ -166,8 +262,22 @@ def _scatter(axes: Axes, points: Sequence[dict[str, Any]], title: str) -> None:
     for one in points:
         colour, marker = KINDS[one["kind"]]
         if one["low"] is not None:
-            axes.plot([one["x"], one["x"]], [one["low"], one["high"]], color=colour, linewidth=1.2, alpha=0.5)
-        axes.plot(one["x"], one["y"], marker, color=colour, markerfacecolor=_face(one["source"], colour), markersize=8, linestyle="none")
+            axes.plot(
+                [one["x"], one["x"]],
+                [one["low"], one["high"]],
+                color=colour,
+                linewidth=1.2,
+                alpha=0.5,
+            )
+        axes.plot(
+            one["x"],
+            one["y"],
+            marker,
+            color=colour,
+            markerfacecolor=_face(one["source"], colour),
+            markersize=8,
+            linestyle="none",
+        )
     if min(one["x"] for one in points) > 0:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -190,22 +300,52 @@ def _name(figure: Figure, axes: Axes, points: Sequence[dict[str, Any]]) -> None:
     for one, (x, y) in zip(points, places, strict=True):
         name = plain(one["name"], 34)
         long = 4.1 * len(name)  # of 7 point letters
-        for left, up in ((7, -2), (-7 - long, -2), (7, 6), (-7 - long, 6), (7, -10), (-7 - long, -10)):
+        for left, up in (
+            (7, -2),
+            (-7 - long, -2),
+            (7, 6),
+            (-7 - long, 6),
+            (7, -10),
+            (-7 - long, -10),
+        ):
             area = (x + left, y + up, x + left + long, y + up + 7)
-            crossed = any(area[0] < b[2] and b[0] < area[2] and area[1] < b[3] and b[1] < area[3] for b in taken)
-            if one["source"] == "measured" and not crossed and left_end < area[0] and area[2] < right_end:
+            crossed = any(
+                area[0] < b[2] and b[0] < area[2] and area[1] < b[3] and b[1] < area[3]
+                for b in taken
+            )
+            if (
+                one["source"] == "measured"
+                and not crossed
+                and left_end < area[0]
+                and area[2] < right_end
+            ):
                 taken.append(area)
-                axes.annotate(name, (one["x"], one["y"]), (left, up), textcoords="offset points", fontsize=7, color=INK)
+                axes.annotate(
+                    name,
+                    (one["x"], one["y"]),
+                    (left, up),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=INK,
+                )
                 break
 
 
 def _short(value: float) -> str:
-    unit, factor = next(((unit, one) for unit, one in (("B", 1e9), ("M", 1e6), ("K", 1e3)) if value >= one), ("", 1.0))
+    unit, factor = next(
+        ((unit, one) for unit, one in (("B", 1e9), ("M", 1e6), ("K", 1e3)) if value >= one),
+        ("", 1.0),
+    )
     return f"{value / factor:g}{unit}"
 
 
 def _legend(figure: Figure, found: Sequence[tuple[str, str]]) -> None:
-    entries = [(kind, source) for kind in KINDS for source in ("measured", "published") if (kind, source) in set(found)]
+    entries = [
+        (kind, source)
+        for kind in KINDS
+        for source in ("measured", "published")
+        if (kind, source) in set(found)
+    ]
     handles = [
         Line2D(
             [],

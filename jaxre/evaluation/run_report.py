@@ -1,7 +1,8 @@
 """A run at a glance: a table for the terminal and two pictures for people who did not run it.
 
 print(summary_table(systems))
-draw_report(folder, systems, train_loss, validation_loss, confusion)     # summary.png, confusion.png
+draw_report(folder, systems, train_loss, validation_loss, confusion)     # summary.png,
+confusion.png
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ from jaxre.errors import InputError
 from jaxre.evaluation.figures import BLUE, GREY, INK, ORANGE, bare, draw_confusion, plain, save
 from jaxre.evaluation.metrics import Confusion, Scores
 
-CONFUSION_TITLE = "Which relation is taken for which: a perfect model fills only the diagonal\n(numbers: examples; shade: share of the row)"
+CONFUSION_TITLE = (
+    "Which relation is taken for which: a perfect model fills only the diagonal\n(numbers:"
+    " examples; shade: share of the row)"
+)
 
 Curve = Sequence[tuple[int, float]]  # (step, loss)
 
 
 @dataclass(frozen=True)
 class System:
-    """One line of the report. `ours`: the fine-tuned model; everything else is there to be compared with."""
+    """One line of the report. `ours`: the fine-tuned model; everything else is there to be compared
+    with.
+    """
 
     name: str
     scores: Scores
@@ -35,8 +41,14 @@ class System:
 
 
 def summary_table(systems: Sequence[System], title: str = "Test split") -> Table:
-    """F1, precision, recall, macro-F1 and accuracy of each system; a system that ours does not beat is marked so."""
-    table = Table(title=title, title_justify="left", caption="F1 counts found relations; 'no relation' answers are not rewarded.")
+    """F1, precision, recall, macro-F1 and accuracy of each system; a system that ours does not beat
+    is marked so.
+    """
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption="F1 counts found relations; 'no relation' answers are not rewarded.",
+    )
     table.add_column("system")
     for column in ("F1", "precision", "recall", "macro-F1", "accuracy"):
         table.add_column(column, justify="right")
@@ -45,7 +57,10 @@ def summary_table(systems: Sequence[System], title: str = "Test split") -> Table
     for system in systems:
         s = system.scores
         ahead = best is not None and not system.ours and s.f1 >= best
-        flags = ("ours does not beat it" if ahead else "", "collapsed: one label for all" if s.collapsed else "")
+        flags = (
+            "ours does not beat it" if ahead else "",
+            "collapsed: one label for all" if s.collapsed else "",
+        )
         note = "; ".join(part for part in (system.note, *flags) if part)
         cells = (f"{value:.3f}" for value in (s.f1, s.precision, s.recall, s.macro_f1, s.accuracy))
         table.add_row(Text(system.name), *cells, Text(note), style="bold" if system.ours else "")
@@ -78,7 +93,9 @@ def draw_report(
     return paths
 
 
-def _summary(systems: Sequence[System], train_loss: Curve, validation_loss: Curve, title: str) -> Figure:
+def _summary(
+    systems: Sequence[System], train_loss: Curve, validation_loss: Curve, title: str
+) -> Figure:
     figure = Figure(figsize=(11, max(3.6, 1.6 + 0.5 * len(systems))), layout="constrained")
     if title:
         figure.suptitle(plain(title), x=0.01, ha="left", fontweight="bold", color=INK)
@@ -99,15 +116,26 @@ def _summary(systems: Sequence[System], train_loss: Curve, validation_loss: Curv
         curves.set_ylim(bottom=0)
         curves.legend(frameon=False)
     else:
-        curves.text(0.5, 0.5, "no training in this run", ha="center", color=GREY, transform=curves.transAxes)
+        curves.text(
+            0.5, 0.5, "no training in this run", ha="center", color=GREY, transform=curves.transAxes
+        )
 
     bare(bars)
     bars.set_title("F1 on the test split: higher is better", loc="left", fontsize=11, color=INK)
     values = [system.scores.f1 for system in systems]
     places = np.arange(len(systems))
-    bars.barh(places, values, color=[BLUE if system.ours else GREY for system in systems], height=0.62)
+    bars.barh(
+        places, values, color=[BLUE if system.ours else GREY for system in systems], height=0.62
+    )
     for place, value, system in zip(places, values, systems, strict=True):
-        bars.text(value + 0.012, place, f"{value:.3f}", va="center", color=INK, fontweight="bold" if system.ours else "normal")
+        bars.text(
+            value + 0.012,
+            place,
+            f"{value:.3f}",
+            va="center",
+            color=INK,
+            fontweight="bold" if system.ours else "normal",
+        )
     bars.set_yticks(places, [plain(system.name) for system in systems])
     bars.invert_yaxis()
     bars.set_xlim(0, 1.12)

@@ -1,13 +1,14 @@
-"""Whether one system is better than another on the same examples: paired bootstrap and McNemar's test.
+"""Whether one system is better than another on the same examples: paired bootstrap and McNemar's
+test.
 
     both = resample_f1(gold, first, second)                       # the same draws for both
     f1_interval(both), difference_of(both)
     difference_of(clustered([both, both_on_another_dataset]))     # unweighted mean over datasets
 
 A resample only asks how often each *kind* of example was drawn: gold positive or not, each
-system's prediction positive or not and right or not. Two systems have at most 13 kinds, so drawing N examples with
-replacement is one multinomial draw over kinds. That is the bootstrap's distribution exactly,
-in memory [resamples, 13] for any N (10,000 resamples of 20,000 examples: 10 ms).
+system's prediction positive or not and right or not. Two systems have at most 13 kinds, so drawing
+N examples with replacement is one multinomial draw over kinds. That is the bootstrap's distribution
+exactly, in memory [resamples, 13] for any N (10,000 resamples of 20,000 examples: 10 ms).
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from jaxre.evaluation.metrics import Labels
 RESAMPLES = 10_000
 SEED = 42
 
-# Fewer clusters than this make clustered intervals and standard errors far too narrow (Cameron, Gelbach & Miller 2008).
+# Fewer clusters than this make clustered intervals and standard errors far too narrow (Cameron,
+# Gelbach & Miller 2008).
 FEW_CLUSTERS = 5
 
 
@@ -38,7 +40,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class PairedBootstrap:
-    """Positive-class micro-F1 of two systems on the same examples; `difference` is first - second."""
+    """Positive-class micro-F1 of two systems on the same examples; `difference` is first -
+    second.
+    """
 
     first: float
     second: float
@@ -61,7 +65,8 @@ class McNemar:
 
 @dataclass(frozen=True)
 class Resamples:
-    """A score of each of C systems on one set of examples, and on R resamples of it, the same draws for all systems.
+    """A score of each of C systems on one set of examples, and on R resamples of it, the same draws
+    for all systems.
 
     whole: [C] float64; drawn: [R, C] float64.
     """
@@ -70,42 +75,64 @@ class Resamples:
     drawn: np.ndarray
 
 
-def resample_f1(gold: Sequence[str], *systems: Sequence[str], resamples: int = RESAMPLES, seed: int | Sequence[int] = SEED) -> Resamples:
+def resample_f1(
+    gold: Sequence[str],
+    *systems: Sequence[str],
+    resamples: int = RESAMPLES,
+    seed: int | Sequence[int] = SEED,
+) -> Resamples:
     """Positive-class micro-F1 of each system, resampling examples.
 
     Args:
       gold, systems: N labels each; each of the systems are predictions for the same examples.
-      resamples, seed: the study uses 10,000 and 42. Datasets that are combined by `clustered` need a seed of their own each.
+      resamples, seed: the study uses 10,000 and 42. Datasets that are combined by `clustered` need
+        a seed of their own each.
 
     Raises:
       InputError: no examples, or lists of different length.
     """
     parts = [f1_parts(Labels.of(gold, predicted)) for predicted in systems]
-    return resample_ratios(np.stack([one[:, 0] for one in parts], axis=1), np.stack([one[:, 1] for one in parts], axis=1), resamples, seed)
+    return resample_ratios(
+        np.stack([one[:, 0] for one in parts], axis=1),
+        np.stack([one[:, 1] for one in parts], axis=1),
+        resamples,
+        seed,
+    )
 
 
-def resample_ratios(above: np.ndarray, below: np.ndarray, resamples: int = RESAMPLES, seed: int | Sequence[int] = SEED) -> Resamples:
+def resample_ratios(
+    above: np.ndarray,
+    below: np.ndarray,
+    resamples: int = RESAMPLES,
+    seed: int | Sequence[int] = SEED,
+) -> Resamples:
     """Sum over sum, 0 where the lower one is 0, resampling examples.
 
     Args:
-      above, below: [N, C] small non-negative integers, what each example adds to numerator and denominator of each of C scores.
+      above, below: [N, C] small non-negative integers, what each example adds to numerator and
+        denominator of each of C scores.
     """
     systems = above.shape[1]
     parts = np.concatenate([above, below], axis=1).astype(np.int64)  # N 2C
     whole, drawn = parts.sum(axis=0), _resample(parts, resamples, seed)
-    return Resamples(_ratio(whole[:systems], whole[systems:]), _ratio(drawn[:, :systems], drawn[:, systems:]))
+    return Resamples(
+        _ratio(whole[:systems], whole[systems:]), _ratio(drawn[:, :systems], drawn[:, systems:])
+    )
 
 
 def clustered(datasets: Sequence[Resamples], seed: int = SEED) -> Resamples:
-    """The unweighted mean over D datasets, resampling datasets and, within each that is drawn, examples.
+    """The unweighted mean over D datasets, resampling datasets and, within each that is drawn,
+    examples.
 
-    A resample draws D datasets with replacement. Slot s of resample r takes resample r + s of its dataset, so that a dataset
-    drawn twice brings two independent samples, and each resample of a dataset is used once on average. All systems
-    share the draws. Over one dataset it is that dataset's own bootstrap. The percentile interval of a mean of few
-    clusters is too narrow by about sqrt((D - 1) / D), and tells little below FEW_CLUSTERS.
+    A resample draws D datasets with replacement. Slot s of resample r takes resample r + s of its
+    dataset, so that a dataset drawn twice brings two independent samples, and each resample of a
+    dataset is used once on average. All systems share the draws. Over one dataset it is that
+    dataset's own bootstrap. The percentile interval of a mean of few clusters is too narrow by
+    about sqrt((D - 1) / D), and tells little below FEW_CLUSTERS.
 
     Args:
-      datasets: as `resample_f1` gives them, of the same systems and number of resamples, each with a seed of its own.
+      datasets: as `resample_f1` gives them, of the same systems and number of resamples, each with
+        a seed of its own.
     """
     whole = np.mean([one.whole for one in datasets], axis=0)
     drawn = np.stack([one.drawn for one in datasets])  # D R C
@@ -125,7 +152,8 @@ def difference_of(resampled: Resamples) -> PairedBootstrap:
     """The first of two systems against the second.
 
     Returns the difference first - second, its 95% percentile interval and the two-sided p value
-    (Efron & Tibshirani 1993, ch. 13 and 16; the added 1 keeps p above zero, Davison & Hinkley 1997, 4.2.1).
+    (Efron & Tibshirani 1993, ch. 13 and 16; the added 1 keeps p above zero, Davison & Hinkley 1997,
+    4.2.1).
     """
     differences = resampled.drawn[:, 0] - resampled.drawn[:, 1]
     low, high = np.percentile(differences, [2.5, 97.5])
@@ -142,20 +170,32 @@ def difference_of(resampled: Resamples) -> PairedBootstrap:
     )
 
 
-def bootstrap_f1(gold: Sequence[str], predicted: Sequence[str], resamples: int = RESAMPLES, seed: int = SEED) -> Interval:
-    """Positive-class micro-F1 of N predictions with its 95% percentile interval. Raises InputError for no examples."""
+def bootstrap_f1(
+    gold: Sequence[str], predicted: Sequence[str], resamples: int = RESAMPLES, seed: int = SEED
+) -> Interval:
+    """Positive-class micro-F1 of N predictions with its 95% percentile interval. Raises InputError
+    for no examples.
+    """
     return f1_interval(resample_f1(gold, predicted, resamples=resamples, seed=seed))
 
 
 def paired_bootstrap(
-    gold: Sequence[str], first: Sequence[str], second: Sequence[str], resamples: int = RESAMPLES, seed: int = SEED
+    gold: Sequence[str],
+    first: Sequence[str],
+    second: Sequence[str],
+    resamples: int = RESAMPLES,
+    seed: int = SEED,
 ) -> PairedBootstrap:
-    """`difference_of` two systems on the same N examples. Raises InputError: no examples, or lists of different length."""
+    """`difference_of` two systems on the same N examples. Raises InputError: no examples, or lists
+    of different length.
+    """
     return difference_of(resample_f1(gold, first, second, resamples=resamples, seed=seed))
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down correction (1979) of M p values, in their order: reject those below alpha and any error has a chance below alpha."""
+    """Holm's step-down correction (1979) of M p values, in their order: reject those below alpha
+    and any error has a chance below alpha.
+    """
     p = np.asarray(p, np.float64)
     order = np.argsort(p, kind="stable")
     corrected = np.empty_like(p)
@@ -166,7 +206,8 @@ def holm(p: Sequence[float]) -> list[float]:
 def mcnemar(first_right: np.ndarray, second_right: np.ndarray) -> McNemar:
     """McNemar's test (1947) on N paired bools: do two systems err equally often?
 
-    The exact binomial test below 25 discordant pairs, else chi-square with Edwards' continuity correction.
+    The exact binomial test below 25 discordant pairs, else chi-square with Edwards' continuity
+    correction.
     """
     first_right, second_right = np.asarray(first_right, bool), np.asarray(second_right, bool)
     only_first = int((first_right & ~second_right).sum())
@@ -190,16 +231,23 @@ def _ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def _resample(parts: np.ndarray, resamples: int, seed: int | Sequence[int]) -> np.ndarray:
-    """Sums of `parts` ([N, C] non-negative integers) over N examples drawn with replacement: [resamples, C]."""
+    """Sums of `parts` ([N, C] non-negative integers) over N examples drawn with replacement:
+    [resamples, C].
+    """
     kinds, counts = _kinds(parts)  # K C, K
     generator, shares = np.random.default_rng(seed), counts / len(parts)
-    chunk = max(1, 4_000_000 // len(kinds))  # of the resamples: many systems at once have thousands of kinds
+    # of the resamples: many systems at once have thousands of kinds
+    chunk = max(1, 4_000_000 // len(kinds))
     sizes = [min(chunk, resamples - done) for done in range(0, resamples, chunk)]
-    return np.concatenate([generator.multinomial(len(parts), shares, size=size) @ kinds for size in sizes])
+    return np.concatenate(
+        [generator.multinomial(len(parts), shares, size=size) @ kinds for size in sizes]
+    )
 
 
 def _kinds(parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct rows and how often each occurs. As one number per row where it fits: 20 times as fast as comparing rows."""
+    """The distinct rows and how often each occurs. As one number per row where it fits: 20 times as
+    fast as comparing rows.
+    """
     base = int(parts.max()) + 1
     if base ** parts.shape[1] >= 2**62:
         return np.unique(parts, axis=0, return_counts=True)

@@ -3,7 +3,8 @@
     table = slices(study, "qwen-gentune-2shot")
     [one for one in table if one.status == "hole"]
 
-Levels: domain, dataset, relation; and within each dataset entity types, sentence length and entity distance (attributes.py).
+Levels: domain, dataset, relation; and within each dataset entity types, sentence length and entity
+distance (attributes.py).
 """
 
 from __future__ import annotations
@@ -16,17 +17,26 @@ import numpy as np
 
 from jaxre.evaluation.attributes import DISTANCE, ENTITY_TYPES, LENGTH
 from jaxre.evaluation.rows import Row
-from jaxre.evaluation.significance import Interval, Resamples, clustered, f1_interval, resample_ratios
+from jaxre.evaluation.significance import (
+    Interval,
+    Resamples,
+    clustered,
+    f1_interval,
+    resample_ratios,
+)
 from jaxre.evaluation.study_scores import OVERALL, Cell, StudyScores, at_home
 from jaxre.relations.schema import is_negative, normalise_label
 
 # Hundreds of intervals per system: their ends need less precision than a headline's.
 RESAMPLES = 2_000
 
-# A slice of fewer examples is too small to be judged; with fewer positive gold labels it is judged by its accuracy.
+# A slice of fewer examples is too small to be judged; with fewer positive gold labels it is judged
+# by its accuracy.
 EXAMPLES, POSITIVES = 30, 10
 
-Level = Literal["domain", "dataset", "relation", "entity types", "sentence length", "entity distance"]
+Level = Literal[
+    "domain", "dataset", "relation", "entity types", "sentence length", "entity distance"
+]
 Status = Literal["fine", "hole", "too small", "broken"]
 
 
@@ -34,14 +44,18 @@ Status = Literal["fine", "hole", "too small", "broken"]
 class Slice(Row):
     """One part of the data.
 
-    level, name: such as "relation", "Kill"; domain, dataset: where it lies (dataset "" for a domain).
-    n: examples in it; positive: those with a positive gold label.
-    measure: what value, low, high and whole are: "F1" (positive-class micro; of a relation its own F1; of a domain the unweighted
-      average over its datasets), or "accuracy" where the slice has too few positive gold labels for an F1.
-    low, high: 95% bootstrap interval. whole, whole_low, whole_high: the same measure of the next larger whole: the dataset for
-      relations, types, lengths and distances; for domains and datasets all that the system was trained on (itself, where its F1 is not
-      comparable: study_scores). difference: value - whole.
-    status: "too small" to judge (fewer than EXAMPLES), "hole" (the interval lies wholly below that of the whole), "broken" (a domain or
+    level, name: such as "relation", "Kill"; domain, dataset: where it lies (dataset "" for a
+    domain). n: examples in it; positive: those with a positive gold label.
+    measure: what value, low, high and whole are: "F1" (positive-class micro; of a relation its own
+    F1; of a domain the unweighted
+      average over its datasets), or "accuracy" where the slice has too few positive gold labels for
+      an F1.
+    low, high: 95% bootstrap interval. whole, whole_low, whole_high: the same measure of the next
+    larger whole: the dataset for
+      relations, types, lengths and distances; for domains and datasets all that the system was
+      trained on (itself, where its F1 is not comparable: study_scores). difference: value - whole.
+    status: "too small" to judge (fewer than EXAMPLES), "hole" (the interval lies wholly below that
+    of the whole), "broken" (a domain or
       dataset whose answers are faulty as a whole: study_scores), else "fine".
     """
 
@@ -63,10 +77,12 @@ class Slice(Row):
 
 
 def slices(study: StudyScores, system: str, resamples: int = RESAMPLES) -> tuple[Slice, ...]:
-    """Every slice of every dataset that a system was asked: domains first, then each dataset followed by its parts.
+    """Every slice of every dataset that a system was asked: domains first, then each dataset
+    followed by its parts.
 
-    Relations are all labels of the schema, those without gold examples too, and gold labels beyond it. That of a positive label is judged
-    by its own F1 (wrong predictions of it count), a negative one by the share of its examples that stay negative.
+    Relations are all labels of the schema, those without gold examples too, and gold labels beyond
+    it. That of a positive label is judged by its own F1 (wrong predictions of it count), a negative
+    one by the share of its examples that stay negative.
     """
     cells = study.asked(system, study.groups[OVERALL])
     if not cells:
@@ -78,12 +94,41 @@ def slices(study: StudyScores, system: str, resamples: int = RESAMPLES) -> tuple
         members = at_home(inside) or inside
         interval = f1_interval(clustered([cell.resampled for cell in members], study.seed))
         against = whole if members[0].comparable else interval
-        count, positive = sum(len(cell.ids) for cell in members), sum(cell.positive.sum() for cell in members)
-        found.append(_slice("domain", domain, domain, "", count, positive, "F1", interval, against, any(cell.broken for cell in members)))
+        count, positive = (
+            sum(len(cell.ids) for cell in members),
+            sum(cell.positive.sum() for cell in members),
+        )
+        found.append(
+            _slice(
+                "domain",
+                domain,
+                domain,
+                "",
+                count,
+                positive,
+                "F1",
+                interval,
+                against,
+                any(cell.broken for cell in members),
+            )
+        )
     for cell in cells:
         count, positive = len(cell.ids), cell.positive.sum()
         against = whole if cell.comparable else cell.interval
-        found.append(_slice("dataset", cell.dataset, cell.domain, cell.dataset, count, positive, "F1", cell.interval, against, cell.broken))
+        found.append(
+            _slice(
+                "dataset",
+                cell.dataset,
+                cell.domain,
+                cell.dataset,
+                count,
+                positive,
+                "F1",
+                cell.interval,
+                against,
+                cell.broken,
+            )
+        )
         found += _parts(study, cell, resamples)
     return tuple(found)
 
@@ -93,13 +138,30 @@ def _parts(study: StudyScores, cell: Cell, resamples: int) -> list[Slice]:
     seed = study.seed_of(cell.dataset)
     positive, ones = cell.positive, np.ones((len(cell.ids), 1), np.int64)
     right = cell.right[:, None]
-    wholes = {"F1": cell.interval, "accuracy": f1_interval(resample_ratios(right, ones, resamples, seed))}
+    wholes = {
+        "F1": cell.interval,
+        "accuracy": f1_interval(resample_ratios(right, ones, resamples, seed)),
+    }
     found = []
 
-    def add(level: Level, name: str, members: np.ndarray, measure: str, resampled: Resamples) -> None:
+    def add(
+        level: Level, name: str, members: np.ndarray, measure: str, resampled: Resamples
+    ) -> None:
         interval = f1_interval(resampled)
         count, positives = len(members), positive[members].sum()
-        found.append(_slice(level, name, cell.domain, cell.dataset, count, positives, measure, interval, wholes[measure]))
+        found.append(
+            _slice(
+                level,
+                name,
+                cell.domain,
+                cell.dataset,
+                count,
+                positives,
+                measure,
+                interval,
+                wholes[measure],
+            )
+        )
 
     code = {name: index for index, name in enumerate(cell.labels.names)}
     for label in cell.classes:
@@ -108,10 +170,22 @@ def _parts(study: StudyScores, cell: Cell, resamples: int) -> list[Slice]:
         members = np.flatnonzero(is_gold)
         if is_negative(label):
             if len(members):
-                add("relation", label, members, "accuracy", resample_ratios(right[members], ones[members], resamples, seed))
+                add(
+                    "relation",
+                    label,
+                    members,
+                    "accuracy",
+                    resample_ratios(right[members], ones[members], resamples, seed),
+                )
             continue
         above, below = 2 * (is_gold & is_predicted), is_gold.astype(np.int64) + is_predicted
-        add("relation", label, members, "F1", resample_ratios(above[:, None], below[:, None], resamples, seed))
+        add(
+            "relation",
+            label,
+            members,
+            "F1",
+            resample_ratios(above[:, None], below[:, None], resamples, seed),
+        )
 
     for level in (ENTITY_TYPES, LENGTH, DISTANCE):
         members_of: dict[str, list[int]] = defaultdict(list)
@@ -120,8 +194,16 @@ def _parts(study: StudyScores, cell: Cell, resamples: int) -> list[Slice]:
         for name in sorted(members_of, key=_natural):
             members = np.array(members_of[name])
             measure = "F1" if positive[members].sum() >= POSITIVES else "accuracy"
-            above, below = (cell.parts[:, :1], cell.parts[:, 1:]) if measure == "F1" else (right, ones)
-            add(level, name, members, measure, resample_ratios(above[members], below[members], resamples, seed))
+            above, below = (
+                (cell.parts[:, :1], cell.parts[:, 1:]) if measure == "F1" else (right, ones)
+            )
+            add(
+                level,
+                name,
+                members,
+                measure,
+                resample_ratios(above[members], below[members], resamples, seed),
+            )
     return found
 
 
@@ -131,7 +213,18 @@ def _natural(name: str) -> tuple[int, str]:
     return (int(number) if number.isdigit() else -1), name
 
 
-def _slice(level, name, domain, dataset, count, positive, measure, interval: Interval, whole: Interval, broken: bool = False) -> Slice:
+def _slice(
+    level,
+    name,
+    domain,
+    dataset,
+    count,
+    positive,
+    measure,
+    interval: Interval,
+    whole: Interval,
+    broken: bool = False,
+) -> Slice:
     if broken:
         status = "broken"
     elif count < EXAMPLES:

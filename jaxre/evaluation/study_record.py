@@ -1,4 +1,5 @@
-"""What a study leaves for its report: systems, datasets, and where the predictions of each on each are.
+"""What a study leaves for its report: systems, datasets, and where the predictions of each on each
+are.
 
     record = read_record("runs/study-small")
     rows = record.systems[0].rows("gids")
@@ -26,9 +27,11 @@ Kind = Literal["tuned", "adapted", "encoder", "untuned", "baseline", "frontier"]
 
 @dataclass(frozen=True)
 class RecordedDataset:
-    """One benchmark: its labels (with the negative ones), and the test examples that every system was asked.
+    """One benchmark: its labels (with the negative ones), and the test examples that every system
+    was asked.
 
-    examples: JSONL file of `Example` records, in the study's folder. open_licence: whether its sentences may be shown in public.
+    examples: JSONL file of `Example` records, in the study's folder. open_licence: whether its
+    sentences may be shown in public.
     """
 
     name: str
@@ -42,12 +45,15 @@ class RecordedDataset:
 class RecordedSystem:
     """One model in one setting, with a predictions file per dataset.
 
-    kind: tuned (SFT), adapted (language modelling on raw text, then SFT), encoder, untuned (the base itself), baseline
-    (majority, TF-IDF), frontier (cached answers). regime: of the training data, such as gentune. seconds: of training; cost_usd: of
-    the predictions, where the cache states it. latency_ms: of one answer at batch 1. sizes: name -> bytes (base, nf4, adapter, merged).
-    truncation: of the training examples, the counts of `data.tokens.Truncation`; those longer than a row were left out.
-    trained_on: datasets whose training split it has seen; the others of `predictions` show how it carries over. common_labels:
-    dataset -> our label -> common label, of those datasets whose predictions file has common labels, gold and predicted (label_map).
+    kind: tuned (SFT), adapted (language modelling on raw text, then SFT), encoder, untuned (the
+    base itself), baseline (majority, TF-IDF), frontier (cached answers). regime: of the training
+    data, such as gentune. seconds: of training; cost_usd: of the predictions, where the cache
+    states it. latency_ms: of one answer at batch 1. sizes: name -> bytes (base, nf4, adapter,
+    merged). truncation: of the training examples, the counts of `data.tokens.Truncation`; those
+    longer than a row were left out. trained_on: datasets whose training split it has seen; the
+    others of `predictions` show how it carries over. common_labels: dataset -> our label -> common
+    label, of those datasets whose predictions file has common labels, gold and predicted
+    (label_map).
     """
 
     name: str
@@ -73,8 +79,9 @@ class RecordedSystem:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """A whole study; `device` and `versions` say where it was run. without: step -> why it has no result, so that a system or a dataset of
-    it may be missing here."""
+    """A whole study; `device` and `versions` say where it was run. without: step -> why it has no
+    result, so that a system or a dataset of it may be missing here.
+    """
 
     name: str
     folder: Path
@@ -86,30 +93,48 @@ class StudyRecord:
     without: dict[str, str] = field(default_factory=dict)
 
     def rows(self, system: RecordedSystem, dataset: str) -> list[Prediction]:
-        """The predictions of a system on a dataset; none where it was not asked. Raises InputError."""
+        """The predictions of a system on a dataset; none where it was not asked. Raises
+        InputError.
+        """
         path = system.predictions.get(dataset)
         return read_predictions(self.folder / path) if path else []
 
     @cached_property
     def examples(self) -> dict[str, dict[str, Example]]:
         """Dataset -> example id -> example, of every dataset."""
-        return {one.name: {e.id: e for e in read_examples(self.folder / one.examples)} for one in self.datasets}
+        return {
+            one.name: {e.id: e for e in read_examples(self.folder / one.examples)}
+            for one in self.datasets
+        }
 
 
 def read_examples(path: Path) -> list[Example]:
     """Examples as `write_examples` wrote them, ids and all. Raises InputError."""
     try:
         records = [json.loads(line) for line in read_lines(path)]
-        return [Example(**{**one, **{name: one[name] and tuple(one[name]) for name in ("head_span", "tail_span")}}) for one in records]
+        return [
+            Example(
+                **{
+                    **one,
+                    **{name: one[name] and tuple(one[name]) for name in ("head_span", "tail_span")},
+                }
+            )
+            for one in records
+        ]
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not the examples of a study ({error}); run `jaxre study` again") from None
+        raise InputError(
+            f"{path}: not the examples of a study ({error}); run `jaxre study` again"
+        ) from None
 
 
 def write_examples(path: Path, examples: list[Example]) -> None:
     """One JSON object per line, every field of `Example`; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in examples), encoding="utf-8")
+    partial.write_text(
+        "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in examples),
+        encoding="utf-8",
+    )
     partial.replace(path)
 
 
@@ -121,17 +146,24 @@ def write_record(record: StudyRecord) -> Path:
 
 
 def read_record(folder: str | Path) -> StudyRecord:
-    """Reads a study's folder. Raises InputError: no such file, or one that is no record of a study."""
+    """Reads a study's folder. Raises InputError: no such file, or one that is no record of a
+    study.
+    """
     path = Path(folder) / FILE
     if not path.is_file():
         raise InputError(f"{folder}: no {FILE}; give the folder that `jaxre study` wrote")
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        datasets = tuple(RecordedDataset(**{**one, "labels": tuple(one["labels"])}) for one in tree.pop("datasets"))
+        datasets = tuple(
+            RecordedDataset(**{**one, "labels": tuple(one["labels"])})
+            for one in tree.pop("datasets")
+        )
         systems = tuple(_system(one) for one in tree.pop("systems"))
         return StudyRecord(folder=Path(folder), datasets=datasets, systems=systems, **tree)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: not the record of a study ({error}); run `jaxre study` again") from None
+        raise InputError(
+            f"{path}: not the record of a study ({error}); run `jaxre study` again"
+        ) from None
 
 
 def _system(tree: dict[str, Any]) -> RecordedSystem:

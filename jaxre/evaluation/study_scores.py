@@ -23,7 +23,16 @@ from jaxre.evaluation.evaluate import score_dataset
 from jaxre.evaluation.metrics import Labels, Scores, score
 from jaxre.evaluation.predictions import Prediction
 from jaxre.evaluation.rows import Row
-from jaxre.evaluation.significance import RESAMPLES, SEED, Interval, Resamples, clustered, f1_interval, f1_parts, resample_ratios
+from jaxre.evaluation.significance import (
+    RESAMPLES,
+    SEED,
+    Interval,
+    Resamples,
+    clustered,
+    f1_interval,
+    f1_parts,
+    resample_ratios,
+)
 from jaxre.evaluation.study_record import RecordedDataset, RecordedSystem, StudyRecord
 from jaxre.relations.label_map import LabelMap
 from jaxre.relations.schema import NEGATIVES, Example, is_negative, normalise_label
@@ -38,12 +47,14 @@ MOST = 0.5
 class Cell:
     """One system on one dataset.
 
-    places: [n] int64, the answered examples, as indices into the dataset's; ids, gold, predicted: of these; asked: how many it has.
-    labels: the same, normalised, as codes. trained: whether the system has seen the dataset's training split; None where it is not trained.
-    common: the map to the common labels that gold and predicted are in, if they are not in the dataset's own.
-    schema: the labels that were allowed; classes: these, and the gold labels beyond them.
-    flags: what is wrong with the answers as a whole; broken: so wrong that their F1 must not go into an average.
-    comparable: scored with the dataset's own labels, on ENOUGH of its examples, related ones among them. The F1 of another cell does not
+    places: [n] int64, the answered examples, as indices into the dataset's; ids, gold, predicted:
+    of these; asked: how many it has. labels: the same, normalised, as codes. trained: whether the
+    system has seen the dataset's training split; None where it is not trained. common: the map to
+    the common labels that gold and predicted are in, if they are not in the dataset's own. schema:
+    the labels that were allowed; classes: these, and the gold labels beyond them. flags: what is
+    wrong with the answers as a whole; broken: so wrong that their F1 must not go into an average.
+    comparable: scored with the dataset's own labels, on ENOUGH of its examples, related ones among
+    them. The F1 of another cell does not
       compare with that of other systems, and goes into no average.
     """
 
@@ -78,7 +89,9 @@ class Cell:
 
     @cached_property
     def right(self) -> np.ndarray:
-        """[n] bool: the label is right; a negative answer to a negative gold is, however spelled."""
+        """[n] bool: the label is right; a negative answer to a negative gold is, however
+        spelled.
+        """
         return right_of(self.labels)
 
     @cached_property
@@ -91,7 +104,8 @@ class Cell:
         if common is None or self.common:
             return self.parts[index], self.right[index]
         labels = Labels.of(
-            [common.gold(self.gold[i], self.ids[i]) for i in index.tolist()], [common.predicted(self.predicted[i]) for i in index.tolist()]
+            [common.gold(self.gold[i], self.ids[i]) for i in index.tolist()],
+            [common.predicted(self.predicted[i]) for i in index.tolist()],
         )
         return f1_parts(labels), right_of(labels)
 
@@ -103,12 +117,16 @@ def right_of(labels: Labels) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Average(Row):
-    """Unweighted mean of F1 over the datasets of a group, with the 95% interval of the bootstrap clustered over datasets.
+    """Unweighted mean of F1 over the datasets of a group, with the 95% interval of the bootstrap
+    clustered over datasets.
 
-    value, low, high are None where nothing was asked, and where a dataset is `broken`: its flags say why. Published ones have no interval.
-    datasets: in the mean; missing: of the group, not asked of this system, so that the mean is of fewer datasets than others' are.
-    untrained: asked, but the system was not trained on them. They are left out where it was trained on others of the group, as the study
-      has it (the overall mean of GenTune is that of the general sets); else the mean is of them alone, a cross-domain one.
+    value, low, high are None where nothing was asked, and where a dataset is `broken`: its flags
+    say why. Published ones have no interval. datasets: in the mean; missing: of the group, not
+    asked of this system, so that the mean is of fewer datasets than others' are. untrained: asked,
+    but the system was not trained on them. They are left out where it was trained on others of the
+    group, as the study
+      has it (the overall mean of GenTune is that of the general sets); else the mean is of them
+      alone, a cross-domain one.
     apart: asked, but not comparable (Cell): in no mean.
     flags: of its cells, each as "dataset: flag".
     """
@@ -137,13 +155,19 @@ class StudyScores:
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Domain -> its datasets, then "overall" -> all."""
         domains = dict.fromkeys(one.domain for one in self.record.datasets)
-        found = {domain: tuple(one.name for one in self.record.datasets if one.domain == domain) for domain in domains}
+        found = {
+            domain: tuple(one.name for one in self.record.datasets if one.domain == domain)
+            for domain in domains
+        }
         return {**found, OVERALL: tuple(one.name for one in self.record.datasets)}
 
     @cached_property
     def attributes(self) -> dict[str, list[dict[str, str]]]:
         """Dataset -> slices that each of its examples falls into (`attributes_of`)."""
-        return {name: [attributes_of(one) for one in examples.values()] for name, examples in self.record.examples.items()}
+        return {
+            name: [attributes_of(one) for one in examples.values()]
+            for name, examples in self.record.examples.items()
+        }
 
     def cell(self, system: str, dataset: str) -> Cell | None:
         return self.cells.get((system, dataset))
@@ -161,7 +185,11 @@ class StudyScores:
         asked = self.asked(system, names)
         cells = at_home(asked)
         broken = tuple(cell.dataset for cell in cells if cell.broken)
-        shown = None if broken or not cells else f1_interval(clustered([cell.resampled for cell in cells], self.seed))
+        shown = (
+            None
+            if broken or not cells
+            else f1_interval(clustered([cell.resampled for cell in cells], self.seed))
+        )
         datasets = tuple(cell.dataset for cell in cells)
         return Average(
             value=shown and shown.value,
@@ -176,12 +204,16 @@ class StudyScores:
         )
 
     def seed_of(self, dataset: str) -> tuple[int, int]:
-        """The seed of a dataset's draws: of its own, so that datasets vary independently, whatever their order."""
+        """The seed of a dataset's draws: of its own, so that datasets vary independently, whatever
+        their order.
+        """
         return self.seed, zlib.crc32(dataset.encode())
 
 
 def at_home(cells: Sequence[Cell]) -> list[Cell]:
-    """Those comparable that the system was trained on, or need no training; all that are comparable if there are none."""
+    """Those comparable that the system was trained on, or need no training; all that are comparable
+    if there are none.
+    """
     comparable = [cell for cell in cells if cell.comparable]
     return [cell for cell in comparable if cell.trained is not False] or comparable
 
@@ -189,24 +221,33 @@ def at_home(cells: Sequence[Cell]) -> list[Cell]:
 def measure(record: StudyRecord, resamples: int = RESAMPLES, seed: int = SEED) -> StudyScores:
     """Reads, checks, scores and resamples every predictions file of a study.
 
-    Rows are joined to the examples by id, else by the hash of a prompt that another system of the study was asked for one.
+    Rows are joined to the examples by id, else by the hash of a prompt that another system of the
+    study was asked for one.
 
     Raises:
-      InputError: a file that cannot be read, a row of an example that the study does not have, a gold label
-        that differs from the example's, two answers of a system to one example, two systems or datasets of one name.
+      InputError: a file that cannot be read, a row of an example that the study does not have, a
+        gold label that differs from the example's, two answers of a system to one example, two
+        systems or datasets of one name.
     """
-    for what, names in (("systems", [one.name for one in record.systems]), ("datasets", [one.name for one in record.datasets])):
+    for what, names in (
+        ("systems", [one.name for one in record.systems]),
+        ("datasets", [one.name for one in record.datasets]),
+    ):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InputError(f"{record.folder}: two {what} are called {twice[0]!r}; name each once")
     study = StudyScores(record, {}, resamples, seed)
     for dataset in record.datasets:
         examples = list(record.examples[dataset.name].values())
         for system, answers in _answers(record, dataset, examples):
-            study.cells[system.name, dataset.name] = _cell(system, dataset, examples, answers, study)
+            study.cells[system.name, dataset.name] = _cell(
+                system, dataset, examples, answers, study
+            )
     return study
 
 
-def _answers(record: StudyRecord, dataset: RecordedDataset, examples: Sequence[Example]) -> list[tuple[RecordedSystem, dict[int, str]]]:
+def _answers(
+    record: StudyRecord, dataset: RecordedDataset, examples: Sequence[Example]
+) -> list[tuple[RecordedSystem, dict[int, str]]]:
     """Of each system that was asked: place of an example -> its answer."""
     place = {example.id: index for index, example in enumerate(examples)}
     by_hash: dict[str, set[int]] = defaultdict(set)
@@ -231,7 +272,8 @@ def _answers(record: StudyRecord, dataset: RecordedDataset, examples: Sequence[E
         where = f"{system.predictions[dataset.name]}: example {row.example_id!r}"
         if row.prompt_hash not in by_hash:
             raise InputError(
-                f"{where} (prompt hash {row.prompt_hash or 'none'}) is not among the test examples of {dataset.name}; predict these"
+                f"{where} (prompt hash {row.prompt_hash or 'none'}) is not among the test examples"
+                f" of {dataset.name}; predict these"
             )
         for index in by_hash[row.prompt_hash]:
             _check_gold(row, examples[index], system, dataset)
@@ -241,35 +283,57 @@ def _answers(record: StudyRecord, dataset: RecordedDataset, examples: Sequence[E
     return found
 
 
-def _check_gold(row: Prediction, example: Example, system: RecordedSystem, dataset: RecordedDataset) -> None:
+def _check_gold(
+    row: Prediction, example: Example, system: RecordedSystem, dataset: RecordedDataset
+) -> None:
     common = _common(system, dataset)
     gold = common.gold(example.relation, example.id) if common else example.relation
     if row.relation != gold and normalise_label(row.relation) != normalise_label(gold):
         raise InputError(
-            f"{system.predictions[dataset.name]}: example {row.example_id!r} has the gold label {row.relation!r}, in the data of "
-            f"the study it is {gold!r}; predict the study's data"
+            f"{system.predictions[dataset.name]}: example {row.example_id!r} has the gold label"
+            f" {row.relation!r}, in the data of the study it is {gold!r}; predict the study's data"
         )
 
 
 def _common(system: RecordedSystem, dataset: RecordedDataset) -> LabelMap | None:
-    """The map to the common labels that a predictions file is in, if it is not in the dataset's own."""
+    """The map to the common labels that a predictions file is in, if it is not in the dataset's
+    own.
+    """
     common = system.common_labels.get(dataset.name)
     return None if common is None else LabelMap(f"common_labels of {system.name}", common)
 
 
-def _cell(system: RecordedSystem, dataset: RecordedDataset, examples: list[Example], answers: dict[int, str], study: StudyScores) -> Cell:
+def _cell(
+    system: RecordedSystem,
+    dataset: RecordedDataset,
+    examples: list[Example],
+    answers: dict[int, str],
+    study: StudyScores,
+) -> Cell:
     places = np.array(sorted(answers), np.int64)
     common = _common(system, dataset)
-    gold = tuple(common.gold(examples[i].relation, examples[i].id) if common else examples[i].relation for i in places)
+    gold = tuple(
+        common.gold(examples[i].relation, examples[i].id) if common else examples[i].relation
+        for i in places
+    )
     predicted = tuple(answers[i] for i in places)
     schema = tuple(sorted(set(common.common.values()))) if common else dataset.labels
     # SemEval's official score is of its own labels alone.
-    scores = score(gold, predicted, schema) if common else score_dataset(dataset.name, gold, predicted, schema)
+    scores = (
+        score(gold, predicted, schema)
+        if common
+        else score_dataset(dataset.name, gold, predicted, schema)
+    )
     labels = Labels.of(gold, predicted)
     parts = f1_parts(labels)
     flags, broken = _flags(system, schema, predicted, scores, len(examples))
     if common:
-        flags += (f"scored with {len(schema)} common labels, not with the {len(dataset.labels)} of the dataset",)
+        flags += (
+            (
+                f"scored with {len(schema)} common labels, not with the {len(dataset.labels)} of"
+                " the dataset"
+            ),
+        )
     related = not all(map(is_negative, set(gold)))
     if not related:
         flags += ("no example has a relation: F1 is zero whatever the answers",)
@@ -285,21 +349,32 @@ def _cell(system: RecordedSystem, dataset: RecordedDataset, examples: list[Examp
         predicted=predicted,
         labels=labels,
         scores=scores,
-        resampled=resample_ratios(parts[:, :1], parts[:, 1:], study.resamples, study.seed_of(dataset.name)),
+        resampled=resample_ratios(
+            parts[:, :1], parts[:, 1:], study.resamples, study.seed_of(dataset.name)
+        ),
         flags=flags,
         broken=broken,
         trained=dataset.name in system.trained_on if system.trained_on else None,
         comparable=common is None and related and len(places) >= ENOUGH * len(examples),
         common=common,
         schema=schema,
-        classes=(*schema, *sorted({label for label in gold if normalise_label(label) not in known})),
+        classes=(
+            *schema,
+            *sorted({label for label in gold if normalise_label(label) not in known}),
+        ),
     )
 
 
 def _flags(
-    system: RecordedSystem, schema: Sequence[str], predicted: Sequence[str], scores: Scores, asked: int
+    system: RecordedSystem,
+    schema: Sequence[str],
+    predicted: Sequence[str],
+    scores: Scores,
+    asked: int,
 ) -> tuple[tuple[str, ...], bool]:
-    """What is wrong with the answers as a whole, and whether their F1 is one of a fault, not of a model."""
+    """What is wrong with the answers as a whole, and whether their F1 is one of a fault, not of a
+    model.
+    """
     known = {normalise_label(label) for label in schema} | NEGATIVES
     thinking = _share(predicted, lambda answer: answer.lstrip().lower().startswith("<think>"))
     valid = _share(predicted, lambda answer: normalise_label(answer) in known)

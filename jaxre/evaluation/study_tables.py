@@ -27,10 +27,12 @@ IN_BOTH = "measured and published"
 
 @dataclass(frozen=True)
 class HeadlineCell(Row):
-    """F1 with its interval (none for published figures). official: SemEval's macro-F1, on SemEval only. macro_f1: over the positive gold
-    labels; accuracy: over all classes; valid, malformed: shares of the answers (metrics.Scores).
+    """F1 with its interval (none for published figures). official: SemEval's macro-F1, on SemEval
+    only. macro_f1: over the positive gold labels; accuracy: over all classes; valid, malformed:
+    shares of the answers (metrics.Scores).
 
-    trained: whether the system has seen the dataset's training split; None where it is not trained. comparable: as in study_scores.Cell.
+    trained: whether the system has seen the dataset's training split; None where it is not trained.
+    comparable: as in study_scores.Cell.
     """
 
     f1: float
@@ -51,7 +53,9 @@ class HeadlineCell(Row):
 
 @dataclass(frozen=True)
 class HeadlineRow(Row):
-    """cells: dataset -> figures, of the datasets that it was asked; averages: each domain and "overall"."""
+    """cells: dataset -> figures, of the datasets that it was asked; averages: each domain and
+    "overall".
+    """
 
     name: str
     source: Literal["measured", "published"]
@@ -72,8 +76,8 @@ class HeadlineRow(Row):
 class Headline(Row):
     """groups: domain -> datasets, then "overall" -> all, in the order of the columns.
 
-    With published rows, "measured and published" holds the datasets of the study that both have, where these are not all: the one average
-    that compares measured with published rows.
+    With published rows, "measured and published" holds the datasets of the study that both have,
+    where these are not all: the one average that compares measured with published rows.
     """
 
     groups: dict[str, tuple[str, ...]]
@@ -91,7 +95,9 @@ class LabelsPoint(Row):
 
 @dataclass(frozen=True)
 class LabelsEffect(Row):
-    """F1 against the number of labels of one system: Spearman's rho with a bootstrap interval; None with fewer than five datasets."""
+    """F1 against the number of labels of one system: Spearman's rho with a bootstrap interval; None
+    with fewer than five datasets.
+    """
 
     name: str
     source: Literal["measured", "published"]
@@ -104,10 +110,11 @@ class LabelsEffect(Row):
 
 @dataclass(frozen=True)
 class FootprintRow(Row):
-    """Bytes, milliseconds, seconds; None where it was not measured. f1: overall average, over so many `datasets`.
+    """Bytes, milliseconds, seconds; None where it was not measured. f1: overall average, over so
+    many `datasets`.
 
-    left_out: training examples longer than a row; answers_lost: those of them that would have lost their answer or a part of it, had
-    they been cut to a row.
+    left_out: training examples longer than a row; answers_lost: those of them that would have lost
+    their answer or a part of it, had they been cut to a row.
     """
 
     name: str
@@ -142,13 +149,23 @@ def _groups(study: StudyScores, with_published: bool) -> dict[str, tuple[str, ..
     if not with_published:
         return study.groups
     ours, theirs = study.groups, published().domains
-    domains = {name: tuple(dict.fromkeys((*ours.get(name, ()), *theirs.get(name, ())))) for name in {**ours, **theirs} if name != OVERALL}
+    domains = {
+        name: tuple(dict.fromkeys((*ours.get(name, ()), *theirs.get(name, ()))))
+        for name in {**ours, **theirs}
+        if name != OVERALL
+    }
     everything = tuple(name for names in domains.values() for name in names)
     both = tuple(name for name in ours[OVERALL] if any(name in names for names in theirs.values()))
-    return {**domains, OVERALL: everything, **({IN_BOTH: both} if both and len(both) < len(everything) else {})}
+    return {
+        **domains,
+        OVERALL: everything,
+        **({IN_BOTH: both} if both and len(both) < len(everything) else {}),
+    }
 
 
-def _measured(study: StudyScores, system: RecordedSystem, groups: dict[str, tuple[str, ...]]) -> HeadlineRow:
+def _measured(
+    study: StudyScores, system: RecordedSystem, groups: dict[str, tuple[str, ...]]
+) -> HeadlineRow:
     cells = {
         cell.dataset: HeadlineCell(
             f1=cell.interval.value,
@@ -199,7 +216,10 @@ def _published(system: PublishedSystem, groups: dict[str, tuple[str, ...]]) -> H
         prompt_shots=system.shots,
         enumerated=None if system.kind == "encoder" else True,
         style="",
-        cells={dataset: HeadlineCell(f1, flags=flags, broken=bool(flags), trained=trained) for dataset, f1 in system.f1.items()},
+        cells={
+            dataset: HeadlineCell(f1, flags=flags, broken=bool(flags), trained=trained)
+            for dataset, f1 in system.f1.items()
+        },
         averages={group: _published_average(system, names) for group, names in groups.items()},
         note=system.note,
     )
@@ -209,7 +229,11 @@ def _published_average(system: PublishedSystem, names: Sequence[str]) -> Average
     datasets = tuple(name for name in names if name in system.f1)
     broken = datasets if system.note else ()
     return Average(
-        value=float(np.mean([system.f1[name] for name in datasets])) if datasets and not broken else None,
+        value=(
+            float(np.mean([system.f1[name] for name in datasets]))
+            if datasets and not broken
+            else None
+        ),
         low=None,
         high=None,
         datasets=datasets,
@@ -222,7 +246,8 @@ def _published_average(system: PublishedSystem, names: Sequence[str]) -> Average
 
 
 def scaling(study: StudyScores, with_published: bool = True) -> tuple[ScaleRegression, ...]:
-    """The scale regression over the tuned systems in the primary setting on what they were trained on, and over the published ones.
+    """The scale regression over the tuned systems in the primary setting on what they were trained
+    on, and over the published ones.
 
     Broken systems are left out and named.
     """
@@ -247,46 +272,79 @@ def scaling(study: StudyScores, with_published: bool = True) -> tuple[ScaleRegre
     if with_published:
         theirs = [one for one in published().systems if one.kind == "tuned"]
         points = [
-            ScalePoint(f1, one.parameters or 0, family_of(one.model), dataset, one.regime, str(one.shots), one.name, "published")
+            ScalePoint(
+                f1,
+                one.parameters or 0,
+                family_of(one.model),
+                dataset,
+                one.regime,
+                str(one.shots),
+                one.name,
+                "published",
+            )
             for one in theirs
             if not one.note
             for dataset, f1 in one.f1.items()
         ]
-        fits.append(scale_regression(points, source="published", excluded=tuple(one.name for one in theirs if one.note)))
+        fits.append(
+            scale_regression(
+                points, source="published", excluded=tuple(one.name for one in theirs if one.note)
+            )
+        )
     return tuple(fits)
 
 
 def labels_effect(study: StudyScores, with_published: bool = True) -> tuple[LabelsEffect, ...]:
-    """Of each system without broken answers: Spearman's rho of F1 and number of labels, resampling datasets and their examples."""
+    """Of each system without broken answers: Spearman's rho of F1 and number of labels, resampling
+    datasets and their examples.
+    """
     found = []
     labels = {one.name: len(one.labels) for one in study.record.datasets}
     for system in study.record.systems:
         cells = at_home(study.asked(system.name, study.groups[OVERALL]))
         if cells and not any(cell.broken for cell in cells):
-            points = [LabelsPoint(cell.dataset, labels[cell.dataset], cell.interval.value) for cell in cells]
+            points = [
+                LabelsPoint(cell.dataset, labels[cell.dataset], cell.interval.value)
+                for cell in cells
+            ]
             drawn = np.stack([cell.resampled.drawn[:, 0] for cell in cells])
             found.append(_labels_effect(system.name, "measured", points, drawn, study.seed))
     if with_published:
         for one in published().systems:
             if not one.note:
-                points = [LabelsPoint(dataset, published().labels[dataset], f1) for dataset, f1 in one.f1.items()]
+                points = [
+                    LabelsPoint(dataset, published().labels[dataset], f1)
+                    for dataset, f1 in one.f1.items()
+                ]
                 # Of published figures, datasets alone can be resampled.
                 drawn = np.repeat([[point.f1] for point in points], study.resamples, axis=1)
                 found.append(_labels_effect(one.name, "published", points, drawn, study.seed))
     return tuple(found)
 
 
-def _labels_effect(name: str, source, points: list[LabelsPoint], drawn: np.ndarray, seed: int) -> LabelsEffect:
+def _labels_effect(
+    name: str, source, points: list[LabelsPoint], drawn: np.ndarray, seed: int
+) -> LabelsEffect:
     """drawn: [D, R] F1 of each dataset's resamples."""
-    counts, f1 = np.array([point.labels for point in points]), np.array([point.f1 for point in points])
+    counts, f1 = (
+        np.array([point.labels for point in points]),
+        np.array([point.f1 for point in points]),
+    )
     if len(points) >= FEW_CLUSTERS and len(set(f1.tolist())) < 2:
-        return LabelsEffect(name, source, tuple(points), None, None, None, "F1 is the same on every dataset")
+        return LabelsEffect(
+            name, source, tuple(points), None, None, None, "F1 is the same on every dataset"
+        )
     if len(points) < FEW_CLUSTERS or len(set(counts.tolist())) < 2:
-        problem = f"it takes {FEW_CLUSTERS} datasets that differ in their number of labels; datasets here: {len(points)}"
+        problem = (
+            f"it takes {FEW_CLUSTERS} datasets that differ in their number of labels; datasets"
+            f" here: {len(points)}"
+        )
         return LabelsEffect(name, source, tuple(points), None, None, None, problem)
     datasets, resamples = drawn.shape
     chosen = np.random.default_rng(seed).integers(datasets, size=(resamples, datasets))
-    place = (np.arange(resamples)[:, None] + np.arange(datasets)) % resamples  # as in significance.clustered
+    place = (
+        np.arange(resamples)[:, None] + np.arange(datasets)
+    ) % resamples  # as in significance.clustered
     rho = _spearman(counts[chosen], drawn[chosen, place])
     low, high = np.percentile(rho[np.isfinite(rho)], [2.5, 97.5])
     whole = _spearman(counts[None], f1[None])[0]
@@ -321,7 +379,11 @@ def footprint(study: StudyScores, with_published: bool = True) -> tuple[Footprin
             datasets=len(average.datasets),
             note=one.note,
             left_out=one.truncation.get("cut"),
-            answers_lost=one.truncation["answer_gone"] + one.truncation["answer_cut"] if one.truncation else None,
+            answers_lost=(
+                one.truncation["answer_gone"] + one.truncation["answer_cut"]
+                if one.truncation
+                else None
+            ),
         )
         for one in study.record.systems
         for average in [study.average(one.name, OVERALL)]
@@ -329,7 +391,28 @@ def footprint(study: StudyScores, with_published: bool = True) -> tuple[Footprin
     if with_published:
         for one in published().footprint:
             note = f"RTX 4090; {one.cpu_ms:g} ms on its CPU; about {one.gigabytes:g} GB as deployed"
-            nothing = dict.fromkeys(("base", "nf4", "adapter", "merged", "peak_memory", "training_seconds", "cost_usd", "f1"))
+            nothing = dict.fromkeys(
+                (
+                    "base",
+                    "nf4",
+                    "adapter",
+                    "merged",
+                    "peak_memory",
+                    "training_seconds",
+                    "cost_usd",
+                    "f1",
+                )
+            )
             latency, parameters = one.gpu_ms, one.parameters
-            rows.append(FootprintRow(one.name, "published", "tuned", parameters, latency_ms=latency, note=note, **nothing))
+            rows.append(
+                FootprintRow(
+                    one.name,
+                    "published",
+                    "tuned",
+                    parameters,
+                    latency_ms=latency,
+                    note=note,
+                    **nothing,
+                )
+            )
     return tuple(rows)

@@ -1,10 +1,12 @@
-"""Attention to keys that lie in several places: what a batch shares, what a row or a slot has of its own.
+"""Attention to keys that lie in several places: what a batch shares, what a row or a slot has of
+its own.
 
-The keys are never put side by side. With scores s of the parts, m the highest of all of them and E = exp(s - m), the context is
-the sum of E V over the parts divided by the sum of E: one softmax over all keys, in f32 (at least).
+The keys are never put side by side. With scores s of the parts, m the highest of all of them and E
+= exp(s - m), the context is the sum of E V over the parts divided by the sum of E: one softmax over
+all keys, in f32 (at least).
 
-Letters: B rows, T tokens in a row, S positions asked for, H query heads, K key/value heads, G = H/K, C head channels, M queries of a
-key head, U keys of a part, P keys of the prefix.
+Letters: B rows, T tokens in a row, S positions asked for, H query heads, K key/value heads, G =
+H/K, C head channels, M queries of a key head, U keys of a part, P keys of the prefix.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ NEAR_MULTIPLE = 32  # keys behind a block, rounded up
 
 
 class Part(NamedTuple):
-    """Keys and values [B, K, U, C], or [K, U, C] where all rows share them, and which queries see them: to [B, K, M, U] broadcast."""
+    """Keys and values [B, K, U, C], or [K, U, C] where all rows share them, and which queries see
+    them: to [B, K, M, U] broadcast.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -28,12 +32,17 @@ class Part(NamedTuple):
 
 
 def joint_attention(queries: jax.Array, parts: Sequence[Part]) -> jax.Array:
-    """[B, K, M, C] queries -> [B, K, M, C] context, of the queries' dtype. Every query must see a key of some part."""
+    """[B, K, M, C] queries -> [B, K, M, C] context, of the queries' dtype. Every query must see a
+    key of some part.
+    """
     wide = jnp.promote_types(queries.dtype, jnp.float32)
     scores = []
     for part in parts:
         letters = "bkmc,bkuc->bkmu" if part.keys.ndim == 4 else "bkmc,kuc->bkmu"
-        found = jnp.einsum(letters, queries, part.keys, preferred_element_type=wide) * queries.shape[-1] ** -0.5
+        found = (
+            jnp.einsum(letters, queries, part.keys, preferred_element_type=wide)
+            * queries.shape[-1] ** -0.5
+        )
         scores.append(jnp.where(part.visible, found, jnp.finfo(wide).min))
     highest = jnp.stack([one.max(axis=-1) for one in scores]).max(axis=0)[..., None]
     total = context = 0.0
@@ -41,20 +50,32 @@ def joint_attention(queries: jax.Array, parts: Sequence[Part]) -> jax.Array:
         weights = jnp.exp(one - highest)
         letters = "bkmu,bkuc->bkmc" if part.values.ndim == 4 else "bkmu,kuc->bkmc"
         total += weights.sum(axis=-1, keepdims=True)
-        context += jnp.einsum(letters, weights.astype(queries.dtype), part.values, preferred_element_type=wide)
+        context += jnp.einsum(
+            letters, weights.astype(queries.dtype), part.values, preferred_element_type=wide
+        )
     return (context / total).astype(queries.dtype)
 
 
 def prefix_parts(prefix: tuple[jax.Array, jax.Array] | None, length: jax.Array | int) -> list[Part]:
-    """The part [K, P, C] that all see, of which the first `length` places count; none without a prefix."""
+    """The part [K, P, C] that all see, of which the first `length` places count; none without a
+    prefix.
+    """
     if prefix is None:
         return []
     keys, values = prefix
     return [Part(keys, values, jnp.arange(keys.shape[1]) < length)]
 
 
-def row_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible_until: jax.Array, before: Sequence[Part], span: int) -> jax.Array:
-    """Attention of packed rows: token i sees `before`, and token j of its row exactly when `j <= i < visible_until[j]`.
+def row_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible_until: jax.Array,
+    before: Sequence[Part],
+    span: int,
+) -> jax.Array:
+    """Attention of packed rows: token i sees `before`, and token j of its row exactly when `j <= i
+    < visible_until[j]`.
 
     Args:
       q: [B, T, H, C]; k, v: [B, T, K, C]; visible_until: [B, T] int32.
@@ -65,7 +86,11 @@ def row_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible_until: jax.A
     """
     T, K = q.shape[1], k.shape[2]
     block, back = block_of(T, span)
-    k, v = (jnp.pad(array.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (back, 0), (0, 0))) for array in (k, v))  # B K back+T C
+    # B K back+T C
+    k, v = (
+        jnp.pad(array.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (back, 0), (0, 0)))
+        for array in (k, v)
+    )
     until = jnp.pad(visible_until, ((0, 0), (back, 0)))  # zero before the row: seen by none
     blocks = jnp.moveaxis(q.reshape(q.shape[0], -1, block, *q.shape[2:]), 1, 0)  # N B block H C
 
@@ -87,18 +112,26 @@ def row_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible_until: jax.A
 
 
 def chosen_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, visible_until: jax.Array, before: Sequence[Part]
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    visible_until: jax.Array,
+    before: Sequence[Part],
 ) -> jax.Array:
     """`row_attention` of the queries [B, S, H, C] at row positions [B, S] alone."""
     key = jnp.arange(visible_until.shape[1])
-    visible = (key <= positions[..., None]) & (positions[..., None] < visible_until[:, None])  # B S T
+    # B S T
+    visible = (key <= positions[..., None]) & (positions[..., None] < visible_until[:, None])
     keys, values = (array.transpose(0, 2, 1, 3) for array in (k, v))
     own = Part(keys, values, _for_heads(visible, q.shape[2] // k.shape[2]))
     return _ungrouped(joint_attention(_grouped(q, k.shape[2]), [*before, own]), q.shape)
 
 
 def block_of(length: int, span: int) -> tuple[int, int]:
-    """How many queries of a row look together, and how far back; all of them where that is no less, or where blocks do not divide it."""
+    """How many queries of a row look together, and how far back; all of them where that is no less,
+    or where blocks do not divide it.
+    """
     back = -(-(span - 1) // NEAR_MULTIPLE) * NEAR_MULTIPLE
     return (QUERIES, back) if back + QUERIES < length and length % QUERIES == 0 else (length, 0)
 

@@ -31,7 +31,9 @@ ROW_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class ClassificationPlan:
-    """Which example goes to which row of which batch; all batches have one shape. A plan can be run again and again."""
+    """Which example goes to which row of which batch; all batches have one shape. A plan can be run
+    again and again.
+    """
 
     tokens: TokenSet
     batches: tuple[Update, ...]
@@ -40,12 +42,19 @@ class ClassificationPlan:
 
 
 def plan_classification(
-    tokens: TokenSet, architecture: EncoderArchitecture, *, batch_tokens: int, shards: int = 1, sharding: NamedSharding | None = None
+    tokens: TokenSet,
+    architecture: EncoderArchitecture,
+    *,
+    batch_tokens: int,
+    shards: int = 1,
+    sharding: NamedSharding | None = None,
 ) -> ClassificationPlan:
-    """Packs the examples, which must have labels (any, where they are not known), into batches of about `batch_tokens`.
+    """Packs the examples, which must have labels (any, where they are not known), into batches of
+    about `batch_tokens`.
 
     Args:
-      sharding: of [B, ...] arrays over a mesh, if the weights are on one, whose rows `shards` devices share.
+      sharding: of [B, ...] arrays over a mesh, if the weights are on one, whose rows `shards`
+        devices share.
 
     Raises:
       InputError: no example, or one that is longer than the model reads.
@@ -54,17 +63,29 @@ def plan_classification(
         raise InputError("there is no example to classify; is the split empty?")
     longest = int(tokens.lengths.max())
     if longest > architecture.max_length:
-        over = [name for name, length in zip(tokens.ids, tokens.lengths, strict=True) if length > architecture.max_length]
+        over = [
+            name
+            for name, length in zip(tokens.ids, tokens.lengths, strict=True)
+            if length > architecture.max_length
+        ]
         raise InputError(
-            f"{len(over)} of {len(tokens)} examples take more than the {architecture.max_length} tokens that the model reads "
-            f"(up to {longest}): {', '.join(over[:5])}{', ...' if over[5:] else ''}; shorten or leave them out"
+            f"{len(over)} of {len(tokens)} examples take more than the {architecture.max_length}"
+            f" tokens that the model reads (up to {longest}):"
+            f" {', '.join(over[:5])}{', ...' if over[5:] else ''}; shorten or leave them out"
         )
     row_length = -(-longest // ROW_MULTIPLE) * ROW_MULTIPLE
     prefixes = find_prefixes(tokens)
 
     def pack(rows: int) -> tuple[Update, ...]:
         plan = plan_by_tokens(
-            tokens.lengths, tokens.supervised, prefixes, seed=0, epochs=1, row_length=row_length, rows=rows, accumulation=1
+            tokens.lengths,
+            tokens.supervised,
+            prefixes,
+            seed=0,
+            epochs=1,
+            row_length=row_length,
+            rows=rows,
+            accumulation=1,
         )
         return plan.updates
 
@@ -75,7 +96,10 @@ def plan_classification(
 
 
 def run_classification(
-    params: Tree, architecture: EncoderArchitecture, plan: ClassificationPlan, advance: Callable[[int], None] = lambda examples: None
+    params: Tree,
+    architecture: EncoderArchitecture,
+    plan: ClassificationPlan,
+    advance: Callable[[int], None] = lambda examples: None,
 ) -> np.ndarray:
     """Log-probability of every label for every example, [n, N] f64.
 
@@ -86,7 +110,10 @@ def run_classification(
     for batch in plan.batches:
         (packed,) = batch.micro
         rows = on_mesh(fill_rows(plan.tokens, plan.prefixes, packed, batch.shape), plan.sharding)
-        found = np.asarray(log_probabilities(params, rows, architecture=architecture, sharding=plan.sharding))  # B S N
+        # B S N
+        found = np.asarray(
+            log_probabilities(params, rows, architecture=architecture, sharding=plan.sharding)
+        )
         for b, row in enumerate(packed):
             scores[list(row)] = found[b, : len(row)]
         advance(sum(map(len, packed)))
@@ -94,9 +121,29 @@ def run_classification(
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "sharding"))
-def log_probabilities(params: Tree, rows: Rows, *, architecture: EncoderArchitecture, sharding: NamedSharding | None = None) -> jax.Array:
+def log_probabilities(
+    params: Tree,
+    rows: Rows,
+    *,
+    architecture: EncoderArchitecture,
+    sharding: NamedSharding | None = None,
+) -> jax.Array:
     """[B, S, N] f32 log-softmax of the label logits at the rows' supervised positions."""
-    ops = Ops() if sharding is None else Ops(lambda x: jax.lax.with_sharding_constraint(x, sharding))
-    logits = classify(params, rows.tokens, rows.positions, rows.visible_until, rows.supervised, architecture, ops=ops)
+    ops = (
+        Ops() if sharding is None else Ops(lambda x: jax.lax.with_sharding_constraint(x, sharding))
+    )
+    logits = classify(
+        params,
+        rows.tokens,
+        rows.positions,
+        rows.visible_until,
+        rows.supervised,
+        architecture,
+        ops=ops,
+    )
     result = jax.nn.log_softmax(logits, axis=-1)
-    return result if sharding is None else jax.lax.with_sharding_constraint(result, NamedSharding(sharding.mesh, PartitionSpec()))
+    return (
+        result
+        if sharding is None
+        else jax.lax.with_sharding_constraint(result, NamedSharding(sharding.mesh, PartitionSpec()))
+    )

@@ -45,7 +45,9 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Task:
-    """A model with the config, prompt, schema and demonstrations that it predicts a dataset with."""
+    """A model with the config, prompt, schema and demonstrations that it predicts a dataset
+    with.
+    """
 
     loaded: Loaded
     config: Config
@@ -53,7 +55,12 @@ class Task:
     asked: DatasetTask
     folder: Path | None  # of the run, if it is one
 
-    def predict(self, examples: list[Example], mode: Mode, advance: Callable[[int], None] = lambda examples: None) -> list[Prediction]:
+    def predict(
+        self,
+        examples: list[Example],
+        mode: Mode,
+        advance: Callable[[int], None] = lambda examples: None,
+    ) -> list[Prediction]:
         config = self.config
         return predict_examples(
             self.loaded,
@@ -63,22 +70,33 @@ class Task:
             config.predict,
             mode=mode,
             demonstrations=demonstrator(self.asked.train, self.prompt, config.seed),
-            tuned_dataset_name=name_of(config.data.train) if self.loaded.factors is not None or self.folder else "none",
+            tuned_dataset_name=(
+                name_of(config.data.train)
+                if self.loaded.factors is not None or self.folder
+                else "none"
+            ),
             model_shot=str(config.prompt.shots),
             advance=advance,
         )
 
 
-def open_config(model: str, config_path: Path | None, style: str | None) -> tuple[Config, Prompt, Path | None]:
-    """The config that a model predicts with, the prompt (in a style, if one is given), and the folder of the run if it is one.
+def open_config(
+    model: str, config_path: Path | None, style: str | None
+) -> tuple[Config, Prompt, Path | None]:
+    """The config that a model predicts with, the prompt (in a style, if one is given), and the
+    folder of the run if it is one.
 
     Raises:
-      InputError: a model that is no run and no config for it; a config that cannot be used; no such style.
+      InputError: a model that is no run and no config for it; a config that cannot be used; no such
+        style.
     """
     folder = resolve_model(model)
     is_run = kind_of(folder) == "run"
     if config_path is None and not is_run:
-        raise InputError(f"{model}: not a run folder, so its prompt and labels are not known; give --config CONFIG with prompt and data")
+        raise InputError(
+            f"{model}: not a run folder, so its prompt and labels are not known; give --config"
+            " CONFIG with prompt and data"
+        )
     config = load_config(config_path or folder / "config.yaml")
     if style and config.train.objective == "classify":
         raise InputError(f"{model}: an encoder has no prompt; leave --style {style} out")
@@ -86,29 +104,50 @@ def open_config(model: str, config_path: Path | None, style: str | None) -> tupl
     return config, prompt, folder if is_run else None
 
 
-def predict_text(model: str, text: str, mode: Mode, config_path: Path | None, data: str | None = None, style: str | None = None) -> Table:
-    """The labels of one marked text with their probabilities, the most probable first; the one answer with its own, where the mode
-    gives no more. `data` says whose labels, where the run has several.
+def predict_text(
+    model: str,
+    text: str,
+    mode: Mode,
+    config_path: Path | None,
+    data: str | None = None,
+    style: str | None = None,
+) -> Table:
+    """The labels of one marked text with their probabilities, the most probable first; the one
+    answer with its own, where the mode gives no more. `data` says whose labels, where the run has
+    several.
 
     Raises InputError.
     """
     example = parse_marked(text)
     config, prompt, folder = open_config(model, config_path, style)
     asked = task_of(config, source_of(config, data, None) if data else None, shots=prompt.shots)
-    task = Task(open_model(model, compute_dtype(config.model.dtype), config.model.quantise), config, prompt, asked, folder)
+    task = Task(
+        open_model(model, compute_dtype(config.model.dtype), config.model.quantise),
+        config,
+        prompt,
+        asked,
+        folder,
+    )
+    # whose shipped label definitions the prompt may hold
     if asked.dataset:
-        example = replace(example, dataset=asked.dataset)  # whose shipped label definitions the prompt may hold
+        example = replace(example, dataset=asked.dataset)
     (row,) = task.predict([example], mode)
-    table = Table(title=Text(f"{example.head} -> {example.tail}"), title_justify="left")  # not markup: a head may be "[/b]"
+    # not markup: a head may be "[/b]"
+    table = Table(title=Text(f"{example.head} -> {example.tail}"), title_justify="left")
     told = [*asked.told, *filter(None, [untyped_notice(task.loaded, [example])])]
     table.add_column("label")
     table.add_column("probability", justify="right")
     if row.probabilities is None:
-        told.append("the probability that the model writes this and nothing else; --mode score compares all labels")
+        told.append(
+            "the probability that the model writes this and nothing else; --mode score compares all"
+            " labels"
+        )
         table.add_row(Text(row.generated_relation), f"{math.exp(row.score):.4g}", style="bold")
     else:
         for label, share in sorted(row.probabilities.items(), key=lambda item: -item[1]):
-            table.add_row(Text(label), f"{share:.4f}", style="bold" if label == row.generated_relation else "")
+            table.add_row(
+                Text(label), f"{share:.4f}", style="bold" if label == row.generated_relation else ""
+            )
     table.caption = "\n".join(told) or None
     return table
 
@@ -123,7 +162,8 @@ def predict_data(
     console: Console,
     style: str | None = None,
 ) -> Predicted:
-    """Predicts a split and writes its rows, by default to `predictions/DATASET-SPLIT-MODE[-STYLE]` in the run folder.
+    """Predicts a split and writes its rows, by default to `predictions/DATASET-SPLIT-MODE[-STYLE]`
+    in the run folder.
 
     Args:
       style: one of `prompt_styles.STYLES`, in place of the run's own prompt.
@@ -136,8 +176,17 @@ def predict_data(
     asked = task_of(config, source, examples[0].dataset, prompt.shots)
     gold = sum(bool(example.relation) for example in examples)
     labelled = gold == len(examples)
-    told = [*asked.told, *(Schemas({ANY: asked.schema}).check(examples, source.dataset) if labelled else [])]
-    task = Task(open_model(model, compute_dtype(config.model.dtype), config.model.quantise), config, prompt, asked, folder)
+    told = [
+        *asked.told,
+        *(Schemas({ANY: asked.schema}).check(examples, source.dataset) if labelled else []),
+    ]
+    task = Task(
+        open_model(model, compute_dtype(config.model.dtype), config.model.quantise),
+        config,
+        prompt,
+        asked,
+        folder,
+    )
     for line in [*told, *filter(None, [untyped_notice(task.loaded, examples)])]:
         console.print(line, markup=False)
     with Progress(console=console, transient=True) as bar:
@@ -149,38 +198,70 @@ def predict_data(
     name = "-".join(part for part in (dataset, source.split, mode, style) if part)
     path, _ = write_predictions(output or (folder or Path()) / "predictions" / name, rows)
     if not labelled:
-        return Predicted(rows, path, Text(f"{len(rows):,} examples, {gold or 'no'} gold labels{'; not scored' if gold else ''}"))
+        return Predicted(
+            rows,
+            path,
+            Text(
+                f"{len(rows):,} examples, {gold or 'no'} gold"
+                f" labels{'; not scored' if gold else ''}"
+            ),
+        )
     found = evaluate_rows(rows, str(path))
-    official = "" if found.semeval_official_f1 is None else f", official SemEval macro-F1 {found.semeval_official_f1:.4f}"
+    official = (
+        ""
+        if found.semeval_official_f1 is None
+        else f", official SemEval macro-F1 {found.semeval_official_f1:.4f}"
+    )
     told = "; COLLAPSED: one label is predicted for every example" if found.collapsed else ""
     if cut := sum(row.status == "truncated" for row in rows):
-        told += f"; {cut:,} answers reach the {config.predict.max_new_tokens} tokens of predict.max_new_tokens without an end"
-    return Predicted(rows, path, Text(f"{len(rows):,} examples: F1 {found.f1:.4f}, accuracy {found.accuracy:.4f}{official}{told}"))
+        told += (
+            f"; {cut:,} answers reach the {config.predict.max_new_tokens} tokens of"
+            " predict.max_new_tokens without an end"
+        )
+    return Predicted(
+        rows,
+        path,
+        Text(
+            f"{len(rows):,} examples: F1 {found.f1:.4f}, accuracy"
+            f" {found.accuracy:.4f}{official}{told}"
+        ),
+    )
 
 
 def untyped_notice(loaded: Loaded, examples: list[Example]) -> str | None:
-    """What to say of the examples that an encoder reads with markers other than those of its training, if there are any."""
+    """What to say of the examples that an encoder reads with markers other than those of its
+    training, if there are any.
+    """
     if not isinstance(loaded.architecture, EncoderArchitecture):
         return None
     unknown = unknown_types(examples, markers_in(load_tokenizer(loaded.folder)))
     if not unknown:
         return None
     return (
-        f"entities of {len(unknown):,} of {len(examples):,} examples have no type, or none that training had; they get the untyped marker"
+        f"entities of {len(unknown):,} of {len(examples):,} examples have no type, or none that"
+        " training had; they get the untyped marker"
     )
 
 
-def load_source(config: Config, data: str | None, split: str | None) -> tuple[Source, list[Example]]:
+def load_source(
+    config: Config, data: str | None, split: str | None
+) -> tuple[Source, list[Example]]:
     """What `source_of` names, and its examples.
 
-    Data that the config does not name is read with the column mapping of the config's first source of the same kind (file or
-    hub) whose columns it has, with or without that of the relation; with the usual columns if there is none such.
+    Data that the config does not name is read with the column mapping of the config's first source
+    of the same kind (file or hub) whose columns it has, with or without that of the relation; with
+    the usual columns if there is none such.
     """
     source, known = source_of(config, data, split), _known(config)
     unread: NoColumn | None = None
     if not any(source.dataset == one.dataset for one in known):
-        kind, source = _kind(source.dataset), source.with_columns_key("--config CONFIG, in it data.test.columns")
-        for mapping in (one.columns for one in known if one.columns and kind and _kind(one.dataset) == kind):
+        kind, source = (
+            _kind(source.dataset),
+            source.with_columns_key("--config CONFIG, in it data.test.columns"),
+        )
+        for mapping in (
+            one.columns for one in known if one.columns and kind and _kind(one.dataset) == kind
+        ):
             unlabelled = {field: name for field, name in mapping.items() if field != "relation"}
             # "" hides the labels of that source; of another's it says nothing.
             for columns in (mapping, unlabelled) if mapping.get("relation") else (unlabelled,):
@@ -194,13 +275,16 @@ def load_source(config: Config, data: str | None, split: str | None) -> tuple[So
     try:
         return source, sources.load(source, labelled=False)
     except NoColumn as error:
-        # Of a mapping that all but a record fits, that record says more than advice for the whole file.
+        # Of a mapping that all but a record fits, that record says more than advice for the whole
+        # file.
         raise unread or error from None
 
 
 def _known(config: Config) -> list[Source]:
     data = config.data
-    return [source for given in (data.test, data.validation, data.train) for source in sources_of(given)]
+    return [
+        source for given in (data.test, data.validation, data.train) for source in sources_of(given)
+    ]
 
 
 def _kind(dataset: str) -> str | None:
@@ -211,11 +295,19 @@ def _kind(dataset: str) -> str | None:
 
 
 def source_of(config: Config, data: str | None, split: str | None) -> Source:
-    """What `--data` and `--split` name; the settings of the config's source of the same dataset are kept."""
+    """What `--data` and `--split` name; the settings of the config's source of the same dataset are
+    kept.
+    """
     if data is None:
         if config.data.test is None:
-            raise InputError(f"{config.name}: its config has no data.test; say what to predict with --data")
-        return config.data.test if split is None else config.data.test.model_copy(update={"split": split, "part": (0.0, 1.0)})
+            raise InputError(
+                f"{config.name}: its config has no data.test; say what to predict with --data"
+            )
+        return (
+            config.data.test
+            if split is None
+            else config.data.test.model_copy(update={"split": split, "part": (0.0, 1.0)})
+        )
     if not data:
         raise InputError("--data: is empty; give a dataset name or a file, or leave it out")
     is_file = _kind(data) == "file"
@@ -224,4 +316,6 @@ def source_of(config: Config, data: str | None, split: str | None) -> Source:
     like = next((source for source in _known(config) if source.dataset == data), None)
     if like is None:
         return Source(dataset=data, split=None if is_file else split or "test")
-    return like.model_copy(update={"split": None if is_file else split or "test", "part": (0.0, 1.0), "limit": None})
+    return like.model_copy(
+        update={"split": None if is_file else split or "test", "part": (0.0, 1.0), "limit": None}
+    )

@@ -1,4 +1,5 @@
-"""`jaxre frontier`: asks frontier models the prompts of a run through files that the user sends, and makes a cache of the answers.
+"""`jaxre frontier`: asks frontier models the prompts of a run through files that the user sends,
+and makes a cache of the answers.
 
 written = export_requests(config, Ask("openai", "gpt-x"), None, None, "requests/facts.jsonl")
 done = import_results(written.manifest, ["output.jsonl"], "caches/facts", price=(0.5, 2.0))
@@ -25,7 +26,15 @@ from jaxre.errors import InputError
 from jaxre.evaluation.cache_check import CacheCheck, check_cache
 from jaxre.evaluation.evaluate import write_json
 from jaxre.evaluation.frontier import read_cache
-from jaxre.evaluation.frontier_requests import Ask, Manifest, Request, build_manifest, prompt_text, read_manifest, write_requests
+from jaxre.evaluation.frontier_requests import (
+    Ask,
+    Manifest,
+    Request,
+    build_manifest,
+    prompt_text,
+    read_manifest,
+    write_requests,
+)
 from jaxre.evaluation.frontier_results import Collected, Outcome, collect
 from jaxre.evaluation.metrics import MALFORMED_CHARACTERS
 from jaxre.evaluation.predictions import Prediction, stem_of, write_predictions
@@ -44,7 +53,9 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Exported:
-    """Request files, the manifest beside them, a line to print, and what a user should know of the labels, line by line."""
+    """Request files, the manifest beside them, a line to print, and what a user should know of the
+    labels, line by line.
+    """
 
     files: list[Path]
     manifest: Path
@@ -74,7 +85,9 @@ class _Task:
     told: tuple[str, ...]
 
 
-def export_requests(config: Config, ask: Ask, data: str | None, split: str | None, output: Path, style: str = "") -> Exported:
+def export_requests(
+    config: Config, ask: Ask, data: str | None, split: str | None, output: Path, style: str = ""
+) -> Exported:
     """Writes what to ask a frontier model: the same chat turns that a local model gets.
 
     Args:
@@ -83,7 +96,8 @@ def export_requests(config: Config, ask: Ask, data: str | None, split: str | Non
       style: one of `prompt_styles.STYLES`, in place of the config's own prompt.
 
     Raises:
-      InputError: unknown data or style, labels outside of the schema, and as `build_manifest` and `write_requests`.
+      InputError: unknown data or style, labels outside of the schema, and as `build_manifest` and
+        `write_requests`.
     """
     task = _task(config, *load_source(config, data, split), style)
     manifest = build_manifest(
@@ -102,34 +116,52 @@ def export_requests(config: Config, ask: Ask, data: str | None, split: str | Non
     return Exported(
         files,
         path,
-        f"{manifest.examples:,} examples, {len(manifest.requests):,} requests to {ask.model} ({task.gen_type}, {task.prompt_shot}-shot), "
-        f"{characters / manifest.examples:,.0f} characters a prompt, at most {ask.max_tokens} tokens an answer",
+        f"{manifest.examples:,} examples, {len(manifest.requests):,} requests to {ask.model}"
+        f" ({task.gen_type}, {task.prompt_shot}-shot), {characters / manifest.examples:,.0f}"
+        f" characters a prompt, at most {ask.max_tokens} tokens an answer",
         task.told,
     )
 
 
 def import_results(
-    manifest_path: str | Path, results: Sequence[str | Path], output: Path, price: tuple[float, float] | None = None
+    manifest_path: str | Path,
+    results: Sequence[str | Path],
+    output: Path,
+    price: tuple[float, float] | None = None,
 ) -> Imported:
-    """Makes a cache (.parquet and .csv) and its account (.summary.json) from the answers to exported requests.
+    """Makes a cache (.parquet and .csv) and its account (.summary.json) from the answers to
+    exported requests.
 
-    A request with an error, and one without an answer, has no row: it is counted. A refusal is a row that is no label, so it counts as
-    wrong wherever it stands; an answer that was cut is a row too. Rows stand in the order of the export, whatever that of the results.
+    A request with an error, and one without an answer, has no row: it is counted. A refusal is a
+    row that is no label, so it counts as wrong wherever it stands; an answer that was cut is a row
+    too. Rows stand in the order of the export, whatever that of the results.
 
     Args:
-      price: USD per million input and output tokens, for answers whose file states no cost of its own. A row has its share of what its
-        request cost; the account has all that was paid, repeated answers included.
+      price: USD per million input and output tokens, for answers whose file states no cost of its
+        own. A row has its share of what its request cost; the account has all that was paid,
+        repeated answers included.
 
     Raises:
-      InputError: a file that cannot be used, no answer at all. Then an earlier cache of this name stays as it is.
+      InputError: a file that cannot be used, no answer at all. Then an earlier cache of this name
+        stays as it is.
     """
     manifest = read_manifest(manifest_path)
     if price is not None and not all(math.isfinite(one) and one >= 0 for one in price):
-        raise InputError("--price: is negative or no number; give USD per million tokens, such as --price 0.5 2.0")
+        raise InputError(
+            "--price: is negative or no number; give USD per million tokens, such as --price"
+            " 0.5 2.0"
+        )
     collected = collect(manifest, results)
-    rows = [row for request in manifest.requests for row in _rows(manifest, request, collected.kept.get(request.custom_id), price)]
+    rows = [
+        row
+        for request in manifest.requests
+        for row in _rows(manifest, request, collected.kept.get(request.custom_id), price)
+    ]
     if not rows:
-        raise InputError(f"{results[0]}: no request has an answer ({_few(_errors(collected))}); send the requests again")
+        raise InputError(
+            f"{results[0]}: no request has an answer ({_few(_errors(collected))}); send the"
+            " requests again"
+        )
     stem = stem_of(Path(output))
     target = stem.with_name(f"{stem.name}.summary.json")
     draft = stem.with_name(f".{stem.name}.summary.json.part")
@@ -143,7 +175,9 @@ def import_results(
     return Imported(path, target, summary, rows)
 
 
-def _rows(manifest: Manifest, request: Request, outcome: Outcome | None, price: tuple[float, float] | None) -> list[Prediction]:
+def _rows(
+    manifest: Manifest, request: Request, outcome: Outcome | None, price: tuple[float, float] | None
+) -> list[Prediction]:
     """One row per example of an answered request."""
     if outcome is None or outcome.kind == "error":
         return []
@@ -167,7 +201,9 @@ def _rows(manifest: Manifest, request: Request, outcome: Outcome | None, price: 
             output_tokens=outcome.output_tokens,
             date=outcome.date or manifest.date,
             cost_usd=None if cost is None else cost / len(request.examples),
-            status="refusal" if outcome.kind == "refusal" else "truncated" if outcome.truncated else "",
+            status=(
+                "refusal" if outcome.kind == "refusal" else "truncated" if outcome.truncated else ""
+            ),
         )
         for example in request.examples
     ]
@@ -182,8 +218,15 @@ def _cost(outcome: Outcome, price: tuple[float, float] | None) -> float | None:
     return (outcome.input_tokens * price[0] + outcome.output_tokens * price[1]) / 1e6
 
 
-def summarise(manifest: Manifest, collected: Collected, rows: Sequence[Prediction], price: tuple[float, float] | None) -> dict[str, Any]:
-    """The account of an import: what was asked, what came back, what is missing, and what it cost."""
+def summarise(
+    manifest: Manifest,
+    collected: Collected,
+    rows: Sequence[Prediction],
+    price: tuple[float, float] | None,
+) -> dict[str, Any]:
+    """The account of an import: what was asked, what came back, what is missing, and what it
+    cost.
+    """
     known = {normalise_label(label) for label in manifest.labels}
     answers = [normalise_label(row.generated_relation) for row in rows if row.status != "refusal"]
     costs = [_cost(outcome, price) for outcome in collected.outcomes]
@@ -209,12 +252,15 @@ def summarise(manifest: Manifest, collected: Collected, rows: Sequence[Predictio
         "unanswered_ids": [
             example.example_id
             for request in manifest.requests
-            if request.custom_id not in collected.kept or collected.kept[request.custom_id].kind == "error"
+            if request.custom_id not in collected.kept
+            or collected.kept[request.custom_id].kind == "error"
             for example in request.examples
         ],
         "refusals": sum(outcome.kind == "refusal" for outcome in kept),
         "truncated": sum(outcome.truncated for outcome in kept),
-        "empty": sum(outcome.kind == "answer" and not clean_answer(outcome.text) for outcome in kept),
+        "empty": sum(
+            outcome.kind == "answer" and not clean_answer(outcome.text) for outcome in kept
+        ),
         "malformed_rows": sum(len(answer) > MALFORMED_CHARACTERS for answer in answers),
         "outside_schema_rows": _counts(answer for answer in answers if answer not in known),
         "repeated": len(collected.repeated),
@@ -222,9 +268,19 @@ def summarise(manifest: Manifest, collected: Collected, rows: Sequence[Predictio
         "unknown_ids": list(collected.unknown),
         "input_tokens": sum(outcome.input_tokens or 0 for outcome in collected.outcomes),
         "output_tokens": sum(outcome.output_tokens or 0 for outcome in collected.outcomes),
-        "without_token_counts": sum(outcome.input_tokens is None and outcome.kind != "error" for outcome in collected.outcomes),
-        "cost_usd": math.fsum(cost for cost in costs if cost is not None) if any(cost is not None for cost in costs) else None,
-        "without_cost": sum(cost is None and outcome.kind != "error" for cost, outcome in zip(costs, collected.outcomes, strict=True)),
+        "without_token_counts": sum(
+            outcome.input_tokens is None and outcome.kind != "error"
+            for outcome in collected.outcomes
+        ),
+        "cost_usd": (
+            math.fsum(cost for cost in costs if cost is not None)
+            if any(cost is not None for cost in costs)
+            else None
+        ),
+        "without_cost": sum(
+            cost is None and outcome.kind != "error"
+            for cost, outcome in zip(costs, collected.outcomes, strict=True)
+        ),
     }
 
 
@@ -235,10 +291,15 @@ def import_table(imported: Imported) -> Group:
     title = Text(f"{s['model']} on {s['dataset']}, {s['gen_type']}, {s['prompt_shot']}-shot{style}")
     table = Table(show_header=False, title=title, title_justify="left")
     table.add_row("models that answered, as they say", Text(_few(s["models_reported"])))
-    table.add_row("examples answered", f"{s['answered_examples']:,} of {s['examples']:,} ({s['coverage']:.1%})")
+    table.add_row(
+        "examples answered",
+        f"{s['answered_examples']:,} of {s['examples']:,} ({s['coverage']:.1%})",
+    )
     table.add_row("requests answered", f"{s['answered_requests']:,} of {s['requests']:,}")
     if s["errors"]:
-        table.add_row("errors, without a row", Text(f"{sum(s['errors'].values()):,} ({_few(s['errors'])})"))
+        table.add_row(
+            "errors, without a row", Text(f"{sum(s['errors'].values()):,} ({_few(s['errors'])})")
+        )
     for name, key in (
         ("in no file, without a row", "missing"),
         ("refusals, scored as wrong", "refusals"),
@@ -246,30 +307,50 @@ def import_table(imported: Imported) -> Group:
     ):
         table.add_row(name, f"{s[key]:,}")
     table.add_row("empty, scored as none", f"{s['empty']:,}")
-    table.add_row("no label of the schema", Text(f"{sum(s['outside_schema_rows'].values()):,} ({_few(s['outside_schema_rows'])})"))
-    table.add_row("answered again: alike, otherwise", f"{s['repeated']:,}, {len(s['contradicted_ids']):,}")
+    table.add_row(
+        "no label of the schema",
+        Text(f"{sum(s['outside_schema_rows'].values()):,} ({_few(s['outside_schema_rows'])})"),
+    )
+    table.add_row(
+        "answered again: alike, otherwise", f"{s['repeated']:,}, {len(s['contradicted_ids']):,}"
+    )
     table.add_row("ids that are not of this export", f"{len(s['unknown_ids']):,}")
     table.add_row("tokens in, out", f"{s['input_tokens']:,}, {s['output_tokens']:,}")
     unknown = f" ({s['without_cost']:,} answers without)" if s["without_cost"] else ""
-    table.add_row("cost", "not known; give --price" if s["cost_usd"] is None else f"{s['cost_usd']:.4f} USD{unknown}")
+    table.add_row(
+        "cost",
+        "not known; give --price" if s["cost_usd"] is None else f"{s['cost_usd']:.4f} USD{unknown}",
+    )
     notes = []
     if s["contradicted_ids"]:
-        notes.append(f"WARNING: {len(s['contradicted_ids']):,} requests were answered in two ways; the first answer in the files is kept")
+        notes.append(
+            f"WARNING: {len(s['contradicted_ids']):,} requests were answered in two ways; the first"
+            " answer in the files is kept"
+        )
     if len(s["models_reported"]) > 1:
         notes.append(
-            f"WARNING: several models answered: {', '.join(f'{name} {number:,}' for name, number in s['models_reported'].items())}"
+            "WARNING: several models answered:"
+            f" {', '.join(f'{name} {number:,}' for name, number in s['models_reported'].items())}"
         )
     return Group(table, *(Text(note, style="bold red") for note in notes))
 
 
 def check_file(
-    cache: Path, config: Config | None, data: str | None, split: str | None, model: str | None, labels: Path | None, least: float
+    cache: Path,
+    config: Config | None,
+    data: str | None,
+    split: str | None,
+    model: str | None,
+    labels: Path | None,
+    least: float,
 ) -> CacheCheck:
-    """Checks a cache against the data of a config, or against data alone (then the schema is that of its gold labels, and prompts are
-    only checked where the data has the study's prompt column). The prompts of a config are those of the style that the cache states.
+    """Checks a cache against the data of a config, or against data alone (then the schema is that
+    of its gold labels, and prompts are only checked where the data has the study's prompt column).
+    The prompts of a config are those of the style that the cache states.
 
     Raises:
-      InputError: neither config nor data; a cache or data that cannot be read; a model that the cache does not have.
+      InputError: neither config nor data; a cache or data that cannot be read; a model that the
+        cache does not have.
     """
     if config is not None:
         source, examples = load_source(config, data, split)
@@ -282,16 +363,34 @@ def check_file(
     if model is not None:
         offered = sorted({answer.model for answer in found.answers})
         if model not in offered:
-            raise InputError(f"{cache}: holds answers of {', '.join(offered)}, not {model!r}; name one of them with --model")
-        found = dataclasses.replace(found, answers=tuple(answer for answer in found.answers if answer.model == model))
+            raise InputError(
+                f"{cache}: holds answers of {', '.join(offered)}, not {model!r}; name one of them"
+                " with --model"
+            )
+        found = dataclasses.replace(
+            found, answers=tuple(answer for answer in found.answers if answer.model == model)
+        )
     label_map = None if labels is None else read_label_map(labels)
     if config is None:
-        return check_cache(found, examples, Schema.of(examples).labels, label_map=label_map, least=least)
+        return check_cache(
+            found, examples, Schema.of(examples).labels, label_map=label_map, least=least
+        )
     styles = {answer.prompt_style for answer in found.answers}
     task = _task(config, source, examples, styles.pop() if len(styles) == 1 else "")
-    prompts = {example.id: prompt_text(question) for example, question in zip(examples, task.prompts, strict=True)}
+    prompts = {
+        example.id: prompt_text(question)
+        for example, question in zip(examples, task.prompts, strict=True)
+    }
     setting = task.gen_type, task.prompt_shot
-    check = check_cache(found, examples, task.schema.labels, prompts=prompts, setting=setting, label_map=label_map, least=least)
+    check = check_cache(
+        found,
+        examples,
+        task.schema.labels,
+        prompts=prompts,
+        setting=setting,
+        label_map=label_map,
+        least=least,
+    )
     return dataclasses.replace(check, notes=(*task.told, *check.notes))
 
 
@@ -299,9 +398,21 @@ def _task(config: Config, source: Source, examples: list[Example], style: str) -
     prompt = styled(config.prediction_prompt, style) if style else config.prediction_prompt
     asked = task_of(config, source, examples[0].dataset, prompt.shots)
     labelled = all(example.relation for example in examples)
-    told = (*asked.told, *(Schemas({ANY: asked.schema}).check(examples, source.dataset) if labelled else ()))
-    questions = questions_of(examples, prompt, asked.schema.labels, demonstrator(asked.train, prompt, config.seed))
-    return _Task(examples, asked.schema, questions, "gen_constrained" if prompt.enumerate else "gen_open", str(prompt.shots), told)
+    told = (
+        *asked.told,
+        *(Schemas({ANY: asked.schema}).check(examples, source.dataset) if labelled else ()),
+    )
+    questions = questions_of(
+        examples, prompt, asked.schema.labels, demonstrator(asked.train, prompt, config.seed)
+    )
+    return _Task(
+        examples,
+        asked.schema,
+        questions,
+        "gen_constrained" if prompt.enumerate else "gen_open",
+        str(prompt.shots),
+        told,
+    )
 
 
 def _errors(collected: Collected) -> dict[str, int]:

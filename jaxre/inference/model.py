@@ -38,10 +38,19 @@ def on_device(model: Model) -> tuple[Tree, Tree | None]:
 
 
 def on_mesh(rows: Rows, sharding: NamedSharding | None) -> Rows:
-    """A named tuple of host arrays [B, ...], spread over a mesh if there is one; every process holds all and gives its own."""
+    """A named tuple of host arrays [B, ...], spread over a mesh if there is one; every process
+    holds all and gives its own.
+    """
     if sharding is None:
         return rows
-    return type(rows)(*(jax.make_array_from_callback(array.shape, sharding, lambda index, array=array: array[index]) for array in rows))
+    return type(rows)(
+        *(
+            jax.make_array_from_callback(
+                array.shape, sharding, lambda index, array=array: array[index]
+            )
+            for array in rows
+        )
+    )
 
 
 def adapter_of(factors: Tree | None, scale: float) -> Adapter | None:

@@ -1,4 +1,5 @@
-"""Examples to prediction rows: exact label scoring, the search for the best label, or greedy decoding.
+"""Examples to prediction rows: exact label scoring, the search for the best label, or greedy
+decoding.
 
 loaded = open_model("runs/quickstart", compute_dtype("auto"))
 rows = predict_examples(loaded, examples, labels, config.prompt, config.predict)
@@ -39,7 +40,12 @@ Mode = Literal["score", "best", "generate"]
 
 def model_of(loaded: Loaded) -> Model:
     """An opened model, ready to run."""
-    return Model(loaded.base, loaded.architecture, loaded.factors, scale_of(loaded.lora) if loaded.lora else 1.0)
+    return Model(
+        loaded.base,
+        loaded.architecture,
+        loaded.factors,
+        scale_of(loaded.lora) if loaded.lora else 1.0,
+    )
 
 
 def predict_examples(
@@ -60,22 +66,26 @@ def predict_examples(
     Args:
       labels: the schema.
       demonstrations: of an example, as `jaxre.data.tokens.demonstrator` makes them.
-      mode: "score" gives the most probable label of the schema, and all probabilities; "best" that label alone; "generate"
-        what the model writes, cleaned, whether or not it is a label.
-      tuned_dataset_name, model_shot: what the model was tuned on and with how many shots, for the study's columns.
+      mode: "score" gives the most probable label of the schema, and all probabilities; "best" that
+        label alone; "generate" what the model writes, cleaned, whether or not it is a label.
+      tuned_dataset_name, model_shot: what the model was tuned on and with how many shots, for the
+        study's columns.
       advance: told how many examples each finished batch had.
 
     Returns:
-      Rows whose `score` is the log-probability of the predicted label (or text) with its end-of-turn
-      token; `prompt` is the text the model read.
+      Rows whose `score` is the log-probability of the predicted label (or text) with its
+      end-of-turn token; `prompt` is the text the model read.
 
     Raises:
-      InputError: no example, a prompt that does not fit, labels that cannot be told apart, a faulty template.
+      InputError: no example, a prompt that does not fit, labels that cannot be told apart, a faulty
+        template.
     """
     if not examples:
         raise InputError("there is no example to predict; is the split empty?")
     if isinstance(loaded.architecture, EncoderArchitecture):
-        return _predict_labels(loaded, examples, labels, settings, mode, tuned_dataset_name, advance)
+        return _predict_labels(
+            loaded, examples, labels, settings, mode, tuned_dataset_name, advance
+        )
     template = ChatTemplate(load_tokenizer(loaded.folder), prompt.date, str(loaded.folder))
     questions = questions_of(examples, prompt, labels, demonstrations)
     texts = [template.render(question, generation=True) for question in questions]
@@ -83,20 +93,26 @@ def predict_examples(
     model = model_of(loaded)
     if mode != "generate":
         tokens, answers = label_answers(template, questions, labels)
-        check_vocabulary(max(max(ids) for one in (tokens, *answers) for ids in one), loaded.architecture)
+        check_vocabulary(
+            max(max(ids) for one in (tokens, *answers) for ids in one), loaded.architecture
+        )
         run = {"batch_tokens": settings.batch_tokens, "names": names}
         if mode == "best":
             best, scores = best_labels(model, tokens, answers, **run, advance=advance)
             shares = None
         else:
-            every = run_scoring(model, plan_scoring(tokens, answers, loaded.architecture, **run), advance=advance)
+            every = run_scoring(
+                model, plan_scoring(tokens, answers, loaded.architecture, **run), advance=advance
+            )
             _check_numbers(every.max(axis=1), names)
             best, scores, shares = every.argmax(axis=1), every.max(axis=1), probabilities(every)
         found = [
             {
                 "generated_relation": labels[choice],
                 "score": score,
-                "probabilities": None if shares is None else dict(zip(labels, shares[i].tolist(), strict=True)),
+                "probabilities": (
+                    None if shares is None else dict(zip(labels, shares[i].tolist(), strict=True))
+                ),
                 "output_tokens": len(answers[i][choice]),
             }
             for i, (choice, score) in enumerate(zip(best.tolist(), scores.tolist(), strict=True))
@@ -105,9 +121,19 @@ def predict_examples(
         tokens = template.tokenize(texts)
         check_vocabulary(max(map(max, tokens)), loaded.architecture)
         stops = stop_ids(template, questions[0], loaded.folder)
-        written = decode(model, tokens, stops, settings.max_new_tokens, batch_tokens=settings.batch_tokens, names=names, advance=advance)
+        written = decode(
+            model,
+            tokens,
+            stops,
+            settings.max_new_tokens,
+            batch_tokens=settings.batch_tokens,
+            names=names,
+            advance=advance,
+        )
         _check_numbers([one.score for one in written], names)
-        plain = template.tokenizer.batch_decode([one.tokens for one in written], skip_special_tokens=True)
+        plain = template.tokenizer.batch_decode(
+            [one.tokens for one in written], skip_special_tokens=True
+        )
         found = [
             {
                 "generated_relation": clean_answer(text),
@@ -150,16 +176,21 @@ def _predict_labels(
     if mode != "score":
         raise InputError(f"{loaded.name}: an encoder has no {mode} mode; leave --mode out")
     if set(labels) != set(architecture.labels):
-        known = ", ".join(architecture.labels) or "none: it has no head yet, train it with train.objective=classify"
+        known = (
+            ", ".join(architecture.labels)
+            or "none: it has no head yet, train it with train.objective=classify"
+        )
         raise InputError(
-            f"{loaded.name}: the labels of its head ({known}) are not those of the schema ({', '.join(labels)}); use its own config"
+            f"{loaded.name}: the labels of its head ({known}) are not those of the schema"
+            f" ({', '.join(labels)}); use its own config"
         )
     tokenizer = load_tokenizer(loaded.folder)
     known = markers_in(tokenizer)
     texts = [marked_text(example, known) for example in examples]
     tokens = encode_marked(examples, texts, tokenizer)
     check_vocabulary(max(tokenizer.get_vocab().values()), architecture)
-    asked = dataclasses.replace(tokens, labels=np.zeros(len(tokens), np.int32))  # whatever the gold labels
+    # whatever the gold labels
+    asked = dataclasses.replace(tokens, labels=np.zeros(len(tokens), np.int32))
     plan = plan_classification(asked, architecture, batch_tokens=settings.batch_tokens)
     scores = run_classification(jax.tree.map(jnp.asarray, loaded.base), architecture, plan, advance)
     _check_numbers(scores.max(axis=1), tokens.ids)
@@ -180,20 +211,30 @@ def _predict_labels(
             input_tokens=int(length),
         )
         for example, text, score, share, best, length in zip(
-            examples, texts, scores, shares, scores.argmax(axis=1).tolist(), tokens.lengths, strict=True
+            examples,
+            texts,
+            scores,
+            shares,
+            scores.argmax(axis=1).tolist(),
+            tokens.lengths,
+            strict=True,
         )
     ]
 
 
 def _check_numbers(scores: Sequence[float], names: Sequence[str]) -> None:
-    """Raises InputError, as the search does, for a score that is no number: its label would be that of the first place."""
+    """Raises InputError, as the search does, for a score that is no number: its label would be that
+    of the first place.
+    """
     for name, score in zip(names, scores, strict=True):
         if score != score:
             raise InputError(no_number(name))
 
 
 def stop_ids(template: ChatTemplate, question: Sequence[Turn], folder: Path) -> set[int]:
-    """The tokens that end an answer: the template's end of turn, the tokenizer's and the generation config's end of text."""
+    """The tokens that end an answer: the template's end of turn, the tokenizer's and the generation
+    config's end of text.
+    """
     supervised = template.encode([(question, "answer")])[0]
     answer = supervised.tokens[supervised.prompt_length :]
     last = answer[template.end_of_turn(answer) - 1]
@@ -205,6 +246,8 @@ def stop_ids(template: ChatTemplate, question: Sequence[Turn], folder: Path) -> 
         listed = read_json(path).get("eos_token_id")
         ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
         if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
-            raise InputError(f"{path}: eos_token_id is {listed!r}; write a token id or a list of them")
+            raise InputError(
+                f"{path}: eos_token_id is {listed!r}; write a token id or a list of them"
+            )
         stops |= set(ids)
     return stops

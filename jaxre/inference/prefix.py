@@ -1,12 +1,13 @@
-"""The prompt prefix that examples of a dataset share: found by comparing tokens, computed once, its keys and values kept.
+"""The prompt prefix that examples of a dataset share: found by comparing tokens, computed once, its
+keys and values kept.
 
     (group,) = shared_prefixes(prompts, batch_tokens=8192)
     prefix = prefix_keys(params, factors, group.tokens, 64, architecture=..., scale=...)
 
-System turn, label list and fixed demonstrations are most of an enumerated prompt. Every batch attends to their keys beside its own
-tokens, whose positions go on from theirs. Where a dataset has several such beginnings (mixtures; an example that is
-itself a demonstration gets another one), each has a group of its own, if that saves more than its last batch, which is
-not full, costs.
+System turn, label list and fixed demonstrations are most of an enumerated prompt. Every batch
+attends to their keys beside its own tokens, whose positions go on from theirs. Where a dataset has
+several such beginnings (mixtures; an example that is itself a demonstration gets another one), each
+has a group of its own, if that saves more than its last batch, which is not full, costs.
 
 Letters: L layers, K key/value heads, P prefix places, C head channels.
 """
@@ -37,14 +38,18 @@ PREFIX_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class Group:
-    """Examples, and the tokens that all of their prompts begin with (none where that would save nothing)."""
+    """Examples, and the tokens that all of their prompts begin with (none where that would save
+    nothing).
+    """
 
     members: tuple[int, ...]
     tokens: tuple[int, ...]
 
 
 class Prefix(NamedTuple):
-    """caches: keys and values, `{"layers": ([L-1, K, P, C], same), "last": ([K, P, C], same)}`; the first `length` places count."""
+    """caches: keys and values, `{"layers": ([L-1, K, P, C], same), "last": ([K, P, C], same)}`; the
+    first `length` places count.
+    """
 
     caches: dict[str, Any]
     length: jax.Array
@@ -57,32 +62,48 @@ def check_prompts(prompts: Sequence[Sequence[int]], names: Sequence[str] | None)
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             name = names[number] if names else number
-            raise InputError(f"example {name}: its prompt has no token; the chat template must yield a generation prompt")
+            raise InputError(
+                f"example {name}: its prompt has no token; the chat template must yield a"
+                " generation prompt"
+            )
 
 
 def shared_prefixes(prompts: Sequence[Sequence[int]], batch_tokens: int) -> tuple[Group, ...]:
     """The groups of N prompts, each of at least one token, in the order of their first members.
 
-    Every prompt keeps at least its last token for itself, and no prefix is longer than `batch_tokens`.
+    Every prompt keeps at least its last token for itself, and no prefix is longer than
+    `batch_tokens`.
     """
     arrays = [np.asarray(prompt, ">u4") for prompt in prompts]
     keys = [array.tobytes() for array in arrays]  # the high byte first: they sort as the tokens do
     order = sorted(range(len(prompts)), key=keys.__getitem__)
-    common = np.array([0, *(_in_common(arrays[a], arrays[b]) for a, b in itertools.pairwise(order))])
+    common = np.array(
+        [0, *(_in_common(arrays[a], arrays[b]) for a, b in itertools.pairwise(order))]
+    )
     lengths = np.array([len(array) for array in arrays])[order]
     owner = _owners(common, lengths, batch_tokens)
     groups = []
     for number in np.unique(owner):
         ranks = np.flatnonzero(owner == number)
         # What the first and the last share in sorted order, all between them do.
-        depth = min(_in_common(arrays[order[ranks[0]]], arrays[order[ranks[-1]]]), int(lengths[ranks].min()) - 1, batch_tokens)
+        depth = min(
+            _in_common(arrays[order[ranks[0]]], arrays[order[ranks[-1]]]),
+            int(lengths[ranks].min()) - 1,
+            batch_tokens,
+        )
         depth = depth if (len(ranks) - 1) * depth >= WORTH else 0
-        groups.append(Group(tuple(sorted(order[rank] for rank in ranks)), tuple(int(token) for token in prompts[order[ranks[0]]][:depth])))
+        groups.append(
+            Group(
+                tuple(sorted(order[rank] for rank in ranks)),
+                tuple(int(token) for token in prompts[order[ranks[0]]][:depth]),
+            )
+        )
     return tuple(sorted(groups, key=lambda group: group.members))
 
 
 def _owners(common: np.ndarray, lengths: np.ndarray, worth: int) -> np.ndarray:
-    """[n] the group of each prompt in sorted order: a run of prompts leaves a group if that saves more than `worth` tokens.
+    """[n] the group of each prompt in sorted order: a run of prompts leaves a group if that saves
+    more than `worth` tokens.
 
     common: [n] tokens that a prompt has in common with the one before it.
     """
@@ -98,8 +119,16 @@ def _owners(common: np.ndarray, lengths: np.ndarray, worth: int) -> np.ndarray:
             base = depth
         elif (last - first - 1) * (depth - base) - base > worth:
             owner[first:last], number, base, groups = groups, groups, depth, groups + 1
-        bounds = [first, *(first + 1 + np.flatnonzero(common[first + 1 : last] == depth)).tolist(), last]
-        runs += [(low, high, number, base) for low, high in itertools.pairwise(bounds) if 1 < high - low < last - first]
+        bounds = [
+            first,
+            *(first + 1 + np.flatnonzero(common[first + 1 : last] == depth)).tolist(),
+            last,
+        ]
+        runs += [
+            (low, high, number, base)
+            for low, high in itertools.pairwise(bounds)
+            if 1 < high - low < last - first
+        ]
     return owner
 
 
@@ -110,9 +139,14 @@ def _in_common(one: np.ndarray, other: np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else least
 
 
-def own_tokens(prompts: Sequence[Sequence[int]], groups: Sequence[Group]) -> list[dict[int, Sequence[int]]]:
+def own_tokens(
+    prompts: Sequence[Sequence[int]], groups: Sequence[Group]
+) -> list[dict[int, Sequence[int]]]:
     """For each group, the tokens of its prompts after those that all of them begin with."""
-    return [{member: prompts[member][len(group.tokens) :] for member in group.members} for group in groups]
+    return [
+        {member: prompts[member][len(group.tokens) :] for member in group.members}
+        for group in groups
+    ]
 
 
 def padded_length(groups: Sequence[Group]) -> int:
@@ -128,7 +162,9 @@ def prefixes_of(
     scale: float,
     sharding: NamedSharding | None = None,
 ) -> Iterator[Prefix | None]:
-    """The prefix of each group, computed when it is asked for; None for all where none shares a token."""
+    """The prefix of each group, computed when it is asked for; None for all where none shares a
+    token.
+    """
     P = padded_length(groups)
     for group in groups:
         tokens = np.zeros((1, P), np.int32)
@@ -136,15 +172,25 @@ def prefixes_of(
         if not P:
             yield None
             continue
-        caches = _prefix_caches(params, factors, tokens, architecture=architecture, scale=scale, sharding=sharding)
+        caches = _prefix_caches(
+            params, factors, tokens, architecture=architecture, scale=scale, sharding=sharding
+        )
         yield Prefix(caches, np.int32(len(group.tokens)))
 
 
 @functools.partial(jax.jit, static_argnames=("architecture", "scale", "sharding"))
 def _prefix_caches(
-    params: Tree, factors: Tree | None, tokens: jax.Array, *, architecture: Architecture, scale: float, sharding: NamedSharding | None
+    params: Tree,
+    factors: Tree | None,
+    tokens: jax.Array,
+    *,
+    architecture: Architecture,
+    scale: float,
+    sharding: NamedSharding | None,
 ) -> dict[str, Any]:
-    """Keys and values of tokens [1, P]; those behind the prefix come after it and change nothing in it."""
+    """Keys and values of tokens [1, P]; those behind the prefix come after it and change nothing in
+    it.
+    """
     P = tokens.shape[1]
 
     def attend(q, k, v, _):
@@ -152,5 +198,18 @@ def _prefix_caches(
         return context, tuple(array[0].transpose(1, 0, 2) for array in (k, v))
 
     with jax.named_scope("prefix"):
-        _, caches = run_layers(params, tokens, jnp.arange(P)[None], architecture, attend, None, adapter_of(factors, scale), Ops())
-    return caches if sharding is None else jax.lax.with_sharding_constraint(caches, NamedSharding(sharding.mesh, PartitionSpec()))
+        _, caches = run_layers(
+            params,
+            tokens,
+            jnp.arange(P)[None],
+            architecture,
+            attend,
+            None,
+            adapter_of(factors, scale),
+            Ops(),
+        )
+    return (
+        caches
+        if sharding is None
+        else jax.lax.with_sharding_constraint(caches, NamedSharding(sharding.mesh, PartitionSpec()))
+    )

@@ -7,8 +7,9 @@
 The score of a label is the sum of the log-probabilities of its tokens and of the end-of-turn token
 after them, as tokenised inside the chat template; so a label that begins another one is told apart
 by its end. Prompt and labels of an example are one tree (`trees.py`): the prompt is computed once
-for all labels, a beginning that labels share once for those. Several trees are packed in a row, without what
-all of their prompts begin with, which is computed once (`prefix.py`). Where only the best label is asked for: `search.py`.
+for all labels, a beginning that labels share once for those. Several trees are packed in a row,
+without what all of their prompts begin with, which is computed once (`prefix.py`). Where only the
+best label is asked for: `search.py`.
 
 Letters: B rows, T tokens in a row, S predicting positions in a row, W targets of a position,
 D embedding, V vocabulary, N examples.
@@ -34,7 +35,15 @@ from jaxre.models.architecture import Architecture
 from jaxre.models.decoder import Chosen, Tree, head, run_layers, take
 from jaxre.models.ops import Ops
 
-__all__ = ["Model", "ScoringPlan", "label_answers", "plan_scoring", "probabilities", "run_scoring", "score_labels"]
+__all__ = [
+    "Model",
+    "ScoringPlan",
+    "label_answers",
+    "plan_scoring",
+    "probabilities",
+    "run_scoring",
+    "score_labels",
+]
 
 HEAD_BYTES = 1 << 28  # of f32 logits alive at once
 
@@ -51,7 +60,8 @@ def score_labels(
 
     Args:
       prompts: N lists of token ids.
-      answers: for each example the token ids of every label, up to and including the end-of-turn token.
+      answers: for each example the token ids of every label, up to and including the end-of-turn
+        token.
       batch_tokens: about B x T; no example may need more.
       sharding: of [B, ...] arrays over a mesh, if the weights are on one.
 
@@ -59,9 +69,12 @@ def score_labels(
       [N, labels] f64.
 
     Raises:
-      InputError: no example, an empty prompt or label, labels that are the same, an example that is too long.
+      InputError: no example, an empty prompt or label, labels that are the same, an example that is
+        too long.
     """
-    plan = plan_scoring(prompts, answers, model.architecture, batch_tokens=batch_tokens, sharding=sharding)
+    plan = plan_scoring(
+        prompts, answers, model.architecture, batch_tokens=batch_tokens, sharding=sharding
+    )
     return run_scoring(model, plan)
 
 
@@ -71,8 +84,11 @@ def probabilities(scores: np.ndarray) -> np.ndarray:
     return shares / shares.sum(axis=1, keepdims=True)
 
 
-def run_scoring(model: Model, plan: ScoringPlan, *, advance: Callable[[int], None] = lambda examples: None) -> np.ndarray:
-    """Runs a plan: [N, labels] f64 log-probabilities. One compilation serves every batch and every later run.
+def run_scoring(
+    model: Model, plan: ScoringPlan, *, advance: Callable[[int], None] = lambda examples: None
+) -> np.ndarray:
+    """Runs a plan: [N, labels] f64 log-probabilities. One compilation serves every batch and every
+    later run.
 
     Args:
       advance: told how many examples each finished batch had.
@@ -91,14 +107,23 @@ def run_scoring(model: Model, plan: ScoringPlan, *, advance: Callable[[int], Non
         advance(sum(map(len, batch)))
 
     waiting = None
-    computed = prefixes_of(params, factors, plan.groups, model.architecture, model.scale, plan.sharding)
+    computed = prefixes_of(
+        params, factors, plan.groups, model.architecture, model.scale, plan.sharding
+    )
     prefix, owner = None, -1
     for number, batch in enumerate(plan.batches):
         if plan.owners[number] != owner:
             prefix, owner = next(computed), plan.owners[number]
         rows = on_mesh(fill_trees(plan, number), plan.sharding)
         result = target_log_probabilities(
-            params, factors, rows, prefix, architecture=model.architecture, scale=model.scale, span=plan.span, sharding=plan.sharding
+            params,
+            factors,
+            rows,
+            prefix,
+            architecture=model.architecture,
+            scale=model.scale,
+            span=plan.span,
+            sharding=plan.sharding,
         )
         if waiting:  # the device works on this batch while the last one is read
             collect(*waiting)
@@ -107,7 +132,9 @@ def run_scoring(model: Model, plan: ScoringPlan, *, advance: Callable[[int], Non
     return scores
 
 
-@functools.partial(jax.jit, static_argnames=("architecture", "scale", "span", "sharding", "head_bytes"))
+@functools.partial(
+    jax.jit, static_argnames=("architecture", "scale", "span", "sharding", "head_bytes")
+)
 def target_log_probabilities(
     params: Tree,
     factors: Tree | None,
@@ -125,7 +152,11 @@ def target_log_probabilities(
     The head runs on a part of the S positions at a time, so that its [B, part, V] f32 logits take
     at most `head_bytes`. span: no token of a row sees one so many places before it, or more.
     """
-    constrain = (lambda x: x) if sharding is None else (lambda x: jax.lax.with_sharding_constraint(x, sharding))
+    constrain = (
+        (lambda x: x)
+        if sharding is None
+        else (lambda x: jax.lax.with_sharding_constraint(x, sharding))
+    )
     B, S, W = rows.targets.shape
     T = rows.tokens.shape[1]
 
@@ -138,10 +169,21 @@ def target_log_probabilities(
     def attend_last(q, k, v, cache):
         return chosen_attention(q, k, v, rows.supervised, rows.visible_until, before(cache)), None
 
-    # The last layer is needed where a token is predicted; its attention there is dense, so it pays where those are few.
+    # The last layer is needed where a token is predicted; its attention there is dense, so it pays
+    # where those are few.
     pruned = Chosen(rows.supervised, attend_last) if T >= 2 * S else None
     caches, adapter = prefix and prefix.caches, adapter_of(factors, scale)
-    x, _ = run_layers(params, rows.tokens, rows.positions, architecture, attend, caches, adapter, Ops(constrain), pruned)
+    x, _ = run_layers(
+        params,
+        rows.tokens,
+        rows.positions,
+        architecture,
+        attend,
+        caches,
+        adapter,
+        Ops(constrain),
+        pruned,
+    )
     x = x if pruned else take(x, rows.supervised)  # B S D
     part = min(S, max(1, head_bytes // (4 * B * architecture.vocabulary)))
     parts = -(-S // part)
@@ -153,9 +195,15 @@ def target_log_probabilities(
     def log_probabilities(one: tuple[jax.Array, jax.Array]) -> jax.Array:
         chosen, targets = one
         logits = head(params, chosen, architecture)  # B part V
-        return jnp.take_along_axis(logits, targets, axis=-1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return jnp.take_along_axis(logits, targets, axis=-1) - jax.nn.logsumexp(
+            logits, axis=-1, keepdims=True
+        )
 
     with jax.named_scope("target_log_probabilities"):
         result = jax.lax.map(log_probabilities, (split(x), split(rows.targets)))  # parts B part W
         result = jnp.moveaxis(result, 0, 1).reshape(B, parts * part, W)[:, :S]
-    return result if sharding is None else jax.lax.with_sharding_constraint(result, NamedSharding(sharding.mesh, PartitionSpec()))
+    return (
+        result
+        if sharding is None
+        else jax.lax.with_sharding_constraint(result, NamedSharding(sharding.mesh, PartitionSpec()))
+    )

@@ -1,11 +1,15 @@
-"""Slots: the keys and values of examples at work, each in a place of its own that the next example takes over.
+"""Slots: the keys and values of examples at work, each in a place of its own that the next example
+takes over.
 
-A slot holds the own tokens of its prompt (what follows the shared prefix), and a ring of W columns for the tokens after it. All slots
-write the column of the same step, so a step changes one column and nothing is moved; who sees which columns is told for each slot. It
-may read a column for W steps. Waiting prompts come in packed: back to back in one row of fixed length, then each to its slot.
+A slot holds the own tokens of its prompt (what follows the shared prefix), and a ring of W columns
+for the tokens after it. All slots write the column of the same step, so a step changes one column
+and nothing is moved; who sees which columns is told for each slot. It may read a column for W
+steps. Waiting prompts come in packed: back to back in one row of fixed length, then each to its
+slot.
 
-Letters: S slots, T places in a row of waiting prompts, R prompts that may come at a time, U places for a prompt's own tokens,
-W columns, K key/value heads, G = H/K, C head channels, L layers, D embedding, P prefix places.
+Letters: S slots, T places in a row of waiting prompts, R prompts that may come at a time, U places
+for a prompt's own tokens, W columns, K key/value heads, G = H/K, C head channels, L layers, D
+embedding, P prefix places.
 """
 
 from __future__ import annotations
@@ -19,7 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxre.data.packing import choose_lengths
-from jaxre.inference.attention import Part, chosen_attention, joint_attention, prefix_parts, row_attention
+from jaxre.inference.attention import (
+    Part,
+    chosen_attention,
+    joint_attention,
+    prefix_parts,
+    row_attention,
+)
 from jaxre.inference.prefix import Prefix
 from jaxre.models.architecture import Architecture
 from jaxre.models.decoder import Adapter, Chosen, Tree, run_layers
@@ -27,11 +37,14 @@ from jaxre.models.decoder import Adapter, Chosen, Tree, run_layers
 OWN_MULTIPLE = 32
 SHORT = 128  # own tokens
 ROW_MULTIPLE = 128
-ROW = 1024  # T, unless a prompt is longer or all are shorter: enough for full speed, few enough that slots do not wait long
+# T, unless a prompt is longer or all are shorter: enough for full speed, few enough that slots do
+# not wait long
+ROW = 1024
 
 
 class Slots(NamedTuple):
-    """own: `{"layers": (keys [L-1, S, K, U, C], values), "last": ([S, K, U, C], values)}`; ring: the same with W in place of U.
+    """own: `{"layers": (keys [L-1, S, K, U, C], values), "last": ([S, K, U, C], values)}`; ring:
+    the same with W in place of U.
 
     lengths: [S] int32, own tokens of each.
     """
@@ -45,7 +58,8 @@ class Arrivals(NamedTuple):
     """Waiting prompts as one packed row.
 
     tokens, positions, visible_until: [1, T] int32, as in `jaxre.data.rows.Rows`.
-    firsts, lengths, slots: [R] int32, where each prompt begins, how long it is and which slot it gets; S for a place without a prompt.
+    firsts, lengths, slots: [R] int32, where each prompt begins, how long it is and which slot it
+    gets; S for a place without a prompt.
     """
 
     tokens: np.ndarray
@@ -81,14 +95,19 @@ class Sizes:
             yield chunk
 
 
-def plan_slots(groups: Sequence[Mapping[int, Sequence[int]]], columns: int, batch_tokens: int) -> list[list[Sizes]]:
-    """The prompts of each group by length, in at most three sizes, the same for all groups; each costs one compilation.
+def plan_slots(
+    groups: Sequence[Mapping[int, Sequence[int]]], columns: int, batch_tokens: int
+) -> list[list[Sizes]]:
+    """The prompts of each group by length, in at most three sizes, the same for all groups; each
+    costs one compilation.
 
     Args:
-      groups: the own tokens of each prompt, group by group. columns: W. batch_tokens: about S x (U + W), and T.
+      groups: the own tokens of each prompt, group by group. columns: W. batch_tokens: about S x (U
+        + W), and T.
     """
     lengths = [np.array([len(own) for own in owns.values()]) for owns in groups]
-    # Of one kind are lengths within a factor of two, and all that are short: each size compiles two programs, and ends with idle slots.
+    # Of one kind are lengths within a factor of two, and all that are short: each size compiles two
+    # programs, and ends with idle slots.
     needs = [np.maximum(SHORT, 2 ** np.ceil(np.log2(some)).astype(np.int64)) for some in lengths]
     chosen = np.array(choose_lengths(np.concatenate(needs)))
     kinds = [chosen[np.searchsorted(chosen, need)] for need in needs]
@@ -111,30 +130,55 @@ def plan_slots(groups: Sequence[Mapping[int, Sequence[int]]], columns: int, batc
 def empty_slots(sizes: Sizes, architecture: Architecture, dtype: np.dtype) -> Slots:
     def caches(places: int) -> dict[str, Any]:
         shape = (sizes.slots, architecture.kv_heads, places, architecture.head_channels)
-        stacked = tuple(jnp.zeros((architecture.layers - 1, *shape), dtype) for _ in "kv") if architecture.layers > 1 else None
+        stacked = (
+            tuple(jnp.zeros((architecture.layers - 1, *shape), dtype) for _ in "kv")
+            if architecture.layers > 1
+            else None
+        )
         return {"layers": stacked, "last": tuple(jnp.zeros(shape, dtype) for _ in "kv")}
 
     return Slots(caches(sizes.own), caches(sizes.columns), jnp.zeros(sizes.slots, jnp.int32))
 
 
-def arrivals_of(chunk: Sequence[int], free: Sequence[int], owns: Mapping[int, Sequence[int]], depth: int, sizes: Sizes) -> Arrivals:
-    """A chunk's prompts, whose own tokens follow a prefix of `depth`, for the first of the free slots."""
+def arrivals_of(
+    chunk: Sequence[int],
+    free: Sequence[int],
+    owns: Mapping[int, Sequence[int]],
+    depth: int,
+    sizes: Sizes,
+) -> Arrivals:
+    """A chunk's prompts, whose own tokens follow a prefix of `depth`, for the first of the free
+    slots.
+    """
     T, R = sizes.row, sizes.arrivals
     tokens, positions = np.zeros((2, 1, T), np.int32)
     visible_until = np.arange(1, T + 1, dtype=np.int32)[None]
-    firsts, lengths, slots = np.zeros(R, np.int32), np.ones(R, np.int32), np.full(R, sizes.slots, np.int32)
+    firsts, lengths, slots = (
+        np.zeros(R, np.int32),
+        np.ones(R, np.int32),
+        np.full(R, sizes.slots, np.int32),
+    )
     first = 0
     for place, (member, slot) in enumerate(zip(chunk, free, strict=False)):
         own = owns[member]
         end = first + len(own)
-        tokens[0, first:end], positions[0, first:end], visible_until[0, first:end] = own, depth + np.arange(len(own)), end
+        tokens[0, first:end], positions[0, first:end], visible_until[0, first:end] = (
+            own,
+            depth + np.arange(len(own)),
+            end,
+        )
         firsts[place], lengths[place], slots[place] = first, len(own), slot
         first = end
     return Arrivals(tokens, positions, visible_until, firsts, lengths, slots)
 
 
 def fill_slots(
-    params: Tree, adapter: Adapter | None, prefix: Prefix | None, slots: Slots, arrivals: Arrivals, architecture: Architecture
+    params: Tree,
+    adapter: Adapter | None,
+    prefix: Prefix | None,
+    slots: Slots,
+    arrivals: Arrivals,
+    architecture: Architecture,
 ) -> tuple[Slots, jax.Array]:
     """Computes the own tokens of arriving prompts and puts their keys and values into the slots.
 
@@ -143,22 +187,36 @@ def fill_slots(
     """
     U = slots.own["last"][0].shape[2]
     T = arrivals.tokens.shape[1]
-    place = jnp.minimum(arrivals.firsts[:, None] + jnp.arange(U), T - 1)  # R U; behind its end a prompt's places hold anything
+    # R U; behind its end a prompt's places hold anything
+    place = jnp.minimum(arrivals.firsts[:, None] + jnp.arange(U), T - 1)
     last = (arrivals.firsts + arrivals.lengths - 1)[None]  # 1 R
 
     def kept(k, v):
         return tuple(array[0, place].transpose(0, 2, 1, 3) for array in (k, v))  # R K U C
 
     def attend(q, k, v, cache):
-        return row_attention(q, k, v, arrivals.visible_until, _before(cache, prefix), min(U, T)), kept(k, v)
+        return row_attention(
+            q, k, v, arrivals.visible_until, _before(cache, prefix), min(U, T)
+        ), kept(k, v)
 
     def attend_last(q, k, v, cache):
-        return chosen_attention(q, k, v, last, arrivals.visible_until, _before(cache, prefix)), kept(k, v)
+        return chosen_attention(
+            q, k, v, last, arrivals.visible_until, _before(cache, prefix)
+        ), kept(k, v)
 
     with jax.named_scope("fill"):
         caches = prefix and prefix.caches
         pruned = Chosen(last, attend_last)
-        x, fresh = run_layers(params, arrivals.tokens, arrivals.positions, architecture, attend, caches, adapter, pruned=pruned)
+        x, fresh = run_layers(
+            params,
+            arrivals.tokens,
+            arrivals.positions,
+            architecture,
+            attend,
+            caches,
+            adapter,
+            pruned=pruned,
+        )
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             return old.at[..., arrivals.slots, :, :, :].set(new, mode="drop")
@@ -181,7 +239,8 @@ def step_slots(
     """One token of every slot.
 
     Args:
-      tokens: [S] int32; depths: [S] int32, how many tokens come between the prompt and each; seen: [S, W] bool, the columns of those.
+      tokens: [S] int32; depths: [S] int32, how many tokens come between the prompt and each; seen:
+        [S, W] bool, the columns of those.
       column: where the tokens go.
 
     Returns:
@@ -195,16 +254,33 @@ def step_slots(
         before, own, ring = cache
         S, _, H, C = q.shape
         fresh = tuple(array.transpose(0, 2, 1, 3) for array in (k, v))  # S K 1 C
-        parts = [*_before(before, prefix), Part(*own, own_seen), Part(*ring, ring_seen), Part(*fresh, jnp.bool_(True))]
+        parts = [
+            *_before(before, prefix),
+            Part(*own, own_seen),
+            Part(*ring, ring_seen),
+            Part(*fresh, jnp.bool_(True)),
+        ]
         context = joint_attention(q.reshape(S, k.shape[2], -1, C), parts)  # S K G C
         return context.reshape(S, 1, H, C), fresh
 
     with jax.named_scope("step"):
         shared = prefix.caches if prefix else {"layers": None, "last": None}
-        caches = {name: (shared[name], slots.own[name], slots.ring[name]) for name in ("layers", "last")}
-        positions = slots.lengths + depths if prefix is None else prefix.length + slots.lengths + depths
-        x, fresh = run_layers(params, tokens[:, None], positions[:, None], architecture, attend, caches, adapter)
-        ring = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, column, axis=old.ndim - 2), slots.ring, fresh)
+        caches = {
+            name: (shared[name], slots.own[name], slots.ring[name]) for name in ("layers", "last")
+        }
+        positions = (
+            slots.lengths + depths if prefix is None else prefix.length + slots.lengths + depths
+        )
+        x, fresh = run_layers(
+            params, tokens[:, None], positions[:, None], architecture, attend, caches, adapter
+        )
+        ring = jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_slice_in_dim(
+                old, new, column, axis=old.ndim - 2
+            ),
+            slots.ring,
+            fresh,
+        )
         return Slots(slots.own, ring, slots.lengths), x[:, 0]
 
 

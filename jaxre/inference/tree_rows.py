@@ -1,4 +1,5 @@
-"""Packing of scoring: which example's tree goes to which row of which batch, and the arrays a step reads.
+"""Packing of scoring: which example's tree goes to which row of which batch, and the arrays a step
+reads.
 
 Letters: B rows, T tokens in a row, S predicting positions in a row, W targets of a position.
 """
@@ -41,10 +42,12 @@ class TreeRows(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """Which example goes to which row of which batch; every batch has the same shape [B, T], [B, S, W].
+    """Which example goes to which row of which batch; every batch has the same shape [B, T], [B, S,
+    W].
 
-    batches[n][b] lists the examples of row b of batch n; missing rows are all pad. They are all of group owners[n] and
-    begin with its tokens, which have no place in the row. span: an example takes no more places.
+    batches[n][b] lists the examples of row b of batch n; missing rows are all pad. They are all of
+    group owners[n] and begin with its tokens, which have no place in the row. span: an example
+    takes no more places.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -62,13 +65,16 @@ class ScoringPlan:
     @property
     def pad_share(self) -> float:
         """Share of the places in all rows that hold no token."""
-        return 1 - int(_sizes(self.prompts, self.trees, self.groups).sum()) / (len(self.batches) * self.rows * self.length)
+        return 1 - int(_sizes(self.prompts, self.trees, self.groups).sum()) / (
+            len(self.batches) * self.rows * self.length
+        )
 
     def __str__(self) -> str:
         shared = ", ".join(str(len(group.tokens)) for group in self.groups if group.tokens) or "no"
         return (
-            f"{len(self.prompts)} examples in {len(self.batches)} batches of {self.rows} rows x {self.length} tokens, "
-            f"{self.supervised} predicting positions a row, {self.pad_share:.1%} pad, {shared} shared tokens, one compiled shape"
+            f"{len(self.prompts)} examples in {len(self.batches)} batches of {self.rows} rows x"
+            f" {self.length} tokens, {self.supervised} predicting positions a row,"
+            f" {self.pad_share:.1%} pad, {shared} shared tokens, one compiled shape"
         )
 
 
@@ -81,10 +87,12 @@ def plan_scoring(
     sharding: NamedSharding | None = None,
     names: Sequence[str] | None = None,
 ) -> ScoringPlan:
-    """Packs the trees of all examples, best fit, into batches of one shape. A plan can be run again and again.
+    """Packs the trees of all examples, best fit, into batches of one shape. A plan can be run again
+    and again.
 
     Args:
-      sharding: of [B, ...] arrays over a mesh, if the weights are on one; B is a multiple of the devices that share the rows.
+      sharding: of [B, ...] arrays over a mesh, if the weights are on one; B is a multiple of the
+        devices that share the rows.
       names: of the examples, for messages; their numbers if not given.
 
     Raises:
@@ -100,7 +108,11 @@ def plan_scoring(
     most = max(map(len, packed))
     count = -(-most // max(1, batch_tokens // length))  # batches of the group with most rows
     rows = _round_up(-(-most // count), _shards(sharding))
-    batches = [(number, tuple(part[start : start + rows])) for number, part in enumerate(packed) for start in range(0, len(part), rows)]
+    batches = [
+        (number, tuple(part[start : start + rows]))
+        for number, part in enumerate(packed)
+        for start in range(0, len(part), rows)
+    ]
     return ScoringPlan(
         prompts=prompts,
         trees=tuple(trees),
@@ -110,7 +122,9 @@ def plan_scoring(
         span=int(sizes.max()),
         rows=rows,
         length=length,
-        supervised=_round_up(max(int(places[list(row)].sum()) for part in packed for row in part), 8),
+        supervised=_round_up(
+            max(int(places[list(row)].sum()) for part in packed for row in part), 8
+        ),
         targets=max(tree.targets.shape[1] for tree in trees),
         sharding=sharding,
     )
@@ -132,7 +146,11 @@ def fill_trees(plan: ScoringPlan, number: int) -> TreeRows:
     """The rows of batch `number`."""
     depth = len(plan.groups[plan.owners[number]].tokens)
     B, T, S, W = plan.rows, plan.length, plan.supervised, plan.targets
-    tokens, positions, supervised = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32), np.zeros((B, S), np.int32)
+    tokens, positions, supervised = (
+        np.zeros((B, T), np.int32),
+        np.zeros((B, T), np.int32),
+        np.zeros((B, S), np.int32),
+    )
     visible_until = np.broadcast_to(np.arange(1, T + 1, dtype=np.int32), (B, T)).copy()
     targets = np.zeros((B, S, W), np.int32)
     for b, row in enumerate(plan.batches[number]):
@@ -156,20 +174,33 @@ def fill_trees(plan: ScoringPlan, number: int) -> TreeRows:
 
 
 def _choose_rows(
-    sizes: np.ndarray, places: np.ndarray, groups: Sequence[Group], architecture: Architecture, batch_tokens: int
+    sizes: np.ndarray,
+    places: np.ndarray,
+    groups: Sequence[Group],
+    architecture: Architecture,
+    batch_tokens: int,
 ) -> tuple[int, list[list[tuple[int, ...]]]]:
     """The row length with the least work, and the examples of each row of each group.
 
-    Work of a row of T: 2 x T x body parameters + 4 x T x near x H x C x L (scores and context of the keys that a block looks at).
+    Work of a row of T: 2 x T x body parameters + 4 x T x near x H x C x L (scores and context of
+    the keys that a block looks at).
     """
     shortest = min(_round_up(int(sizes.max()), ROW_MULTIPLE), batch_tokens)
-    body = parameter_count(architecture) - (2 - architecture.tied_head) * architecture.vocabulary * architecture.embedding
+    body = (
+        parameter_count(architecture)
+        - (2 - architecture.tied_head) * architecture.vocabulary * architecture.embedding
+    )
     attention = architecture.size("HC") * architecture.layers
     members = [np.array(group.members) for group in groups]
     best = None
-    for length in range(shortest, max(shortest, min(PREFERRED_ROW, batch_tokens)) + 1, ROW_MULTIPLE):
+    for length in range(
+        shortest, max(shortest, min(PREFERRED_ROW, batch_tokens)) + 1, ROW_MULTIPLE
+    ):
         packed = [
-            [tuple(some[list(row)].tolist()) for row in pack_rows(sizes[some], places[some], np.arange(len(some)), length)]
+            [
+                tuple(some[list(row)].tolist())
+                for row in pack_rows(sizes[some], places[some], np.arange(len(some)), length)
+            ]
             for some in members
         ]
         near = sum(block_of(length, int(sizes.max())))
@@ -187,21 +218,27 @@ def check_lengths(
     batch_tokens: int,
     names: Sequence[str] | None,
 ) -> None:
-    """Raises InputError for an example that is longer than the model reads, or whose own tokens and labels are more than a batch."""
+    """Raises InputError for an example that is longer than the model reads, or whose own tokens and
+    labels are more than a batch.
+    """
     sizes = _sizes(prompts, trees, groups).tolist()
     for number, (prompt, tree, size) in enumerate(zip(prompts, trees, sizes, strict=True)):
         name = names[number] if names else number
         longest = len(prompt) + tree.valid.shape[1]
         if longest > architecture.max_length:
             raise InputError(
-                f"example {name}: prompt and longest label take {longest} tokens, the model reads {architecture.max_length}; shorten it"
+                f"example {name}: prompt and longest label take {longest} tokens, the model reads"
+                f" {architecture.max_length}; shorten it"
             )
         if size > batch_tokens:
             raise InputError(
-                f"example {name}: prompt and labels take {size} tokens, a batch has {batch_tokens}; raise predict.batch_tokens"
+                f"example {name}: prompt and labels take {size} tokens, a batch has {batch_tokens};"
+                " raise predict.batch_tokens"
             )
         if len(tree.valid) != len(trees[0].valid):
-            raise ValueError(f"example {name} has {len(tree.valid)} labels, the first one {len(trees[0].valid)}")
+            raise ValueError(
+                f"example {name} has {len(tree.valid)} labels, the first one {len(trees[0].valid)}"
+            )
 
 
 def _shards(sharding: NamedSharding | None) -> int:
@@ -212,9 +249,13 @@ def _shards(sharding: NamedSharding | None) -> int:
     return int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
 
 
-def _sizes(prompts: Sequence[Sequence[int]], trees: Sequence[AnswerTree], groups: Sequence[Group]) -> np.ndarray:
+def _sizes(
+    prompts: Sequence[Sequence[int]], trees: Sequence[AnswerTree], groups: Sequence[Group]
+) -> np.ndarray:
     """[n] places of each example in a row: its own tokens and its labels'."""
-    sizes = np.array([len(prompt) + len(tree.tokens) for prompt, tree in zip(prompts, trees, strict=True)])
+    sizes = np.array(
+        [len(prompt) + len(tree.tokens) for prompt, tree in zip(prompts, trees, strict=True)]
+    )
     for group in groups:
         sizes[list(group.members)] -= len(group.tokens)
     return sizes

@@ -25,8 +25,8 @@ class AnswerTree:
     end of the prompt, and its subtree ends before node `until`.
     targets: [N + 1, W] int32. Row 0 lists the tokens that may follow the prompt, row n + 1 those
     that may follow node n, filled up with 0.
-    place, child: [A, longest] int32, answer a is predicted by the targets `[place[a, i], child[a, i]]`,
-    for those i where `valid` [A, longest] is true.
+    place, child: [A, longest] int32, answer a is predicted by the targets `[place[a, i], child[a,
+    i]]`, for those i where `valid` [A, longest] is true.
     """
 
     tokens: np.ndarray
@@ -39,7 +39,9 @@ class AnswerTree:
 
     def scores(self, log_probabilities: np.ndarray) -> np.ndarray:
         """[N + 1, W or more] log-probabilities of the targets -> [A] f64 of the answers."""
-        return np.where(self.valid, log_probabilities[self.place, self.child], 0.0).sum(axis=1, dtype=np.float64)
+        return np.where(self.valid, log_probabilities[self.place, self.child], 0.0).sum(
+            axis=1, dtype=np.float64
+        )
 
 
 def answer_tree(answers: Answers) -> AnswerTree:
@@ -52,12 +54,14 @@ def answer_tree(answers: Answers) -> AnswerTree:
         raise InputError("there is no label to score; the schema needs at least one")
     if not all(answers):
         raise InputError(
-            f"label {next(i for i, answer in enumerate(answers) if not answer)} of the schema has no token; a label must not be empty"
+            f"label {next(i for i, answer in enumerate(answers) if not answer)} of the schema has"
+            " no token; a label must not be empty"
         )
     tokens: list[int] = []
     depths: list[int] = []
     until: list[int] = []
-    children: list[dict[int, int]] = [{}]  # of the prompt's end, then of each node: token -> place among the targets
+    # of the prompt's end, then of each node: token -> place among the targets
+    children: list[dict[int, int]] = [{}]
     length = max(len(answer) for answer in answers)
     place, child = np.zeros((2, len(answers), length), np.int32)
     open_nodes: list[int] = []  # the nodes of the previous answer's path
@@ -67,9 +71,14 @@ def answer_tree(answers: Answers) -> AnswerTree:
         answer = answers[number]
         if len(answer) == len(previous) and list(answer) == list(previous):
             raise InputError(
-                f"label {number} of the schema has the same tokens as another label; every label must differ as the model reads it"
+                f"label {number} of the schema has the same tokens as another label; every label"
+                " must differ as the model reads it"
             )
-        alike = (i for i, (before, now) in enumerate(zip(previous, answer, strict=False)) if before != now)
+        alike = (
+            i
+            for i, (before, now) in enumerate(zip(previous, answer, strict=False))
+            if before != now
+        )
         shared = min(next(alike, len(previous)), len(open_nodes))
         for node in open_nodes[shared:]:
             until[node] = len(tokens)

@@ -12,7 +12,8 @@ from jaxre.errors import InputError
 
 @dataclass(frozen=True)
 class Kind:
-    """What a `model_type` means where its config.json is silent (the defaults of transformers' configuration classes).
+    """What a `model_type` means where its config.json is silent (the defaults of transformers'
+    configuration classes).
 
     SmolLM3-3B's own config.json does not say that its head is tied.
     """
@@ -92,9 +93,10 @@ ENCODERS = ("bert", "roberta")
 class EncoderArchitecture:
     """Sizes and switches of an encoder with its classification head.
 
-    `labels` are the head's, in the order of its logits; () where there is no head. `dense` is whether the tanh layer before it
-    is there (BERT's pooler, the first layer of RoBERTa's head). The token at position p of its example takes row
-    p + `position_offset` of the position table. `dropout` is that of hidden states while training, `head_dropout` the head's.
+    `labels` are the head's, in the order of its logits; () where there is no head. `dense` is
+    whether the tanh layer before it is there (BERT's pooler, the first layer of RoBERTa's head).
+    The token at position p of its example takes row p + `position_offset` of the position table.
+    `dropout` is that of hidden states while training, `head_dropout` the head's.
     """
 
     tied_head: ClassVar[bool] = False  # there is no vocabulary head
@@ -119,7 +121,9 @@ class EncoderArchitecture:
         return self.position_rows - self.position_offset
 
     def size(self, letters: str) -> int:
-        """Length of a dimension named by letters: D, F, V, P rows of the position table, Y token types, N labels."""
+        """Length of a dimension named by letters: D, F, V, P rows of the position table, Y token
+        types, N labels.
+        """
         return {
             "D": self.embedding,
             "F": self.feed_forward,
@@ -138,7 +142,9 @@ def read_architecture(folder: Path) -> Architecture | EncoderArchitecture:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{path}: no such file; a model folder has config.json, a tokenizer and *.safetensors")
+        raise InputError(
+            f"{path}: no such file; a model folder has config.json, a tokenizer and *.safetensors"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -152,17 +158,22 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
     """The architecture that the fields of a config.json describe.
 
     Raises:
-      InputError: an unknown model_type, a missing field, a size that cannot be, or a feature that we do not have.
+      InputError: an unknown model_type, a missing field, a size that cannot be, or a feature that
+        we do not have.
     """
     if config.get("model_type") in ENCODERS:
         return _encoder_of(config, place)
     kind = KINDS.get(str(config.get("model_type")))
     if kind is None:
-        raise InputError(f"{place}: model_type {config.get('model_type')!r} is not known; known are {', '.join((*KINDS, *ENCODERS))}")
+        raise InputError(
+            f"{place}: model_type {config.get('model_type')!r} is not known; known are"
+            f" {', '.join((*KINDS, *ENCODERS))}"
+        )
     _refuse_unsupported(config, place)
     try:
         layers, embedding, heads = (
-            _size(config[field], field, place) for field in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+            _size(config[field], field, place)
+            for field in ("num_hidden_layers", "hidden_size", "num_attention_heads")
         )
         rope = _rope_of(config)
         architecture = Architecture(
@@ -171,7 +182,11 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
             embedding=embedding,
             query_heads=heads,
             kv_heads=_size(_kv_heads(config, kind) or heads, "num_key_value_heads", place),
-            head_channels=_size(config.get("head_dim") or kind.head_channels or embedding // heads, "head_dim", place),
+            head_channels=_size(
+                config.get("head_dim") or kind.head_channels or embedding // heads,
+                "head_dim",
+                place,
+            ),
             feed_forward=_size(config["intermediate_size"], "intermediate_size", place),
             vocabulary=_size(config["vocab_size"], "vocab_size", place),
             max_length=_size(config["max_position_embeddings"], "max_position_embeddings", place),
@@ -185,31 +200,52 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
             initializer_range=float(config.get("initializer_range", 0.02)),
         )
     except KeyError as error:
-        raise InputError(f"{place}: the field {error.args[0]} is missing; download the model again, or add it") from None
+        raise InputError(
+            f"{place}: the field {error.args[0]} is missing; download the model again, or add it"
+        ) from None
     except (TypeError, ValueError) as error:
-        raise InputError(f"{place}: a field has the wrong type ({error}); download the model again, or correct it") from None
+        raise InputError(
+            f"{place}: a field has the wrong type ({error}); download the model again, or"
+            " correct it"
+        ) from None
     if heads % architecture.kv_heads:
         raise InputError(
-            f"{place}: num_attention_heads {heads} is not a multiple of num_key_value_heads {architecture.kv_heads}; correct them"
+            f"{place}: num_attention_heads {heads} is not a multiple of num_key_value_heads"
+            f" {architecture.kv_heads}; correct them"
         )
     if architecture.head_channels % 2:
-        raise InputError(f"{place}: head_dim {architecture.head_channels} is odd; rotary positions turn pairs of channels")
+        raise InputError(
+            f"{place}: head_dim {architecture.head_channels} is odd; rotary positions turn pairs of"
+            " channels"
+        )
     return architecture
 
 
 def _refuse_unsupported(config: dict[str, Any], place: str) -> None:
     if config.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{place}: hidden_act {config['hidden_act']!r} is not supported; take a decoder with silu")
+        raise InputError(
+            f"{place}: hidden_act {config['hidden_act']!r} is not supported; take a decoder with"
+            " silu"
+        )
     for field in ("attention_bias", "mlp_bias"):
         if config.get(field):
-            raise InputError(f"{place}: {field} is set, which no supported decoder has; take another model")
+            raise InputError(
+                f"{place}: {field} is set, which no supported decoder has; take another model"
+            )
     if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-        raise InputError(f"{place}: sliding-window attention is set, which is not supported; take another model")
+        raise InputError(
+            f"{place}: sliding-window attention is set, which is not supported; take another model"
+        )
     rope = _rope_of(config)
     if (config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise InputError(f"{place}: partial_rotary_factor is set, which is not supported; take a model whose channels all rotate")
+        raise InputError(
+            f"{place}: partial_rotary_factor is set, which is not supported; take a model whose"
+            " channels all rotate"
+        )
     if config.get("quantization_config"):
-        raise InputError(f"{place}: the weights are quantised (quantization_config); give the unquantised model")
+        raise InputError(
+            f"{place}: the weights are quantised (quantization_config); give the unquantised model"
+        )
 
 
 def _size(value: Any, field: str, place: str) -> int:
@@ -223,10 +259,16 @@ def _rotary_layers(config: dict[str, Any], kind: Kind, layers: int, place: str) 
         return (True,) * layers
     listed = config.get("no_rope_layers")  # 1 where a layer does rotate, despite the name
     if listed is None:
-        interval = _size(config.get("no_rope_layer_interval") or kind.rotary_pauses, "no_rope_layer_interval", place)
+        interval = _size(
+            config.get("no_rope_layer_interval") or kind.rotary_pauses,
+            "no_rope_layer_interval",
+            place,
+        )
         listed = [(layer + 1) % interval != 0 for layer in range(layers)]
     if len(listed) < layers:
-        raise InputError(f"{place}: no_rope_layers lists {len(listed)} of {layers} layers; list each")
+        raise InputError(
+            f"{place}: no_rope_layers lists {len(listed)} of {layers} layers; list each"
+        )
     return tuple(bool(flag) for flag in listed[:layers])
 
 
@@ -236,8 +278,14 @@ def _rope_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _kv_heads(config: dict[str, Any], kind: Kind) -> int | None:
-    """None is as many as query heads. Llama's default when the field is missing; the other classes have numbers, of no model here."""
-    return config.get("num_key_value_heads") if kind is KINDS["llama"] else config["num_key_value_heads"]
+    """None is as many as query heads. Llama's default when the field is missing; the other classes
+    have numbers, of no model here.
+    """
+    return (
+        config.get("num_key_value_heads")
+        if kind is KINDS["llama"]
+        else config["num_key_value_heads"]
+    )
 
 
 def _rope_scaling(config: dict[str, Any], rope: dict[str, Any], place: str) -> RopeScaling | None:
@@ -245,7 +293,9 @@ def _rope_scaling(config: dict[str, Any], rope: dict[str, Any], place: str) -> R
     if kind == "default":
         return None
     if kind != "llama3":
-        raise InputError(f"{place}: rope scaling {kind!r} is not supported; take a model with default or llama3")
+        raise InputError(
+            f"{place}: rope scaling {kind!r} is not supported; take a model with default or llama3"
+        )
     return RopeScaling(
         float(rope["factor"]),
         float(rope["low_freq_factor"]),
@@ -259,7 +309,9 @@ def _rope_scaling(config: dict[str, Any], rope: dict[str, Any], place: str) -> R
 
 
 def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
-    """BERT's or RoBERTa's config.json. RoBERTa counts positions from the row after its pad token's."""
+    """BERT's or RoBERTa's config.json. RoBERTa counts positions from the row after its pad
+    token's.
+    """
     for field, supported in (
         ("hidden_act", "gelu"),
         ("position_embedding_type", "absolute"),
@@ -267,7 +319,10 @@ def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
         ("is_decoder", False),
     ):
         if config.get(field) not in (None, supported):
-            raise InputError(f"{place}: {field} {config[field]!r} is not supported; take an encoder with {supported!r}")
+            raise InputError(
+                f"{place}: {field} {config[field]!r} is not supported; take an encoder with"
+                f" {supported!r}"
+            )
     kind = config["model_type"]
     try:
         sizes = {
@@ -285,7 +340,9 @@ def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
         dropout = float(config.get("hidden_dropout_prob", 0.1))
         head_dropout = config.get("classifier_dropout")
         # transformers' default: two labels.
-        labels = config.get("id2label") or {number: f"LABEL_{number}" for number in range(int(config.get("num_labels", 2)))}
+        labels = config.get("id2label") or {
+            number: f"LABEL_{number}" for number in range(int(config.get("num_labels", 2)))
+        }
         architecture = EncoderArchitecture(
             kind=kind,
             **sizes,
@@ -297,19 +354,29 @@ def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
             initializer_range=float(config.get("initializer_range", 0.02)),
         )
     except KeyError as error:
-        raise InputError(f"{place}: the field {error.args[0]} is missing; download the model again, or add it") from None
+        raise InputError(
+            f"{place}: the field {error.args[0]} is missing; download the model again, or add it"
+        ) from None
     except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{place}: a field has the wrong type ({error}); download the model again, or correct it") from None
+        raise InputError(
+            f"{place}: a field has the wrong type ({error}); download the model again, or"
+            " correct it"
+        ) from None
     if architecture.embedding % architecture.heads:
         raise InputError(
-            f"{place}: hidden_size {architecture.embedding} is not a multiple of num_attention_heads {architecture.heads}; correct them"
+            f"{place}: hidden_size {architecture.embedding} is not a multiple of"
+            f" num_attention_heads {architecture.heads}; correct them"
         )
-    for field, rate in (("hidden_dropout_prob", architecture.dropout), ("classifier_dropout", architecture.head_dropout)):
+    for field, rate in (
+        ("hidden_dropout_prob", architecture.dropout),
+        ("classifier_dropout", architecture.head_dropout),
+    ):
         if not 0 <= rate < 1:
             raise InputError(f"{place}: {field} is {rate}, not in [0, 1); correct it")
     if architecture.max_length < 1:
         raise InputError(
-            f"{place}: max_position_embeddings {architecture.position_rows} leaves no position after the pad token's; correct it"
+            f"{place}: max_position_embeddings {architecture.position_rows} leaves no position"
+            " after the pad token's; correct it"
         )
     if len(set(architecture.labels)) < len(architecture.labels):
         raise InputError(f"{place}: id2label names a label twice; give each its own name")
@@ -320,6 +387,7 @@ def check_vocabulary(highest: int, architecture: Architecture | EncoderArchitect
     """Raises InputError if the highest token id is outside of the model's vocabulary."""
     if highest >= architecture.vocabulary:
         raise InputError(
-            f"the tokenizer gives token {highest}, but vocab_size of the model is {architecture.vocabulary}; "
-            "take the model with its own tokenizer (or correct model.architecture)"
+            f"the tokenizer gives token {highest}, but vocab_size of the model is"
+            f" {architecture.vocabulary}; take the model with its own tokenizer (or correct"
+            " model.architecture)"
         )

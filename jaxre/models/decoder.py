@@ -1,7 +1,9 @@
-"""The decoder's forward pass: free functions over plain pytrees, one definition for training, scoring and decoding.
+"""The decoder's forward pass: free functions over plain pytrees, one definition for training,
+scoring and decoding.
 
-RMSNorm, grouped-query attention, rotary positions, SwiGLU (Llama, Qwen2, Qwen3, SmolLM3). Layers but the last are
-scanned, so compile time does not grow with depth. The weights are those of `weights.py`.
+RMSNorm, grouped-query attention, rotary positions, SwiGLU (Llama, Qwen2, Qwen3, SmolLM3). Layers
+but the last are scanned, so compile time does not grow with depth. The weights are those of
+`weights.py`.
 
 Letters: B rows, T tokens in a row, S supervised positions in a row, D embedding, H query heads,
 K key/value heads, C head channels, F feed-forward, V vocabulary, R rank, L layers.
@@ -38,7 +40,8 @@ GROUPS = ("qkv", "o", "gate_up", "down")
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA factors beside the base: `{"layers": {name: {"a": [L-1, I, R], "b": [L-1, R, O]}}, "last": {...}}`, f32.
+    """LoRA factors beside the base: `{"layers": {name: {"a": [L-1, I, R], "b": [L-1, R, O]}},
+    "last": {...}}`, f32.
 
     `keys` [B, T] uint32 are the dropout keys of the tokens; None switches dropout off.
     """
@@ -51,7 +54,9 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The row positions [B, S] int32 that the last layer is computed at, and the attention of their queries."""
+    """The row positions [B, S] int32 that the last layer is computed at, and the attention of their
+    queries.
+    """
 
     positions: jax.Array
     attend: Attend
@@ -78,8 +83,8 @@ def forward(
       tokens, positions, visible_until: [B, T] int32, the packed rows.
       adapter: LoRA factors, if any.
       ops: of the devices that it runs on.
-      chosen: [B, S] int32, the row positions that are asked for; all if not given. The last layer then computes keys
-        and values everywhere and all else at these positions only.
+      chosen: [B, S] int32, the row positions that are asked for; all if not given. The last layer
+        then computes keys and values everywhere and all else at these positions only.
       prefix, span: where attention looks, see `jaxre_kernels.attention`.
       remat: what the backward pass computes again: `none` or `block` (from a layer's input).
 
@@ -92,13 +97,17 @@ def forward(
 
     def attend_last(q, k, v, cache):
         index = jnp.arange(visible_until.shape[1])
-        mask = (index <= chosen[..., None]) & (chosen[..., None] < visible_until[:, None, :])  # B S T
+        # B S T
+        mask = (index <= chosen[..., None]) & (chosen[..., None] < visible_until[:, None, :])
         return masked_attention(q, k, v, mask), cache
 
-    # Its attention is dense, S x T scores: where most of a row is supervised (language modelling), the whole layer is cheaper.
+    # Its attention is dense, S x T scores: where most of a row is supervised (language modelling),
+    # the whole layer is cheaper.
     pruned = chosen is not None and 2 * chosen.shape[1] <= tokens.shape[1]
     last = Chosen(chosen, attend_last) if pruned else None
-    x, _ = run_layers(params, tokens, positions, architecture, attend, None, adapter, ops, last, remat == "block")
+    x, _ = run_layers(
+        params, tokens, positions, architecture, attend, None, adapter, ops, last, remat == "block"
+    )
     return x if chosen is None or pruned else take(x, chosen)
 
 
@@ -114,14 +123,16 @@ def run_layers(
     pruned: Chosen | None = None,
     remat_layers: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """Embeds `tokens` [B, T] and runs every layer; `caches` is `{"layers": stacked, "last": one}` or None.
+    """Embeds `tokens` [B, T] and runs every layer; `caches` is `{"layers": stacked, "last": one}`
+    or None.
 
-    With `remat_layers` the backward pass keeps the inputs of the layers and computes the rest again. The last layer
-    is left as it is: its backward pass comes first, when all of its values are there.
+    With `remat_layers` the backward pass keeps the inputs of the layers and computes the rest
+    again. The last layer is left as it is: its backward pass comes first, when all of its values
+    are there.
 
     Returns:
-      [B, T, D] hidden states before the final norm ([B, S, D] where the last layer is `pruned` to chosen positions), and the
-      new caches in the same form.
+      [B, T, D] hidden states before the final norm ([B, S, D] where the last layer is `pruned` to
+      chosen positions), and the new caches in the same form.
     """
     with jax.named_scope("embed"):
         x = ops.constrain(params["embed"][tokens])  # B T D
@@ -131,7 +142,9 @@ def run_layers(
 
     def step(x, layer):
         weights, low_rank, cache, index, rotates = layer
-        x, cache = run_layer(weights, low_rank, x, angles, rotates, index, architecture, attend, cache, adapter, ops)
+        x, cache = run_layer(
+            weights, low_rank, x, angles, rotates, index, architecture, attend, cache, adapter, ops
+        )
         return ops.constrain(x), cache
 
     stacked = None
@@ -140,8 +153,18 @@ def run_layers(
         rotates = jnp.asarray(np.array(architecture.rotary[:-1]))
         # A scan needs no barrier against the compiler merging the two computations.
         scanned = jax.checkpoint(step, prevent_cse=False) if remat_layers else step
-        x, stacked = jax.lax.scan(scanned, x, (params["layers"], factors["layers"], caches["layers"], index, rotates))
-    last = (params["last"], factors["last"], x, angles, architecture.rotary[-1], architecture.layers - 1, architecture)
+        x, stacked = jax.lax.scan(
+            scanned, x, (params["layers"], factors["layers"], caches["layers"], index, rotates)
+        )
+    last = (
+        params["last"],
+        factors["last"],
+        x,
+        angles,
+        architecture.rotary[-1],
+        architecture.layers - 1,
+        architecture,
+    )
     x, cache = run_layer(*last, attend, caches["last"], adapter, ops, pruned)
     return ops.constrain(x), {"layers": stacked, "last": cache}
 
@@ -160,11 +183,15 @@ def run_layer(
     ops: Ops = ONE_DEVICE,
     pruned: Chosen | None = None,
 ) -> tuple[jax.Array, Any]:
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). x is [B, T, D]; the result too, or [B, S, D] where `pruned`."""
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). x is [B, T, D]; the result too, or
+    [B, S, D] where `pruned`.
+    """
     C = architecture.head_channels
 
     def project(inputs: jax.Array, names: tuple[str, ...], group: str) -> list[jax.Array]:
-        return input_group(inputs, names, GROUPS.index(group), weights, low_rank, index, adapter, ops)
+        return input_group(
+            inputs, names, GROUPS.index(group), weights, low_rank, index, adapter, ops
+        )
 
     def heads(array: jax.Array) -> jax.Array:
         return array.reshape(*array.shape[:2], -1, C)
@@ -177,16 +204,22 @@ def run_layer(
         else:
             k, v = project(normed, ("k", "v"), "qkv")
             # From here on only the chosen positions, with the dropout of their tokens.
-            x, normed, query_angles = (take(array, pruned.positions) for array in (x, normed, angles))
+            x, normed, query_angles = (
+                take(array, pruned.positions) for array in (x, normed, angles)
+            )
             if adapter and adapter.keys is not None:
-                adapter = dataclasses.replace(adapter, keys=take(adapter.keys[..., None], pruned.positions)[..., 0])
+                adapter = dataclasses.replace(
+                    adapter, keys=take(adapter.keys[..., None], pruned.positions)[..., 0]
+                )
             attend = pruned.attend
             (q,) = project(normed, ("q",), "qkv")
         q, k, v = heads(q), heads(k), heads(v)  # B . H C, B T K C, B T K C
         if architecture.qk_norm:
             q = rms_norm(q, weights["q_norm"], architecture.norm_epsilon)
             k = rms_norm(k, weights["k_norm"], architecture.norm_epsilon)
-        context, cache = attend(rotate(q, query_angles, rotates), rotate(k, angles, rotates), v, cache)
+        context, cache = attend(
+            rotate(q, query_angles, rotates), rotate(k, angles, rotates), v, cache
+        )
         (out,) = project(context.reshape(*context.shape[:2], -1), ("o",), "o")
         x = x + out
     with jax.named_scope("mlp"):
@@ -206,13 +239,17 @@ def input_group(
     adapter: Adapter | None,
     ops: Ops,
 ) -> list[jax.Array]:
-    """The projections `names` of one input [B, T, I], each with its LoRA term and bias if it has one.
+    """The projections `names` of one input [B, T, I], each with its LoRA term and bias if it has
+    one.
 
     Projections of a group see the same dropout mask (PEFT draws one per projection).
     """
     chosen = [weights[name] for name in names]
     if adapter is None:
-        outputs = [nf4_linear(x, weight) if is_nf4(weight) else dense_linear(x, weight) for weight in chosen]
+        outputs = [
+            nf4_linear(x, weight) if is_nf4(weight) else dense_linear(x, weight)
+            for weight in chosen
+        ]
     else:
         factors = [Factors(**low_rank[name]) if name in low_rank else None for name in names]
         rate = 0.0 if adapter.keys is None else adapter.rate
@@ -232,13 +269,19 @@ def head(params: Tree, x: jax.Array, architecture: Architecture) -> jax.Array:
     return logits_of(*head_factors(params, x, architecture))
 
 
-def head_factors(params: Tree, x: jax.Array, architecture: Architecture) -> tuple[jax.Array, jax.Array]:
-    """The final norm of x, [..., D], and the vocabulary head, [V, D]: the logits are their product."""
-    return rms_norm(x, params["norm"], architecture.norm_epsilon), params["embed"] if architecture.tied_head else params["head"]
+def head_factors(
+    params: Tree, x: jax.Array, architecture: Architecture
+) -> tuple[jax.Array, jax.Array]:
+    """The final norm of x, [..., D], and the vocabulary head, [V, D]: the logits are their
+    product.
+    """
+    return rms_norm(x, params["norm"], architecture.norm_epsilon), (
+        params["embed"] if architecture.tied_head else params["head"]
+    )
 
 
-# Autodiff would keep four more arrays [B, T, F] of swiglu, and those of rms_norm in f32; both are formed again in the
-# backward pass from their inputs, which are kept anyway.
+# Autodiff would keep four more arrays [B, T, F] of swiglu, and those of rms_norm in f32; both are
+# formed again in the backward pass from their inputs, which are kept anyway.
 
 
 @partial(jax.checkpoint, prevent_cse=False)
@@ -265,7 +308,8 @@ def rotary_frequencies(architecture: Architecture) -> np.ndarray:
 
     At position 100,000 one unit in the last place of a frequency turns a channel pair by 0.006
     radians, so the values the models were trained with are the right ones, not the exact ones:
-    the power is rounded to f32, then its reciprocal (rounding once differs in a third of the channels).
+    the power is rounded to f32, then its reciprocal (rounding once differs in a third of the
+    channels).
     """
     C = architecture.head_channels
     exponents = np.arange(0, C, 2).astype(np.float32) / np.float32(C)
@@ -274,22 +318,37 @@ def rotary_frequencies(architecture: Architecture) -> np.ndarray:
     scaling = architecture.rope_scaling
     if scaling is None:
         return frequencies
-    # Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, between them interpolated.
+    # Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, between them
+    # interpolated.
     factor, low, high, length = map(
-        np.float32, (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_length)
+        np.float32,
+        (
+            scaling.factor,
+            scaling.low_freq_factor,
+            scaling.high_freq_factor,
+            scaling.original_length,
+        ),
     )
     wavelength = np.float32(2 * math.pi) / frequencies
     smooth = (length / wavelength - low) / (high - low)
     between = (1 - smooth) * frequencies / factor + smooth * frequencies
-    return np.where(wavelength > length / low, frequencies / factor, np.where(wavelength < length / high, frequencies, between))
+    return np.where(
+        wavelength > length / low,
+        frequencies / factor,
+        np.where(wavelength < length / high, frequencies, between),
+    )
 
 
 def rotate(x: jax.Array, angles: jax.Array, rotates: jax.Array | bool = True) -> jax.Array:
-    """Rotary positions in Hugging Face's layout: channel c pairs with c + C/2. x is [B, T, heads, C]."""
+    """Rotary positions in Hugging Face's layout: channel c pairs with c + C/2. x is [B, T, heads,
+    C].
+    """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     cosine, sine = (f(angles.astype(wide))[:, :, None, :] for f in (jnp.cos, jnp.sin))  # B T 1 C/2
     first, second = jnp.split(x.astype(wide), 2, axis=-1)
-    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+    turned = jnp.concatenate(
+        [first * cosine - second * sine, second * cosine + first * sine], axis=-1
+    )
     if rotates is True:
         return turned.astype(x.dtype)
     return jnp.where(rotates, turned.astype(x.dtype), x)

@@ -1,11 +1,13 @@
-"""The encoder's forward pass (BERT, RoBERTa) with its classification head: free functions over plain pytrees.
+"""The encoder's forward pass (BERT, RoBERTa) with its classification head: free functions over
+plain pytrees.
 
-Learned positions, LayerNorm after each sum, attention in both directions inside an example, GELU. Layers but the
-last are scanned; the last runs at the chosen positions only, as only those are classified. The weights are those of
-`weights.py`; BERT and RoBERTa differ there by names, here by the offset of positions and the head's dropout.
+Learned positions, LayerNorm after each sum, attention in both directions inside an example, GELU.
+Layers but the last are scanned; the last runs at the chosen positions only, as only those are
+classified. The weights are those of `weights.py`; BERT and RoBERTa differ there by names, here by
+the offset of positions and the head's dropout.
 
-Letters: B rows, T tokens in a row, S chosen positions in a row, D embedding, H heads, C head channels,
-F feed-forward, V vocabulary, N labels.
+Letters: B rows, T tokens in a row, S chosen positions in a row, D embedding, H heads, C head
+channels, F feed-forward, V vocabulary, N labels.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from jaxre.models.weights import places
 
 Tree = dict[str, Any]
 
-# Places of a layer where hidden states are dropped; the embeddings and the head count as layers of their own.
+# Places of a layer where hidden states are dropped; the embeddings and the head count as layers of
+# their own.
 AFTER_ATTENTION, AFTER_MLP = range(2)
 
 
@@ -46,11 +49,11 @@ def classify(
 
     Args:
       params: weights in the compute dtype.
-      tokens, positions, visible_until: [B, T] int32, the packed rows. Examples share no prefix, so the tokens of
-        one example, and no others, have one `visible_until`: they see each other.
+      tokens, positions, visible_until: [B, T] int32, the packed rows. Examples share no prefix, so
+        the tokens of one example, and no others, have one `visible_until`: they see each other.
       chosen: [B, S] int32.
-      keys: [B, T] uint32 dropout keys of the tokens; None switches dropout off. Attention weights are never
-        dropped (transformers drops them too while training).
+      keys: [B, T] uint32 dropout keys of the tokens; None switches dropout off. Attention weights
+        are never dropped (transformers drops them too while training).
       ops: of the devices that share the rows.
       remat: what the backward pass computes again: `none` or `block` (from a layer's input).
 
@@ -64,7 +67,9 @@ def classify(
     with jax.named_scope("embed"):
         rows = params["positions"][positions + architecture.position_offset]
         x = params["embed"][tokens] + rows + params["types"][0]  # B T D
-        x = layer_norm(x, params["embed_norm"], params["embed_norm_bias"], architecture.norm_epsilon)
+        x = layer_norm(
+            x, params["embed_norm"], params["embed_norm_bias"], architecture.norm_epsilon
+        )
         x = ops.constrain(drop(x, keys, architecture.layers, 0, architecture.dropout))
     # Positions count from the first token of an example; a pad token's is 0, and it sees itself.
     visible_from = jnp.arange(tokens.shape[1]) - positions  # B T
@@ -74,7 +79,9 @@ def classify(
 
     def where_chosen(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         asked = chosen[..., None]  # B S 1
-        return masked_attention(q, k, v, (visible_from[:, None] <= asked) & (asked < visible_until[:, None]))
+        return masked_attention(
+            q, k, v, (visible_from[:, None] <= asked) & (asked < visible_until[:, None])
+        )
 
     def step(x: jax.Array, layer: tuple[Tree, jax.Array]) -> tuple[jax.Array, None]:
         weights, index = layer
@@ -85,7 +92,10 @@ def classify(
         x, _ = jax.lax.scan(scanned, x, (params["layers"], jnp.arange(architecture.layers - 1)))
     if keys is not None:
         keys = at(keys[..., None])[..., 0]  # B S
-    x = run_layer(params["last"], at(x), x, where_chosen, architecture.layers - 1, architecture, keys)  # B S D
+    # B S D
+    x = run_layer(
+        params["last"], at(x), x, where_chosen, architecture.layers - 1, architecture, keys
+    )
     return head(params, x, architecture, keys)
 
 
@@ -111,10 +121,15 @@ def run_layer(
 
     def finish(x: jax.Array, out: jax.Array, norm: str, place: int) -> jax.Array:
         out = drop(out, keys, index, place, architecture.dropout)
-        return layer_norm(x + out, weights[norm], weights[f"{norm}_bias"], architecture.norm_epsilon)
+        return layer_norm(
+            x + out, weights[norm], weights[f"{norm}_bias"], architecture.norm_epsilon
+        )
 
     with jax.named_scope("attention"):
-        q, k, v = (heads(linear(weights, name, array)) for name, array in (("q", x), ("k", context), ("v", context)))
+        q, k, v = (
+            heads(linear(weights, name, array))
+            for name, array in (("q", x), ("k", context), ("v", context))
+        )
         attended = attend(q, k, v).reshape(x.shape)
         x = finish(x, linear(weights, "o", attended), "attention_norm", AFTER_ATTENTION)
     with jax.named_scope("mlp"):
@@ -122,15 +137,21 @@ def run_layer(
         return finish(x, linear(weights, "down", hidden), "mlp_norm", AFTER_MLP)
 
 
-def head(params: Tree, x: jax.Array, architecture: EncoderArchitecture, keys: jax.Array | None = None) -> jax.Array:
-    """Tanh layer and label logits: [B, S, D] -> [B, S, N] f32. RoBERTa drops before the tanh layer too."""
+def head(
+    params: Tree, x: jax.Array, architecture: EncoderArchitecture, keys: jax.Array | None = None
+) -> jax.Array:
+    """Tanh layer and label logits: [B, S, D] -> [B, S, N] f32. RoBERTa drops before the tanh layer
+    too.
+    """
     rate, layer = architecture.head_dropout, architecture.layers + 1
     with jax.named_scope("head"):
         if architecture.kind == "roberta":
             x = drop(x, keys, layer, 0, rate)
         x = drop(jnp.tanh(linear(params, "dense", x)), keys, layer, 1, rate)
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        return jnp.matmul(x, params["classifier"], preferred_element_type=wide) + params["classifier_bias"].astype(wide)
+        return jnp.matmul(x, params["classifier"], preferred_element_type=wide) + params[
+            "classifier_bias"
+        ].astype(wide)
 
 
 def linear(weights: Tree, name: str, x: jax.Array) -> jax.Array:
@@ -139,18 +160,28 @@ def linear(weights: Tree, name: str, x: jax.Array) -> jax.Array:
 
 
 def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, epsilon: float) -> jax.Array:
-    """(x - mean) / sqrt(variance + epsilon) * weight + bias over the last axis, in f32 (at least)."""
+    """(x - mean) / sqrt(variance + epsilon) * weight + bias over the last axis, in f32 (at
+    least).
+    """
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon)
     return (normed * weight + bias).astype(x.dtype)
 
 
-def drop(x: jax.Array, keys: jax.Array | None, layer: jax.Array | int, place: int, rate: float) -> jax.Array:
-    """Dropout of hidden states that packing cannot change: by the keys [B, S] of the tokens of x [B, S, D]."""
+def drop(
+    x: jax.Array, keys: jax.Array | None, layer: jax.Array | int, place: int, rate: float
+) -> jax.Array:
+    """Dropout of hidden states that packing cannot change: by the keys [B, S] of the tokens of x
+    [B, S, D].
+    """
     if keys is None or not rate:
         return x
-    return jnp.where(keep_mask(keys, layer, place, x.shape[-1], rate), x * jnp.asarray(1 / (1 - rate), x.dtype), 0)
+    return jnp.where(
+        keep_mask(keys, layer, place, x.shape[-1], rate),
+        x * jnp.asarray(1 / (1 - rate), x.dtype),
+        0,
+    )
 
 
 def for_task(
@@ -163,10 +194,11 @@ def for_task(
 ) -> tuple[EncoderArchitecture, Tree, tuple[str, ...]]:
     """An encoder whose embeddings have rows for new tokens and whose head has the given labels.
 
-    Old rows stay. A new token starts at the mean embedding of the tokens that describe it; without any, at the mean of all,
-    where transformers' mean resizing draws it too (with a billionth of their covariance around it). A head for these
-    labels stays, in their order here; otherwise its last map is drawn afresh (normal of the model's `initializer_range`, bias 0), and
-    the tanh layer too where there is none.
+    Old rows stay. A new token starts at the mean embedding of the tokens that describe it; without
+    any, at the mean of all, where transformers' mean resizing draws it too (with a billionth of
+    their covariance around it). A head for these labels stays, in their order here; otherwise its
+    last map is drawn afresh (normal of the model's `initializer_range`, bias 0), and the tanh layer
+    too where there is none.
 
     Args:
       params: numpy, our layout; not changed.
@@ -192,7 +224,11 @@ def for_task(
     draw, fresh = np.random.default_rng(seed), []
     for weight, path, shape, _ in places(fitted):
         if not weight.in_layer and weight.name not in kept:
-            drawn = fitted.initializer_range * draw.standard_normal(shape) if weight.initial == "normal" else np.zeros(shape)
+            drawn = (
+                fitted.initializer_range * draw.standard_normal(shape)
+                if weight.initial == "normal"
+                else np.zeros(shape)
+            )
             kept[path[0]] = drawn.astype(old.dtype)
             fresh.append(weight.name)
     return fitted, kept, tuple(fresh)

@@ -19,23 +19,33 @@ def scale_of(lora: Lora) -> float:
     return lora.alpha / math.sqrt(lora.rank) if lora.rslora else lora.alpha / lora.rank
 
 
-def targets(architecture: Architecture, lora: Lora) -> list[tuple[Weight, tuple[str, ...], tuple[int, ...], tuple[str | None, ...]]]:
+def targets(
+    architecture: Architecture, lora: Lora
+) -> list[tuple[Weight, tuple[str, ...], tuple[int, ...], tuple[str | None, ...]]]:
     """The places of the base that the adapter targets, as `weights.places` gives them."""
-    return [place for place in places(architecture) if place[0].lora and place[0].name in lora.targets]
+    return [
+        place for place in places(architecture) if place[0].lora and place[0].name in lora.targets
+    ]
 
 
 def init_adapter(architecture: Architecture, lora: Lora, key: jax.Array) -> dict:
     """Fresh factors in f32: A uniform in +-1/sqrt(inputs) as in PEFT (Kaiming, a = sqrt 5), B zero.
 
     Returns:
-      `{"layers": {name: {"a": [L-1, I, R], "b": [L-1, R, O]}}, "last": {name: {"a": [I, R], "b": [R, O]}}}`.
+      `{"layers": {name: {"a": [L-1, I, R], "b": [L-1, R, O]}}, "last": {name: {"a": [I, R], "b":
+      [R, O]}}}`.
     """
     factors: dict = {"layers": {}, "last": {}}
     for number, (weight, path, shape, _) in enumerate(targets(architecture, lora)):
         *stack, inputs, outputs = shape
         bound = 1 / math.sqrt(inputs)
-        a = jax.random.uniform(jax.random.fold_in(key, number), (*stack, inputs, lora.rank), jnp.float32, -bound, bound)
-        factors[path[0]][weight.name] = {"a": a, "b": jnp.zeros((*stack, lora.rank, outputs), jnp.float32)}
+        a = jax.random.uniform(
+            jax.random.fold_in(key, number), (*stack, inputs, lora.rank), jnp.float32, -bound, bound
+        )
+        factors[path[0]][weight.name] = {
+            "a": a,
+            "b": jnp.zeros((*stack, lora.rank, outputs), jnp.float32),
+        }
     return factors
 
 
@@ -51,10 +61,10 @@ def adapter_axes(architecture: Architecture, lora: Lora) -> dict:
 def merge(params: dict, factors: dict, scale: float) -> dict:
     """The base (numpy) with W + scale A B in place of each targeted W: formed in f32, cast once.
 
-    The projections of an NF4 base come out dense, targeted or not: an adapter belongs to the values it was
-    trained on, which are the dequantised ones. PEFT quantises the sum again, which adds an error of its own.
-    Matrices that are formed have the dtype of W, or of an NF4 base's embeddings. One layer is formed at a time,
-    so the host holds the merged stack and one matrix in f32.
+    The projections of an NF4 base come out dense, targeted or not: an adapter belongs to the values
+    it was trained on, which are the dequantised ones. PEFT quantises the sum again, which adds an
+    error of its own. Matrices that are formed have the dtype of W, or of an NF4 base's embeddings.
+    One layer is formed at a time, so the host holds the merged stack and one matrix in f32.
     """
     merged = dict(params)
     for part in ("layers", "last"):
@@ -66,14 +76,21 @@ def merge(params: dict, factors: dict, scale: float) -> dict:
             whole = np.empty(dense_shape(w), (params["embed"] if is_nf4(w) else w).dtype)
             for layer, matrix in layer_matrices(w):  # () alone for the last layer
                 if factor is not None:
-                    matrix = merge_one(matrix, np.asarray(factor["a"][layer]), np.asarray(factor["b"][layer]), scale)
+                    matrix = merge_one(
+                        matrix,
+                        np.asarray(factor["a"][layer]),
+                        np.asarray(factor["b"][layer]),
+                        scale,
+                    )
                 whole[layer] = matrix
             merged[part][name] = whole
     return merged
 
 
 def merge_one(w: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) -> np.ndarray:
-    """W + scale left right in f32: W [I, O] with left A [I, R] and right B [R, O], or all three transposed."""
+    """W + scale left right in f32: W [I, O] with left A [I, R] and right B [R, O], or all three
+    transposed.
+    """
     whole = left.astype(np.float32) @ right.astype(np.float32)
     whole *= np.float32(scale)
     whole += w.astype(np.float32)

@@ -1,4 +1,5 @@
-"""Decoder and encoder as Flax NNX modules: they define and initialise the weights, and wrap the one forward pass.
+"""Decoder and encoder as Flax NNX modules: they define and initialise the weights, and wrap the one
+forward pass.
 
 The loop does not see the module: `plain_weights` splits it once into a plain pytree.
 """
@@ -13,21 +14,33 @@ from jaxre.models import decoder, encoder
 from jaxre.models.architecture import Architecture, EncoderArchitecture
 from jaxre.models.weights import AnyArchitecture, places, tree_of
 
-_INITIAL = {"zeros": lambda key, shape, dtype, _: jnp.zeros(shape, dtype), "ones": lambda key, shape, dtype, _: jnp.ones(shape, dtype)}
+_INITIAL = {
+    "zeros": lambda key, shape, dtype, _: jnp.zeros(shape, dtype),
+    "ones": lambda key, shape, dtype, _: jnp.ones(shape, dtype),
+}
 
 
 class _Weights(nnx.Module):
     """The weights of the table, random."""
 
-    def __init__(self, architecture: AnyArchitecture, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32):
+    def __init__(
+        self, architecture: AnyArchitecture, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
+    ):
         self.architecture = architecture
 
         def value(weight, shape):
             if weight.initial == "normal":
-                return architecture.initializer_range * jax.random.normal(rngs.params(), shape, dtype)
+                return architecture.initializer_range * jax.random.normal(
+                    rngs.params(), shape, dtype
+                )
             return _INITIAL[weight.initial](None, shape, dtype, None)
 
-        self.weights = nnx.data(tree_of((path, nnx.Param(value(weight, shape))) for weight, path, shape, _ in places(architecture)))
+        self.weights = nnx.data(
+            tree_of(
+                (path, nnx.Param(value(weight, shape)))
+                for weight, path, shape, _ in places(architecture)
+            )
+        )
 
 
 class Decoder(_Weights):
@@ -35,7 +48,12 @@ class Decoder(_Weights):
 
     architecture: Architecture
 
-    def __call__(self, tokens: jax.Array, positions: jax.Array | None = None, visible_until: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        visible_until: jax.Array | None = None,
+    ) -> jax.Array:
         """[B, T] int32 tokens -> [B, T, V] f32 logits; one example a row unless told otherwise."""
         B, T = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
@@ -55,12 +73,16 @@ class Encoder(_Weights):
         B, T = tokens.shape
         positions, visible_until = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.full((B, T), T)
         first = jnp.zeros((B, 1), jnp.int32)
-        return encoder.classify(plain_weights(self), tokens, positions, visible_until, first, self.architecture)[:, 0]
+        return encoder.classify(
+            plain_weights(self), tokens, positions, visible_until, first, self.architecture
+        )[:, 0]
 
 
 def plain_weights(module: Decoder | Encoder) -> dict:
     """The weights as nested dicts of arrays, in the form of `weights.py`."""
-    return jax.tree.map(lambda param: param[...], module.weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    return jax.tree.map(
+        lambda param: param[...], module.weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
+    )
 
 
 def init_weights(architecture: AnyArchitecture, seed: int, dtype: jnp.dtype = jnp.float32) -> dict:

@@ -15,7 +15,8 @@ class Ops(NamedTuple):
     """As it stands: one device, and what `jaxre_kernels` chooses where nothing is asked for.
 
     constrain: applied to [B, T, D] activations, to keep them sharded over rows.
-    attention, lora_group, cross_entropy: take and give what those of `jaxre_kernels` do, over the rows of all devices.
+    attention, lora_group, cross_entropy: take and give what those of `jaxre_kernels` do, over the
+    rows of all devices.
     """
 
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x

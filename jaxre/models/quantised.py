@@ -22,7 +22,9 @@ _dequantise = jax.jit(partial(dequantise, dtype=jnp.float32))
 
 
 def is_nf4(leaf: Any) -> bool:
-    """Whether a leaf of a base is NF4; the `is_leaf` of functions over trees that must not look into it."""
+    """Whether a leaf of a base is NF4; the `is_leaf` of functions over trees that must not look
+    into it.
+    """
     return isinstance(leaf, NF4Weight | NF4Tiles)
 
 
@@ -36,7 +38,9 @@ def quantise_matrix(matrix: np.ndarray, name: str) -> NF4Weight:
     try:
         return quantise(matrix)
     except ValueError as error:
-        raise InputError(f"{name} cannot be quantised: {error}; check the model that it comes from") from None
+        raise InputError(
+            f"{name} cannot be quantised: {error}; check the model that it comes from"
+        ) from None
 
 
 def dequantise_matrix(weight: NF4Weight) -> np.ndarray:

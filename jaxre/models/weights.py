@@ -1,4 +1,5 @@
-"""The weight tables: one declaration per weight that import, export, initialisation, sharding and LoRA read.
+"""The weight tables: one declaration per weight that import, export, initialisation, sharding and
+LoRA read.
 
 Letters: L layers, D embedding, H query heads, K key/value heads, C head channels, F feed-forward,
 V vocabulary, P rows of the position table, Y token types, N labels. `HC` is H x C, one dimension.
@@ -47,16 +48,39 @@ class Weight:
         return "{layer}" in self.hf
 
 
-def _projection(name: str, dims: str, module: str, axes: tuple[str | None, ...], group: str) -> Weight:
-    return Weight(name, tuple(dims.split()), f"model.layers.{{layer}}.{module}.weight", axes, transpose=True, lora=group)
+def _projection(
+    name: str, dims: str, module: str, axes: tuple[str | None, ...], group: str
+) -> Weight:
+    return Weight(
+        name,
+        tuple(dims.split()),
+        f"model.layers.{{layer}}.{module}.weight",
+        axes,
+        transpose=True,
+        lora=group,
+    )
 
 
 def _bias(name: str, dim: str, module: str) -> Weight:
-    return Weight(name, (dim,), f"model.layers.{{layer}}.{module}.bias", ("tensor",), initial="zeros", switch="qkv_bias")
+    return Weight(
+        name,
+        (dim,),
+        f"model.layers.{{layer}}.{module}.bias",
+        ("tensor",),
+        initial="zeros",
+        switch="qkv_bias",
+    )
 
 
 def _norm(name: str, module: str, dim: str = "D", switch: str | None = None) -> Weight:
-    return Weight(name, (dim,), f"model.layers.{{layer}}.{module}.weight", (None,), initial="ones", switch=switch)
+    return Weight(
+        name,
+        (dim,),
+        f"model.layers.{{layer}}.{module}.weight",
+        (None,),
+        initial="ones",
+        switch=switch,
+    )
 
 
 # Llama's layout; Qwen2 adds a bias to q, k and v, Qwen3 a norm to each head's q and k.
@@ -82,12 +106,18 @@ DECODER = (
 
 
 def _encoder(prefix: str, dense: str, classifier: str) -> tuple[Weight, ...]:
-    """BERT's and RoBERTa's layout: every map has a bias, every norm a weight and a bias; the head is named by the caller."""
+    """BERT's and RoBERTa's layout: every map has a bias, every norm a weight and a bias; the head
+    is named by the caller.
+    """
 
-    def linear(name: str, dims: str, module: str, axes: tuple[str | None, ...], switch: str | None = None) -> Iterator[Weight]:
+    def linear(
+        name: str, dims: str, module: str, axes: tuple[str | None, ...], switch: str | None = None
+    ) -> Iterator[Weight]:
         weight, bias = tuple(dims.split()), axes[1]
         yield Weight(name, weight, f"{module}.weight", axes, transpose=True, switch=switch)
-        yield Weight(f"{name}_bias", weight[1:], f"{module}.bias", (bias,), initial="zeros", switch=switch)
+        yield Weight(
+            f"{name}_bias", weight[1:], f"{module}.bias", (bias,), initial="zeros", switch=switch
+        )
 
     def norm(name: str, module: str) -> Iterator[Weight]:
         yield Weight(name, ("D",), f"{module}.LayerNorm.weight", (None,), initial="ones")
@@ -121,17 +151,26 @@ ENCODER = {
 def table(architecture: AnyArchitecture) -> tuple[Weight, ...]:
     """The rows that this architecture has."""
     rows = ENCODER[architecture.kind] if architecture.kind in ENCODERS else DECODER
-    return tuple(weight for weight in rows if weight.switch is None or getattr(architecture, weight.switch))
+    return tuple(
+        weight for weight in rows if weight.switch is None or getattr(architecture, weight.switch)
+    )
 
 
-def places(architecture: AnyArchitecture) -> Iterator[tuple[Weight, tuple[str, ...], tuple[int, ...], tuple[str | None, ...]]]:
+def places(
+    architecture: AnyArchitecture,
+) -> Iterator[tuple[Weight, tuple[str, ...], tuple[int, ...], tuple[str | None, ...]]]:
     """Every array of our pytree: (row, path, shape, axes); a stacked one has L-1 in front."""
     for weight in table(architecture):
         shape = weight.shape(architecture)
         if not weight.in_layer:
             yield weight, (weight.name,), shape, weight.axes
             continue
-        yield weight, ("layers", weight.name), (architecture.layers - 1, *shape), (None, *weight.axes)
+        yield (
+            weight,
+            ("layers", weight.name),
+            (architecture.layers - 1, *shape),
+            (None, *weight.axes),
+        )
         yield weight, ("last", weight.name), shape, weight.axes
 
 

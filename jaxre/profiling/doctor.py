@@ -13,7 +13,12 @@ from jaxre.checkpoints.source import compute_dtype
 from jaxre.config import data_root, shipped
 
 # As they are shown, and as the table of implementations names them.
-OPS = {"attention": "attention", "linear cross-entropy": "cross_entropy", "fused LoRA": "lora", "NF4": "nf4"}
+OPS = {
+    "attention": "attention",
+    "linear cross-entropy": "cross_entropy",
+    "fused LoRA": "lora",
+    "NF4": "nf4",
+}
 PACKAGES = (
     "jaxre",
     "jax",
@@ -43,13 +48,25 @@ def diagnose() -> Table:
     table.add_row("devices", f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})")
     dtype = compute_dtype("auto")
     table.add_row(
-        "model.dtype=auto", f"{dtype.name}: " + ("an accelerator is there" if dtype.name == "bfloat16" else "no accelerator is there")
+        "model.dtype=auto",
+        f"{dtype.name}: "
+        + ("an accelerator is there" if dtype.name == "bfloat16" else "no accelerator is there"),
     )
     for shown, op in OPS.items():
         table.add_row(shown, verdict(op, devices[0].device_kind))
     table.add_section()
     root = data_root()
-    table.add_row("benchmarks", f"{root}" if root.is_dir() else f"{root} is not there; set JAXRE_DATA to the folder of the benchmarks")
+    table.add_row(
+        "benchmarks",
+        (
+            f"{root}"
+            if root.is_dir()
+            else f"{root} is not there; set JAXRE_DATA to the folder of the benchmarks"
+        ),
+    )
     for asset in ("corpus", "facts-base"):
-        table.add_row(f"shipped {asset}", "here" if shipped(asset).is_dir() else "missing; install jaxre again")
+        table.add_row(
+            f"shipped {asset}",
+            "here" if shipped(asset).is_dir() else "missing; install jaxre again",
+        )
     return table

@@ -17,7 +17,8 @@ from jaxre.models.weights import AnyArchitecture, table
 from jaxre.profiling.prepared import Prepared, members
 from jaxre.training import sharding
 
-# Dense bf16 products, FLOP/s a device, by the start of its kind: the vendors' datasheets, without sparsity.
+# Dense bf16 products, FLOP/s a device, by the start of its kind: the vendors' datasheets, without
+# sparsity.
 DATASHEET = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100": 989e12,
@@ -33,15 +34,18 @@ COPIED = 2**26  # elements of the copy: past every cache, small beside a device'
 
 
 class Sizes(NamedTuple):
-    """Of the programs that are timed: FLOPs of a chain of products, the side of the square ones, copies."""
+    """Of the programs that are timed: FLOPs of a chain of products, the side of the square ones,
+    copies.
+    """
 
     chain: float
     square: int
     copies: int
 
 
-# On an accelerator enough that a program's start is lost in it: 2 to 4 ms on an H200, where one product of 1,200 tokens of a 0.5B model
-# takes 2 to 13 us. A processor starts sooner, and has to be done in seconds.
+# On an accelerator enough that a program's start is lost in it: 2 to 4 ms on an H200, where one
+# product of 1,200 tokens of a 0.5B model takes 2 to 13 us. A processor starts sooner, and has to be
+# done in seconds.
 PROCESSOR, ACCELERATOR = Sizes(5e8, 1024, 4), Sizes(2e12, 8192, 32)
 
 
@@ -49,8 +53,8 @@ PROCESSOR, ACCELERATOR = Sizes(5e8, 1024, 4), Sizes(2e12, 8192, 32)
 class Timed:
     """Of `updates` updates, each of `examples` examples with `tokens` tokens in the mean.
 
-    `seconds` is an update's in a run that never waits; then one at a time, the median of: waiting for input, host work
-    up to the return of the dispatch, and waiting for the device after it.
+    `seconds` is an update's in a run that never waits; then one at a time, the median of: waiting
+    for input, host work up to the return of the dispatch, and waiting for the device after it.
     """
 
     updates: int
@@ -71,11 +75,18 @@ class Timed:
 
 
 def time_updates(run: Prepared, count: int, trace: Path | None = None) -> Timed:
-    """Times `count` updates in a row and as many one at a time, after two to warm up; two more are traced into `trace`."""
+    """Times `count` updates in a row and as many one at a time, after two to warm up; two more are
+    traced into `trace`.
+    """
     for _ in range(2):
         jax.block_until_ready(run.update(run.next_rows()))
     lengths = run.dataset.train.tokens.lengths
-    chosen = np.concatenate([members(run.plan.updates[n % len(run.plan.updates)]) for n in range(run.done, run.done + count)])
+    chosen = np.concatenate(
+        [
+            members(run.plan.updates[n % len(run.plan.updates)])
+            for n in range(run.done, run.done + count)
+        ]
+    )
     began = time.perf_counter()
     for _ in range(count):
         metrics = run.update(run.next_rows())
@@ -96,16 +107,36 @@ def time_updates(run: Prepared, count: int, trace: Path | None = None) -> Timed:
             for _ in range(2):
                 jax.block_until_ready(run.update(run.next_rows()))
     input_wait, host, device = np.median(split, axis=0).tolist()
-    return Timed(count, len(chosen) / count, float(lengths[chosen].sum()) / count, seconds, input_wait, host, device)
+    return Timed(
+        count,
+        len(chosen) / count,
+        float(lengths[chosen].sum()) / count,
+        seconds,
+        input_wait,
+        host,
+        device,
+    )
 
 
-def matrix_rate(architecture: AnyArchitecture, rows: int, length: int, dtype: np.dtype, mesh: jax.sharding.Mesh) -> float:
-    """FLOP/s of all devices on the products of one layer, [rows, length, I] x [I, O] of `dtype` and, as for the gradient,
-    [rows, length, O] x [O, I]; each weight on every device.
+def matrix_rate(
+    architecture: AnyArchitecture, rows: int, length: int, dtype: np.dtype, mesh: jax.sharding.Mesh
+) -> float:
+    """FLOP/s of all devices on the products of one layer, [rows, length, I] x [I, O] of `dtype`
+    and, as for the gradient, [rows, length, O] x [O, I]; each weight on every device.
     """
-    counts = Counter(weight.shape(architecture) for weight in table(architecture) if weight.in_layer and len(weight.dims) == 2)
-    flops = sum(count * 2.0 * rows * length * inputs * outputs for (inputs, outputs), count in counts.items())
-    return flops / sum(count * _seconds_of_product(rows, length, *shape, dtype, mesh) for shape, count in counts.items())
+    counts = Counter(
+        weight.shape(architecture)
+        for weight in table(architecture)
+        if weight.in_layer and len(weight.dims) == 2
+    )
+    flops = sum(
+        count * 2.0 * rows * length * inputs * outputs
+        for (inputs, outputs), count in counts.items()
+    )
+    return flops / sum(
+        count * _seconds_of_product(rows, length, *shape, dtype, mesh)
+        for shape, count in counts.items()
+    )
 
 
 def sizes_for(mesh: jax.sharding.Mesh) -> Sizes:
@@ -114,18 +145,26 @@ def sizes_for(mesh: jax.sharding.Mesh) -> Sizes:
 
 
 def square_rate(dtype: np.dtype, mesh: jax.sharding.Mesh) -> float:
-    """FLOP/s of all devices on one large square product each: what they can do, whatever the model's shapes are."""
+    """FLOP/s of all devices on one large square product each: what they can do, whatever the
+    model's shapes are.
+    """
     rows, size = sharding.row_shards(mesh), sizes_for(mesh).square
     return 2.0 * rows * size**3 / _seconds_of_product(rows, size, size, size, dtype, mesh)
 
 
-def _seconds_of_product(rows: int, length: int, inputs: int, outputs: int, dtype: np.dtype, mesh: jax.sharding.Mesh) -> float:
-    """The mean of [rows, length, I] x [I, O] and back, in a program of many. Alone a small product takes as long as its start.
+def _seconds_of_product(
+    rows: int, length: int, inputs: int, outputs: int, dtype: np.dtype, mesh: jax.sharding.Mesh
+) -> float:
+    """The mean of [rows, length, I] x [I, O] and back, in a program of many. Alone a small product
+    takes as long as its start.
 
-    Each takes the result of the one before it, and barriers keep the compiler from multiplying the two weights first.
+    Each takes the result of the one before it, and barriers keep the compiler from multiplying the
+    two weights first.
     """
     pairs = int(max(2, sizes_for(mesh).chain // (4 * rows * length * inputs * outputs)))
-    x = jax.device_put(_random(0, (rows, length, inputs), dtype), sharding.row_sharding(mesh, leading=0))
+    x = jax.device_put(
+        _random(0, (rows, length, inputs), dtype), sharding.row_sharding(mesh, leading=0)
+    )
     # So scaled, a product is of the size of its input.
     there, back = (
         jax.device_put(_random(seed, shape, dtype) * shape[0] ** -0.5, sharding.replicated(mesh))
@@ -137,16 +176,22 @@ def _seconds_of_product(rows: int, length: int, inputs: int, outputs: int, dtype
 
     @jax.jit
     def chain(x, there, back):
-        return jax.lax.fori_loop(0, pairs, lambda _, x: product(product(x, there), back), x, unroll=2)
+        return jax.lax.fori_loop(
+            0, pairs, lambda _, x: product(product(x, there), back), x, unroll=2
+        )
 
     return _best(lambda: chain(x, there, back)) / (2 * pairs)
 
 
 def copy_rate(mesh: jax.sharding.Mesh) -> float:
-    """Bytes a second, read and written, of adding to an array on one device, in a program that does it many times."""
+    """Bytes a second, read and written, of adding to an array on one device, in a program that does
+    it many times.
+    """
     copies = sizes_for(mesh).copies
     source = jax.device_put(jnp.zeros(COPIED, jnp.float32), mesh.devices.flat[0])
-    add = jax.jit(lambda x: jax.lax.fori_loop(0, copies, lambda _, x: jax.lax.optimization_barrier(x + 1), x))
+    add = jax.jit(
+        lambda x: jax.lax.fori_loop(0, copies, lambda _, x: jax.lax.optimization_barrier(x + 1), x)
+    )
     return 2 * source.nbytes * copies / _best(lambda: add(source))
 
 
@@ -167,7 +212,9 @@ def _best(call: Callable[[], jax.Array], tries: int = 5) -> float:
 
 
 def datasheet_rate(mesh: jax.sharding.Mesh, dtype: np.dtype) -> float | None:
-    """FLOP/s of all devices as the vendor says, where DATASHEET knows the kind and products are bf16."""
+    """FLOP/s of all devices as the vendor says, where DATASHEET knows the kind and products are
+    bf16.
+    """
     kind = mesh.devices.flat[0].device_kind
     known = [rate for name, rate in DATASHEET.items() if kind.startswith(name)]
     return known[0] * mesh.devices.size if known and dtype == jnp.bfloat16 else None

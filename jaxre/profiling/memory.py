@@ -17,7 +17,11 @@ def peak_memory(device: jax.Device) -> int:
 
 def resident_peak() -> int:
     """Bytes: peak resident size of this process, since `reset_resident_peak` (Linux, proc(5))."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    (line,) = (
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 

@@ -1,4 +1,6 @@
-"""A profile as a picture: the roofline of the device with the run on it, what the savings leave to compute, where an update's time goes."""
+"""A profile as a picture: the roofline of the device with the run on it, what the savings leave to
+compute, where an update's time goes.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,25 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(17, 4), layout="constrained")
     roof, steps, bars = figure.subplots(1, 3)
 
-    # ---- roofline (Williams et al. 2009): attainable rate against FLOPs per byte of the least traffic
+    # ---- roofline (Williams et al. 2009): attainable rate against FLOPs per byte of the least
+    # traffic
     rate, bandwidth = ledger["matrix_rate"], ledger["copy_rate"]
     ridge, intensity = rate / bandwidth, ledger["flops"]["total"] / ledger["traffic"]
     across = np.geomspace(min(ridge, intensity) / 8, max(ridge, intensity) * 8, 64)
-    roof.loglog(across, np.minimum(rate, across * bandwidth) / 1e12, color="black", label="measured rates")
+    roof.loglog(
+        across, np.minimum(rate, across * bandwidth) / 1e12, color="black", label="measured rates"
+    )
     if ledger["datasheet_rate"]:
-        roof.axhline(ledger["datasheet_rate"] / 1e12, color="grey", linestyle=":", label="datasheet")
-    roof.loglog(intensity, timing["model_flops_per_second"] / 1e12, "o", color="tab:red", label=f"this run, MFU {timing['mfu']:.0%}")
+        roof.axhline(
+            ledger["datasheet_rate"] / 1e12, color="grey", linestyle=":", label="datasheet"
+        )
+    roof.loglog(
+        intensity,
+        timing["model_flops_per_second"] / 1e12,
+        "o",
+        color="tab:red",
+        label=f"this run, MFU {timing['mfu']:.0%}",
+    )
     roof.set_xlabel("FLOPs needed per byte of weights and state")
     roof.set_ylabel("TFLOP/s")
     roof.set_title(found["device"])
@@ -31,7 +44,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
     # ---- savings: what is left after each, those above it made already
     savings = ledger["savings"]
     left = [savings[0]["before"], *(one["after"] for one in savings)]
-    drawn = steps.barh(["padded", *(one["name"] for one in savings)], [flops / 1e9 for flops in left], color="tab:blue")
+    drawn = steps.barh(
+        ["padded", *(one["name"] for one in savings)],
+        [flops / 1e9 for flops in left],
+        color="tab:blue",
+    )
     steps.bar_label(drawn, ["", *(f"{-one['removed']:+.1%}" for one in savings)], padding=3)
     steps.invert_yaxis()
     steps.margins(x=0.2)
@@ -42,11 +59,19 @@ def draw(found: dict[str, Any], path: Path) -> None:
     flops = ledger["flops"]
     floor = {part: value / rate for part, value in flops.items() if part != "total" and value}
     measured = {name.replace("_", " "): value for name, value in timing["split"].items()}
-    colours = iter(("tab:blue", "tab:cyan", "tab:green", "tab:olive", "tab:grey", "tab:orange", "tab:red"))
+    colours = iter(
+        ("tab:blue", "tab:cyan", "tab:green", "tab:olive", "tab:grey", "tab:orange", "tab:red")
+    )
     for place, (name, parts) in enumerate((("floor, by part", floor), ("measured", measured))):
         left = 0.0
         for part, seconds in parts.items():
-            bars.barh(place, seconds * 1e3, left=left, color=next(colours), label=f"{part} {seconds * 1e3:.3g} ms")
+            bars.barh(
+                place,
+                seconds * 1e3,
+                left=left,
+                color=next(colours),
+                label=f"{part} {seconds * 1e3:.3g} ms",
+            )
             left += seconds * 1e3
         bars.text(left, place, f" {name}", va="center")
     bars.set_yticks([])

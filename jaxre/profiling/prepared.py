@@ -29,8 +29,8 @@ from jaxre.training.step import Metrics, State, make_optimiser
 class Prepared:
     """`update` runs the next update of the plan; after the last comes the first again.
 
-    `compiled` has the update of each row shape, compiled in `compile_seconds`, `cached` of all programs from the compilation
-    cache. `initial.state` is donated by the first update.
+    `compiled` has the update of each row shape, compiled in `compile_seconds`, `cached` of all
+    programs from the compilation cache. `initial.state` is donated by the first update.
     """
 
     config: Config
@@ -62,12 +62,17 @@ class Prepared:
         return metrics
 
 
-def prepare(config: Config, dataset: Dataset | None = None, plan_of: Callable[[Config, TokenSet, int], Plan] = make_plan) -> Prepared:
+def prepare(
+    config: Config,
+    dataset: Dataset | None = None,
+    plan_of: Callable[[Config, TokenSet, int], Plan] = make_plan,
+) -> Prepared:
     """Data, plan, state and compiled updates of a run.
 
     Args:
       dataset: the config's own if not given.
-      plan_of: called as `make_plan` is; another plan than the config's is how a benchmark switches a saving off.
+      plan_of: called as `make_plan` is; another plan than the config's is how a benchmark switches
+        a saving off.
 
     Raises:
       InputError: anything in the config, data or weights that cannot be used.
@@ -84,9 +89,13 @@ def prepare(config: Config, dataset: Dataset | None = None, plan_of: Callable[[C
     began = time.perf_counter()
     with Compilations() as seen:
         compiled = compile_updates(config, plan, initial, optimiser, mesh)
-    return Prepared(config, dataset, plan, mesh, initial, compiled, time.perf_counter() - began, seen.read)
+    return Prepared(
+        config, dataset, plan, mesh, initial, compiled, time.perf_counter() - began, seen.read
+    )
 
 
 def members(update: Update) -> np.ndarray:
     """The examples of an update, in the order of its rows."""
-    return np.fromiter((example for rows in update.micro for row in rows for example in row), np.int64)
+    return np.fromiter(
+        (example for rows in update.micro for row in rows for example in row), np.int64
+    )

@@ -1,10 +1,13 @@
-"""The benchmarks by name: where their files are, who reads them, their domain, and whether their sentences may be shown.
+"""The benchmarks by name: where their files are, who reads them, their domain, and whether their
+sentences may be shown.
 
     BENCHMARKS["gids"].read(folder, source)
 
-A benchmark is read from its original files below the data folder, from the hub's original (`original`: its rows have the shape of
-the files, or a known other one), or from the study's copy on the hub (`copy`: the columns of `columns`). Examples of a copy carry
-the name and the domain of the benchmark; their ids begin with that of the copy, for its rows are not numbered as the original's.
+A benchmark is read from its original files below the data folder, from the hub's original
+(`original`: its rows have the shape of the files, or a known other one), or from the study's copy
+on the hub (`copy`: the columns of `columns`). Examples of a copy carry the name and the domain of
+the benchmark; their ids begin with that of the copy, for its rows are not numbered as the
+original's.
 """
 
 from __future__ import annotations
@@ -15,7 +18,17 @@ from pathlib import Path
 
 from jaxre import config
 from jaxre.errors import InputError
-from jaxre.relations import biographical, conll04, gids, nyt, pg_fiction, re_docred, rebel, semeval, tacred
+from jaxre.relations import (
+    biographical,
+    conll04,
+    gids,
+    nyt,
+    pg_fiction,
+    re_docred,
+    rebel,
+    semeval,
+    tacred,
+)
 from jaxre.relations.draws import SPLITS
 from jaxre.relations.files import Record, split_file
 from jaxre.relations.schema import Domain, Reading
@@ -23,17 +36,19 @@ from jaxre.relations.tables import read_table
 
 FACTS = "facts"
 
-Rows = Callable[[Iterable[Record], str, str, config.Source], Reading]  # rows, split, what ids begin with, source
+# rows, split, what ids begin with, source
+Rows = Callable[[Iterable[Record], str, str, config.Source], Reading]
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """One benchmark.
 
-    folder: below the data folder (`config.data_root`); None for what the project ships. read: folder and source to examples.
-    open_licence: whether its sentences may be shown in public. copy, original: ids on the hub. rows: reads the rows of
-    the original, None where its columns are the usual ones. whole: the original is one split there, which `rows` divides. files:
-    split -> file of the original, where the hub would take several files for one split.
+    folder: below the data folder (`config.data_root`); None for what the project ships. read:
+    folder and source to examples. open_licence: whether its sentences may be shown in public. copy,
+    original: ids on the hub. rows: reads the rows of the original, None where its columns are the
+    usual ones. whole: the original is one split there, which `rows` divides. files: split -> file
+    of the original, where the hub would take several files for one split.
     """
 
     name: str
@@ -58,7 +73,11 @@ def _read_facts(folder: Path, source: config.Source) -> Reading:
     files = {path.stem: path.name for path in sorted(folder.glob("*.jsonl"))}
     if not files:
         raise InputError(f"{folder}: the shipped corpus is missing; install jaxre again")
-    return Reading(read_table(split_file(folder, FACTS, source.split, files), dataset=FACTS, split=source.split))
+    return Reading(
+        read_table(
+            split_file(folder, FACTS, source.split, files), dataset=FACTS, split=source.split
+        )
+    )
 
 
 _ALL = (
@@ -76,22 +95,42 @@ _ALL = (
         conll04.UNIFIED,
         "conll04",
         tuple(conll04.UNIFIED_FILES),
-        lambda folder, source: Reading(conll04.read_conll04(folder, source.split, source.negatives)),
+        lambda folder, source: Reading(
+            conll04.read_conll04(folder, source.split, source.negatives)
+        ),
         copy="Despina/conll04",
         original="DFKI-SLT/conll04",
-        rows=lambda rows, split, prefix, source: Reading(conll04.read_conll04_rows(rows, split, prefix, source.negatives)),
+        rows=lambda rows, split, prefix, source: Reading(
+            conll04.read_conll04_rows(rows, split, prefix, source.negatives)
+        ),
     ),
     Benchmark(
         conll04.MULTIHEAD,
         "conll04",
         tuple(conll04.MULTIHEAD_FILES),
-        lambda folder, source: Reading(conll04.read_conll04_multihead(folder, source.split, source.negatives)),
+        lambda folder, source: Reading(
+            conll04.read_conll04_multihead(folder, source.split, source.negatives)
+        ),
     ),
     Benchmark(
-        nyt.NYT11, "nyt11", tuple(nyt.NYT11_FILES), lambda folder, source: nyt.read_nyt11(folder, source.split), copy="Despina/nyt_11"
+        nyt.NYT11,
+        "nyt11",
+        tuple(nyt.NYT11_FILES),
+        lambda folder, source: nyt.read_nyt11(folder, source.split),
+        copy="Despina/nyt_11",
     ),
-    Benchmark(nyt.HOFFMANN, "nyt", tuple(nyt.HOFFMANN_FILES), lambda folder, source: nyt.read_hoffmann(folder, source.split)),
-    Benchmark(nyt.NYT24, "nyt", tuple(nyt.NYT24_FILES), lambda folder, source: nyt.read_nyt24(folder, source.split)),
+    Benchmark(
+        nyt.HOFFMANN,
+        "nyt",
+        tuple(nyt.HOFFMANN_FILES),
+        lambda folder, source: nyt.read_hoffmann(folder, source.split),
+    ),
+    Benchmark(
+        nyt.NYT24,
+        "nyt",
+        tuple(nyt.NYT24_FILES),
+        lambda folder, source: nyt.read_nyt24(folder, source.split),
+    ),
     Benchmark(
         gids.NAME,
         "gids",
@@ -105,10 +144,14 @@ _ALL = (
         re_docred.NAME,
         "re_docred",
         tuple(re_docred.FILES),
-        lambda folder, source: re_docred.read_re_docred(folder, source.split, source.negatives, source.window),
+        lambda folder, source: re_docred.read_re_docred(
+            folder, source.split, source.negatives, source.window
+        ),
         copy="Despina/re-docred",
         original="tonytan48/Re-DocRED",
-        rows=lambda rows, split, prefix, source: re_docred.read_re_docred_rows(rows, split, prefix, source.negatives, source.window),
+        rows=lambda rows, split, prefix, source: re_docred.read_re_docred_rows(
+            rows, split, prefix, source.negatives, source.window
+        ),
     ),
     Benchmark(
         rebel.NAME,
@@ -134,7 +177,9 @@ _ALL = (
         domain=biographical.DOMAIN,
         copy="Despina/biographical",
         original="plumaj/biographical",
-        rows=lambda rows, split, prefix, source: biographical.read_biographical_rows(rows, split, prefix),
+        rows=lambda rows, split, prefix, source: biographical.read_biographical_rows(
+            rows, split, prefix
+        ),
         files={split: f"en/{name}" for split, name in biographical.FILES.items()},
     ),
     Benchmark(
@@ -145,7 +190,9 @@ _ALL = (
         domain=pg_fiction.DOMAIN,
         copy="Despina/project-gutenberg-fiction-relations",
         original="Despina/project_gutenberg",
-        rows=lambda rows, split, prefix, source: pg_fiction.read_pg_fiction_rows(rows, split, prefix),
+        rows=lambda rows, split, prefix, source: pg_fiction.read_pg_fiction_rows(
+            rows, split, prefix
+        ),
         whole=True,
     ),
 )
@@ -155,5 +202,7 @@ ORIGINALS = {one.original: one for one in _ALL if one.original}
 
 
 def open_licence(name: str) -> bool:
-    """Whether sentences of a dataset may be shown in public; False for what is no benchmark, since nothing is known of it."""
+    """Whether sentences of a dataset may be shown in public; False for what is no benchmark, since
+    nothing is known of it.
+    """
     return name in BENCHMARKS and BENCHMARKS[name].open_licence

@@ -1,12 +1,15 @@
-"""Biographical (Plum et al. 2022): sentences of Wikipedia about people, labelled by distant supervision, a part of them by people.
+"""Biographical (Plum et al. 2022): sentences of Wikipedia about people, labelled by distant
+supervision, a part of them by people.
 
-Tab-separated with a header. One column holds the sentence with `<e1>..</e1>` and `<e2>..</e2>` (it is found by its marks);
-`relation` is the distant label; `P1` and `P2` name the tag of the subject and of the object (without them e1 is the subject);
-`ANNOTATION`, in m2_gold.tsv, is the human label, which differs on about a fifth of the rows.
+Tab-separated with a header. One column holds the sentence with `<e1>..</e1>` and `<e2>..</e2>` (it
+is found by its marks); `relation` is the distant label; `P1` and `P2` name the tag of the subject
+and of the object (without them e1 is the subject); `ANNOTATION`, in m2_gold.tsv, is the human
+label, which differs on about a fifth of the rows.
 
-Splits: `train`, `test`; the same with `_coref` and `_skip` for the two other ways of building the set; `gold` with the human
-labels, `gold_distant` with the distant ones of the same rows. Labels: birthdate, bplace_name, deathdate, dplace_name, occupation,
-educatedAt, parent, child, sibling, Other (negative). The files were not at hand: the format is tested with rows of our own.
+Splits: `train`, `test`; the same with `_coref` and `_skip` for the two other ways of building the
+set; `gold` with the human labels, `gold_distant` with the distant ones of the same rows. Labels:
+birthdate, bplace_name, deathdate, dplace_name, occupation, educatedAt, parent, child, sibling,
+Other (negative). The files were not at hand: the format is tested with rows of our own.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ from jaxre.relations.schema import Example, Reading
 NAME = "biographical"
 DOMAIN = "literary"
 FILES = {
-    f"{split}{variant}": f"m2{variant}_{split}.tsv" for split in ("train", "test") for variant in ("", "_coref", "_skip")
+    f"{split}{variant}": f"m2{variant}_{split}.tsv"
+    for split in ("train", "test")
+    for variant in ("", "_coref", "_skip")
 } | dict.fromkeys(("gold", "gold_distant"), "m2_gold.tsv")
 
 UNJUDGED = "rows are left out: no human label"
@@ -49,11 +54,17 @@ def _rows(path: Path) -> Iterator[Record]:
         for cells in table:
             place, line = f"{path}:{line + 1}", table.line_num
             if cells and len(cells) != len(header):
-                raise InputError(f"{place}: {len(cells)} cells under {len(header)} columns; quote a text that has a tab, quote or line end")
+                raise InputError(
+                    f"{place}: {len(cells)} cells under {len(header)} columns; quote a text that"
+                    " has a tab, quote or line end"
+                )
             if cells:
                 yield place, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise InputError(f"{path}:{line + 1}: not a table between tabs: {error}; double a quote inside a quoted text") from None
+        raise InputError(
+            f"{path}:{line + 1}: not a table between tabs: {error}; double a quote inside a quoted"
+            " text"
+        ) from None
 
 
 def read_biographical_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
@@ -69,7 +80,9 @@ def read_biographical_rows(rows: Iterable[Record], split: str, prefix: str) -> R
             account[DISAGREE].append(identity)
         label = human if split == "gold" else distant
         if not label:
-            raise InputError(f'{place}: no "relation"; a row has relation, and a sentence with <e1> and <e2>')
+            raise InputError(
+                f'{place}: no "relation"; a row has relation, and a sentence with <e1> and <e2>'
+            )
         examples.append(_example(place, row, split, identity, label))
     return Reading(examples, dict(account))
 
@@ -77,7 +90,10 @@ def read_biographical_rows(rows: Iterable[Record], split: str, prefix: str) -> R
 def _example(place: str, row: dict, split: str, identity: str, label: str) -> Example:
     sentences = [value for value in row.values() if isinstance(value, str) and has_marks(value)]
     if len(sentences) != 1:
-        raise InputError(f"{place}: {len(sentences) or 'no'} columns with <e1>..</e1> and <e2>..</e2>; one must hold the marked sentence")
+        raise InputError(
+            f"{place}: {len(sentences) or 'no'} columns with <e1>..</e1> and <e2>..</e2>; one must"
+            " hold the marked sentence"
+        )
     try:
         text, *marked = strip_marks(sentences[0])
     except ValueError as error:
@@ -104,5 +120,8 @@ def _order(place: str, row: dict) -> list[int]:
         return [0, 1]
     tags = [str(row.get(key)).strip().strip("<>").lower() for key in ("P1", "P2")]
     if sorted(tags) != ["e1", "e2"]:
-        raise InputError(f"{place}: P1 is {row.get('P1')!r} and P2 {row.get('P2')!r}; they name the tags of subject and object, e1 and e2")
+        raise InputError(
+            f"{place}: P1 is {row.get('P1')!r} and P2 {row.get('P2')!r}; they name the tags of"
+            " subject and object, e1 and e2"
+        )
     return [int(tag[1]) - 1 for tag in tags]

@@ -10,7 +10,8 @@ Where the entities are is taken from, in this order: marks in the text
 in the text. An entity that occurs several times gets no span; prompts then mark the first
 occurrence (`marks.locate`). Whatever is stated twice must agree.
 
-`prompt_0_shot` is the study's raw prompt; an example keeps its hash, which cached answers are joined by.
+`prompt_0_shot` is the study's raw prompt; an example keeps its hash, which cached answers are
+joined by.
 """
 
 from __future__ import annotations
@@ -21,15 +22,38 @@ from typing import Any
 
 from jaxre.errors import InputError
 from jaxre.relations.files import nearest
-from jaxre.relations.marks import Span, has_marks, has_tag, is_text, occurrences, only_occurrence, strip_marks
+from jaxre.relations.marks import (
+    Span,
+    has_marks,
+    has_tag,
+    is_text,
+    occurrences,
+    only_occurrence,
+    strip_marks,
+)
 from jaxre.relations.schema import Domain, Example, hash_prompt
 
 FIELDS = (
     *("id", "text", "head", "tail", "head_type", "tail_type", "relation", "domain"),
-    *("head_span", "tail_span", "head_start", "head_end", "tail_start", "tail_end", "prompt_0_shot"),
+    *(
+        "head_span",
+        "tail_span",
+        "head_start",
+        "head_end",
+        "tail_start",
+        "tail_end",
+        "prompt_0_shot",
+    ),
 )
-# The columns of the study's hub copies (protocol.md), and the text column of the original SemEval there.
-USUAL = {"head": "entity1", "tail": "entity2", "head_type": "entity1Type", "tail_type": "entity2Type", "text": "sentence"}
+# The columns of the study's hub copies (protocol.md), and the text column of the original SemEval
+# there.
+USUAL = {
+    "head": "entity1",
+    "tail": "entity2",
+    "head_type": "entity1Type",
+    "tail_type": "entity2Type",
+    "text": "sentence",
+}
 
 Columns = Mapping[str, str]  # our field -> column
 KEY = "columns"  # what a user writes for the mapping, where nothing else is known
@@ -40,10 +64,14 @@ class NoColumn(InputError):
 
 
 class RecordWithoutColumn(NoColumn):
-    """A record whose text has no marks, in a file or dataset without a column for its head or tail."""
+    """A record whose text has no marks, in a file or dataset without a column for its head or
+    tail.
+    """
 
 
-def resolve(mapping: Columns, names: Collection[str], place: str, labelled: bool = True, key: str = KEY) -> dict[str, str]:
+def resolve(
+    mapping: Columns, names: Collection[str], place: str, labelled: bool = True, key: str = KEY
+) -> dict[str, str]:
     """Which column holds which field.
 
     Args:
@@ -58,9 +86,13 @@ def resolve(mapping: Columns, names: Collection[str], place: str, labelled: bool
     """
     for field, name in mapping.items():
         if field not in FIELDS:
-            raise InputError(f"{place}: {key}.{field}: no such field; the nearest is {nearest(field, FIELDS)}")
+            raise InputError(
+                f"{place}: {key}.{field}: no such field; the nearest is {nearest(field, FIELDS)}"
+            )
         if name and name not in names:
-            raise NoColumn(f"{place}: {key}.{field}={name}: no such column; {_there_are(name, names)}")
+            raise NoColumn(
+                f"{place}: {key}.{field}={name}: no such column; {_there_are(name, names)}"
+            )
     column = {}
     for field in FIELDS:
         candidates = [mapping[field]] if field in mapping else [field, USUAL.get(field, field)]
@@ -74,12 +106,23 @@ def resolve(mapping: Columns, names: Collection[str], place: str, labelled: bool
 
 
 def _there_are(wanted: str, names: Collection[str]) -> str:
-    return f"the nearest of {', '.join(names)} is {nearest(wanted, names)}" if names else "there are no columns"
+    return (
+        f"the nearest of {', '.join(names)} is {nearest(wanted, names)}"
+        if names
+        else "there are no columns"
+    )
 
 
 def _no_column(place: str, field: str, names: Collection[str], key: str) -> str:
-    marks = " (or mark the entities in the text: <e1>head</e1>, <e2>tail</e2>)" if field in ("head", "tail") else ""
-    return f'{place}: no column for "{field}"; {_there_are(field, names)}; map it with {key}.{field}=NAME{marks}'
+    marks = (
+        " (or mark the entities in the text: <e1>head</e1>, <e2>tail</e2>)"
+        if field in ("head", "tail")
+        else ""
+    )
+    return (
+        f'{place}: no column for "{field}"; {_there_are(field, names)}; map it with'
+        f" {key}.{field}=NAME{marks}"
+    )
 
 
 def read_records(
@@ -117,17 +160,30 @@ def read_records(
         if own is None:
             raise InputError(f'{place}: no "id"; add it, or number the records with {key}.id=""')
         if own in place_of:
-            raise InputError(f'{place}: id {own!r} is that of {place_of[own]}; correct it, or number the records with {key}.id=""')
+            raise InputError(
+                f"{place}: id {own!r} is that of {place_of[own]}; correct it, or number the records"
+                f' with {key}.id=""'
+            )
         place_of[own] = place
         identity = "/".join(part for part in (prefix or dataset, split, own) if part)
         examples.append(_example(values, identity, dataset, split, labelled, must_occur, domain))
     return examples
 
 
-def _example(values: _Record, identity: str, dataset: str, split: str, labelled: bool, must_occur: bool, domain: str) -> Example:
+def _example(
+    values: _Record,
+    identity: str,
+    dataset: str,
+    split: str,
+    labelled: bool,
+    must_occur: bool,
+    domain: str,
+) -> Example:
     text = values.needed("text", strip=False)
     marked: dict[str, Span | None] = {"head": None, "tail": None}
-    if has_marks(text) or (has_tag(text) and not values.places("head") and not values.places("tail")):
+    if has_marks(text) or (
+        has_tag(text) and not values.places("head") and not values.places("tail")
+    ):
         try:
             text, marked["head"], marked["tail"] = strip_marks(text)
         except ValueError as error:
@@ -152,29 +208,47 @@ def _example(values: _Record, identity: str, dataset: str, split: str, labelled:
     )
 
 
-def _entity(values: _Record, side: str, text: str, marked: Span | None, must_occur: bool) -> tuple[str, Span | None]:
+def _entity(
+    values: _Record, side: str, text: str, marked: Span | None, must_occur: bool
+) -> tuple[str, Span | None]:
     """Name and span of the head or tail."""
     name, stated = values.text(side), values.span(side)
     span = marked or stated
     if span:
         if stated and stated != span:
-            raise InputError(f"{values.place}: {side}_span {list(stated)} differs from the marked {side} {list(span)}; remove one of them")
+            raise InputError(
+                f"{values.place}: {side}_span {list(stated)} differs from the marked {side}"
+                f" {list(span)}; remove one of them"
+            )
         start, end = span
         if not 0 <= start < end <= len(text):
             raise InputError(
-                f"{values.place}: {side}_span [{start}, {end}] is not in the text ({len(text)} characters); give its half-open range"
+                f"{values.place}: {side}_span [{start}, {end}] is not in the text ({len(text)}"
+                " characters); give its half-open range"
             )
         spelled = text[start:end]
         if name is not None and name != spelled:
-            hint = "the end is the first character after it" if text[start : end + 1] == name else f"correct the span or the {side}"
-            raise InputError(f"{values.place}: {side}_span [{start}, {end}] spells {_short(spelled)}, the {side} is {_short(name)}; {hint}")
+            hint = (
+                "the end is the first character after it"
+                if text[start : end + 1] == name
+                else f"correct the span or the {side}"
+            )
+            raise InputError(
+                f"{values.place}: {side}_span [{start}, {end}] spells {_short(spelled)}, the {side}"
+                f" is {_short(name)}; {hint}"
+            )
         return spelled, span
     if not values.places(side):
         raise RecordWithoutColumn(_no_column(values.place, side, list(values.record), values.key))
     if name is None:
-        raise InputError(f'{values.place}: no "{values.column.get(side, side)}"; add it or remove the record')
+        raise InputError(
+            f'{values.place}: no "{values.column.get(side, side)}"; add it or remove the record'
+        )
     if must_occur and not occurrences(text, name):
-        raise InputError(f"{values.place}: the {side} {_short(name)} does not occur in the text; correct its spelling or remove the record")
+        raise InputError(
+            f"{values.place}: the {side} {_short(name)} does not occur in the text; correct its"
+            " spelling or remove the record"
+        )
     return name, only_occurrence(text, name)
 
 
@@ -200,16 +274,26 @@ class _Record:
         if isinstance(value, bool):
             value = str(value).lower()
         if not isinstance(value, str | int | float):
-            raise InputError(f'{self.place}: "{self.column[field]}" is {_short(str(value))}, not text; give {field} one value per record')
+            raise InputError(
+                f'{self.place}: "{self.column[field]}" is {_short(str(value))}, not text; give'
+                f" {field} one value per record"
+            )
         value = str(value)
         if not is_text(value):
-            raise InputError(f'{self.place}: "{self.column[field]}" holds half a surrogate pair ({_short(value)}); correct its escapes')
+            raise InputError(
+                f'{self.place}: "{self.column[field]}" holds half a surrogate pair'
+                f" ({_short(value)}); correct its escapes"
+            )
         return (value.strip() if strip else value) if value.strip() else None
 
     def needed(self, field: str, strip: bool = True) -> str:
         value = self.text(field, strip)
         if value is None:
-            mend = "; write the label, such as none" if field == "relation" else "; add it or remove the record"
+            mend = (
+                "; write the label, such as none"
+                if field == "relation"
+                else "; add it or remove the record"
+            )
             raise InputError(f'{self.place}: no "{self.column[field]}"{mend}')
         return value
 
@@ -219,7 +303,9 @@ class _Record:
 
     def span(self, side: str) -> Span | None:
         """The stated span, from a list (in CSV: as text, `[3, 8]`) or from two columns."""
-        listed = self.record.get(self.column[f"{side}_span"]) if f"{side}_span" in self.column else None
+        listed = (
+            self.record.get(self.column[f"{side}_span"]) if f"{side}_span" in self.column else None
+        )
         if listed is None or listed == "":
             bounds = [self.text(f"{side}_start"), self.text(f"{side}_end")]
             if bounds == [None, None]:
@@ -230,7 +316,10 @@ class _Record:
             start, end = json.loads(bounds) if isinstance(bounds, str) else bounds
             return _whole(start), _whole(end)
         except (TypeError, ValueError, OverflowError):
-            raise InputError(f"{self.place}: {side}_span is {_short(str(bounds))}; give two whole numbers [start, end)") from None
+            raise InputError(
+                f"{self.place}: {side}_span is {_short(str(bounds))}; give two whole numbers"
+                " [start, end)"
+            ) from None
 
 
 def _whole(value: Any) -> int:

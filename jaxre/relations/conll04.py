@@ -33,7 +33,11 @@ UNIFIED = "conll04"
 MULTIHEAD = "conll04_multihead"
 NEGATIVE = "none"
 
-UNIFIED_FILES = {"train": "train.CoNLL04.json", "validation": "valid.CoNLL04.json", "test": "test.CoNLL04.json"}
+UNIFIED_FILES = {
+    "train": "train.CoNLL04.json",
+    "validation": "valid.CoNLL04.json",
+    "test": "test.CoNLL04.json",
+}
 MULTIHEAD_FILES = {"train": "train.txt", "validation": "dev.txt", "test": "test.txt"}
 
 
@@ -51,7 +55,9 @@ class Sentence:
     relations: dict[tuple[Span, Span], str]  # (head, tail) -> label
 
 
-def read_conll04(folder: Path, split: str | None, negatives: float = 1.0, seed: int = 42) -> list[Example]:
+def read_conll04(
+    folder: Path, split: str | None, negatives: float = 1.0, seed: int = 42
+) -> list[Example]:
     """The unified JSON copy; see `_examples` for arguments and order.
 
     Raises:
@@ -62,7 +68,9 @@ def read_conll04(folder: Path, split: str | None, negatives: float = 1.0, seed: 
     return _examples(_unified_sentences(path), UNIFIED, split, negatives, seed)
 
 
-def read_conll04_multihead(folder: Path, split: str | None, negatives: float = 1.0, seed: int = 42) -> list[Example]:
+def read_conll04_multihead(
+    folder: Path, split: str | None, negatives: float = 1.0, seed: int = 42
+) -> list[Example]:
     """The original multi-head copy; see `_examples` for arguments and order.
 
     Raises:
@@ -72,8 +80,11 @@ def read_conll04_multihead(folder: Path, split: str | None, negatives: float = 1
     return _examples(_multihead_sentences(path), MULTIHEAD, split, negatives, seed)
 
 
-def read_conll04_rows(rows: Iterable[Record], split: str, prefix: str, negatives: float = 1.0) -> list[Example]:
-    """Rows of the hub's copy (DFKI-SLT/conll04), in which a relation names its entities by their positions in the list of entities.
+def read_conll04_rows(
+    rows: Iterable[Record], split: str, prefix: str, negatives: float = 1.0
+) -> list[Example]:
+    """Rows of the hub's copy (DFKI-SLT/conll04), in which a relation names its entities by their
+    positions in the list of entities.
 
     Raises InputError: a row that does not fit its own tokens or entities.
     """
@@ -81,14 +92,20 @@ def read_conll04_rows(rows: Iterable[Record], split: str, prefix: str, negatives
 
 
 def _examples(
-    sentences: Iterator[Sentence], dataset: str, split: str, negatives: float, seed: int, prefix: str | None = None
+    sentences: Iterator[Sentence],
+    dataset: str,
+    split: str,
+    negatives: float,
+    seed: int,
+    prefix: str | None = None,
 ) -> list[Example]:
     """Positives and drawn negatives in the order of the sentences, positives of a sentence first.
 
     Args:
       sentences: of one split.
-      dataset, split, prefix: of the examples, and for the ids, such as `conll04/test/17/5-7/10-11` (sentence, head and tail
-        tokens), which begin with the prefix in place of the dataset, if given.
+      dataset, split, prefix: of the examples, and for the ids, such as `conll04/test/17/5-7/10-11`
+        (sentence, head and tail tokens), which begin with the prefix in place of the dataset, if
+        given.
       negatives: how many to draw per positive of the split; more than there are means all.
       seed: of that draw, which hangs on the ids only. The draw for 1 contains the draw for 0.5.
     """
@@ -96,11 +113,20 @@ def _examples(
     for sentence in sentences:
         text, places = join_tokens(sentence.tokens)
         related = list(sentence.relations.items())
-        unrelated = [(pair, NEGATIVE) for pair in itertools.permutations(sentence.entities, 2) if pair not in sentence.relations]
+        unrelated = [
+            (pair, NEGATIVE)
+            for pair in itertools.permutations(sentence.entities, 2)
+            if pair not in sentence.relations
+        ]
         for (head, tail), label in related + unrelated:
-            head_span, tail_span = ((places[first][0], places[last - 1][1]) for first, last in (head, tail))
+            head_span, tail_span = (
+                (places[first][0], places[last - 1][1]) for first, last in (head, tail)
+            )
             example = Example(
-                id=f"{prefix or dataset}/{split}/{sentence.id}/{head[0]}-{head[1]}/{tail[0]}-{tail[1]}",
+                id=(
+                    f"{prefix or dataset}/{split}/{sentence.id}"
+                    f"/{head[0]}-{head[1]}/{tail[0]}-{tail[1]}"
+                ),
                 dataset=dataset,
                 split=split,
                 text=text,
@@ -113,44 +139,71 @@ def _examples(
                 tail_span=tail_span,
             )
             if example.id in order:
-                raise InputError(f"{sentence.place}: sentence {sentence.id} occurs twice; remove one of them")
+                raise InputError(
+                    f"{sentence.place}: sentence {sentence.id} occurs twice; remove one of them"
+                )
             order[example.id] = len(order)
             (positives if (head, tail) in sentence.relations else candidates).append(example)
-    drawn = draw(candidates, round(min(negatives * len(positives), len(candidates))), f"negatives:{seed}")
+    drawn = draw(
+        candidates, round(min(negatives * len(positives), len(candidates))), f"negatives:{seed}"
+    )
     return sorted(positives + drawn, key=lambda example: order[example.id])
 
 
 def _sentence(
-    number: str, place: str, tokens: list[str], entities: list[tuple[Span, str]], relations: list[tuple[Span, Span, str]]
+    number: str,
+    place: str,
+    tokens: list[str],
+    entities: list[tuple[Span, str]],
+    relations: list[tuple[Span, Span, str]],
 ) -> Sentence:
-    """A checked sentence: every range within the tokens, every relation between two entities, no pair twice."""
+    """A checked sentence: every range within the tokens, every relation between two entities, no
+    pair twice.
+    """
     types = dict(entities)
     for first, last in types:
         if not 0 <= first < last <= len(tokens):
-            raise InputError(f"{place}: entity [{first}, {last}) is outside the {len(tokens)} tokens; correct the range")
+            raise InputError(
+                f"{place}: entity [{first}, {last}) is outside the {len(tokens)} tokens; correct"
+                " the range"
+            )
     labels: dict[tuple[Span, Span], str] = {}
     for head, tail, label in relations:
         for side, span in (("head", head), ("tail", tail)):
             if span not in types:
-                raise InputError(f"{place}: the {side} {list(span)} of {label} is not an entity of the sentence; add or correct it")
+                raise InputError(
+                    f"{place}: the {side} {list(span)} of {label} is not an entity of the sentence;"
+                    " add or correct it"
+                )
         if (head, tail) in labels:
-            raise InputError(f"{place}: {list(head)} and {list(tail)} have two relations ({labels[head, tail]}, {label}); keep one")
+            raise InputError(
+                f"{place}: {list(head)} and {list(tail)} have two relations ({labels[head, tail]},"
+                f" {label}); keep one"
+            )
         labels[head, tail] = label
     return Sentence(number, place, tokens, types, labels)
 
 
 def _unified_sentences(path: Path) -> Iterator[Sentence]:
-    """`{"tokens": [...], "entities": [[first, last, type]], "relations": [[first, last, first, last, label]]}`, in one array."""
+    """`{"tokens": [...], "entities": [[first, last, type]], "relations": [[first, last, first,
+    last, label]]}`, in one array.
+    """
     for number, (place, record) in enumerate(json_array(path, "sentence")):
         try:
             if not isinstance(record["tokens"], list):
                 raise TypeError
             tokens = [_string(token) for token in record["tokens"]]
-            entities = [((int(first), int(last)), _string(kind)) for first, last, kind in record["entities"]]
-            relations = [((int(a), int(b)), (int(c), int(d)), _string(label)) for a, b, c, d, label in record["relations"]]
+            entities = [
+                ((int(first), int(last)), _string(kind)) for first, last, kind in record["entities"]
+            ]
+            relations = [
+                ((int(a), int(b)), (int(c), int(d)), _string(label))
+                for a, b, c, d, label in record["relations"]
+            ]
         except (KeyError, TypeError, ValueError):
             raise InputError(
-                f"{place}: not a sentence; it has tokens, entities [first, last, type] and relations [first, last, first, last, label]"
+                f"{place}: not a sentence; it has tokens, entities [first, last, type] and"
+                " relations [first, last, first, last, label]"
             ) from None
         yield _sentence(str(number), place, tokens, entities, relations)
 
@@ -158,13 +211,20 @@ def _unified_sentences(path: Path) -> Iterator[Sentence]:
 def _hub_sentences(rows: Iterable[Record]) -> Iterator[Sentence]:
     for number, (place, row) in enumerate(rows):
         try:
-            entities = [((int(one["start"]), int(one["end"])), _string(one["type"])) for one in row["entities"]]
+            entities = [
+                ((int(one["start"]), int(one["end"])), _string(one["type"]))
+                for one in row["entities"]
+            ]
             spans = dict(enumerate(span for span, _ in entities))
-            relations = [(spans[one["head"]], spans[one["tail"]], _string(one["type"])) for one in row["relations"]]
+            relations = [
+                (spans[one["head"]], spans[one["tail"]], _string(one["type"]))
+                for one in row["relations"]
+            ]
             tokens = [_string(token) for token in row["tokens"]]
         except (KeyError, TypeError, ValueError):
             raise InputError(
-                f"{place}: not a sentence; it has tokens, entities {{start, end, type}} and relations {{head, tail, type}}"
+                f"{place}: not a sentence; it has tokens, entities {{start, end, type}} and"
+                " relations {head, tail, type}"
             ) from None
         yield _sentence(str(number), place, tokens, entities, relations)
 
@@ -193,7 +253,11 @@ def _multihead_sentences(path: Path) -> Iterator[Sentence]:
             if not lines[at].strip():
                 continue
             token, tag, labels, tails = _token(f"{path}:{at + 1}", lines[at], len(tokens))
-            arrows += [(len(tokens), tail, label) for label, tail in zip(labels, tails, strict=True) if label != "N"]
+            arrows += [
+                (len(tokens), tail, label)
+                for label, tail in zip(labels, tails, strict=True)
+                if label != "N"
+            ]
             tokens.append(token)
             tags.append(tag)
         entities = _entities(tags)
@@ -201,27 +265,46 @@ def _multihead_sentences(path: Path) -> Iterator[Sentence]:
         place = f"{path}:{start + 1}"
         for token in itertools.chain.from_iterable(arrow[:2] for arrow in arrows):
             if token not in at_last:
-                raise InputError(f"{place}: a relation of document {number} names token {token}, which ends no entity; correct it")
-        yield _sentence(number, place, tokens, entities, [(at_last[head], at_last[tail], label) for head, tail, label in arrows])
+                raise InputError(
+                    f"{place}: a relation of document {number} names token {token}, which ends no"
+                    " entity; correct it"
+                )
+        yield _sentence(
+            number,
+            place,
+            tokens,
+            entities,
+            [(at_last[head], at_last[tail], label) for head, tail, label in arrows],
+        )
 
 
 def _token(place: str, line: str, index: int) -> tuple[str, str, list[str], list[int]]:
     """Token, tag, relations and tail indices of one line."""
     cells = line.split("\t")
     if len(cells) != 5:
-        raise InputError(f"{place}: {len(cells)} columns; a token has 5, separated by tabs: index, token, tag, relations, tails")
+        raise InputError(
+            f"{place}: {len(cells)} columns; a token has 5, separated by tabs: index, token, tag,"
+            " relations, tails"
+        )
     if cells[0] != str(index):
-        raise InputError(f"{place}: index {cells[0]!r} where {index} was due; a line is missing or repeated")
+        raise InputError(
+            f"{place}: index {cells[0]!r} where {index} was due; a line is missing or repeated"
+        )
     if cells[2] != "O" and not (cells[2][:2] in ("B-", "I-") and cells[2][2:]):
         raise InputError(f"{place}: tag {cells[2]!r}; write O, B-TYPE or I-TYPE")
     try:
         labels, tails = ast.literal_eval(cells[3]), ast.literal_eval(cells[4])
-        fits = len(labels) == len(tails) and all(isinstance(x, str) for x in labels) and all(type(x) is int for x in tails)
+        fits = (
+            len(labels) == len(tails)
+            and all(isinstance(x, str) for x in labels)
+            and all(type(x) is int for x in tails)
+        )
     except (ValueError, SyntaxError, TypeError):
         fits = False
     if not fits or not cells[1]:
         raise InputError(
-            f"{place}: relations {cells[3]} and tails {cells[4]} must be lists of one length, such as ['Kill'] and [15]; correct the record"
+            f"{place}: relations {cells[3]} and tails {cells[4]} must be lists of one length, such"
+            " as ['Kill'] and [15]; correct the record"
         )
     return cells[1], cells[2], labels, tails
 

@@ -1,4 +1,6 @@
-"""Text files of a benchmark: finding the one of a split, and reading it with errors that name the line."""
+"""Text files of a benchmark: finding the one of a split, and reading it with errors that name the
+line.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +16,34 @@ from jaxre.relations.marks import is_text
 
 def nearest(name: str, known: Collection[str]) -> str:
     """The most similar of the `known` names (there must be one)."""
-    return max(sorted(known), key=lambda other: difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio())
+    return max(
+        sorted(known),
+        key=lambda other: difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio(),
+    )
 
 
 def read_text(path: Path) -> str:
     """A whole UTF-8 file, without a byte order mark, line ends as they are.
 
     Raises:
-      InputError: no such file, an unreadable or empty one, bytes that are not UTF-8 (names the line).
+      InputError: no such file, an unreadable or empty one, bytes that are not UTF-8 (names the
+        line).
     """
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; correct the path") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; give a file that you may read") from None
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}; give a file that you may read"
+        ) from None
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8") from None
+        raise InputError(
+            f"{path}:{line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        ) from None
     if not text.strip():
         raise InputError(f"{path}: the file is empty; give one with records")
     return text
@@ -55,12 +65,15 @@ def json_array(path: Path, kind: str) -> Iterator[Record]:
     """The objects of a JSON array, with the place `path: kind NUMBER` (from 0).
 
     Raises:
-      InputError: as `read_text`; no valid JSON (names the line), no array, an element that is no object, or holds half a surrogate pair.
+      InputError: as `read_text`; no valid JSON (names the line), no array, an element that is no
+        object, or holds half a surrogate pair.
     """
     try:
         array = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: not valid JSON: {error.msg}; download it again") from None
+        raise InputError(
+            f"{path}:{error.lineno}: not valid JSON: {error.msg}; download it again"
+        ) from None
     except RecursionError:
         raise InputError(f"{path}: nested too deep; download it again") from None
     if not isinstance(array, list):
@@ -73,7 +86,8 @@ def json_lines(path: Path) -> Iterator[Record]:
     """The objects of a JSON Lines file, with the place `path:line`. Empty lines are passed over.
 
     Raises:
-      InputError: as `read_text`; a line that is not a JSON object, or holds half a surrogate pair (names it).
+      InputError: as `read_text`; a line that is not a JSON object, or holds half a surrogate pair
+        (names it).
     """
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
@@ -113,9 +127,14 @@ def split_file(folder: Path, dataset: str, split: str | None, files: Mapping[str
     """
     name = files[check_split(dataset, split, files)]
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder (benchmark {dataset}); set JAXRE_DATA to the folder that holds {folder.name}/")
+        raise InputError(
+            f"{folder}: no such folder (benchmark {dataset}); set JAXRE_DATA to the folder that"
+            f" holds {folder.name}/"
+        )
     found = sorted(folder.rglob(name))
     if len(found) != 1:
         problem = f"no {name} below it" if not found else f"{len(found)} files {name} below it"
-        raise InputError(f"{folder}: {problem} (benchmark {dataset}, split {split}); it must hold exactly one")
+        raise InputError(
+            f"{folder}: {problem} (benchmark {dataset}, split {split}); it must hold exactly one"
+        )
     return found[0]

@@ -1,13 +1,15 @@
 """GIDS (Jat et al. 2018): one sentence with a pair per line, six columns between tabs.
 
-    HEAD_ID  TAIL_ID  Ada_Lovelace  London  /people/person/place_of_birth  Ada_Lovelace came from London. ###END###
+    HEAD_ID  TAIL_ID  Ada_Lovelace  London  /people/person/place_of_birth  Ada_Lovelace came from
+    London. ###END###
 
-An entity of several words is joined by `_`, in the sentence too; we write both with spaces (as many characters, so spans are
-those of the file). Other `_`, as in addresses, stay. Negative label: `NA`.
+An entity of several words is joined by `_`, in the sentence too; we write both with spaces (as many
+characters, so spans are those of the file). Other `_`, as in addresses, stay. Negative label: `NA`.
 
-Measured: validation 1,864 and test 5,663, 5 labels. The published training file (11,297) is not in the public repository;
-`train_first_release` reads the 1,218 rows of the first release whose pairs and sentences are not in validation or test. In 452 of
-these the tail does not stand in the sentence (`sources.unlocated`).
+Measured: validation 1,864 and test 5,663, 5 labels. The published training file (11,297) is not in
+the public repository; `train_first_release` reads the 1,218 rows of the first release whose pairs
+and sentences are not in validation or test. In 452 of these the tail does not stand in the sentence
+(`sources.unlocated`).
 """
 
 from __future__ import annotations
@@ -39,14 +41,23 @@ LABELS = (
 # As the release's relation2id.txt spells what its rows call `degree`.
 _SPELLED = {_DEGREE + "s": _DEGREE}
 _END = re.compile(r"\s*###END###\s*$")
-_COLUMNS = ("subj_id", "obj_id", "subj_text", "obj_text", "relation", "sentence")  # the hub's names, in the order of the file
+# the hub's names, in the order of the file
+_COLUMNS = (
+    "subj_id",
+    "obj_id",
+    "subj_text",
+    "obj_text",
+    "relation",
+    "sentence",
+)
 
 
 def read_gids(folder: Path, split: str | None) -> Reading:
     """The examples of a split, with ids such as `gids/test/17` (line of the file).
 
     Raises:
-      InputError: unknown split, missing file, a line that is not as above, an unknown label (each names file:line).
+      InputError: unknown split, missing file, a line that is not as above, an unknown label (each
+        names file:line).
     """
     path = split_file(folder, NAME, split, FILES)
     return read_gids_rows(_rows(path), split, NAME)
@@ -56,23 +67,38 @@ def _rows(path: Path) -> Iterable[Record]:
     for number, line in enumerate(read_lines(path), start=1):
         cells = line.split("\t")
         if len(cells) != len(_COLUMNS):
-            raise InputError(f"{path}:{number}: {len(cells)} columns; a row has 6, separated by tabs: two ids, two names, label, sentence")
+            raise InputError(
+                f"{path}:{number}: {len(cells)} columns; a row has 6, separated by tabs: two ids,"
+                " two names, label, sentence"
+            )
         yield f"{path}:{number}", dict(zip(_COLUMNS, cells, strict=True))
 
 
 def read_gids_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
     """Rows with the columns of the hub's copy (DFKI-SLT/gids). Raises InputError as `read_gids`."""
-    return Reading([_example(place, row, split, f"{prefix}/{split}/{number}") for number, (place, row) in enumerate(rows, start=1)])
+    return Reading(
+        [
+            _example(place, row, split, f"{prefix}/{split}/{number}")
+            for number, (place, row) in enumerate(rows, start=1)
+        ]
+    )
 
 
 def _example(place: str, row: dict, split: str, identity: str) -> Example:
     try:
-        names, label, sentence = (row["subj_text"], row["obj_text"]), row["relation"], _END.sub("", row["sentence"])
+        names, label, sentence = (
+            (row["subj_text"], row["obj_text"]),
+            row["relation"],
+            _END.sub("", row["sentence"]),
+        )
     except (KeyError, TypeError):
         raise InputError(f"{place}: not a row of GIDS; it has {', '.join(_COLUMNS)}") from None
     label = _SPELLED.get(label, label)
     if label not in LABELS:
-        raise InputError(f"{place}: {label!r} is not a label of GIDS; the nearest is {nearest(str(label), LABELS)}")
+        raise InputError(
+            f"{place}: {label!r} is not a label of GIDS; the nearest is"
+            f" {nearest(str(label), LABELS)}"
+        )
     if not (sentence.strip() and all(name.strip("_ ") for name in names)):
         raise InputError(f"{place}: an empty sentence or name; correct the row")
     text = sentence
@@ -94,6 +120,8 @@ def _example(place: str, row: dict, split: str, identity: str) -> Example:
 
 
 def _span(sentence: str, text: str, name: str) -> Span | None:
-    """Where the name is the only such word between blanks, else the only such text: `Boston` is not `Boston_College`."""
+    """Where the name is the only such word between blanks, else the only such text: `Boston` is not
+    `Boston_College`.
+    """
     alone = [match.span() for match in re.finditer(rf"(?<!\S){re.escape(name)}(?!\S)", sentence)]
     return alone[0] if len(alone) == 1 else only_occurrence(text, name.replace("_", " "))

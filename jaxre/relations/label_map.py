@@ -1,4 +1,5 @@
-"""A label map brings two spellings of a schema together: `our label -> common label`, in YAML, JSON or CSV.
+"""A label map brings two spellings of a schema together: `our label -> common label`, in YAML, JSON
+or CSV.
 
 labels = read_label_map("configs/labels/semeval-undirected.yaml")
 labels.gold("Cause-Effect(e2,e1)", "test/8001")            # "Cause Effect"
@@ -28,14 +29,19 @@ class LabelMap:
         try:
             return self.common[normalise_label(label)]
         except KeyError:
-            raise InputError(f"{self.place}: no entry for the label {label!r} (example {example_id}); add `{label}: COMMON`") from None
+            raise InputError(
+                f"{self.place}: no entry for the label {label!r} (example {example_id}); add"
+                f" `{label}: COMMON`"
+            ) from None
 
     def predicted(self, label: str) -> str:
         """The common label of one of our predictions; what the map does not list stays as it is."""
         return self.common.get(normalise_label(label), label)
 
     def cached(self, label: str) -> str:
-        """The common label of a cached one: itself if it is common, else what the map lists for it, else itself."""
+        """The common label of a cached one: itself if it is common, else what the map lists for it,
+        else itself.
+        """
         return label if self.is_common(label) else self.predicted(label)
 
     def is_common(self, label: str) -> bool:
@@ -54,14 +60,21 @@ def read_label_map(path: str | Path) -> LabelMap:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such label map; correct the path of the label map (configs/labels has some)")
+        raise InputError(
+            f"{path}: no such label map; correct the path of the label map (configs/labels has"
+            " some)"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text; a label map is YAML, JSON or two-column CSV") from None
+        raise InputError(
+            f"{path}: not UTF-8 text; a label map is YAML, JSON or two-column CSV"
+        ) from None
     pairs = _csv_pairs(text, path) if path.suffix == ".csv" else _yaml_pairs(text, path)
     if not pairs:
-        raise InputError(f"{path}: the label map is empty; write one `our label: common label` per line")
+        raise InputError(
+            f"{path}: the label map is empty; write one `our label: common label` per line"
+        )
     common: dict[str, str] = {}
     for ours, theirs in pairs:
         if common.setdefault(normalise_label(ours), theirs) != theirs:
@@ -76,7 +89,10 @@ def _yaml_pairs(text: str, path: Path) -> list[tuple[str, str]]:
     for ours, theirs in tree.items():
         for label in (ours, theirs):
             if not isinstance(label, str | int | float) or isinstance(label, bool):
-                raise InputError(f"{path}: {label!r} is not a label; a label map is a flat mapping, quote labels such as 'true' and 'null'")
+                raise InputError(
+                    f"{path}: {label!r} is not a label; a label map is a flat mapping, quote labels"
+                    " such as 'true' and 'null'"
+                )
     return [(str(ours), str(theirs)) for ours, theirs in tree.items()]
 
 
@@ -84,5 +100,8 @@ def _csv_pairs(text: str, path: Path) -> list[tuple[str, str]]:
     rows = [row for row in csv.reader(text.splitlines()) if row]
     for number, row in enumerate(rows, 1):
         if len(row) != 2:
-            raise InputError(f"{path}:{number}: {len(row)} cells; write `our label,common label` and quote labels that hold commas")
+            raise InputError(
+                f"{path}:{number}: {len(row)} cells; write `our label,common label` and quote"
+                " labels that hold commas"
+            )
     return [(ours, theirs) for ours, theirs in rows]

@@ -1,4 +1,5 @@
-"""Entity marks in a text: `<e1>head</e1> ... <e2>tail</e2>`, in and out, and finding an entity that has no span.
+"""Entity marks in a text: `<e1>head</e1> ... <e2>tail</e2>`, in and out, and finding an entity that
+has no span.
 
 A span is a half-open character range `(start, end)` of the text without marks.
 """
@@ -44,7 +45,10 @@ def strip_marks(text: str) -> tuple[str, Span, Span]:
         removed += len(tag.group())
     missing = [tag for tag in _TAGS if tag not in at]
     if missing:
-        raise ValueError(f"no {' and no '.join(missing)}; mark the head as <e1>head</e1> and the tail as <e2>tail</e2>")
+        raise ValueError(
+            f"no {' and no '.join(missing)}; mark the head as <e1>head</e1> and the tail as"
+            " <e2>tail</e2>"
+        )
     plain = _TAG.sub("", text)
     return plain, _trimmed(plain, "e1", at), _trimmed(plain, "e2", at)
 
@@ -62,11 +66,15 @@ def _trimmed(plain: str, name: str, at: dict[str, int]) -> Span:
 def join_tokens(tokens: Sequence[str]) -> tuple[str, list[Span]]:
     """The tokens joined by single spaces, and the span of each."""
     ends = list(itertools.accumulate(len(token) + 1 for token in tokens))
-    return " ".join(tokens), [(end - 1 - len(token), end - 1) for token, end in zip(tokens, ends, strict=True)]
+    return " ".join(tokens), [
+        (end - 1 - len(token), end - 1) for token, end in zip(tokens, ends, strict=True)
+    ]
 
 
 def squeezed(text: str) -> str:
-    """The text without white space: texts that are equal so are one sentence, as two releases write it."""
+    """The text without white space: texts that are equal so are one sentence, as two releases write
+    it.
+    """
     return "".join(text.split())
 
 
@@ -77,7 +85,9 @@ def only_occurrence(text: str, entity: str) -> Span | None:
 
 
 def is_text(value: str) -> bool:
-    """Whether it has a UTF-8 form: JSON can escape half a surrogate pair, and a command line can hold any bytes."""
+    """Whether it has a UTF-8 form: JSON can escape half a surrogate pair, and a command line can
+    hold any bytes.
+    """
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -85,11 +95,17 @@ def is_text(value: str) -> bool:
     return True
 
 
-def insert_marks(text: str, head_span: Span | None, tail_span: Span | None, marks: tuple[str, str, str, str] = _TAGS) -> str:
-    """The text with the head in `<e1>` and the tail in `<e2>`, or in other `marks`; without a span, no marks.
+def insert_marks(
+    text: str,
+    head_span: Span | None,
+    tail_span: Span | None,
+    marks: tuple[str, str, str, str] = _TAGS,
+) -> str:
+    """The text with the head in `<e1>` and the tail in `<e2>`, or in other `marks`; without a span,
+    no marks.
 
-    `strip_marks` gives the spans of the tags back. Nested entities nest their tags (`<e1>New <e2>York</e2></e1>`;
-    of two equal spans e1 is outside); crossing entities cross them
+    `strip_marks` gives the spans of the tags back. Nested entities nest their tags (`<e1>New
+    <e2>York</e2></e1>`; of two equal spans e1 is outside); crossing entities cross them
     (`<e1>a <e2>b</e1> c</e2>`), so that each tag stands exactly where its entity begins or ends.
     """
     tags = []
@@ -119,10 +135,16 @@ def occurrences(text: str, entity: str) -> list[Span]:
         return []
     if entity in text:
         found = [match.span() for match in re.finditer(re.escape(entity), text)]
-        alone = [(start, end) for start, end in found if not _inside_word(text, start) and not _inside_word(text, end)]
+        alone = [
+            (start, end)
+            for start, end in found
+            if not _inside_word(text, start) and not _inside_word(text, end)
+        ]
         return alone or found
     parts = [re.escape(part) for part in entity.split()]
-    return [match.span() for match in re.finditer(r"\s*".join(parts), text)] if len(parts) > 1 else []
+    return (
+        [match.span() for match in re.finditer(r"\s*".join(parts), text)] if len(parts) > 1 else []
+    )
 
 
 def _inside_word(text: str, place: int) -> bool:

@@ -1,23 +1,32 @@
-"""Sentences of the New York Times with Freebase relations: three sets with different labels, which are not to be mixed.
+"""Sentences of the New York Times with Freebase relations: three sets with different labels, which
+are not to be mixed.
 
-- `nyt11`: the set of the hierarchical framework (Takanobu et al. 2019), train and test, one JSON object per line:
+- `nyt11`: the set of the hierarchical framework (Takanobu et al. 2019), train and test, one JSON
+  object per line:
 
-      {"sentext": "...", "relations": [{"rtext": "/people/person/place_lived", "em1": "...", "em2": "...", "tags": [0, 4, 1, ...]}]}
+      {"sentext": "...", "relations": [{"rtext": "/people/person/place_lived", "em1": "...", "em2":
+      "...", "tags": [0, 4, 1, ...]}]}
 
-  `tags` say for each word whether it begins (4) or continues (1) the head, begins (5) or continues (2) the tail. There is no
-  validation file: the authors take a twentieth of train (`part: [0, 0.95]` and `part: [0.95, 1]`).
+  `tags` say for each word whether it begins (4) or continues (1) the head, begins (5) or continues
+  (2) the tail. There is no validation file: the authors take a twentieth of train (`part: [0,
+  0.95]` and `part: [0.95, 1]`).
 - `nyt24`: the exact-match version with 24 relations (Zeng et al. 2018 and after):
 
-      {"sentText": "...", "relationMentions": [{"em1Text": "...", "em2Text": "...", "label": "/location/location/contains"}]}
+      {"sentText": "...", "relationMentions": [{"em1Text": "...", "em2Text": "...", "label":
+      "/location/location/contains"}]}
 
-  Measured on validation: 5,000 sentences, 7,985 triples, 22 labels. 1,172 triples put a second label on a labelled pair.
-- `nyt11_hoffmann`: human judgements of proposed relations (Hoffmann et al. 2011, `sentential.txt`), the only part of the three
-  that people judged. It is a dataset of its own (split `test`), since its labels are not those of `nyt11`. Nine columns between
-  tabs: two ids, number of the mention, proposed relation, judgement, sentence with `[Name]1` and `[Name]2`, two names, sentence.
-  `y` is an example of that relation; `n` one of `none`, once for a pair of a sentence, and not where another judgement
-  of that pair is `y` or open (`indirect` or empty). Measured: y 254, n 567, indirect 60, empty 125.
+  Measured on validation: 5,000 sentences, 7,985 triples, 22 labels. 1,172 triples put a second
+  label on a labelled pair.
+- `nyt11_hoffmann`: human judgements of proposed relations (Hoffmann et al. 2011, `sentential.txt`),
+  the only part of the three that people judged. It is a dataset of its own (split `test`), since
+  its labels are not those of `nyt11`. Nine columns between tabs: two ids, number of the mention,
+  proposed relation, judgement, sentence with `[Name]1` and `[Name]2`, two names, sentence. `y` is
+  an example of that relation; `n` one of `none`, once for a pair of a sentence, and not where
+  another judgement of that pair is `y` or open (`indirect` or empty). Measured: y 254, n 567,
+  indirect 60, empty 125.
 
-Each label of a pair is an example of its own, and further ones are counted. The text is licensed for research, not to be shown.
+Each label of a pair is an example of its own, and further ones are counted. The text is licensed
+for research, not to be shown.
 """
 
 from __future__ import annotations
@@ -37,7 +46,10 @@ NYT24 = "nyt24"
 HOFFMANN = "nyt11_hoffmann"
 NEGATIVE = "none"
 NYT11_FILES = {"train": "train.json", "test": "test.json"}
-NYT24_FILES = {split: f"nyt24_exact/{name}.json" for split, name in (("train", "train"), ("validation", "valid"), ("test", "test"))}
+NYT24_FILES = {
+    split: f"nyt24_exact/{name}.json"
+    for split, name in (("train", "train"), ("validation", "valid"), ("test", "test"))
+}
 HOFFMANN_FILES = {"test": "sentential.txt"}
 
 OPEN = "judgements are left out: indirect or empty"
@@ -46,26 +58,38 @@ REPEATED = "judgements are left out: they repeat one of the same pair and senten
 
 
 def read_nyt11(folder: Path, split: str | None) -> Reading:
-    """A triple is an example, with ids such as `nyt11/test/17/2` (line of the file, number of the triple, both from 1).
+    """A triple is an example, with ids such as `nyt11/test/17/2` (line of the file, number of the
+    triple, both from 1).
 
     Raises:
       InputError: unknown split, missing file, a line that is not as above (names file:line).
     """
     path = split_file(folder, NYT11, split, NYT11_FILES)
-    return Reading(list(_triples(path, NYT11, split, ("sentext", "relations", "em1", "em2", "rtext"))))
+    return Reading(
+        list(_triples(path, NYT11, split, ("sentext", "relations", "em1", "em2", "rtext")))
+    )
 
 
 def read_nyt24(folder: Path, split: str | None) -> Reading:
-    """A triple is an example, with ids such as `nyt24/validation/17/2` (line of the file, number of the triple, both from 1).
+    """A triple is an example, with ids such as `nyt24/validation/17/2` (line of the file, number of
+    the triple, both from 1).
 
     Raises:
       InputError: unknown split, missing file, a line that is not as above (names file:line).
     """
     path = split_file(folder, NYT24, split, NYT24_FILES)
-    return Reading(list(_triples(path, NYT24, split, ("sentText", "relationMentions", "em1Text", "em2Text", "label"))))
+    return Reading(
+        list(
+            _triples(
+                path, NYT24, split, ("sentText", "relationMentions", "em1Text", "em2Text", "label")
+            )
+        )
+    )
 
 
-def _triples(path: Path, dataset: str, split: str, keys: tuple[str, str, str, str, str]) -> Iterator[Example]:
+def _triples(
+    path: Path, dataset: str, split: str, keys: tuple[str, str, str, str, str]
+) -> Iterator[Example]:
     text_key, triples_key, head_key, tail_key, label_key = keys
     for place, record in json_lines(path):
         line = place.rpartition(":")[2]
@@ -77,7 +101,9 @@ def _triples(path: Path, dataset: str, split: str, keys: tuple[str, str, str, st
                 if not all((text, label, *names)):
                     raise ValueError
                 spans = _tagged(text, triple.get("tags") or [], names)
-                yield _example(f"{dataset}/{split}/{line}/{number}", dataset, split, text, names, label, spans)
+                yield _example(
+                    f"{dataset}/{split}/{line}/{number}", dataset, split, text, names, label, spans
+                )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise InputError(
                 f"{place}: not a sentence of {dataset}; it has {text_key} and {triples_key} "
@@ -95,16 +121,26 @@ def _tagged(text: str, tags: list[int], names: list[str]) -> list[Span | None]:
         starts = [at for at, tag in enumerate(tags) if tag == begins]
         span = None
         if len(starts) == 1:
-            inside = itertools.takewhile(lambda at, tag=continues: tags[at] == tag, range(starts[0] + 1, len(tags)))
+            inside = itertools.takewhile(
+                lambda at, tag=continues: tags[at] == tag, range(starts[0] + 1, len(tags))
+            )
             span = places[starts[0]][0], places[max([starts[0], *inside])][1]
         spans.append(span if span and text[slice(*span)] == name else None)
     return spans
 
 
 def _example(
-    identity: str, dataset: str, split: str, text: str, names: list[str], relation: str, spans: list[Span | None] = (None, None)
+    identity: str,
+    dataset: str,
+    split: str,
+    text: str,
+    names: list[str],
+    relation: str,
+    spans: list[Span | None] = (None, None),
 ) -> Example:
-    head_span, tail_span = (span or only_occurrence(text, name) for span, name in zip(spans, names, strict=True))
+    head_span, tail_span = (
+        span or only_occurrence(text, name) for span, name in zip(spans, names, strict=True)
+    )
     return Example(
         id=identity,
         dataset=dataset,
@@ -122,16 +158,22 @@ def read_hoffmann(folder: Path, split: str | None) -> Reading:
     """The judged mentions, with ids such as `nyt11_hoffmann/test/17` (line of the file).
 
     Raises:
-      InputError: unknown split, missing file, a line without nine columns, an unknown judgement (each names file:line).
+      InputError: unknown split, missing file, a line without nine columns, an unknown judgement
+        (each names file:line).
     """
     path = split_file(folder, HOFFMANN, split, HOFFMANN_FILES)
     rows = [(number, line.split("\t")) for number, line in enumerate(read_lines(path), start=1)]
     judged = defaultdict(set)
     for number, cells in rows:
         if len(cells) != 9:
-            raise InputError(f"{path}:{number}: {len(cells)} columns; a judgement has 9, separated by tabs")
+            raise InputError(
+                f"{path}:{number}: {len(cells)} columns; a judgement has 9, separated by tabs"
+            )
         if cells[4] not in ("y", "n", "indirect", ""):
-            raise InputError(f"{path}:{number}: {cells[4]!r} is not a judgement; write y, n or indirect, or leave it empty")
+            raise InputError(
+                f"{path}:{number}: {cells[4]!r} is not a judgement; write y, n or indirect, or"
+                " leave it empty"
+            )
         judged[_pair(cells)].add(cells[4])
     examples, account, seen = [], defaultdict(list), set()
     for number, cells in rows:

@@ -1,16 +1,21 @@
-"""Artificial Relationships in Fiction (Christou and Tsoumakas 2025): pieces of novels, annotated by a language model.
+"""Artificial Relationships in Fiction (Christou and Tsoumakas 2025): pieces of novels, annotated by
+a language model.
 
-One row per piece, with the columns book_id, chunk_id, chunk, relations and others. `relations` is a Python literal, read by
-`ast.literal_eval` and never run: a list of {entity1, entity2, entity1Type, entity2Type, relation}. A row that cannot be read
-(the published set has one) and a relation that lacks a part are left out and counted.
+One row per piece, with the columns book_id, chunk_id, chunk, relations and others. `relations` is a
+Python literal, read by `ast.literal_eval` and never run: a list of {entity1, entity2, entity1Type,
+entity2Type, relation}. A row that cannot be read (the published set has one) and a relation that
+lacks a part are left out and counted.
 
-The set is one file (Parquet, CSV or JSON Lines, as published or exported) without splits. It is divided by a fixed hash of
-`book_id`, 80, 10 and 10 of a hundred, so that no book stands on two sides.
+The set is one file (Parquet, CSV or JSON Lines, as published or exported) without splits. It is
+divided by a fixed hash of `book_id`, 80, 10 and 10 of a hundred, so that no book stands on two
+sides.
 
-Relations are partly free text. `label_map: configs/labels/NAME.yaml` of a source (see `label_map`) brings them to canonical labels:
-what the map does not list is left out and counted. A map of the published ontology (137 strings to 48 labels) is not shipped,
-since its names are not in any source that may be copied here; `configs/labels/pg_fiction-example.yaml` shows the form.
-The set itself was not at hand: the format is tested with rows of our own. What is as published: 95,476 rows, 96 books, 128,331 relations.
+Relations are partly free text. `label_map: configs/labels/NAME.yaml` of a source (see `label_map`)
+brings them to canonical labels: what the map does not list is left out and counted. A map of the
+published ontology (137 strings to 48 labels) is not shipped, since its names are not in any source
+that may be copied here; `configs/labels/pg_fiction-example.yaml` shows the form. The set itself was
+not at hand: the format is tested with rows of our own. What is as published: 95,476 rows, 96 books,
+128,331 relations.
 """
 
 from __future__ import annotations
@@ -37,18 +42,23 @@ INCOMPLETE = "relations are left out: an entity or the relation is missing"
 
 
 def read_pg_fiction(folder: Path, split: str | None) -> Reading:
-    """A relation is an example, in file order, with ids such as `pg_fiction/train/17/2` (row, number of the relation, from 1).
+    """A relation is an example, in file order, with ids such as `pg_fiction/train/17/2` (row,
+    number of the relation, from 1).
 
     Raises:
       InputError: unknown split, no folder, not exactly one file, columns other than above.
     """
     check_split(NAME, split, SPLITS)
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder (benchmark {NAME}); set JAXRE_DATA to the folder that holds {folder.name}/")
+        raise InputError(
+            f"{folder}: no such folder (benchmark {NAME}); set JAXRE_DATA to the folder that holds"
+            f" {folder.name}/"
+        )
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(found) != 1:
         raise InputError(
-            f"{folder}: {len(found) or 'no'} files of {', '.join(SUFFIXES)} below it (benchmark {NAME}); it must hold exactly one"
+            f"{folder}: {len(found) or 'no'} files of {', '.join(SUFFIXES)} below it (benchmark"
+            f" {NAME}); it must hold exactly one"
         )
     return read_pg_fiction_rows(read_rows(found[0]), split, NAME)
 
@@ -69,7 +79,9 @@ def read_pg_fiction_rows(rows: Iterable[Record], split: str, prefix: str) -> Rea
             continue
         for which, relation in enumerate(relations, start=1):
             values = [relation.get(part) for part in _PARTS] if isinstance(relation, dict) else []
-            if not values or not all(isinstance(value, str) and value.strip() and is_text(value) for value in values):
+            if not values or not all(
+                isinstance(value, str) and value.strip() and is_text(value) for value in values
+            ):
                 account[INCOMPLETE].append(f"{place}, relation {which}")
                 continue
             head, tail, label = (value.strip() for value in values)

@@ -1,8 +1,10 @@
-"""Eight prompt styles, so that what a prompt does to the answers can be measured as a table: `jaxre predict RUN --style shots2-task`.
+"""Eight prompt styles, so that what a prompt does to the answers can be measured as a table: `jaxre
+predict RUN --style shots2-task`.
 
-Three factors: the task is defined or not, the labels are defined or only listed, and 0, 2, 4 or 8 demonstrations. Of the 16
-combinations these eight are the half in which every level of a factor meets every level of each other factor equally often, so that
-the mean over a level tells that factor's main effect (a half fraction; Box, Hunter & Hunter 2005, chapter 6):
+Three factors: the task is defined or not, the labels are defined or only listed, and 0, 2, 4 or 8
+demonstrations. Of the 16 combinations these eight are the half in which every level of a factor
+meets every level of each other factor equally often, so that the mean over a level tells that
+factor's main effect (a half fraction; Box, Hunter & Hunter 2005, chapter 6):
 
     demonstrations   task and labels
     0, 4             neither, or both
@@ -49,10 +51,20 @@ STYLES = {
 
 
 def styled(prompt: Prompt, name: str) -> Prompt:
-    """The prompt in a style. Definitions are the prompt's own, else those that ship for the dataset. Raises InputError: no such style."""
+    """The prompt in a style. Definitions are the prompt's own, else those that ship for the
+    dataset. Raises InputError: no such style.
+    """
     if name not in STYLES:
-        raise InputError(f"--style {name}: no such style; the nearest of {', '.join(STYLES)} is {nearest(name, STYLES)}")
+        raise InputError(
+            f"--style {name}: no such style; the nearest of {', '.join(STYLES)} is"
+            f" {nearest(name, STYLES)}"
+        )
     style = STYLES[name]
     definitions = (prompt.label_definitions or "shipped") if style.labels else None
-    changes = {"shots": style.shots, "task_definition": style.task, "enumerate": True, "label_definitions": definitions}
+    changes = {
+        "shots": style.shots,
+        "task_definition": style.task,
+        "enumerate": True,
+        "label_definitions": definitions,
+    }
     return prompt.model_copy(update=changes)

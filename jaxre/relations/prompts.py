@@ -1,6 +1,7 @@
 """An example to chat turns: system turn, demonstrations, and the user turn that asks.
 
-    [{"role": "system", ...}, {"role": "user", ...}, {"role": "assistant", "content": "born_in"}, {"role": "user", ...}]
+    [{"role": "system", ...}, {"role": "user", ...}, {"role": "assistant", "content": "born_in"},
+    {"role": "user", ...}]
 
 The answer of the example itself is not among them: it is what the model is trained to add.
 """
@@ -22,17 +23,20 @@ FIELDS = ("text", "marked", "head", "tail", "head_type", "tail_type")
 
 # What `prompt.task_definition` says.
 TASK = (
-    "Relation extraction names how two entities of a text are related, the head and the tail. A relation is read from the head to the "
-    "tail: what the head is or does with regard to the tail. The same fact read from the tail to the head is another relation, or the "
-    "same label with the other direction. Only what the text says counts; where it relates the two in no way of interest, the label "
-    "for no relation is right."
+    "Relation extraction names how two entities of a text are related, the head and the tail. A"
+    " relation is read from the head to the tail: what the head is or does with regard to the tail."
+    " The same fact read from the tail to the head is another relation, or the same label with the"
+    " other direction. Only what the text says counts; where it relates the two in no way of"
+    " interest, the label for no relation is right."
 )
 
 # What a template's {head_type} or {tail_type} says of an entity whose type is not known.
 UNKNOWN_TYPE = "entity"
 
 
-def turns(example: Example, prompt: Prompt, labels: Sequence[str], demonstrations: Sequence[Example] = ()) -> list[dict[str, str]]:
+def turns(
+    example: Example, prompt: Prompt, labels: Sequence[str], demonstrations: Sequence[Example] = ()
+) -> list[dict[str, str]]:
     """The chat up to and including the user turn of `example`.
 
     Args:
@@ -43,10 +47,14 @@ def turns(example: Example, prompt: Prompt, labels: Sequence[str], demonstration
     Raises:
       InputError: a template that cannot be filled, a label without definition.
     """
-    return turns_after(system_turn(prompt, labels, example.dataset), example, prompt, demonstrations)
+    return turns_after(
+        system_turn(prompt, labels, example.dataset), example, prompt, demonstrations
+    )
 
 
-def turns_after(system: str | None, example: Example, prompt: Prompt, demonstrations: Sequence[Example] = ()) -> list[dict[str, str]]:
+def turns_after(
+    system: str | None, example: Example, prompt: Prompt, demonstrations: Sequence[Example] = ()
+) -> list[dict[str, str]]:
     """`turns` with a system turn that is there already: the examples of a dataset share it."""
     chat = []
     if system is not None:
@@ -58,7 +66,8 @@ def turns_after(system: str | None, example: Example, prompt: Prompt, demonstrat
 
 
 def system_turn(prompt: Prompt, labels: Sequence[str], dataset: str = "") -> str | None:
-    """The system turn: `prompt.system`, what the task is, the sorted labels, each as the prompt asks; None if there is nothing to say.
+    """The system turn: `prompt.system`, what the task is, the sorted labels, each as the prompt
+    asks; None if there is nothing to say.
 
     Args:
       dataset: whose labels they are, for the definitions that ship with it.
@@ -69,18 +78,26 @@ def system_turn(prompt: Prompt, labels: Sequence[str], dataset: str = "") -> str
     if prompt.task_definition:
         said.append(TASK)
     if prompt.enumerate:
-        said.append(f"The answer is exactly one label from this allowed set:{_listed(prompt, sorted(labels), dataset)}")
+        said.append(
+            "The answer is exactly one label from this allowed"
+            f" set:{_listed(prompt, sorted(labels), dataset)}"
+        )
     return " ".join(said) if said else None
 
 
 def _listed(prompt: Prompt, labels: Sequence[str], dataset: str) -> str:
     if prompt.label_definitions is None:
         return f" {', '.join(labels)}"
-    definitions = _shipped(dataset) if prompt.label_definitions == "shipped" else prompt.label_definitions
+    definitions = (
+        _shipped(dataset) if prompt.label_definitions == "shipped" else prompt.label_definitions
+    )
     missing = [label for label in labels if label not in definitions]
     if missing:
         given = f"those shipped for {dataset}" if prompt.label_definitions == "shipped" else "it"
-        raise InputError(f"prompt.label_definitions: {given} lack {len(missing)} of {len(labels)} labels (first {missing[0]!r}); add them")
+        raise InputError(
+            f"prompt.label_definitions: {given} lack {len(missing)} of {len(labels)} labels (first"
+            f" {missing[0]!r}); add them"
+        )
     return "".join(f"\n- {label}: {definitions[label]}" for label in labels)
 
 
@@ -90,7 +107,8 @@ def _shipped(dataset: str) -> dict[str, str]:
         return read_definitions(dataset)
     except ValueError:
         raise InputError(
-            f"prompt.label_definitions=shipped: no definitions ship for the dataset {dataset}; give a mapping or a file"
+            f"prompt.label_definitions=shipped: no definitions ship for the dataset {dataset}; give"
+            " a mapping or a file"
         ) from None
 
 
@@ -112,7 +130,9 @@ def user_turn(example: Example, prompt: Prompt) -> str:
 
 
 def check_template(template: str) -> None:
-    """Raises InputError, naming `prompt.user`, unless `str.format` can fill it with plain `FIELDS`."""
+    """Raises InputError, naming `prompt.user`, unless `str.format` can fill it with plain
+    `FIELDS`.
+    """
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
@@ -122,7 +142,10 @@ def check_template(template: str) -> None:
             continue
         if field not in FIELDS or form or conversion:
             given = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
-            raise InputError(f"prompt.user: unknown field {{{given}}}; the fields are {', '.join(FIELDS)} ({{{{ is a literal brace)")
+            raise InputError(
+                f"prompt.user: unknown field {{{given}}}; the fields are {', '.join(FIELDS)} ({{{{"
+                " is a literal brace)"
+            )
 
 
 def marked_text(example: Example) -> str:
@@ -131,11 +154,15 @@ def marked_text(example: Example) -> str:
     An entity without a span is marked at its first occurrence (`marks.locate`), one that does
     not occur is not marked. Nested and crossing entities: see `marks.insert_marks`.
     """
-    return insert_marks(example.text, *locate(example.text, example.head, example.tail, example.head_span, example.tail_span))
+    return insert_marks(
+        example.text,
+        *locate(example.text, example.head, example.tail, example.head_span, example.tail_span),
+    )
 
 
 def parse_marked(text: str) -> Example:
-    """The example in a `--text "... <e1>head</e1> ... <e2>tail</e2> ..."` of the command line (relation "").
+    """The example in a `--text "... <e1>head</e1> ... <e2>tail</e2> ..."` of the command line
+    (relation "").
 
     Raises:
       InputError: a tag that is missing, occurs twice or closes before it opens.
@@ -171,17 +198,22 @@ def by_label(train: Iterable[Example]) -> dict[str, list[Example]]:
 
 
 def choose_demonstrations(
-    train: Iterable[Example] | Mapping[str, Sequence[Example]], prompt: Prompt, seed: int, example: Example | None = None
+    train: Iterable[Example] | Mapping[str, Sequence[Example]],
+    prompt: Prompt,
+    seed: int,
+    example: Example | None = None,
 ) -> list[Example]:
     """The `prompt.shots` demonstrations for an example, from the training examples of its dataset.
 
-    They go round the labels: each once before any twice. In which order, and which examples of a label, are:
+    They go round the labels: each once before any twice. In which order, and which examples of a
+    label, are:
     - `fixed`: drawn by hash from the seed.
-    - `stratified`: the most frequent label of `train` first (of equals the first by name), so that few demonstrations show what
-      most answers are; the examples are drawn as for `fixed`.
+    - `stratified`: the most frequent label of `train` first (of equals the first by name), so that
+      few demonstrations show what most answers are; the examples are drawn as for `fixed`.
     - `per_example`: drawn by hash from the seed and the example's id.
-    None shares its text (white space aside) with the example or with another. With `fixed` and `stratified`, all examples have the same
-    demonstrations but for those whose text is among them: they get the next in line, or the prompt would hold their answer.
+    None shares its text (white space aside) with the example or with another. With `fixed` and
+    `stratified`, all examples have the same demonstrations but for those whose text is among them:
+    they get the next in line, or the prompt would hold their answer.
 
     Args:
       train: training examples in any order, or `by_label(train)`, which saves the grouping when
@@ -215,7 +247,10 @@ def choose_demonstrations(
                 texts.add(squeezed(candidate.text))
                 chosen.append(candidate)
     if len(chosen) < prompt.shots:
-        raise InputError(f"prompt.shots={prompt.shots}: only {len(chosen)} training examples have a text of their own; lower it")
+        raise InputError(
+            f"prompt.shots={prompt.shots}: only {len(chosen)} training examples have a text of"
+            " their own; lower it"
+        )
     return chosen
 
 

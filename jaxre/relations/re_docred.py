@@ -1,19 +1,24 @@
-"""Re-DocRED (Tan et al. 2022): documents of Wikipedia, every ordered pair of entities labelled with none, one or several relations.
+"""Re-DocRED (Tan et al. 2022): documents of Wikipedia, every ordered pair of entities labelled with
+none, one or several relations.
 
     [{"title": "...", "sents": [["Ada", "came", ...], ...],
       "vertexSet": [[{"name": "Ada", "type": "PER", "sent_id": 0, "pos": [0, 1]}, ...], ...],
       "labels": [{"r": "P19", "h": 0, "t": 3, "evidence": [0]}, ...]}, ...]
 
-An example is a pair of entities with one label; a pair with several labels is as many examples. Pairs without a label are
-negatives, `none`, drawn per labelled example (`Source.negatives`): there are 14 times as many of them as of labelled pairs.
+An example is a pair of entities with one label; a pair with several labels is as many examples.
+Pairs without a label are negatives, `none`, drawn per labelled example (`Source.negatives`): there
+are 14 times as many of them as of labelled pairs.
 
-The text is a part of the document. Of the mentions of the two entities the nearest are taken (mentions that do not overlap
-first); the text runs from the first of the two to the last, with `Source.window` sentences on either side. If it is longer than
-WORDS tokens, the sentences farthest from both mentions are left out, and `...` stands for them. So an example fits a row of 512
-with a generic prompt; which sentences are the evidence is not looked at, for no one knows it of a text to be labelled.
+The text is a part of the document. Of the mentions of the two entities the nearest are taken
+(mentions that do not overlap first); the text runs from the first of the two to the last, with
+`Source.window` sentences on either side. If it is longer than WORDS tokens, the sentences farthest
+from both mentions are left out, and `...` stands for them. So an example fits a row of 512 with a
+generic prompt; which sentences are the evidence is not looked at, for no one knows it of a text to
+be labelled.
 
-Measured: 500 documents each in validation and test (dev_revised.json, test_revised.json), 17,284 and 17,448 labels on 13,362 and
-13,627 pairs. Labels are the English names of 96 Wikidata properties.
+Measured: 500 documents each in validation and test (dev_revised.json, test_revised.json), 17,284
+and 17,448 labels on 13,362 and 13,627 pairs. Labels are the English names of 96 Wikidata
+properties.
 """
 
 from __future__ import annotations
@@ -33,7 +38,11 @@ from jaxre.relations.schema import Example, Reading
 
 NAME = "re_docred"
 NEGATIVE = "none"
-FILES = {"train": "train_revised.json", "validation": "dev_revised.json", "test": "test_revised.json"}
+FILES = {
+    "train": "train_revised.json",
+    "validation": "dev_revised.json",
+    "test": "test_revised.json",
+}
 WORDS = 250
 GAP = "..."
 
@@ -165,62 +174,98 @@ class Pair(NamedTuple):
     relation: str
 
 
-def read_re_docred(folder: Path, split: str | None, negatives: float = 1.0, window: int = 1) -> Reading:
+def read_re_docred(
+    folder: Path, split: str | None, negatives: float = 1.0, window: int = 1
+) -> Reading:
     """The labelled pairs and drawn negatives, in the order of the documents.
 
     Args:
       folder, split: where the release was unpacked, and one of `FILES`.
-      negatives: how many unlabelled pairs to draw per label of the split, by a hash of their ids; more than there are means all.
+      negatives: how many unlabelled pairs to draw per label of the split, by a hash of their ids;
+        more than there are means all.
       window: sentences on either side of the two mentions.
     Ids are such as `re_docred/test/17/0/3/P19` (document, entities, property or `none`).
 
     Raises:
-      InputError: unknown split, missing file, broken JSON, a document that does not fit its own sentences (names the document).
+      InputError: unknown split, missing file, broken JSON, a document that does not fit its own
+        sentences (names the document).
     """
-    return read_re_docred_rows(json_array(split_file(folder, NAME, split, FILES), "document"), split, NAME, negatives, window)
+    return read_re_docred_rows(
+        json_array(split_file(folder, NAME, split, FILES), "document"),
+        split,
+        NAME,
+        negatives,
+        window,
+    )
 
 
-def read_re_docred_rows(rows: Iterable[Record], split: str, prefix: str, negatives: float = 1.0, window: int = 1) -> Reading:
-    """Documents as the release has them (tonytan48/Re-DocRED on the hub too). As `read_re_docred`."""
+def read_re_docred_rows(
+    rows: Iterable[Record], split: str, prefix: str, negatives: float = 1.0, window: int = 1
+) -> Reading:
+    """Documents as the release has them (tonytan48/Re-DocRED on the hub too). As
+    `read_re_docred`.
+    """
     labelled, unlabelled = [], []
     for number, (place, row) in enumerate(rows):
         document = _document(number, place, row)
         for head, tail in itertools.permutations(range(len(document.entities)), 2):
             identity = f"{prefix}/{split}/{number}/{head}/{tail}"
             properties = document.labels.get((head, tail))
-            labelled += [Pair(f"{identity}/{one}", document, head, tail, RELATIONS[one]) for one in properties or ()]
+            labelled += [
+                Pair(f"{identity}/{one}", document, head, tail, RELATIONS[one])
+                for one in properties or ()
+            ]
             if not properties:
                 unlabelled.append(Pair(f"{identity}/{NEGATIVE}", document, head, tail, NEGATIVE))
     drawn = draw(unlabelled, round(min(negatives * len(labelled), len(unlabelled))), "negatives:42")
-    ordered = sorted([*labelled, *drawn], key=lambda pair: (pair.document.number, pair.head, pair.tail))
+    ordered = sorted(
+        [*labelled, *drawn], key=lambda pair: (pair.document.number, pair.head, pair.tail)
+    )
     return Reading([_example(pair, split, window) for pair in ordered])
 
 
 def _document(number: int, place: str, row: dict) -> Document:
     try:
         sentences = [[_text(token) for token in sentence] for sentence in row["sents"]]
-        entities = [[Mention(one["sent_id"], *one["pos"], _text(one["type"])) for one in entity] for entity in row["vertexSet"]]
+        entities = [
+            [Mention(one["sent_id"], *one["pos"], _text(one["type"])) for one in entity]
+            for entity in row["vertexSet"]
+        ]
         labels: dict[tuple[int, int], list[str]] = defaultdict(list)
         for label in row["labels"]:
             labels[label["h"], label["t"]].append(label["r"])
         wrong = [one for one in itertools.chain(*entities) if not _fits(one, sentences)]
-        pairs = [pair for pair in labels if not all(0 <= entity < len(entities) for entity in pair) or pair[0] == pair[1]]
+        pairs = [
+            pair
+            for pair in labels
+            if not all(0 <= entity < len(entities) for entity in pair) or pair[0] == pair[1]
+        ]
     except (KeyError, TypeError, ValueError):
         raise InputError(
-            f"{place}: not a document of Re-DocRED; it has sents, vertexSet (type, sent_id, pos) and labels (r, h, t)"
+            f"{place}: not a document of Re-DocRED; it has sents, vertexSet (type, sent_id, pos)"
+            " and labels (r, h, t)"
         ) from None
     if wrong:
-        raise InputError(f"{place}: a mention [{wrong[0].first}, {wrong[0].last}) is not in its sentence {wrong[0].sentence}; correct it")
+        raise InputError(
+            f"{place}: a mention [{wrong[0].first}, {wrong[0].last}) is not in its sentence"
+            f" {wrong[0].sentence}; correct it"
+        )
     if not all(entities):
-        raise InputError(f"{place}: an entity without mentions; remove it, and number the others anew in labels")
+        raise InputError(
+            f"{place}: an entity without mentions; remove it, and number the others anew in labels"
+        )
     if pairs:
         raise InputError(
-            f"{place}: a label of entities {pairs[0][0]} and {pairs[0][1]}, which are not two of the {len(entities)}; correct it"
+            f"{place}: a label of entities {pairs[0][0]} and {pairs[0][1]}, which are not two of"
+            f" the {len(entities)}; correct it"
         )
     for properties in labels.values():
         for one in properties:
             if one not in RELATIONS:
-                raise InputError(f"{place}: {one!r} is not a relation of Re-DocRED; the nearest is {nearest(str(one), RELATIONS)}")
+                raise InputError(
+                    f"{place}: {one!r} is not a relation of Re-DocRED; the nearest is"
+                    f" {nearest(str(one), RELATIONS)}"
+                )
         if len(set(properties)) != len(properties):
             raise InputError(f"{place}: a pair has the label {properties[0]} twice; keep one")
     return Document(number, sentences, entities, dict(labels))
@@ -233,7 +278,9 @@ def _text(value: object) -> str:
 
 
 def _fits(mention: Mention, sentences: list[list[str]]) -> bool:
-    return 0 <= mention.sentence < len(sentences) and 0 <= mention.first < mention.last <= len(sentences[mention.sentence])
+    return 0 <= mention.sentence < len(sentences) and 0 <= mention.first < mention.last <= len(
+        sentences[mention.sentence]
+    )
 
 
 def _example(pair: Pair, split: str, window: int) -> Example:
@@ -247,7 +294,13 @@ def _example(pair: Pair, split: str, window: int) -> Example:
         begins[at] = len(tokens)
         tokens += document.sentences[at]
     text, places = join_tokens(tokens)
-    spans = [(places[begins[one.sentence] + one.first][0], places[begins[one.sentence] + one.last - 1][1]) for one in mentions]
+    spans = [
+        (
+            places[begins[one.sentence] + one.first][0],
+            places[begins[one.sentence] + one.last - 1][1],
+        )
+        for one in mentions
+    ]
     return Example(
         id=pair.id,
         dataset=NAME,
@@ -264,22 +317,37 @@ def _example(pair: Pair, split: str, window: int) -> Example:
 
 
 def _nearest_mentions(heads: list[Mention], tails: list[Mention]) -> tuple[Mention, Mention]:
-    """The mentions with the fewest sentences, then tokens, between them; the first in the text of those. Overlapping ones last."""
+    """The mentions with the fewest sentences, then tokens, between them; the first in the text of
+    those. Overlapping ones last.
+    """
 
     def distance(pair: tuple[Mention, Mention]) -> tuple[int, ...]:
         head, tail = pair
         apart = abs(head.sentence - tail.sentence)
         between = max(head.first, tail.first) - min(head.last, tail.last)
-        return int(not apart and between < 0), apart, 0 if apart else between, head.sentence, head.first, tail.sentence, tail.first
+        return (
+            int(not apart and between < 0),
+            apart,
+            0 if apart else between,
+            head.sentence,
+            head.first,
+            tail.sentence,
+            tail.first,
+        )
 
     return min(itertools.product(heads, tails), key=distance)
 
 
 def _sentences(sentences: list[list[str]], kept: set[int], window: int) -> list[int]:
-    """Numbers of the sentences of the text, in order: of at most WORDS tokens, unless the mentions' own are longer."""
+    """Numbers of the sentences of the text, in order: of at most WORDS tokens, unless the mentions'
+    own are longer.
+    """
     chosen = list(range(max(0, min(kept) - window), min(len(sentences), max(kept) + window + 1)))
     length = sum(len(sentences[at]) for at in chosen)
-    for at in sorted((at for at in chosen if at not in kept), key=lambda at: (-min(abs(at - one) for one in kept), -at)):
+    for at in sorted(
+        (at for at in chosen if at not in kept),
+        key=lambda at: (-min(abs(at - one) for one in kept), -at),
+    ):
         if length <= WORDS:
             break
         chosen.remove(at)

@@ -1,15 +1,19 @@
-"""REBEL (Huguet Cabot and Navigli 2021): Wikipedia abstracts aligned with Wikidata, one JSON object per line.
+"""REBEL (Huguet Cabot and Navigli 2021): Wikipedia abstracts aligned with Wikidata, one JSON object
+per line.
 
-    {"docid": "7", "text": "...", "triples": [{"subject": {"surfaceform": "Ada", "boundaries": [0, 3]},
+    {"docid": "7", "text": "...", "triples": [{"subject": {"surfaceform": "Ada", "boundaries": [0,
+    3]},
      "predicate": {"surfaceform": "place of birth"}, "object": {...}}], ...}
 
-The full release has a file per split (en_train.jsonl, en_val.jsonl, en_test.jsonl). The authors' sample is one file; it is divided
-by a fixed hash of `docid`, 80, 10 and 10 of a hundred, so that no document stands on two sides.
+The full release has a file per split (en_train.jsonl, en_val.jsonl, en_test.jsonl). The authors'
+sample is one file; it is divided by a fixed hash of `docid`, 80, 10 and 10 of a hundred, so that no
+document stands on two sides.
 
-Measured on the sample: 1,000 documents, 80 of them without a triple, 2,868 triples, 186 predicates (26 of them not in the authors'
-relations_count.tsv). Boundaries count characters, but 636 of 5,736 lie two or four to the right of their entity; each is moved to
-the nearest place where the surface form stands. REBEL states no unrelated pairs, and what it does not align may be related all
-the same, so none are built.
+Measured on the sample: 1,000 documents, 80 of them without a triple, 2,868 triples, 186 predicates
+(26 of them not in the authors' relations_count.tsv). Boundaries count characters, but 636 of 5,736
+lie two or four to the right of their entity; each is moved to the nearest place where the surface
+form stands. REBEL states no unrelated pairs, and what it does not align may be related all the
+same, so none are built.
 """
 
 from __future__ import annotations
@@ -33,15 +37,22 @@ LOST = "triples are left out, for an entity does not stand in the text"
 
 
 def read_rebel(folder: Path, split: str | None) -> Reading:
-    """A triple is an example, in file order, with ids such as `rebel/train/30113940/2` (document, number of the triple from 1).
+    """A triple is an example, in file order, with ids such as `rebel/train/30113940/2` (document,
+    number of the triple from 1).
 
     Raises:
       InputError: unknown split, missing file, a line that is not as above (names file:line).
     """
     check_split(NAME, split, SPLITS)
-    if folder.is_dir() and any(folder.rglob(SAMPLE)) and not any(any(folder.rglob(name)) for name in FILES.values()):
+    if (
+        folder.is_dir()
+        and any(folder.rglob(SAMPLE))
+        and not any(any(folder.rglob(name)) for name in FILES.values())
+    ):
         path = split_file(folder, NAME, split, dict.fromkeys(SPLITS, SAMPLE))
-        return read_rebel_rows((row for row in json_lines(path) if split_of(_docid(*row)) == split), split, NAME)
+        return read_rebel_rows(
+            (row for row in json_lines(path) if split_of(_docid(*row)) == split), split, NAME
+        )
     return read_rebel_rows(json_lines(split_file(folder, NAME, split, FILES)), split, NAME)
 
 
@@ -60,7 +71,13 @@ def read_rebel_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
         try:
             text = row["text"]
             triples = [
-                (one["predicate"]["surfaceform"], *((one[side]["surfaceform"], one[side]["boundaries"]) for side in ("subject", "object")))
+                (
+                    one["predicate"]["surfaceform"],
+                    *(
+                        (one[side]["surfaceform"], one[side]["boundaries"])
+                        for side in ("subject", "object")
+                    ),
+                )
                 for one in row["triples"]
             ]
             for number, (relation, *sides) in enumerate(triples, start=1):
@@ -76,13 +93,22 @@ def read_rebel_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
                 examples.append(_example(identity, split, text, head, tail, relation, *spans))
         except (KeyError, TypeError, ValueError):
             raise InputError(
-                f"{place}: not a document of REBEL; it has docid, text and triples of subject, predicate and object, "
-                "each with surfaceform and boundaries"
+                f"{place}: not a document of REBEL; it has docid, text and triples of subject,"
+                " predicate and object, each with surfaceform and boundaries"
             ) from None
     return Reading(examples, dict(account))
 
 
-def _example(identity: str, split: str, text: str, head: str, tail: str, relation: str, head_span: Span, tail_span: Span) -> Example:
+def _example(
+    identity: str,
+    split: str,
+    text: str,
+    head: str,
+    tail: str,
+    relation: str,
+    head_span: Span,
+    tail_span: Span,
+) -> Example:
     if not relation.strip():
         raise ValueError
     return Example(
@@ -99,7 +125,9 @@ def _example(identity: str, split: str, text: str, head: str, tail: str, relatio
 
 
 def _span(text: str, name: str, stated: list[int] | None) -> Span | None:
-    """The place nearest to the stated one where the name stands; the first, where none is stated."""
+    """The place nearest to the stated one where the name stands; the first, where none is
+    stated.
+    """
     start = stated[0] if stated else 0
     if not name:
         return None

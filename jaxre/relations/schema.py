@@ -1,4 +1,6 @@
-"""What an example and a label are: the record every reader yields, label normalisation, negatives, the schema of a dataset."""
+"""What an example and a label are: the record every reader yields, label normalisation, negatives,
+the schema of a dataset.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ class Example:
 class Reading:
     """The examples of a split, and an account of what the reader left out or changed.
 
-    `account` maps what happened, as a phrase that follows a count, to the ids or places it happened to.
+    `account` maps what happened, as a phrase that follows a count, to the ids or places it happened
+    to.
     """
 
     examples: list[Example]
@@ -53,7 +56,9 @@ class Reading:
 
 
 def hash_prompt(prompt: str) -> str:
-    """First 12 hex digits of the md5 of a prompt (the study's join key; its own is over the raw hub column `prompt_0_shot`)."""
+    """First 12 hex digits of the md5 of a prompt (the study's join key; its own is over the raw hub
+    column `prompt_0_shot`).
+    """
     return hashlib.md5(prompt.encode("utf-8"), usedforsecurity=False).hexdigest()[:12]
 
 
@@ -79,7 +84,8 @@ def is_negative(label: str | None) -> bool:
 class Schema:
     """The labels of a dataset, in sorted order.
 
-    strict: False for labels that were collected from other examples; a label outside of them is no fault then, but is told.
+    strict: False for labels that were collected from other examples; a label outside of them is no
+    fault then, but is told.
     """
 
     labels: tuple[str, ...]
@@ -96,8 +102,9 @@ class Schema:
         for example in examples:
             if example.relation not in known:
                 raise InputError(
-                    f"{place}: example {example.id} has the label {example.relation!r}, which is not in the schema "
-                    f"({', '.join(self.labels)}); correct it or add it to data.labels"
+                    f"{place}: example {example.id} has the label {example.relation!r}, which is"
+                    f" not in the schema ({', '.join(self.labels)}); correct it or add it to"
+                    " data.labels"
                 )
 
 
@@ -107,7 +114,9 @@ ANY = ""
 
 @dataclass(frozen=True)
 class Schemas:
-    """The schema of each dataset of a run, by the dataset's name; that of a run on one source under `ANY`."""
+    """The schema of each dataset of a run, by the dataset's name; that of a run on one source under
+    `ANY`.
+    """
 
     by_dataset: Mapping[str, Schema]
 
@@ -115,11 +124,15 @@ class Schemas:
         """The schema of a dataset. Raises InputError where the run has none for it."""
         found = self.by_dataset.get(dataset) or self.by_dataset.get(ANY)
         if found is None:
-            raise InputError(f"{dataset}: not a dataset of data.train, so its labels are not known; give them in data.labels.{dataset}")
+            raise InputError(
+                f"{dataset}: not a dataset of data.train, so its labels are not known; give them in"
+                f" data.labels.{dataset}"
+            )
         return found
 
     def check(self, examples: Iterable[Example], place: str, strict: bool = False) -> list[str]:
-        """What to say of examples whose label is outside of their dataset's schema, a line for each dataset that has some.
+        """What to say of examples whose label is outside of their dataset's schema, a line for each
+        dataset that has some.
 
         Raises InputError where a schema is strict, or with `strict` any.
         """
@@ -134,12 +147,15 @@ class Schemas:
                 labels = sorted({example.relation for example in outside})
                 listed = f"{', '.join(labels[:3])}{', ...' if labels[3:] else ''}"
                 told.append(
-                    f"{place}: {len(outside):,} of {len(members):,} examples of {name} have labels outside of its schema ({listed})"
+                    f"{place}: {len(outside):,} of {len(members):,} examples of {name} have labels"
+                    f" outside of its schema ({listed})"
                 )
         return told
 
     def to_json(self) -> dict[str, list]:
-        return {name: [list(schema.labels), schema.strict] for name, schema in self.by_dataset.items()}
+        return {
+            name: [list(schema.labels), schema.strict] for name, schema in self.by_dataset.items()
+        }
 
     @classmethod
     def from_json(cls, tree: dict[str, list]) -> Schemas:

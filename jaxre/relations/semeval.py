@@ -1,6 +1,7 @@
 """SemEval-2010 Task 8 (Hendrickx et al. 2010) in its original format.
 
-Four lines per item; the label carries the direction, e1 is the head and e2 the tail whatever it says:
+Four lines per item; the label carries the direction, e1 is the head and e2 the tail whatever it
+says:
 
     1<TAB>"The system ... an arrayed <e1>configuration</e1> of antenna <e2>elements</e2>."
     Component-Whole(e2,e1)
@@ -37,7 +38,10 @@ _RELATIONS = (
     "Product-Producer",
 )
 # All 19: Entity-Destination(e2,e1) occurs once in train and once in test, and counts.
-LABELS = (*sorted(f"{relation}({order})" for relation in _RELATIONS for order in ("e1,e2", "e2,e1")), "Other")
+LABELS = (
+    *sorted(f"{relation}({order})" for relation in _RELATIONS for order in ("e1,e2", "e2,e1")),
+    "Other",
+)
 
 _ITEM = re.compile(r'(\d+)\t"(.*)"\s*')
 
@@ -63,7 +67,10 @@ def read_semeval(folder: Path, split: str | None) -> list[Example]:
             continue
         number, example = _item(path, at, lines[at : at + 4], split)
         if number in line_of:
-            raise InputError(f"{path}:{at + 1}: item {number} occurs twice, first at line {line_of[number]}; remove one of them")
+            raise InputError(
+                f"{path}:{at + 1}: item {number} occurs twice, first at line {line_of[number]};"
+                " remove one of them"
+            )
         line_of[number] = at + 1
         examples.append(example)
         at += 4
@@ -75,14 +82,24 @@ def _item(path: Path, at: int, record: list[str], split: str) -> tuple[str, Exam
     sentence, label, comment, end = [*record, "", "", ""][:4]
     item = _ITEM.fullmatch(sentence)
     if not item:
-        raise InputError(f'{path}:{at + 1}: not an item; it should read: number, tab, "sentence" in quotes')
+        raise InputError(
+            f'{path}:{at + 1}: not an item; it should read: number, tab, "sentence" in quotes'
+        )
     label = label.strip()
     if label not in LABELS:
-        raise InputError(f"{path}:{at + 2}: {label!r} is not a label of SemEval-2010 Task 8; the nearest is {nearest(label, LABELS)}")
+        raise InputError(
+            f"{path}:{at + 2}: {label!r} is not a label of SemEval-2010 Task 8; the nearest is"
+            f" {nearest(label, LABELS)}"
+        )
     if not comment.startswith("Comment:"):
-        raise InputError(f'{path}:{at + 3}: no comment; the third line of an item starts with "Comment:" (and may end there)')
+        raise InputError(
+            f'{path}:{at + 3}: no comment; the third line of an item starts with "Comment:" (and'
+            " may end there)"
+        )
     if end.strip():
-        raise InputError(f"{path}:{at + 4}: the item does not end here; put an empty line between two items")
+        raise InputError(
+            f"{path}:{at + 4}: the item does not end here; put an empty line between two items"
+        )
     number, marked = item.groups()
     try:
         text, head_span, tail_span = strip_marks(marked)

@@ -1,4 +1,6 @@
-"""A `Source` of the config to its examples: a benchmark (`benchmarks`), a file (`tables`) or a hub dataset (`hub`)."""
+"""A `Source` of the config to its examples: a benchmark (`benchmarks`), a file (`tables`) or a hub
+dataset (`hub`).
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ LIMIT_SEED = 42
 FEW = 3  # ids that a report names
 
 UNMAPPED = "examples are left out: the label map does not list their label"
-SEVERAL = "examples put a further label on a pair of the same text; each label is an example of its own"
+SEVERAL = (
+    "examples put a further label on a pair of the same text; each label is an example of its own"
+)
 ABSENT = "examples name an entity that does not stand in the text, so that no prompt can mark it"
 
 logger = logging.getLogger(__name__)
@@ -53,14 +57,21 @@ def load(source: config.Source, labelled: bool = True) -> list[Example]:
     for line in told(source, found):
         say(line)
     examples = found.examples
-    twice = [name for name, count in Counter(example.id for example in examples).items() if count > 1]
+    twice = [
+        name for name, count in Counter(example.id for example in examples).items() if count > 1
+    ]
     if twice:
-        raise InputError(f"{source.dataset}: id {twice[0]!r} occurs twice; every example needs its own")
+        raise InputError(
+            f"{source.dataset}: id {twice[0]!r} occurs twice; every example needs its own"
+        )
     start, end = source.part
     kept = [example for example in examples if start <= fraction(example.id) < end]
     if not kept:
         split = f" split {source.split}" if source.split else ""
-        raise InputError(f"{source.dataset}:{split} none of its {len(examples)} examples is left after part={list(source.part)}; widen it")
+        raise InputError(
+            f"{source.dataset}:{split} none of its {len(examples)} examples is left after"
+            f" part={list(source.part)}; widen it"
+        )
     return draw(kept, source.limit, LIMIT_SEED) if source.limit else kept
 
 
@@ -70,12 +81,16 @@ def say(line: str) -> None:
     logger.warning("%s", line)
 
 
-_kept: contextvars.ContextVar[dict[str, Reading] | None] = contextvars.ContextVar("kept", default=None)
+_kept: contextvars.ContextVar[dict[str, Reading] | None] = contextvars.ContextVar(
+    "kept", default=None
+)
 
 
 @contextlib.contextmanager
 def remembered() -> Iterator[None]:
-    """While this is entered, a source is read once, whatever `part` and `limit` of it are asked for; its files must not change."""
+    """While this is entered, a source is read once, whatever `part` and `limit` of it are asked
+    for; its files must not change.
+    """
     token = _kept.set({})
     try:
         yield
@@ -84,7 +99,9 @@ def remembered() -> Iterator[None]:
 
 
 def read(source: config.Source, labelled: bool = True) -> Reading:
-    """All examples of a source with their labels mapped, before `part` and `limit`, and what was left out or is odd. As `load`."""
+    """All examples of a source with their labels mapped, before `part` and `limit`, and what was
+    left out or is odd. As `load`.
+    """
     kept, key = _kept.get(), f"{labelled} {source.model_dump_json(exclude={'part', 'limit'})}"
     if kept is None:
         return _read_mapped(source, labelled)
@@ -99,8 +116,15 @@ def _read_mapped(source: config.Source, labelled: bool) -> Reading:
     if source.label_map is not None:
         common = read_label_map(source.label_map).common
         # What has no label, as of data to be predicted, stays so.
-        mapped = [(example, example.relation and common.get(normalise_label(example.relation))) for example in examples]
-        examples = [dataclasses.replace(example, relation=label) for example, label in mapped if label is not None]
+        mapped = [
+            (example, example.relation and common.get(normalise_label(example.relation)))
+            for example in examples
+        ]
+        examples = [
+            dataclasses.replace(example, relation=label)
+            for example, label in mapped
+            if label is not None
+        ]
         account[UNMAPPED] = [example.id for example, label in mapped if label is None]
     if source.dataset in BENCHMARKS or source.dataset.startswith(hub.PREFIX):
         account[SEVERAL] = further_labels(examples)
@@ -112,13 +136,16 @@ def told(source: config.Source, found: Reading) -> list[str]:
     """One line per reason of the account."""
     place = "/".join(part for part in (source.dataset, source.subset, source.split) if part)
     return [
-        f"{place}: {len(items):,} {reason} ({', '.join(items[:FEW])}{', ...' if len(items) > FEW else ''})"
+        f"{place}: {len(items):,} {reason}"
+        f" ({', '.join(items[:FEW])}{', ...' if len(items) > FEW else ''})"
         for reason, items in found.account.items()
     ]
 
 
 def further_labels(examples: Iterable[Example]) -> list[str]:
-    """Ids of the examples whose text and pair an earlier example has with another label: one prompt, several right answers."""
+    """Ids of the examples whose text and pair an earlier example has with another label: one
+    prompt, several right answers.
+    """
     first: dict[tuple, str] = {}
     further = []
     for example in examples:
@@ -129,10 +156,14 @@ def further_labels(examples: Iterable[Example]) -> list[str]:
 
 
 def digest_of(source: config.Source) -> str | None:
-    """Digest of the bytes of the files that a source is read from; None for the hub, and where one cannot be read (`load` says why)."""
+    """Digest of the bytes of the files that a source is read from; None for the hub, and where one
+    cannot be read (`load` says why).
+    """
     try:
         files = _files_of(source.dataset)
-        return _digest_of_files([*files, Path(source.label_map)] if files and source.label_map else files)
+        return _digest_of_files(
+            [*files, Path(source.label_map)] if files and source.label_map else files
+        )
     except OSError:
         return None
 
@@ -165,12 +196,21 @@ def _read(source: config.Source, labelled: bool) -> Reading:
         return hub.read_hub(source, labelled)
     if is_file:
         if split is not None:
-            raise InputError(f"{name}: a file has no splits; remove split={split} and give each split its own file")
-        return Reading(tables.read_table(Path(name).expanduser(), source.columns, labelled=labelled, key=source.columns_key))
+            raise InputError(
+                f"{name}: a file has no splits; remove split={split} and give each split its own"
+                " file"
+            )
+        return Reading(
+            tables.read_table(
+                Path(name).expanduser(), source.columns, labelled=labelled, key=source.columns_key
+            )
+        )
     if name in BENCHMARKS:
         return BENCHMARKS[name].read(BENCHMARKS[name].path, source)
     if Path(name).exists():
-        raise InputError(f"{name}: unknown kind of file; convert it to one of {', '.join(tables.SUFFIXES)}")
+        raise InputError(
+            f"{name}: unknown kind of file; convert it to one of {', '.join(tables.SUFFIXES)}"
+        )
     raise InputError(
         f"{name}: no such dataset; the nearest is {nearest(name, BENCHMARKS)} "
         f"(or a file ending in {', '.join(tables.SUFFIXES)}, or {hub.PREFIX}OWNER/NAME)"
@@ -189,7 +229,8 @@ class Overlap:
 
 
 def overlap(first: Iterable[Example], second: Iterable[Example]) -> Overlap:
-    """Examples of `second` whose text occurs in `first`: a leak, if one is trained on and the other tested.
+    """Examples of `second` whose text occurs in `first`: a leak, if one is trained on and the other
+    tested.
 
     Texts are equal but for white space. Pairs are equal when both entities begin at the same
     places, in the same direction; where a span is unknown, when they are spelled the same.
@@ -216,12 +257,20 @@ def _same_pair(one: Example, other: Example) -> bool:
 
 
 def _pair_places(example: Example) -> tuple[int, int] | None:
-    """Where head and tail begin, in characters other than white space; None if a span is unknown."""
+    """Where head and tail begin, in characters other than white space; None if a span is
+    unknown.
+    """
     if example.head_span is None or example.tail_span is None:
         return None
-    return len(squeezed(example.text[: example.head_span[0]])), len(squeezed(example.text[: example.tail_span[0]]))
+    return len(squeezed(example.text[: example.head_span[0]])), len(
+        squeezed(example.text[: example.tail_span[0]])
+    )
 
 
 def unlocated(examples: Iterable[Example]) -> list[str]:
-    """Ids of examples whose head or tail cannot be found in the text, so that a prompt cannot mark it."""
-    return [e.id for e in examples if None in locate(e.text, e.head, e.tail, e.head_span, e.tail_span)]
+    """Ids of examples whose head or tail cannot be found in the text, so that a prompt cannot mark
+    it.
+    """
+    return [
+        e.id for e in examples if None in locate(e.text, e.head, e.tail, e.head_span, e.tail_span)
+    ]

@@ -56,7 +56,9 @@ def read_table(
 
 
 def read_rows(path: Path) -> list[Record]:
-    """The records of a file by column name, with their places. Raises InputError: missing, empty or broken file."""
+    """The records of a file by column name, with their places. Raises InputError: missing, empty or
+    broken file.
+    """
     kind = path.suffix.lower()
     if kind == ".jsonl":
         records = list(_json_lines(path))
@@ -65,14 +67,17 @@ def read_rows(path: Path) -> list[Record]:
     elif kind == ".parquet":
         records = _parquet(path)
     else:
-        raise InputError(f"{path}: unknown kind of file; convert it to one of {', '.join(SUFFIXES)}")
+        raise InputError(
+            f"{path}: unknown kind of file; convert it to one of {', '.join(SUFFIXES)}"
+        )
     if not records:
         raise InputError(f"{path}: the file has no records; give one with at least one")
     return records
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
-    # Numbers stay text: a label 1.0 or 1e3 keeps its spelling. One decoder for all: json.loads would make one a line.
+    # Numbers stay text: a label 1.0 or 1e3 keeps its spelling. One decoder for all: json.loads
+    # would make one a line.
     decode = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str).decode
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
@@ -81,10 +86,13 @@ def _json_lines(path: Path) -> Iterator[Record]:
             record = decode(line)
         except json.JSONDecodeError as error:
             raise InputError(
-                f"{path}:{number}: not valid JSON (character {error.pos + 1}: {error.msg}); write one object per line"
+                f"{path}:{number}: not valid JSON (character {error.pos + 1}: {error.msg}); write"
+                " one object per line"
             ) from None
         except RecursionError:
-            raise InputError(f"{path}:{number}: nested too deep; write one flat object per line") from None
+            raise InputError(
+                f"{path}:{number}: nested too deep; write one flat object per line"
+            ) from None
         if not isinstance(record, dict):
             raise InputError(f"{path}:{number}: not a JSON object; write one object per line")
         yield f"{path}:{number}", record
@@ -104,15 +112,20 @@ def _csv(path: Path) -> Iterator[Record]:
             if header is None:
                 header = cells
                 if len(set(header)) != len(header):
-                    raise InputError(f"{place}: the header names a column twice; rename one of them")
+                    raise InputError(
+                        f"{place}: the header names a column twice; rename one of them"
+                    )
                 continue
             if len(cells) != len(header):
                 raise InputError(
-                    f"{place}: {len(cells)} cells under {len(header)} columns; quote a text that has a comma, quote or line end"
+                    f"{place}: {len(cells)} cells under {len(header)} columns; quote a text that"
+                    " has a comma, quote or line end"
                 )
             yield place, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise InputError(f"{path}:{line}: not valid CSV: {error}; double a quote inside a quoted text") from None
+        raise InputError(
+            f"{path}:{line}: not valid CSV: {error}; double a quote inside a quoted text"
+        ) from None
     finally:
         csv.field_size_limit(limit)
 
@@ -127,6 +140,7 @@ def _parquet(path: Path) -> list[Record]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(
-            f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}; write it again, or give JSONL or CSV"
+            f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}; write it again, or"
+            " give JSONL or CSV"
         ) from None
     return [(f"{path}: row {number}", row) for number, row in enumerate(rows, start=1)]

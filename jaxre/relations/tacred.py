@@ -1,11 +1,14 @@
-"""TACRED (Zhang et al. 2017, LDC2018T24) from the JSON files of its release; a holder puts them below `JAXRE_DATA/tacred`.
+"""TACRED (Zhang et al. 2017, LDC2018T24) from the JSON files of its release; a holder puts them
+below `JAXRE_DATA/tacred`.
 
-    {"id": "...", "relation": "org:founded_by", "token": ["Ada", ...], "subj_start": 0, "subj_end": 1, "subj_type": "PERSON",
+    {"id": "...", "relation": "org:founded_by", "token": ["Ada", ...], "subj_start": 0, "subj_end":
+    1, "subj_type": "PERSON",
      "obj_start": 5, "obj_end": 5, "obj_type": "ORGANIZATION", ...}
 
-Ranges of tokens are inclusive at both ends. The subject is the head. A text is the tokens joined by single spaces, with the
-brackets as the release spells them (-LRB-). The negative label is `no_relation`. Types are those of the Stanford recogniser.
-TACRED is licensed, so the format is tested with records of our own.
+Ranges of tokens are inclusive at both ends. The subject is the head. A text is the tokens joined by
+single spaces, with the brackets as the release spells them (-LRB-). The negative label is
+`no_relation`. Types are those of the Stanford recogniser. TACRED is licensed, so the format is
+tested with records of our own.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ def read_tacred(folder: Path, split: str | None) -> Reading:
     """The examples of a split, in file order, with ids such as `tacred/train/61b3a5c8c9`.
 
     Raises:
-      InputError: unknown split, missing file, broken JSON, a record that does not fit its own tokens (names the record).
+      InputError: unknown split, missing file, broken JSON, a record that does not fit its own
+        tokens (names the record).
     """
     path = split_file(folder, NAME, split, FILES)
     return Reading([_example(record, split) for record in json_array(path, "record")])
@@ -35,19 +39,30 @@ def _example(placed: Record, split: str) -> Example:
     place, record = placed
     try:
         tokens, name, relation = record["token"], record["id"], record["relation"]
-        ranges = {side: (record[f"{side}_start"], record[f"{side}_end"], record[f"{side}_type"]) for side in ("subj", "obj")}
-        fits = isinstance(tokens, list) and all(isinstance(one, str) for one in (*tokens, name, relation))
-        fits = fits and all(type(at) is int for first, last, _ in ranges.values() for at in (first, last))
+        ranges = {
+            side: (record[f"{side}_start"], record[f"{side}_end"], record[f"{side}_type"])
+            for side in ("subj", "obj")
+        }
+        fits = isinstance(tokens, list) and all(
+            isinstance(one, str) for one in (*tokens, name, relation)
+        )
+        fits = fits and all(
+            type(at) is int for first, last, _ in ranges.values() for at in (first, last)
+        )
     except (KeyError, TypeError):
         fits = False
     if not fits:
-        raise InputError(f"{place}: not a record of TACRED; it has id, token, relation and, for subj and obj, _start, _end and _type")
+        raise InputError(
+            f"{place}: not a record of TACRED; it has id, token, relation and, for subj and obj,"
+            " _start, _end and _type"
+        )
     text, places = join_tokens(tokens)
     spans = {}
     for side, (first, last, _) in ranges.items():
         if not 0 <= first <= last < len(tokens):
             raise InputError(
-                f"{place}: {side}_start {first} and {side}_end {last} are not tokens of the {len(tokens)}; the end is inclusive"
+                f"{place}: {side}_start {first} and {side}_end {last} are not tokens of the"
+                f" {len(tokens)}; the end is inclusive"
             )
         spans[side] = places[first][0], places[last][1]
     return Example(

@@ -1,10 +1,12 @@
-"""What each step of a study depends on, as a digest: a step whose digest is that of its record is done.
+"""What each step of a study depends on, as a digest: a step whose digest is that of its record is
+done.
 
-A digest covers settings (those that differ from their default, so that a new one of a later version changes nothing), examples
-as they were read (so also what the readers do to them), labels, the weights that a run starts from, and the digest of the run that
-comes before. It does not cover our code: a study of days would start again because of a changed message. The digest of the code
-is written into each step's record instead, and a study tells which of its finished steps were made by other code; to make one
-again, delete its file in `steps/`.
+A digest covers settings (those that differ from their default, so that a new one of a later version
+changes nothing), examples as they were read (so also what the readers do to them), labels, the
+weights that a run starts from, and the digest of the run that comes before. It does not cover our
+code: a study of days would start again because of a changed message. The digest of the code is
+written into each step's record instead, and a study tells which of its finished steps were made by
+other code; to make one again, delete its file in `steps/`.
 """
 
 from __future__ import annotations
@@ -42,9 +44,11 @@ def digest(*parts: Any) -> str:
 
 @dataclass
 class Read:
-    """The examples of a study's sources and the digests of its models, each found once, or once told why not.
+    """The examples of a study's sources and the digests of its models, each found once, or once
+    told why not.
 
-    `datasets` are those of the study's settings; `found` has results and errors by what they are of.
+    `datasets` are those of the study's settings; `found` has results and errors by what they are
+    of.
     """
 
     datasets: dict[str, StudyDataset]
@@ -76,46 +80,79 @@ class Read:
 
     def cache(self, place: str, examples: Callable[[], list[Example]]) -> Cache:
         """`read_cache`; that of the hub, which no examples are needed for, is read once."""
-        return self.once(f"cache {place}", lambda: read_cache(place)) if place.startswith(PREFIX) else read_cache(place, examples)
+        return (
+            self.once(f"cache {place}", lambda: read_cache(place))
+            if place.startswith(PREFIX)
+            else read_cache(place, examples)
+        )
 
     def cache_digest(self, place: str) -> str:
         """Of a cache's file, or of the answers that the hub has now."""
         if not place.startswith(PREFIX):
             return file_digest(Path(place))
-        find = lambda: digest([list(asdict(answer).values()) for answer in self.cache(place, list).answers])  # noqa: E731
+
+        def find() -> str:
+            return digest(
+                [list(asdict(answer).values()) for answer in self.cache(place, list).answers]
+            )
+
         return self.once(f"digest {place}", find)
 
     def test(self, dataset: str) -> list[Example]:
-        """What is asked of a dataset. Raises InputError also where its examples have another dataset's name."""
+        """What is asked of a dataset. Raises InputError also where its examples have another
+        dataset's name.
+        """
         examples = self.examples(self.datasets[dataset].test)
         if examples[0].dataset != dataset:
-            raise InputError(f"datasets.{dataset}: its examples are of the dataset {examples[0].dataset!r}; call it so in the study")
+            raise InputError(
+                f"datasets.{dataset}: its examples are of the dataset {examples[0].dataset!r}; call"
+                " it so in the study"
+            )
         return examples
 
     def labels(self, dataset: str) -> tuple[str, ...]:
         """The schema of a dataset, sorted."""
         given = self.datasets[dataset].schema_source
-        return Schema.of(self.examples(given)).labels if isinstance(given, Source) else tuple(sorted(given))
+        return (
+            Schema.of(self.examples(given)).labels
+            if isinstance(given, Source)
+            else tuple(sorted(given))
+        )
 
 
 def run_digest(run: Run, read: Read, before: str | None) -> str:
     """Of a training run.
 
     Args:
-      before: the digest of the run that it starts from; its base is that of `model.path` if there is none.
+      before: the digest of the run that it starts from; its base is that of `model.path` if there
+        is none.
 
     Raises:
       InputError: examples, text or a base that cannot be read.
     """
     config = run.config
-    settings = without(config.model_dump(mode="json", exclude_defaults=True), {"name", "model.path", "data.text", *FREE_ON_RESUME})
-    return digest(settings, before or read.model(config.model.path), [read.digest(one) for one in sources_of(config)], text_digest(config))
+    settings = without(
+        config.model_dump(mode="json", exclude_defaults=True),
+        {"name", "model.path", "data.text", *FREE_ON_RESUME},
+    )
+    return digest(
+        settings,
+        before or read.model(config.model.path),
+        [read.digest(one) for one in sources_of(config)],
+        text_digest(config),
+    )
 
 
 def sources_of(config: Config) -> list[Source]:
     """The sources of a run's examples and labels."""
-    given = [config.data.train, config.data.validation, *(config.data.labels if isinstance(config.data.labels, dict) else {}).values()]
-    parts = [part for one in given for part in (one.sources if isinstance(one, Mixture) else (one,))]
+    given = [
+        config.data.train,
+        config.data.validation,
+        *(config.data.labels if isinstance(config.data.labels, dict) else {}).values(),
+    ]
+    parts = [
+        part for one in given for part in (one.sources if isinstance(one, Mixture) else (one,))
+    ]
     texts = config.data.text.sources if config.data.text else ()
     return [one for one in (*parts, *texts) if isinstance(one, Source)]
 
@@ -131,7 +168,10 @@ def text_digest(config: Config) -> str | None:
 def without(tree: dict[str, Any], dropped: Iterable[str], place: str = "") -> dict[str, Any]:
     """Settings without those of dotted names."""
     kept = {name: value for name, value in tree.items() if place + name not in dropped}
-    return {name: without(value, dropped, f"{place}{name}.") if isinstance(value, dict) else value for name, value in kept.items()}
+    return {
+        name: without(value, dropped, f"{place}{name}.") if isinstance(value, dict) else value
+        for name, value in kept.items()
+    }
 
 
 def file_digest(path: Path) -> str:
@@ -140,14 +180,20 @@ def file_digest(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); correct its path in the study's config") from None
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); correct its path in the study's config"
+        ) from None
 
 
 def model_digest(path: str) -> str:
-    """Of the files of a model folder: small ones whole, of weights the size and stretches all over. Raises InputError."""
+    """Of the files of a model folder: small ones whole, of weights the size and stretches all over.
+    Raises InputError.
+    """
     folder = resolve_model(path)
     found = hashlib.sha256()
-    for file in sorted(one for one in folder.rglob("*") if one.is_file() and not one.name.startswith(".")):
+    for file in sorted(
+        one for one in folder.rglob("*") if one.is_file() and not one.name.startswith(".")
+    ):
         size = file.stat().st_size
         found.update(f"{file.relative_to(folder)} {size}\n".encode())
         with file.open("rb") as opened:

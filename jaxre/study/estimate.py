@@ -1,8 +1,9 @@
 """What the steps of a study have to compute, and how long that takes here.
 
-FLOPs are those of `profiling/ledger.py`: of training, counted on the packed rows of a sample of the run's own mixture and multiplied up;
-of prediction, those of the forward pass. Seconds follow from FLOP/s: those that finished steps of the same kind and base had in this
-study, else a share of the matrix rate that is measured here before anything runs.
+FLOPs are those of `profiling/ledger.py`: of training, counted on the packed rows of a sample of the
+run's own mixture and multiplied up; of prediction, those of the forward pass. Seconds follow from
+FLOP/s: those that finished steps of the same kind and base had in this study, else a share of the
+matrix rate that is measured here before anything runs.
 """
 
 from __future__ import annotations
@@ -36,14 +37,17 @@ from jaxre.training import sharding
 
 SAMPLE = 256  # examples of a run whose rows are packed and counted
 ASKED = 32  # examples of a dataset whose prompts are rendered and tokenised
-# Of the matrix rate, until a step of the study says better: two CPU cores, the shipped base and the MiniLM encoder.
+# Of the matrix rate, until a step of the study says better: two CPU cores, the shipped base and the
+# MiniLM encoder.
 SHARES = {"train": 0.4, "predict": 0.25}
 PRODUCT = 2e9  # FLOPs at most of a product whose rate is measured: a second on a slow core
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a step has to compute: examples and real tokens (of training, in all epochs), FLOPs of training and of prediction."""
+    """What a step has to compute: examples and real tokens (of training, in all epochs), FLOPs of
+    training and of prediction.
+    """
 
     examples: int = 0
     tokens: float = 0.0
@@ -51,7 +55,9 @@ class Load:
     predict_flops: float = 0.0
 
     def __add__(self, other: Load) -> Load:
-        return Load(*(one + two for one, two in zip(vars(self).values(), vars(other).values(), strict=True)))
+        return Load(
+            *(one + two for one, two in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
 
 
 @dataclass
@@ -75,9 +81,15 @@ class Rates:
         if seconds:
             return flops / seconds
         if architecture not in self.measured:
-            largest = max(math.prod(weight.shape(architecture)) for weight in table(architecture) if weight.in_layer)
+            largest = max(
+                math.prod(weight.shape(architecture))
+                for weight in table(architecture)
+                if weight.in_layer
+            )
             length = int(min(1024, max(16, PRODUCT / (2 * largest))))
-            self.measured[architecture] = matrix_rate(architecture, sharding.row_shards(self.mesh), length, dtype, self.mesh)
+            self.measured[architecture] = matrix_rate(
+                architecture, sharding.row_shards(self.mesh), length, dtype, self.mesh
+            )
         return SHARES[kind] * self.measured[architecture]
 
     def seconds(self, load: Load, architecture: AnyArchitecture, dtype: np.dtype) -> float:
@@ -105,7 +117,9 @@ def dtype_for(config: Config) -> np.dtype:
 
 
 def training_load(config: Config, read: Read) -> Load:
-    """Of a run from step 1 to its end, with its validations. Raises InputError: data, a tokenizer or a template that cannot be used."""
+    """Of a run from step 1 to its end, with its validations. Raises InputError: data, a tokenizer
+    or a template that cannot be used.
+    """
     architecture = architecture_for(config)
     used, sampled = _sampled(config)
     split = load_dataset(sampled, tokenizer_folder(config)).train
@@ -114,8 +128,15 @@ def training_load(config: Config, read: Read) -> Load:
     plan = make_plan(one, tokens, shards=1)
     work = Work(0, 0, 0, 0, 0)
     for update in plan.updates:
-        work += work_of(fill_update(tokens, plan.prefixes, update), isinstance(architecture, EncoderArchitecture))
-    flops = sum(flops_of(work, architecture, config.lora if config.train.method == "lora" else None).values())
+        work += work_of(
+            fill_update(tokens, plan.prefixes, update),
+            isinstance(architecture, EncoderArchitecture),
+        )
+    flops = sum(
+        flops_of(
+            work, architecture, config.lora if config.train.method == "lora" else None
+        ).values()
+    )
     fits = len(tokens) / (len(tokens) + len(split.dropped))
     times = fits * used / len(tokens) * config.train.epochs
     updates = len(plan.updates) * times
@@ -143,7 +164,9 @@ def _sampled(config: Config) -> tuple[int, Config]:
         if count.used
     )
     train = Mixture(sources=drawn) if isinstance(config.data.train, Mixture) else drawn[0]
-    return used, config.model_copy(update={"data": config.data.model_copy(update={"train": train, "validation": None})})
+    return used, config.model_copy(
+        update={"data": config.data.model_copy(update={"train": train, "validation": None})}
+    )
 
 
 def _validation(config: Config, read: Read) -> Load:
@@ -152,11 +175,21 @@ def _validation(config: Config, read: Read) -> Load:
     total = Load()
     for source, count in zip(pool.sources, pool.counts, strict=True):
         if count.used:
-            total += asked_load(config, read, read.examples(source)[0].dataset, config.prompt, "score", source, count.used)
+            total += asked_load(
+                config,
+                read,
+                read.examples(source)[0].dataset,
+                config.prompt,
+                "score",
+                source,
+                count.used,
+            )
     return total
 
 
-def asked_load(config: Config, read: Read, dataset: str, prompt: Prompt, mode: str, source: Source, count: int) -> Load:
+def asked_load(
+    config: Config, read: Read, dataset: str, prompt: Prompt, mode: str, source: Source, count: int
+) -> Load:
     """Of a prediction of `count` examples of a source. Raises InputError as `training_load`."""
     architecture = architecture_for(config)
     examples = draw(read.examples(source), ASKED, 0)
@@ -166,20 +199,35 @@ def asked_load(config: Config, read: Read, dataset: str, prompt: Prompt, mode: s
         add_markers(tokenizer, examples)
         texts = [marked_text(example, markers_in(tokenizer)) for example in examples]
         length = float(encode_marked(examples, texts, tokenizer).lengths.mean())
-        work = Work(round(length * count), count, count, round(length * length * count), round(length * count))
+        work = Work(
+            round(length * count),
+            count,
+            count,
+            round(length * length * count),
+            round(length * count),
+        )
         return Load(count, length * count, predict_flops=forward_flops(work, architecture))
     template = ChatTemplate(load_tokenizer(folder), prompt.date, str(folder))
     train = read.examples(read.datasets[dataset].train) if prompt.shots else []
     shown = demonstrator(train, prompt, config.seed)
     labels = read.labels(dataset)
-    prompts, answers = label_answers(template, questions_of(examples, prompt, labels, shown), labels)
+    prompts, answers = label_answers(
+        template, questions_of(examples, prompt, labels, shown), labels
+    )
     length, shared = float(np.mean([len(one) for one in prompts])), _common(prompts)
-    # Scoring reads each token of the tree of labels once; what is written has the mean length of a label.
+    # Scoring reads each token of the tree of labels once; what is written has the mean length of a
+    # label.
     tree = {ids[:end] for ids in answers[0] for end in range(1, len(ids) + 1)}
     written = len(tree) if mode == "score" else float(np.mean([len(ids) for ids in answers[0]]))
     own = length - shared + written
     positions = round(written * count)
-    work = Work(round(own * count + shared), positions, positions, round(own * length * count), round(positions * length))
+    work = Work(
+        round(own * count + shared),
+        positions,
+        positions,
+        round(own * length * count),
+        round(positions * length),
+    )
     return Load(count, own * count + shared, predict_flops=forward_flops(work, architecture))
 
 
@@ -192,12 +240,15 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all begin with, at least one left over."""
     first, last = min(prompts), max(prompts)
     shortest = min(map(len, prompts)) - 1
-    return next((place for place in range(shortest) if first[place] != last[place]), max(0, shortest))
+    return next(
+        (place for place in range(shortest) if first[place] != last[place]), max(0, shortest)
+    )
 
 
 @functools.cache
 def sizes_of(architecture: AnyArchitecture, itemsize: int, lora: Any = None) -> dict[str, int]:
-    """Bytes of a model: base and merged in the compute dtype, NF4 (projections; the rest as base), adapter in f32.
+    """Bytes of a model: base and merged in the compute dtype, NF4 (projections; the rest as base),
+    adapter in f32.
 
     Args:
       itemsize: bytes of a dense weight.
@@ -212,7 +263,10 @@ def sizes_of(architecture: AnyArchitecture, itemsize: int, lora: Any = None) -> 
         dense = math.prod(shape) * itemsize
         base += dense
         if weight.lora:
-            nf4 += sum(math.prod(size) * kind.itemsize for size, kind in forms(shape[:-3:-1], shape[:-2]).values())
+            nf4 += sum(
+                math.prod(size) * kind.itemsize
+                for size, kind in forms(shape[:-3:-1], shape[:-2]).values()
+            )
         else:
             nf4 += dense
         if lora is not None and weight.name in lora.targets:

@@ -1,9 +1,10 @@
-"""`jaxre study`: plans a grid of runs, shows the plan, does what is not done, and writes the record of the study.
+"""`jaxre study`: plans a grid of runs, shows the plan, does what is not done, and writes the record
+of the study.
 
     failed = study(load_study("configs/study/small.yaml"), Console())
 
-A killed study goes on: a run from its last checkpoint, everything else from the last finished step. A step that fails is
-recorded and told, the rest goes on, and the next start tries it again.
+A killed study goes on: a run from its last checkpoint, everything else from the last finished step.
+A step that fails is recorded and told, the rest goes on, and the next start tries it again.
 """
 
 from __future__ import annotations
@@ -53,10 +54,12 @@ TFIDF = {"majority": majority, "tfidf": tfidf_marked}
 
 
 def study(settings: StudyConfig, console: Console, plan_only: bool = False) -> int:
-    """Plans, and unless only the plan is wanted, does what is left and writes `study.json`; returns how many steps have no result.
+    """Plans, and unless only the plan is wanted, does what is left and writes `study.json`; returns
+    how many steps have no result.
 
     Raises:
-      InputError: settings that make no valid run, a folder that cannot be written, another process that runs this study.
+      InputError: settings that make no valid run, a folder that cannot be written, another process
+        that runs this study.
     """
     with sources.remembered():
         plan = make_plan(settings)
@@ -69,7 +72,9 @@ def study(settings: StudyConfig, console: Console, plan_only: bool = False) -> i
 
 
 class Execution:
-    """What is in memory while a study runs: its plan, the base that is open, and the model that is asked."""
+    """What is in memory while a study runs: its plan, the base that is open, and the model that is
+    asked.
+    """
 
     def __init__(self, plan: Plan, console: Console):
         self.plan, self.console = plan, console
@@ -87,14 +92,24 @@ class Execution:
             self.console.rule(f"{number} of {len(order)}: {step.name}", characters="-")
             if problem := self.attempt(step):
                 without[step.name] = problem
-                self.console.print(f"FAILED {step.name}: {problem}", style="bold red", markup=False, highlight=False)
+                self.console.print(
+                    f"FAILED {step.name}: {problem}",
+                    style="bold red",
+                    markup=False,
+                    highlight=False,
+                )
         record = write_study(self.plan, without)
         self.console.print(results_table(record))
         self.console.print(f"{record.folder / 'study.json'}", markup=False, highlight=False)
         if without:
-            self.console.print(f"{len(without)} steps have no result; the same command tries them again:", markup=False)
+            self.console.print(
+                f"{len(without)} steps have no result; the same command tries them again:",
+                markup=False,
+            )
             for name, problem in without.items():
-                self.console.print(f"  {name}: {problem}", markup=False, highlight=False, soft_wrap=True)
+                self.console.print(
+                    f"  {name}: {problem}", markup=False, highlight=False, soft_wrap=True
+                )
         return len(without)
 
     def attempt(self, step: Step) -> str | None:
@@ -105,10 +120,17 @@ class Execution:
             return f"needs {step.needs}, which has no result"
         began = time.perf_counter()
         try:
-            made = {"train": self.train, "measure": self.measure, "predict": self.predict}[step.kind](step)
-        # Whatever goes wrong in one run of a study of days, memory that is short or a fault of ours, must not end the others.
+            made = {"train": self.train, "measure": self.measure, "predict": self.predict}[
+                step.kind
+            ](step)
+        # Whatever goes wrong in one run of a study of days, memory that is short or a fault of
+        # ours, must not end the others.
         except Exception as error:  # noqa: BLE001
-            told = str(error) if isinstance(error, InputError) else "".join(traceback.format_exception_only(error)).strip()
+            told = (
+                str(error)
+                if isinstance(error, InputError)
+                else "".join(traceback.format_exception_only(error)).strip()
+            )
             self.record(step, {"failed": told, "traceback": traceback.format_exc()})
             return told.splitlines()[0]
         self.record(step, {"seconds": time.perf_counter() - began, **made})
@@ -117,26 +139,50 @@ class Execution:
     def record(self, step: Step, made: dict[str, Any]) -> None:
         """Writes `steps/NAME.json`, whole or not at all."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        record = {"digest": step.digest, "kind": step.kind, **made, "finished": now, "version": __version__, "code": code_digest()}
+        record = {
+            "digest": step.digest,
+            "kind": step.kind,
+            **made,
+            "finished": now,
+            "version": __version__,
+            "code": code_digest(),
+        }
         write_json(self.folder / "steps" / f"{step.name}.json", record)
         self.plan.records[step.name] = record
 
     # ---- training ---------------------------------------------------------------------------
     def train(self, step: Step) -> dict[str, Any]:
-        """Trains a run, or goes on with it; the seconds are those of its updates, over all processes that took part."""
+        """Trains a run, or goes on with it; the seconds are those of its updates, over all
+        processes that took part.
+        """
         self.asked = None
         config = self.config(step)
-        folder = train(config, self.console, opened=None if config.model.architecture else self.opened(step.base, config))
+        folder = train(
+            config,
+            self.console,
+            opened=None if config.model.architecture else self.opened(step.base, config),
+        )
         told = {record["kind"]: record for record in read_log(folder)}
-        cut = {name: count for name, count in told.get("truncation", {}).items() if name not in ("kind", "step")}
-        return {"seconds": trained_seconds(folder), "memory_bytes": told["end"]["memory_bytes"], "folder": folder.name, "truncation": cut}
+        cut = {
+            name: count
+            for name, count in told.get("truncation", {}).items()
+            if name not in ("kind", "step")
+        }
+        return {
+            "seconds": trained_seconds(folder),
+            "memory_bytes": told["end"]["memory_bytes"],
+            "folder": folder.name,
+            "truncation": cut,
+        }
 
     def config(self, step: Step) -> Config:
         """A run's config with its folder, and the folder of the run that it starts from."""
         run, folder = step.run, self.plan.run_folder(step.run.name)
         changes: dict[str, Any] = {"name": folder.name, "output": str(folder.parent)}
         if run.after:
-            changes["model"] = run.config.model.model_copy(update={"path": str(self.plan.run_folder(run.after))})
+            changes["model"] = run.config.model.model_copy(
+                update={"path": str(self.plan.run_folder(run.after))}
+            )
         return run.config.model_copy(update=changes)
 
     def opened(self, base: tuple[str, ...], config: Config) -> Loaded:
@@ -152,10 +198,18 @@ class Execution:
     # ---- what is asked of a model ---------------------------------------------------------------
     def model(self, step: Step) -> Loaded:
         """The model that a step asks, on the device: an untuned one, or the result of a run."""
-        if self.asked is None or self.asked[0] != step.needs or self.base is None or self.base[0] != step.base:
+        if (
+            self.asked is None
+            or self.asked[0] != step.needs
+            or self.base is None
+            or self.base[0] != step.base
+        ):
             self.asked = None
             loaded = self._result(step)
-            self.asked = step.needs, dataclasses.replace(loaded, base=jax.tree.map(jnp.asarray, loaded.base))
+            self.asked = (
+                step.needs,
+                dataclasses.replace(loaded, base=jax.tree.map(jnp.asarray, loaded.base)),
+            )
         return self.asked[1]
 
     def _result(self, step: Step) -> Loaded:
@@ -164,7 +218,12 @@ class Execution:
         trained = self.plan.steps[f"train.{step.needs}"]
         folder, config = self.plan.run_folder(step.needs), self.config(trained)
         if config.train.method == "full":
-            return self.opened(step.base, config.model_copy(update={"model": config.model.model_copy(update={"path": str(folder)})}))
+            return self.opened(
+                step.base,
+                config.model_copy(
+                    update={"model": config.model.model_copy(update={"path": str(folder)})}
+                ),
+            )
         base = self.opened(step.base, config)
         lora, factors = load_adapter(folder / "adapter", base.architecture)
         return dataclasses.replace(base, lora=lora, factors=factors, kind="run")
@@ -176,7 +235,9 @@ class Execution:
     # ---- predictions ------------------------------------------------------------------------
     def predict(self, step: Step) -> dict[str, Any]:
         """The predictions of a system for a dataset, written whole or not at all."""
-        asked = {"baseline": self.baseline, "frontier": self.frontier}.get(step.system.kind, self.answers)
+        asked = {"baseline": self.baseline, "frontier": self.frontier}.get(
+            step.system.kind, self.answers
+        )
         began = time.perf_counter()
         rows, made = asked(step)
         write_predictions(self.plan.predictions(step), rows)
@@ -185,7 +246,11 @@ class Execution:
     def answers(self, step: Step) -> tuple[list[Prediction], dict[str, Any]]:
         """Of a model."""
         system, given = step.system, self.settings.datasets[step.dataset]
-        examples, prompt, config = self.plan.read.test(step.dataset), system.prompt or Prompt(), step.config
+        examples, prompt, config = (
+            self.plan.read.test(step.dataset),
+            system.prompt or Prompt(),
+            step.config,
+        )
         train_examples = self.plan.read.examples(given.train) if prompt.shots else []
         model = self.model(step)
         with Progress(console=self.console, transient=True) as bar:
@@ -198,7 +263,13 @@ class Execution:
                 config.predict,
                 mode="score" if system.kind == "encoder" else self.settings.evaluation.mode,
                 demonstrations=demonstrator(train_examples, prompt, config.seed),
-                tuned_dataset_name=f"re_{system.regime}" if system.regime else step.dataset if system.kind == "encoder" else "none",
+                tuned_dataset_name=(
+                    f"re_{system.regime}"
+                    if system.regime
+                    else step.dataset
+                    if system.kind == "encoder"
+                    else "none"
+                ),
                 model_shot="n/a" if system.train_shots is None else str(system.train_shots),
                 advance=lambda done: bar.advance(task, done),
             )
@@ -209,7 +280,9 @@ class Execution:
         given = self.settings.datasets[step.dataset]
         examples = self.plan.read.test(step.dataset)
         found = TFIDF[step.system.name](self.plan.read.examples(given.train), examples)
-        shares = [dict(zip(found.classes, row, strict=True)) for row in found.probabilities.tolist()]
+        shares = [
+            dict(zip(found.classes, row, strict=True)) for row in found.probabilities.tolist()
+        ]
         return [
             Prediction(
                 example.id,
@@ -226,27 +299,35 @@ class Execution:
         ], {}
 
     def frontier(self, step: Step) -> tuple[list[Prediction], dict[str, Any]]:
-        """Cached answers of those test examples that join; with a label map both sides carry the common labels."""
+        """Cached answers of those test examples that join; with a label map both sides carry the
+        common labels.
+        """
         cached = self.settings.cached(step.system.name, step.dataset)
         source = self.settings.datasets[step.dataset].test
         examples = self.plan.read.test(step.dataset)
-        whole = Source(dataset=source.dataset, split=source.split, subset=source.subset, negatives=ALL_PAIRS)
+        whole = Source(
+            dataset=source.dataset, split=source.split, subset=source.subset, negatives=ALL_PAIRS
+        )
         cache = self.plan.read.cache(cached.place, lambda: self.plan.read.examples(whole))
         label_map = read_label_map(cached.labels) if cached.labels else None
         asked = [_asked(example, step.system) for example in examples]
         joined, missing, notes = join_answers(asked, cache, cached.model)
         if others := [note for note in notes if not note.startswith("dataset")]:
-            raise InputError(f"{cached.place}: {others[0]}; correct frontier, or name another cache")
+            raise InputError(
+                f"{cached.place}: {others[0]}; correct frontier, or name another cache"
+            )
         if not joined:
             raise InputError(
-                f"{cached.place}: none of its answers is of a test example of {step.dataset}; correct frontier or the test split"
+                f"{cached.place}: none of its answers is of a test example of {step.dataset};"
+                " correct frontier or the test split"
             )
         differ = gold_differs(joined, label_map)
         if 2 * len(differ) > len(joined):
             row, answer = differ[0]
             raise InputError(
-                f"{cached.place}: gold labels differ: {row.relation!r} here, {answer.gold!r} there (example {row.example_id}); "
-                "give frontier a label map (labels: ...), or correct it"
+                f"{cached.place}: gold labels differ: {row.relation!r} here, {answer.gold!r} there"
+                f" (example {row.example_id}); give frontier a label map (labels: ...), or"
+                " correct it"
             )
         rows = [
             Prediction(
@@ -273,11 +354,18 @@ class Execution:
         told += "".join(f"; {note}" for note in notes)
         costs = [row.cost_usd for row in rows if row.cost_usd is not None]
         paid = {"cost_usd": sum(costs)} if costs else {}
-        return rows, paid | {"note": told + (f"; scored with the common labels of {cached.labels}" if cached.labels else "")}
+        return rows, paid | {
+            "note": (
+                told
+                + (f"; scored with the common labels of {cached.labels}" if cached.labels else "")
+            )
+        }
 
 
 def _asked(example: Example, system: System) -> Prediction:
-    """An example as a system with cached answers was asked for it, of what the study says of its prompts."""
+    """An example as a system with cached answers was asked for it, of what the study says of its
+    prompts.
+    """
     return Prediction(
         example.id,
         example.relation,

@@ -24,7 +24,8 @@ PRIMARY = "trained"
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. `config` is whole but for the name of its folder and, where it starts `after` another run, `model.path`.
+    """One training run. `config` is whole but for the name of its folder and, where it starts
+    `after` another run, `model.path`.
 
     kind: language-model, or that of the systems which ask it. datasets: it trains on these.
     """
@@ -43,9 +44,10 @@ class Run:
 class System:
     """One row of the study's results: a model asked in one way for several datasets.
 
-    runs: dataset -> the run that is asked (an encoder has one for each); empty for what is not trained. model: as it is called in the
-    study, of cached answers as their cache calls it. prompt_shots, enumerated: of the prompt, where they are known. config: of a model
-    that is no run, None for baselines and cached answers.
+    runs: dataset -> the run that is asked (an encoder has one for each); empty for what is not
+    trained. model: as it is called in the study, of cached answers as their cache calls it.
+    prompt_shots, enumerated: of the prompt, where they are known. config: of a model that is no
+    run, None for baselines and cached answers.
     """
 
     name: str
@@ -68,19 +70,35 @@ def grid(settings: StudyConfig) -> tuple[tuple[Run, ...], tuple[System, ...]]:
     """All runs, those after their own start; all systems in the order of the table.
 
     Raises:
-      InputError: settings that make no valid run (named), two runs or systems of one name, a dataset without training split that is
-        trained on.
+      InputError: settings that make no valid run (named), two runs or systems of one name, a
+        dataset without training split that is trained on.
     """
     runs = list(_runs(settings))
-    systems = [system for run in runs if run.kind in ("tuned", "adapted") for system in _asked(settings, run)]
+    systems = [
+        system
+        for run in runs
+        if run.kind in ("tuned", "adapted")
+        for system in _asked(settings, run)
+    ]
     systems += list(_styled(settings, runs))
-    systems += list(_encoders(settings, runs)) + list(_untuned(settings)) + list(_baselines(settings)) + list(_frontier(settings))
+    systems += (
+        list(_encoders(settings, runs))
+        + list(_untuned(settings))
+        + list(_baselines(settings))
+        + list(_frontier(settings))
+    )
     for kind, given in (("runs", runs), ("systems", systems)):
         twice = [name for name, count in Counter(one.name for one in given).items() if count > 1]
         if twice:
-            raise InputError(f"{settings.name}: two {kind} would be called {twice[0]}; rename a model, regime or prompt")
+            raise InputError(
+                f"{settings.name}: two {kind} would be called {twice[0]}; rename a model, regime or"
+                " prompt"
+            )
     if not systems:
-        raise InputError(f"{settings.name}: there is nothing to do; name models with regimes, encoders, baselines or frontier")
+        raise InputError(
+            f"{settings.name}: there is nothing to do; name models with regimes, encoders,"
+            " baselines or frontier"
+        )
     return tuple(runs), tuple(systems)
 
 
@@ -100,8 +118,17 @@ def _runs(settings: StudyConfig) -> Iterator[Run]:
             yield classifier(settings, name, encoder, dataset)
 
 
-def tuned(settings: StudyConfig, model: str, regime: str, shots: int, after: str | None = None, called: str | None = None) -> Run:
-    """SFT of a model in a regime, with so many demonstrations; `after` a language-model run, of the adaptation `called` so."""
+def tuned(
+    settings: StudyConfig,
+    model: str,
+    regime: str,
+    shots: int,
+    after: str | None = None,
+    called: str | None = None,
+) -> Run:
+    """SFT of a model in a regime, with so many demonstrations; `after` a language-model run, of the
+    adaptation `called` so.
+    """
     name = f"{called or model}-{regime}-{shots}shot"
     mixed = settings.regimes[regime]
     sections = [
@@ -111,32 +138,66 @@ def tuned(settings: StudyConfig, model: str, regime: str, shots: int, after: str
     ]
     if after:
         sections.append({"model": {"path": after}})
-    return Run(name, "adapted" if after else "tuned", model, _config(name, *sections), regime, shots, mixed.datasets, after)
+    return Run(
+        name,
+        "adapted" if after else "tuned",
+        model,
+        _config(name, *sections),
+        regime,
+        shots,
+        mixed.datasets,
+        after,
+    )
 
 
 def language_model(settings: StudyConfig, name: str, adaptation: Adaptation) -> Run:
     """Language modelling on raw text: the first half of an adaptation."""
-    base, model, own = settings.base.tree(), settings.models[adaptation.of].tree(), adaptation.tree()
-    shared = merged(*({key: value for key, value in tree.items() if key != "train"} for tree in (base, model, own)))
+    base, model, own = (
+        settings.base.tree(),
+        settings.models[adaptation.of].tree(),
+        adaptation.tree(),
+    )
+    shared = merged(
+        *(
+            {key: value for key, value in tree.items() if key != "train"}
+            for tree in (base, model, own)
+        )
+    )
     called = f"{name}-text"
-    given = {"train": adaptation.train | {"objective": "lm"}, "data": {"text": adaptation.text.model_dump()}}
+    given = {
+        "train": adaptation.train | {"objective": "lm"},
+        "data": {"text": adaptation.text.model_dump()},
+    }
     return Run(called, "language-model", adaptation.of, _config(called, shared, given))
 
 
 def classifier(settings: StudyConfig, name: str, encoder: Encoder, dataset: str) -> Run:
     """An encoder as the classifier of one dataset."""
-    base = {key: value for key, value in settings.base.tree().items() if key in ("seed", "data", "mesh", "predict")}
+    base = {
+        key: value
+        for key, value in settings.base.tree().items()
+        if key in ("seed", "data", "mesh", "predict")
+    }
     given = settings.datasets[dataset]
-    data = {"train": _train(settings, dataset), "validation": given.validation, "labels": {dataset: given.schema_source}}
+    data = {
+        "train": _train(settings, dataset),
+        "validation": given.validation,
+        "labels": {dataset: given.schema_source},
+    }
     called = f"{name}-{dataset}"
     own = {"train": {"objective": "classify", "method": "full"}, "data": _dumped(data)}
-    return Run(called, "encoder", name, _config(called, base, encoder.tree(), own), datasets=(dataset,))
+    return Run(
+        called, "encoder", name, _config(called, base, encoder.tree(), own), datasets=(dataset,)
+    )
 
 
 def _mixture(settings: StudyConfig, regime: str, mixed: Regime) -> dict[str, Any]:
     """`data.train`, `data.validation` and `data.labels` of a regime."""
     train = Mixture(
-        sources=tuple(_train(settings, name) for name in mixed.datasets), balance=mixed.balance, limit=mixed.limit, name=f"re_{regime}"
+        sources=tuple(_train(settings, name) for name in mixed.datasets),
+        balance=mixed.balance,
+        limit=mixed.limit,
+        name=f"re_{regime}",
     )
     held_out = tuple(one for name in mixed.datasets if (one := settings.datasets[name].validation))
     validation = Mixture(sources=held_out, limit=mixed.validation_limit) if held_out else None
@@ -148,7 +209,8 @@ def _train(settings: StudyConfig, dataset: str) -> Source:
     source = settings.datasets[dataset].train
     if source is None:
         raise InputError(
-            f"{settings.name}: datasets.{dataset} is trained on, but has no train; add it, or take it out of regimes and encoders"
+            f"{settings.name}: datasets.{dataset} is trained on, but has no train; add it, or take"
+            " it out of regimes and encoders"
         )
     return source
 
@@ -166,7 +228,9 @@ def _config(name: str, *sections: dict[str, Any]) -> Config:
 
 
 def merged(*trees: dict[str, Any]) -> dict[str, Any]:
-    """The mappings on top of one another, the last one uppermost; what is no mapping is replaced whole."""
+    """The mappings on top of one another, the last one uppermost; what is no mapping is replaced
+    whole.
+    """
     result: dict[str, Any] = {}
     for tree in trees:
         for name, value in tree.items():
@@ -184,17 +248,31 @@ def _asked(settings: StudyConfig, run: Run) -> Iterator[System]:
 
 def _styled(settings: StudyConfig, runs: list[Run]) -> Iterator[System]:
     """The runs whose sensitivity to the prompt is measured, in each style."""
-    given, known = settings.evaluation.styles, {run.name: run for run in runs if run.kind in ("tuned", "adapted")}
+    given, known = (
+        settings.evaluation.styles,
+        {run.name: run for run in runs if run.kind in ("tuned", "adapted")},
+    )
     for name in given.runs if given else ():
         if name not in known:
             near = f"; the nearest is {nearest(name, known)}" if known else ""
-            raise InputError(f"{settings.name}: evaluation.styles.runs: there is no run {name!r} that has a prompt{near}")
+            raise InputError(
+                f"{settings.name}: evaluation.styles.runs: there is no run {name!r} that has a"
+                f" prompt{near}"
+            )
         for style in given.names or STYLES:
             prompt = styled(known[name].config.prediction_prompt, style)
-            yield _system(known[name], f"{name}-style-{style}", given.datasets or known[name].datasets, prompt, style)
+            yield _system(
+                known[name],
+                f"{name}-style-{style}",
+                given.datasets or known[name].datasets,
+                prompt,
+                style,
+            )
 
 
-def _system(run: Run, name: str, datasets: tuple[str, ...], prompt: Prompt, style: str = "") -> System:
+def _system(
+    run: Run, name: str, datasets: tuple[str, ...], prompt: Prompt, style: str = ""
+) -> System:
     return System(
         name=name,
         kind=run.kind,
@@ -215,15 +293,30 @@ def _system(run: Run, name: str, datasets: tuple[str, ...], prompt: Prompt, styl
 def _prompts(settings: StudyConfig, prompt: Prompt, trained: int) -> Iterator[tuple[str, Prompt]]:
     """(end of a system's name, prompt) for each way of asking."""
     for name, changes in settings.evaluation.prompts.items():
-        for shots in dict.fromkeys(trained if one == PRIMARY else one for one in settings.evaluation.shots):
+        for shots in dict.fromkeys(
+            trained if one == PRIMARY else one for one in settings.evaluation.shots
+        ):
             tree = merged(prompt.model_dump(), changes, {"shots": shots})
-            yield f"{name}-{shots}shot", check_settings(Prompt, tree, f"{settings.name}: evaluation.prompts.{name}")
+            yield (
+                f"{name}-{shots}shot",
+                check_settings(Prompt, tree, f"{settings.name}: evaluation.prompts.{name}"),
+            )
 
 
 def _encoders(settings: StudyConfig, runs: list[Run]) -> Iterator[System]:
     for name in settings.encoders:
-        own = {run.datasets[0]: run.name for run in runs if run.kind == "encoder" and run.model == name}
-        yield System(name, "encoder", name, tuple(own), runs=own, trained_on=tuple(own), note="one classifier per dataset")
+        own = {
+            run.datasets[0]: run.name for run in runs if run.kind == "encoder" and run.model == name
+        }
+        yield System(
+            name,
+            "encoder",
+            name,
+            tuple(own),
+            runs=own,
+            trained_on=tuple(own),
+            note="one classifier per dataset",
+        )
 
 
 def _untuned(settings: StudyConfig) -> Iterator[System]:
@@ -233,7 +326,11 @@ def _untuned(settings: StudyConfig) -> Iterator[System]:
     data = {"train": _dumped(next(iter(settings.datasets.values())).test)}
     for model, sections in settings.models.items():
         config = _config(f"{model}-untuned", settings.base.tree(), sections.tree(), {"data": data})
-        asked = {name: prompt for shots in settings.shots for name, prompt in _prompts(settings, config.prediction_prompt, shots)}
+        asked = {
+            name: prompt
+            for shots in settings.shots
+            for name, prompt in _prompts(settings, config.prediction_prompt, shots)
+        }
         for ending, prompt in asked.items():
             yield System(
                 f"{model}-untuned-{ending}",
@@ -250,7 +347,10 @@ def _untuned(settings: StudyConfig) -> Iterator[System]:
 def _baselines(settings: StudyConfig) -> Iterator[System]:
     datasets = tuple(name for name, one in settings.datasets.items() if one.train)
     if settings.baselines:
-        for name, note in (("majority", "always the most frequent label"), ("tfidf", "logistic regression on words and their place")):
+        for name, note in (
+            ("majority", "always the most frequent label"),
+            ("tfidf", "logistic regression on words and their place"),
+        ):
             yield System(name, "baseline", name, datasets, trained_on=datasets, note=note)
 
 

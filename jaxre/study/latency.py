@@ -20,7 +20,9 @@ PROMPT, NEW, TRIES = 150, 5, 5
 
 
 def latency_ms(loaded: Loaded) -> float:
-    """Milliseconds, the median of 5 answers after one that compiles. An encoder classifies the 150 tokens. Adapters are not merged."""
+    """Milliseconds, the median of 5 answers after one that compiles. An encoder classifies the 150
+    tokens. Adapters are not merged.
+    """
     architecture = loaded.architecture
     tokens = (np.arange(PROMPT) % architecture.vocabulary).astype(np.int32)
     if isinstance(architecture, EncoderArchitecture):
@@ -31,6 +33,7 @@ def latency_ms(loaded: Loaded) -> float:
 
         def answer() -> object:
             return run_classification(params, architecture, plan)
+
     else:
         model = model_of(loaded)
         params, factors = on_device(model)  # once: an answer does not bring the weights along

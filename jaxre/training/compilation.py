@@ -1,8 +1,10 @@
-"""The updates of a run, compiled before its first step: what they rematerialise to fit the device, and that none is compiled twice.
+"""The updates of a run, compiled before its first step: what they rematerialise to fit the device,
+and that none is compiled twice.
 
-A policy says what the backward pass computes again in place of reading it from memory: `none` or `block` (everything inside a
-layer but the last). Loss and gradients are the same in each. There is none between them for attention alone: a decoder's
-scores, softmax, SwiGLU and norms are never kept (`jaxre_kernels.attention.blockwise`, `jaxre.models.decoder`).
+A policy says what the backward pass computes again in place of reading it from memory: `none` or
+`block` (everything inside a layer but the last). Loss and gradients are the same in each. There is
+none between them for attention alone: a decoder's scores, softmax, SwiGLU and norms are never kept
+(`jaxre_kernels.attention.blockwise`, `jaxre.models.decoder`).
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from jaxre.training.kernels import Chosen, ops_of
 from jaxre.training.step import Metrics, make_update
 
 POLICIES = ("none", "block")
-# Of what a device reports, left free: the compiler's figure is of one update, and knows nothing of the rows that are put on the device
-# ahead nor of holes between buffers.
+# Of what a device reports, left free: the compiler's figure is of one update, and knows nothing of
+# the rows that are put on the device ahead nor of holes between buffers.
 HEADROOM = 0.05
 
 CompileOne = Callable[[RowShape, int, str], jax.stages.Compiled]
@@ -39,9 +41,10 @@ CompileOne = Callable[[RowShape, int, str], jax.stages.Compiled]
 class CompiledUpdates:
     """`updates`: the compiled update of each row shape, all with one policy `remat`.
 
-    `tried`: bytes a device of each policy that was compiled, in order; `limit`: bytes a run may take of a device, None if that is not
-    known.
-    `kernels`: op -> the implementations that run and why, in words (an encoder has a choice of attention alone).
+    `tried`: bytes a device of each policy that was compiled, in order; `limit`: bytes a run may
+    take of a device, None if that is not known.
+    `kernels`: op -> the implementations that run and why, in words (an encoder has a choice of
+    attention alone).
     """
 
     updates: dict[RowShape, jax.stages.Compiled]
@@ -58,18 +61,26 @@ class CompiledUpdates:
     def told_remat(self) -> str:
         """The policy, and why it was chosen."""
         if self.limit is None:
-            return f"{self.remat} (how much memory a device has is not known; train.memory_gb says it)"
+            return (
+                f"{self.remat} (how much memory a device has is not known; train.memory_gb says it)"
+            )
         tried = ", ".join(f"{remat} {size / 2**20:,.0f}" for remat, size in self.tried.items())
         return f"{self.remat} (of {self.limit / 2**20:,.0f} MiB a device, takes: {tried})"
 
 
 def compile_updates(
-    config: Config, plan: Plan, initial: Initial, optimiser: optax.GradientTransformation, mesh: jax.sharding.Mesh
+    config: Config,
+    plan: Plan,
+    initial: Initial,
+    optimiser: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
 ) -> CompiledUpdates:
-    """The update for each row shape of the plan, with `train.remat`, or the first of POLICIES that fits the device.
+    """The update for each row shape of the plan, with `train.remat`, or the first of POLICIES that
+    fits the device.
 
     Raises:
-      DoesNotFit: none fits (it names the largest rows x T that does, found by compiling smaller ones).
+      DoesNotFit: none fits (it names the largest rows x T that does, found by compiling smaller
+        ones).
       InputError: a kernel that is asked for does not run here.
     """
     chosen: Chosen = {}
@@ -92,11 +103,18 @@ def compile_updates(
             if limit is not None and tried[remat] > limit:
                 break
         else:
-            return CompiledUpdates(updates, remat, tried, limit, {op: "; ".join(told) for op, told in chosen.items()})
-    taken = ", ".join(f"{size / 2**20:,.0f} MiB with train.remat={remat}" for remat, size in tried.items())
-    advice = largest_that_fits(config, shapes[0], micro, limit, sharding.row_shards(mesh), compile_one)
+            return CompiledUpdates(
+                updates, remat, tried, limit, {op: "; ".join(told) for op, told in chosen.items()}
+            )
+    taken = ", ".join(
+        f"{size / 2**20:,.0f} MiB with train.remat={remat}" for remat, size in tried.items()
+    )
+    advice = largest_that_fits(
+        config, shapes[0], micro, limit, sharding.row_shards(mesh), compile_one
+    )
     raise DoesNotFit(
-        f"rows of {shapes[0].rows} x {shapes[0].length} take {taken}, a run may take {limit / 2**20:,.0f} of a device; {advice}"
+        f"rows of {shapes[0].rows} x {shapes[0].length} take {taken}, a run may take"
+        f" {limit / 2**20:,.0f} of a device; {advice}"
     )
 
 
@@ -112,33 +130,53 @@ def compile_update(
 ) -> jax.stages.Compiled:
     """The update for `micro` micro-batches of one row shape, with the state donated."""
     update = make_update(config, initial.architecture, optimiser, initial.dtype, ops, remat)
-    outputs = (jax.tree.map(lambda leaf: leaf.sharding, initial.state), Metrics(*(sharding.replicated(mesh),) * 2))
+    outputs = (
+        jax.tree.map(lambda leaf: leaf.sharding, initial.state),
+        Metrics(*(sharding.replicated(mesh),) * 2),
+    )
     row_sharding = sharding.row_sharding(mesh)
-    rows = Rows(*(jax.ShapeDtypeStruct((micro, *array.shape), array.dtype, sharding=row_sharding) for array in empty_rows(shape)))
+    rows = Rows(
+        *(
+            jax.ShapeDtypeStruct((micro, *array.shape), array.dtype, sharding=row_sharding)
+            for array in empty_rows(shape)
+        )
+    )
     return (
-        jax.jit(update, static_argnums=3, donate_argnums=0, out_shardings=outputs).lower(initial.state, initial.base, rows, shape).compile()
+        jax.jit(update, static_argnums=3, donate_argnums=0, out_shardings=outputs)
+        .lower(initial.state, initial.base, rows, shape)
+        .compile()
     )
 
 
-def largest_that_fits(config: Config, shape: RowShape, micro: int, limit: int, shards: int, compile_one: CompileOne) -> str:
-    """What to do about rows that do not fit: their number is halved (to a divisor) until they do."""
+def largest_that_fits(
+    config: Config, shape: RowShape, micro: int, limit: int, shards: int, compile_one: CompileOne
+) -> str:
+    """What to do about rows that do not fit: their number is halved (to a divisor) until they
+    do.
+    """
     remat, rows = POLICIES[-1] if config.train.remat == "auto" else config.train.remat, shape.rows
     while smaller := [one for one in range(shards, rows // 2 + 1, shards) if shape.rows % one == 0]:
         rows = smaller[-1]
         times = shape.rows // rows
-        needed = sum(memory_of(compile_one(dataclasses.replace(shape, rows=rows), micro * times, remat)))
+        needed = sum(
+            memory_of(compile_one(dataclasses.replace(shape, rows=rows), micro * times, remat))
+        )
         if needed <= limit:
             accumulation = config.train.accumulation * times
             return (
-                f"the largest that fits is {rows} x {shape.length} ({needed / 2**20:,.0f} MiB with train.remat={remat}): "
-                f"set train.accumulation={accumulation}" + ("" if config.train.batch_tokens else " or lower train.batch_examples")
+                f"the largest that fits is {rows} x {shape.length} ({needed / 2**20:,.0f} MiB with"
+                f" train.remat={remat}): set train.accumulation={accumulation}"
+                + ("" if config.train.batch_tokens else " or lower train.batch_examples")
             )
-    return f"not even {rows} x {shape.length} fits with train.remat={remat}: lower train.row_length, or take a smaller model"
+    return (
+        f"not even {rows} x {shape.length} fits with train.remat={remat}: lower train.row_length,"
+        " or take a smaller model"
+    )
 
 
 def memory_limit(memory_gb: float | None, mesh: jax.sharding.Mesh) -> int | None:
-    """Bytes that a run may take of a device: the setting, else the least that a device of the mesh reports but for HEADROOM, else None (a
-    CPU reports nothing).
+    """Bytes that a run may take of a device: the setting, else the least that a device of the mesh
+    reports but for HEADROOM, else None (a CPU reports nothing).
     """
     if memory_gb is not None:
         return int(memory_gb * 2**30)
@@ -153,9 +191,11 @@ def memory_of(compiled: jax.stages.Compiled) -> tuple[int, int]:
 
 
 class Compilations:
-    """What JAX compiles while this is entered; a run compiles before its first step, and then nothing again.
+    """What JAX compiles while this is entered; a run compiles before its first step, and then
+    nothing again.
 
-    `names`: of the programs compiled; `read`, `written`: how many came from the persistent cache, and went there.
+    `names`: of the programs compiled; `read`, `written`: how many came from the persistent cache,
+    and went there.
     """
 
     def __init__(self) -> None:
@@ -193,6 +233,7 @@ class Compilations:
         """Raises InputError if anything was compiled that is not forgotten."""
         if self.names:
             raise InputError(
-                f"{run}: compiled again at step {step}: {', '.join(dict.fromkeys(self.names))}; a run compiles before its first step only, "
-                "so this is a bug of jaxre: report it with the run's config.yaml"
+                f"{run}: compiled again at step {step}: {', '.join(dict.fromkeys(self.names))}; a"
+                " run compiles before its first step only, so this is a bug of jaxre: report it"
+                " with the run's config.yaml"
             )

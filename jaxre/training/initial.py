@@ -1,4 +1,6 @@
-"""The state a run starts from: base weights, trainable factors or masters, optimiser moments, all on the mesh."""
+"""The state a run starts from: base weights, trainable factors or masters, optimiser moments, all
+on the mesh.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Initial:
-    """`base` is the frozen base of a LoRA run in the compute dtype (or NF4 where it is), or empty where all of it is trained.
+    """`base` is the frozen base of a LoRA run in the compute dtype (or NF4 where it is), or empty
+    where all of it is trained.
 
     `fresh` names the weights of an encoder's head that were drawn at random.
     """
@@ -46,7 +49,9 @@ class Initial:
 
 
 def start_reading(config: Config, dtype: np.dtype) -> Callable[[], Loaded | None]:
-    """Reads what `model.path` names beside what the caller does next; the result waits for it, and raises what it raised."""
+    """Reads what `model.path` names beside what the caller does next; the result waits for it, and
+    raises what it raised.
+    """
     found: list[Loaded | None] = []
     raised: list[BaseException] = []
 
@@ -70,10 +75,16 @@ def start_reading(config: Config, dtype: np.dtype) -> Callable[[], Loaded | None
 
 
 def read_model(config: Config, dtype: np.dtype) -> Loaded | None:
-    """What `model.path` names, on the host; None where `model.architecture` asks for random weights."""
+    """What `model.path` names, on the host; None where `model.architecture` asks for random
+    weights.
+    """
     if config.model.architecture is not None:
         return None
-    return open_model(config.model.path, np.dtype(np.float32) if config.train.method == "full" else dtype, config.model.quantise)
+    return open_model(
+        config.model.path,
+        np.dtype(np.float32) if config.train.method == "full" else dtype,
+        config.model.quantise,
+    )
 
 
 def initial_state(
@@ -84,24 +95,32 @@ def initial_state(
     dataset: Dataset | None = None,
     read: Callable[[], Loaded | None] | None = None,
 ) -> Initial:
-    """Weights are found in this order: `model.architecture` (random, from the run's seed), else what `model.path` names.
+    """Weights are found in this order: `model.architecture` (random, from the run's seed), else
+    what `model.path` names.
 
-    A path with an adapter (a LoRA run, a PEFT folder) is continued: its factors are where training starts.
-    An encoder gets the labels and the entity markers of the `dataset`.
+    A path with an adapter (a LoRA run, a PEFT folder) is continued: its factors are where training
+    starts. An encoder gets the labels and the entity markers of the `dataset`.
 
     Args:
       read: of `start_reading`, if it was started.
 
     Raises:
-      InputError: weights that do not fit their config.json, an adapter that is not of the config's `lora` settings,
-        LoRA on random weights, a tokenizer with tokens that an encoder has no embeddings for.
+      InputError: weights that do not fit their config.json, an adapter that is not of the config's
+        `lora` settings, LoRA on random weights, a tokenizer with tokens that an encoder has no
+        embeddings for.
     """
     full = config.train.method == "full"
     factors, fresh = None, ()
     if config.model.architecture is not None:
         if not full:
-            raise InputError("train.method=lora: the random weights of model.architecture are not kept beside an adapter; set it to full")
-        from jaxre.models.module import init_weights  # Flax takes 0.3 s to import, and nothing else of a run needs it
+            raise InputError(
+                "train.method=lora: the random weights of model.architecture are not kept beside an"
+                " adapter; set it to full"
+            )
+        # Flax takes 0.3 s to import, and nothing else of a run needs it
+        from jaxre.models.module import (
+            init_weights,
+        )
 
         architecture = architecture_of(config.model.architecture, "model.architecture")
         params = jax.tree.map(np.asarray, init_weights(architecture, config.seed))
@@ -111,11 +130,21 @@ def initial_state(
         if factors is not None:
             check_continues(config, loaded)
         elif full and is_quantised(params):
-            raise InputError(f"{config.model.path}: is quantised, which full fine-tuning cannot change; name the model it was made from")
+            raise InputError(
+                f"{config.model.path}: is quantised, which full fine-tuning cannot change; name the"
+                " model it was made from"
+            )
     if isinstance(architecture, EncoderArchitecture):
         tokens = set(dataset.tokenizer.get_vocab().values())
         check_vocabulary(max(tokens - set(dataset.new_tokens)), architecture)
-        fitted = for_task(architecture, params, max(tokens) + 1, dataset.new_tokens, dataset.schema.labels, config.seed)
+        fitted = for_task(
+            architecture,
+            params,
+            max(tokens) + 1,
+            dataset.new_tokens,
+            dataset.schema.labels,
+            config.seed,
+        )
         architecture, params, fresh = fitted
     if full:
         trainable, base = params, {}
@@ -124,18 +153,25 @@ def initial_state(
         if factors is None:
             factors = init_adapter(architecture, config.lora, jax.random.key(config.seed))
         trainable = jax.tree.map(np.asarray, factors)
-        base = sharding.put(params, sharding.quantised_shardings(params, sharding.base_shardings(architecture, mesh), mesh))
+        base = sharding.put(
+            params,
+            sharding.quantised_shardings(params, sharding.base_shardings(architecture, mesh), mesh),
+        )
         base = stored_for_kernels(base, config.kernels, table_kind(mesh))
         shardings = sharding.adapter_shardings(architecture, config.lora, trainable, mesh)
     trainable = sharding.put(trainable, shardings)
     shapes = jax.eval_shape(optimiser.init, trainable)
-    moments = jax.jit(optimiser.init, out_shardings=sharding.optimiser_shardings(optimiser, shapes, shardings, mesh))(trainable)
+    moments = jax.jit(
+        optimiser.init,
+        out_shardings=sharding.optimiser_shardings(optimiser, shapes, shardings, mesh),
+    )(trainable)
     step = sharding.put(jnp.zeros((), jnp.int32), sharding.replicated(mesh))
     return Initial(architecture, base, State(step, trainable, moments), dtype, fresh)
 
 
 def stored_for_kernels(base: Tree, kernels: Kernels, device_kind: str | None) -> Tree:
-    """The base with its NF4 projections as the LoRA kernel reads them that is asked for, else the table's for such devices.
+    """The base with its NF4 projections as the LoRA kernel reads them that is asked for, else the
+    table's for such devices.
 
     Raises InputError for what the kernel does not take.
     """
@@ -157,21 +193,28 @@ def check_continues(config: Config, loaded: Loaded) -> None:
     path = config.model.path
     if config.train.method == "full":
         raise InputError(
-            f"{path}: has an adapter, which full fine-tuning would leave out; merge it first: jaxre convert {path} TARGET --to hf --merge"
+            f"{path}: has an adapter, which full fine-tuning would leave out; merge it first: jaxre"
+            f" convert {path} TARGET --to hf --merge"
         )
     if loaded.kind == "run" and config.model.quantise != loaded.quantise:
         raise InputError(
-            f"model.quantise: {config.model.quantise} here, but the adapter of {path} was trained with {loaded.quantise}; set it to that"
+            f"model.quantise: {config.model.quantise} here, but the adapter of {path} was trained"
+            f" with {loaded.quantise}; set it to that"
         )
     ours, theirs = config.lora, loaded.lora
     for name in ("rank", "alpha", "rslora", "targets"):
         mine, given = getattr(ours, name), getattr(theirs, name)
         if (set(mine) != set(given)) if name == "targets" else mine != given:
-            raise InputError(f"lora.{name}: {mine} here, but the adapter of {path} has {given}; set it to that, or merge the adapter first")
+            raise InputError(
+                f"lora.{name}: {mine} here, but the adapter of {path} has {given}; set it to that,"
+                " or merge the adapter first"
+            )
 
 
 def check_tokens(dataset: Dataset, architecture: AnyArchitecture) -> None:
-    """Raises InputError for a token that the model has no embedding for (a gather would take another one's), or too long an example."""
+    """Raises InputError for a token that the model has no embedding for (a gather would take
+    another one's), or too long an example.
+    """
     for name, split in (("training", dataset.train), ("validation", dataset.validation)):
         if split is None:
             continue
@@ -179,6 +222,7 @@ def check_tokens(dataset: Dataset, architecture: AnyArchitecture) -> None:
         longest = int(split.tokens.lengths.max())
         if longest > architecture.max_length:
             raise InputError(
-                f"an example of the {name} data takes {longest} tokens, the model reads {architecture.max_length}; "
-                "lower train.row_length to that, and longer ones are dropped and listed"
+                f"an example of the {name} data takes {longest} tokens, the model reads"
+                f" {architecture.max_length}; lower train.row_length to that, and longer ones are"
+                " dropped and listed"
             )

@@ -11,13 +11,16 @@ from tensorboard.summary import DirectoryOutput, Writer
 
 
 class RunLog:
-    """Appends records to `log.jsonl` and scalars to TensorBoard; silent on all processes but the first.
+    """Appends records to `log.jsonl` and scalars to TensorBoard; silent on all processes but the
+    first.
 
     Args:
       folder: of the run.
-      step: the run goes on after this step; records of later steps, left by a run that was killed, are removed.
+      step: the run goes on after this step; records of later steps, left by a run that was killed,
+        are removed.
 
-    TensorBoard's events are written again from the records that stay, so that no step is there twice.
+    TensorBoard's events are written again from the records that stay, so that no step is there
+    twice.
     """
 
     def __init__(self, folder: Path, step: int, active: bool = True):
@@ -27,7 +30,11 @@ class RunLog:
         path = folder / "log.jsonl"
         kept = []
         if path.is_file():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if _belongs(line, step)]
+            kept = [
+                line
+                for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
+                if _belongs(line, step)
+            ]
             written = path.with_name("log.jsonl.part")
             written.write_text("".join(kept), encoding="utf-8")
             written.replace(path)
@@ -39,7 +46,9 @@ class RunLog:
             self._draw(**json.loads(line))
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One record, such as `{"kind": "train", "step": 10, "loss": 1.2}`; numbers also go to TensorBoard as kind/name."""
+        """One record, such as `{"kind": "train", "step": 10, "loss": 1.2}`; numbers also go to
+        TensorBoard as kind/name.
+        """
         if not self.active:
             return
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -71,4 +80,6 @@ def _belongs(line: str, step: int) -> bool:
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """The records of a run's `log.jsonl`."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]

@@ -51,7 +51,8 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
     curve goes on as if it had not.
 
     Args:
-      opened: what `read_model` gave for such a `model`, where a study has it in memory; it is not changed.
+      opened: what `read_model` gave for such a `model`, where a study has it in memory; it is not
+        changed.
 
     Raises:
       InputError: anything in the config, data, weights or run folder that cannot be used.
@@ -85,12 +86,26 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
     state, base, architecture = initial.state, initial.base, initial.architecture
     check_tokens(dataset, architecture)
     validate = LabelValidation if config.train.objective == "classify" else Validation
-    validation = validate(config, dataset, architecture, dtype, mesh) if dataset.validation else None
+    validation = (
+        validate(config, dataset, architecture, dtype, mesh) if dataset.validation else None
+    )
 
-    # ---- compile: every update's shape before step 1 (validation compiles its own at its first run)
+    # ---- compile: every update's shape before step 1 (validation compiles its own at its first
+    # run)
     with Compilations() as seen:
         compiled = compile_updates(config, plan, initial, optimiser, mesh)
-    say(describe(config, dataset, plan, initial, compiled, mesh, steps, f"{cache}: {seen.read} read, {seen.written} written"))
+    say(
+        describe(
+            config,
+            dataset,
+            plan,
+            initial,
+            compiled,
+            mesh,
+            steps,
+            f"{cache}: {seen.read} read, {seen.written} written",
+        )
+    )
 
     # ---- run folder: only once everything above has been accepted ---------------------------
     with run_folder(config, first_process) as run:
@@ -106,7 +121,9 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
             say(f"resumed {run} at step {start} of {steps}")
         log = RunLog(run, start, first_process)
         dropped = {
-            name: split.dropped for name, split in (("train", dataset.train), ("validation", dataset.validation)) if split and split.dropped
+            name: split.dropped
+            for name, split in (("train", dataset.train), ("validation", dataset.validation))
+            if split and split.dropped
         }
         if data_told and not start:
             log.write("data", 0, {"told": data_told})
@@ -114,32 +131,52 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
             log.write("truncation", 0, dataclasses.asdict(dataset.train.truncation))
         if dropped and not start:
             log.write("too_long", 0, dropped)
-            say(f"longer than a row and left out, ids in log.jsonl: {', '.join(f'{len(ids)} of {name}' for name, ids in dropped.items())}")
+            say(
+                "longer than a row and left out, ids in log.jsonl:"
+                f" {', '.join(f'{len(ids)} of {name}' for name, ids in dropped.items())}"
+            )
 
         # ---- updates ----------------------------------------------------------------------------
         evaluate_every = config.train.evaluate_every or epoch_steps
         checkpoint_every = config.train.checkpoint_every or evaluate_every
         put = functools.partial(sharding.put_rows, sharding=sharding.row_sharding(mesh))
-        rates = np.asarray(make_schedule(config, steps)(np.arange(steps)))  # all at once: nothing to compute or wait for at a log step
+        # all at once: nothing to compute or wait for at a log step
+        rates = np.asarray(make_schedule(config, steps)(np.arange(steps)))
         clock = Clock(dataset, plan, start)
         pending: list[Metrics] = []
         with progress_bar(console, first_process) as bar, Compilations() as compilations:
             task = bar.add_task("train", total=steps, completed=start, told="")
-            for step, rows in enumerate(prepared(config, dataset, plan, start, steps, put), start + 1):
+            for step, rows in enumerate(
+                prepared(config, dataset, plan, start, steps, put), start + 1
+            ):
                 update = compiled.updates[plan.updates[step - 1].shape]
                 state, metrics = update(state, base, rows)
                 pending.append(metrics)
 
-                if step % config.train.log_every == 0 or step == steps or step % evaluate_every == 0 or step % checkpoint_every == 0:
+                if (
+                    step % config.train.log_every == 0
+                    or step == steps
+                    or step % evaluate_every == 0
+                    or step % checkpoint_every == 0
+                ):
                     losses = jax.device_get(pending)  # the only wait for the device
                     speed = clock.read(step)
                     for number, one in enumerate(losses, step - len(losses) + 1):
-                        log.write("train", number, {**one.numbers(), "learning_rate": float(rates[number - 1])})
+                        log.write(
+                            "train",
+                            number,
+                            {**one.numbers(), "learning_rate": float(rates[number - 1])},
+                        )
                     log.write("speed", step, speed)
                     log.flush()
                     pending = []
-                    told_speed = f"{speed['examples_per_second']:.1f} examples/s  {speed['tokens_per_second']:.0f} tokens/s"
-                    bar.update(task, completed=step, told=f"loss {losses[-1].loss:.4f}  {told_speed}")
+                    told_speed = (
+                        f"{speed['examples_per_second']:.1f} examples/s "
+                        f" {speed['tokens_per_second']:.0f} tokens/s"
+                    )
+                    bar.update(
+                        task, completed=step, told=f"loss {losses[-1].loss:.4f}  {told_speed}"
+                    )
                     check_finite(losses, step, run)  # before a checkpoint of this state is written
 
                 validated = None
@@ -147,7 +184,8 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
                     with clock.paused(), compilations.expected_once("validation"):
                         validated = validation.run(state.trainable, base)
                     log.write("validation", step, validated)
-                    log.flush()  # before the checkpoint: a run that goes on from it does not validate again
+                    # before the checkpoint: a run that goes on from it does not validate again
+                    log.flush()
                     say(f"step {step}: {told(validated)}")
                 if step % checkpoint_every == 0 or step == steps or validated:
                     with clock.paused(), compilations.expected_once("checkpoint"):
@@ -156,7 +194,8 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
         with clock.paused():
             store.wait()
 
-        # ---- the best checkpoint, for others to load ----------------------------------------------
+        # ---- the best checkpoint, for others to load
+        # ----------------------------------------------
         best = store.best_step
         if not log.ended:  # a finished run that is started again has its record
             log.write("end", steps, summary_of(config, dataset, plan, clock, best, compiled, steps))
@@ -171,15 +210,25 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
 
 
 def summary_of(
-    config: Config, dataset: Dataset, plan: Plan, clock: Clock, best: int, compiled: CompiledUpdates, steps: int
+    config: Config,
+    dataset: Dataset,
+    plan: Plan,
+    clock: Clock,
+    best: int,
+    compiled: CompiledUpdates,
+    steps: int,
 ) -> dict[str, Any]:
-    """The figures of the whole run; time and speed are of this process (a resumed one did the rest only)."""
+    """The figures of the whole run; time and speed are of this process (a resumed one did the rest
+    only).
+    """
     tokens = dataset.train.tokens
     fill = plan.fill(tokens.lengths, supervised_of(config, tokens))
     return {
         "best_step": best,
         "train_seconds": clock.seconds,
-        "tokens_per_second": float(clock.tokens[steps] - clock.tokens[clock.start]) / max(clock.seconds, 1e-9),
+        "tokens_per_second": (
+            float(clock.tokens[steps] - clock.tokens[clock.start]) / max(clock.seconds, 1e-9)
+        ),
         "rows": [[shape.rows, shape.length, shape.supervised] for shape in plan.shapes],
         "pad_share": fill.pad,
         "supervised_share": fill.supervised,
@@ -195,27 +244,60 @@ def check_finite(losses: list[Metrics], step: int, run: Path) -> None:
         for name, value in zip(("loss", "gradient norm"), one, strict=True):
             if not np.isfinite(value):
                 raise InputError(
-                    f"{run}: the {name} is {value} at step {number}; lower train.learning_rate and give the new run another name (name=...)"
+                    f"{run}: the {name} is {value} at step {number}; lower train.learning_rate and"
+                    " give the new run another name (name=...)"
                 )
 
 
 def prepared(
-    config: Config, dataset: Dataset, plan: Plan, start: int, steps: int, put: Callable[[Rows], Rows] = lambda rows: rows
+    config: Config,
+    dataset: Dataset,
+    plan: Plan,
+    start: int,
+    steps: int,
+    put: Callable[[Rows], Rows] = lambda rows: rows,
 ) -> Iterator[Rows]:
     """The rows of the updates after `start`, up to `steps`, already where `put` brings them."""
-    return itertools.islice(updates(dataset.train.tokens, plan, start, config.train.prompt_weight, put), steps - start)
+    return itertools.islice(
+        updates(dataset.train.tokens, plan, start, config.train.prompt_weight, put), steps - start
+    )
 
 
-def save_result(run: Path, config: Config, architecture: AnyArchitecture, state: State, folder: Path, dataset: Dataset) -> None:
-    """Writes `adapter/` (PEFT) or `model/` (Hugging Face) from the state, replacing those of an earlier end."""
+def save_result(
+    run: Path,
+    config: Config,
+    architecture: AnyArchitecture,
+    state: State,
+    folder: Path,
+    dataset: Dataset,
+) -> None:
+    """Writes `adapter/` (PEFT) or `model/` (Hugging Face) from the state, replacing those of an
+    earlier end.
+    """
     trained = fetch(state.trainable)
     if jax.process_index():
         return
     if config.train.method == "lora":
-        save_adapter(run / "adapter", architecture, config.lora, trained, base_of(config.model.path)[0], folder, replace=True)
+        save_adapter(
+            run / "adapter",
+            architecture,
+            config.lora,
+            trained,
+            base_of(config.model.path)[0],
+            folder,
+            replace=True,
+        )
     else:
         tokenizer = dataset.tokenizer if config.train.objective == "classify" else None
-        save_base(run / "model", architecture, trained, folder, config=config.model.architecture, tokenizer=tokenizer, replace=True)
+        save_base(
+            run / "model",
+            architecture,
+            trained,
+            folder,
+            config=config.model.architecture,
+            tokenizer=tokenizer,
+            replace=True,
+        )
 
 
 def fetch(tree: Any) -> Any:
@@ -235,7 +317,9 @@ def describe(
     steps: int,
     cache: str,
 ) -> Table:
-    """What was chosen for this run, before its first step; `cache` is what the compilation cache did."""
+    """What was chosen for this run, before its first step; `cache` is what the compilation cache
+    did.
+    """
     tokens = dataset.train.tokens
     fill = plan.fill(tokens.lengths, supervised_of(config, tokens))
     trained = sum(leaf.size for leaf in jax.tree.leaves(initial.state.trainable))
@@ -248,17 +332,34 @@ def describe(
     for name, value in (
         (
             "parameters",
-            f"{trained:,} trained" + (f", {total:,} frozen" if config.train.method == "lora" else "") + f", products in {initial.dtype}",
+            f"{trained:,} trained"
+            + (f", {total:,} frozen" if config.train.method == "lora" else "")
+            + f", products in {initial.dtype}",
         ),
         (
             "examples",
-            f"{len(tokens):,} ({len(dataset.train.dropped)} too long; token cache {'read' if dataset.train.from_cache else 'written'})",
+            (
+                f"{len(tokens):,} ({len(dataset.train.dropped)} too long; token cache"
+                f" {'read' if dataset.train.from_cache else 'written'})"
+            ),
         ),
         ("updates", f"{steps:,} ({config.train.epochs} epochs of {plan.epoch_ends[0]:,})"),
-        ("rows", ", ".join(f"{len(plan.updates[0].micro)} x {s.rows} x {s.length}, {s.supervised} supervised" for s in plan.shapes)),
+        (
+            "rows",
+            ", ".join(
+                f"{len(plan.updates[0].micro)} x {s.rows} x {s.length}, {s.supervised} supervised"
+                for s in plan.shapes
+            ),
+        ),
         ("pad share", f"{fill.pad:.1%}"),
-        ("shared share", f"{fill.shared:.1%} of real tokens stand in a row for several examples at once"),
-        ("supervised share", f"{fill.supervised:.1%} of real tokens ({fill.idle:.1%} of supervised places idle)"),
+        (
+            "shared share",
+            f"{fill.shared:.1%} of real tokens stand in a row for several examples at once",
+        ),
+        (
+            "supervised share",
+            f"{fill.supervised:.1%} of real tokens ({fill.idle:.1%} of supervised places idle)",
+        ),
         *([("head", head_of(dataset, initial))] if classifies else []),
         ("devices", where),
         ("attention", compiled.kernels.get("attention", "xla, of the classified tokens alone")),
@@ -270,7 +371,10 @@ def describe(
         ("rematerialisation", compiled.told_remat()),
         (
             "compiled memory",
-            f"{kept + temporary:,.0f} MiB a device ({kept:,.0f} weights, state and rows; {temporary:,.0f} temporary)",
+            (
+                f"{kept + temporary:,.0f} MiB a device ({kept:,.0f} weights, state and rows;"
+                f" {temporary:,.0f} temporary)"
+            ),
         ),
     ):
         table.add_row(name, value)
@@ -280,17 +384,25 @@ def describe(
 def described_base(initial: Initial) -> str:
     """Bytes of the frozen base as it is stored, and in what form."""
     projections = [leaf for leaf in jax.tree.leaves(initial.base, is_leaf=is_nf4) if is_nf4(leaf)]
-    whole, quantised = (f"{base_bytes(part) / 2**20:,.1f} MiB" for part in (initial.base, projections))
+    whole, quantised = (
+        f"{base_bytes(part) / 2**20:,.1f} MiB" for part in (initial.base, projections)
+    )
     if not projections:
         return f"{whole} ({initial.dtype})"
-    return f"{whole} (projections NF4, {quantised}, dequantised in LoRA's products; the rest {initial.dtype})"
+    return (
+        f"{whole} (projections NF4, {quantised}, dequantised in LoRA's products; the rest"
+        f" {initial.dtype})"
+    )
 
 
 def head_of(dataset: Dataset, initial: Initial) -> str:
     """What an encoder got for this run, and its dropout."""
     fresh = f"drawn at random: {', '.join(initial.fresh)}" if initial.fresh else "that of the model"
     markers = f"{len(dataset.new_tokens)} new marker tokens"
-    return f"{len(dataset.schema.labels)} labels ({fresh}); {markers}; dropout {initial.architecture.dropout:g} (config.json)"
+    return (
+        f"{len(dataset.schema.labels)} labels ({fresh}); {markers}; dropout"
+        f" {initial.architecture.dropout:g} (config.json)"
+    )
 
 
 def progress_bar(console: Console, shown: bool) -> Progress:
@@ -315,7 +427,10 @@ class Clock:
 
     def __post_init__(self) -> None:
         lengths = self.dataset.train.tokens.lengths
-        chosen = [np.fromiter((i for rows in update.micro for row in rows for i in row), np.int64) for update in self.plan.updates]
+        chosen = [
+            np.fromiter((i for rows in update.micro for row in rows for i in row), np.int64)
+            for update in self.plan.updates
+        ]
         self.examples = np.cumsum([0, *(len(one) for one in chosen)])
         self.tokens = np.cumsum([0, *(int(lengths[one].sum()) for one in chosen)])
         self.began = time.perf_counter()

@@ -28,10 +28,12 @@ ROWS = ("data", "fsdp")
 
 
 def join_processes() -> None:
-    """Joins the processes of a run on several hosts, where the environment says that there are several.
+    """Joins the processes of a run on several hosts, where the environment says that there are
+    several.
 
     `JAX_COORDINATOR_ADDRESS=HOST:PORT` with `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`, or
-    `JAX_COORDINATOR_ADDRESS=auto` where JAX finds the others itself (Slurm, Cloud TPU, Open MPI, Kubernetes).
+    `JAX_COORDINATOR_ADDRESS=auto` where JAX finds the others itself (Slurm, Cloud TPU, Open MPI,
+    Kubernetes).
 
     Raises:
       InputError: an address without the two numbers.
@@ -47,15 +49,18 @@ def join_processes() -> None:
         count, number = (int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     except (KeyError, ValueError):
         raise InputError(
-            "JAX_COORDINATOR_ADDRESS is set; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers too, or the address to auto"
+            "JAX_COORDINATOR_ADDRESS is set; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers"
+            " too, or the address to auto"
         ) from None
     jax.distributed.initialize(address, count, number)
 
 
 def split_cpu(count: int | None) -> None:
-    """Splits the CPU into `count` devices, one a core at best: small products use two cores better as two devices.
+    """Splits the CPU into `count` devices, one a core at best: small products use two cores better
+    as two devices.
 
-    LoRA on the shipped base, 1,024 tokens an update, two cores: 3,000 tokens/s as two devices, 2,200 as one (2026-11-20).
+    LoRA on the shipped base, 1,024 tokens an update, two cores: 3,000 tokens/s as two devices,
+    2,200 as one (2026-11-20).
 
     Raises:
       InputError: JAX has started already, with another number.
@@ -65,7 +70,10 @@ def split_cpu(count: int | None) -> None:
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:
-        raise InputError(f"mesh.cpu_devices={count}: JAX has started already with another number of devices; use a new process") from None
+        raise InputError(
+            f"mesh.cpu_devices={count}: JAX has started already with another number of devices; use"
+            " a new process"
+        ) from None
 
 
 def make_mesh(mesh: Mesh, devices: list | None = None) -> jax.sharding.Mesh:
@@ -75,10 +83,15 @@ def make_mesh(mesh: Mesh, devices: list | None = None) -> jax.sharding.Mesh:
     data = mesh.data or max(1, rest)
     if (left and mesh.data is None) or data * mesh.fsdp * mesh.tensor != len(devices):
         raise InputError(
-            f"mesh {data} x {mesh.fsdp} x {mesh.tensor} (data x fsdp x tensor) does not fit {len(devices)} devices; "
-            "correct mesh.data, mesh.fsdp, mesh.tensor"
+            f"mesh {data} x {mesh.fsdp} x {mesh.tensor} (data x fsdp x tensor) does not fit"
+            f" {len(devices)} devices; correct mesh.data, mesh.fsdp, mesh.tensor"
         )
-    return jax.make_mesh((data, mesh.fsdp, mesh.tensor), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(
+        (data, mesh.fsdp, mesh.tensor),
+        ("data", "fsdp", "tensor"),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=devices,
+    )
 
 
 def row_shards(mesh: jax.sharding.Mesh) -> int:
@@ -86,20 +99,29 @@ def row_shards(mesh: jax.sharding.Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def _named(mesh: jax.sharding.Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
-    fitted = [axis if axis and length % mesh.shape[axis] == 0 else None for length, axis in zip(shape, axes, strict=True)]
+def _named(
+    mesh: jax.sharding.Mesh, shape: tuple[int, ...], axes: tuple[str | None, ...]
+) -> NamedSharding:
+    fitted = [
+        axis if axis and length % mesh.shape[axis] == 0 else None
+        for length, axis in zip(shape, axes, strict=True)
+    ]
     return NamedSharding(mesh, PartitionSpec(*fitted))
 
 
 def base_shardings(architecture: Architecture, mesh: jax.sharding.Mesh) -> Tree:
     """Shardings of the base weights, in their form."""
-    return tree_of((path, _named(mesh, shape, axes)) for _, path, shape, axes in places(architecture))
+    return tree_of(
+        (path, _named(mesh, shape, axes)) for _, path, shape, axes in places(architecture)
+    )
 
 
 def quantised_shardings(base: Tree, shardings: Tree, mesh: jax.sharding.Mesh) -> Tree:
-    """`shardings` of a dense base for `base`, which may have NF4 projections: those lie whole on every device.
+    """`shardings` of a dense base for `base`, which may have NF4 projections: those lie whole on
+    every device.
 
-    At four bits the largest of the models takes 1.5 GB; split rows would be gathered, dequantised, in every layer and pass.
+    At four bits the largest of the models takes 1.5 GB; split rows would be gathered, dequantised,
+    in every layer and pass.
     """
 
     def whole(leaf: Any, given: NamedSharding) -> Any:
@@ -108,13 +130,17 @@ def quantised_shardings(base: Tree, shardings: Tree, mesh: jax.sharding.Mesh) ->
     return jax.tree.map(whole, base, shardings, is_leaf=is_nf4)
 
 
-def adapter_shardings(architecture: Architecture, lora: Lora, factors: Tree, mesh: jax.sharding.Mesh) -> Tree:
+def adapter_shardings(
+    architecture: Architecture, lora: Lora, factors: Tree, mesh: jax.sharding.Mesh
+) -> Tree:
     """Shardings of LoRA factors (arrays or shapes), in their form."""
     axes = adapter_axes(architecture, lora)
     return jax.tree.map(lambda leaf, names: _named(mesh, leaf.shape, names), factors, axes)
 
 
-def optimiser_shardings(optimiser: optax.GradientTransformation, shapes: Tree, shardings: Tree, mesh: jax.sharding.Mesh) -> Tree:
+def optimiser_shardings(
+    optimiser: optax.GradientTransformation, shapes: Tree, shardings: Tree, mesh: jax.sharding.Mesh
+) -> Tree:
     """Moments lie as their parameters do, counters everywhere."""
     return optax.tree_map_params(
         optimiser,
@@ -135,18 +161,24 @@ def row_sharding(mesh: jax.sharding.Mesh, leading: int = 1) -> NamedSharding:
 
 
 def constrain_rows(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Keeps [B, T, D] activations split over rows, so that the weights move and not the activations."""
+    """Keeps [B, T, D] activations split over rows, so that the weights move and not the
+    activations.
+    """
     sharding = NamedSharding(mesh, PartitionSpec(ROWS, None, None))
     return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
 
 def put(tree: Tree, shardings: Tree) -> Tree:
-    """Host arrays onto the mesh. Every process holds the whole array and gives the parts its devices own."""
+    """Host arrays onto the mesh. Every process holds the whole array and gives the parts its
+    devices own.
+    """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
     def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        return jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index])
+        return jax.make_array_from_callback(
+            np.shape(array), sharding, lambda index: np.asarray(array)[index]
+        )
 
     return jax.tree.map(place, tree, shardings)
 

@@ -47,7 +47,14 @@ class Validation:
     Both steps are compiled once, at the first `run`, and take the weights as arguments.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, architecture: Architecture, dtype: np.dtype, mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        architecture: Architecture,
+        dtype: np.dtype,
+        mesh: jax.sharding.Mesh,
+    ):
         self.config, self.architecture, self.dtype = config, architecture, dtype
         self.sharding = sharding.row_sharding(mesh, leading=0)
         self.split = dataset.validation
@@ -68,7 +75,10 @@ class Validation:
         packed, most = len(pack(rows=1).updates), max(1, config.predict.batch_tokens // row_length)
         rows = -(-packed // -(-packed // most))
         plan = pack(rows=-(-rows // shards) * shards)
-        self.batches = [Rows(*(array[0] for array in fill_update(tokens, plan.prefixes, update))) for update in plan.updates]
+        self.batches = [
+            Rows(*(array[0] for array in fill_update(tokens, plan.prefixes, update)))
+            for update in plan.updates
+        ]
         self.scored = [] if dataset.template is None else self._scored(dataset)
         ops = ops_of(config.kernels, mesh)
         (shape,) = plan.shapes
@@ -80,12 +90,18 @@ class Validation:
         self.batch_loss = jax.jit(batch_loss, out_shardings=sharding.replicated(mesh))
 
     def _scored(self, dataset: Dataset) -> list[Scored]:
-        asked = dict(zip((example.id for example in self.split.examples), self.split.questions, strict=True))
+        asked = dict(
+            zip((example.id for example in self.split.examples), self.split.questions, strict=True)
+        )
         scored = []
         for name, examples in by_dataset(self.split.examples).items():
             labels = dataset.schemas.of(name).labels
-            prompts, answers = label_answers(dataset.template, [asked[example.id] for example in examples], labels)
-            check_vocabulary(max(token for given in answers for ids in given for token in ids), self.architecture)
+            prompts, answers = label_answers(
+                dataset.template, [asked[example.id] for example in examples], labels
+            )
+            check_vocabulary(
+                max(token for given in answers for ids in given for token in ids), self.architecture
+            )
             plan = plan_scoring(
                 prompts,
                 answers,
@@ -94,15 +110,22 @@ class Validation:
                 sharding=self.sharding,
                 names=[example.id for example in examples],
             )
-            scored.append(Scored(name, tuple(example.relation for example in examples), labels, plan))
+            scored.append(
+                Scored(name, tuple(example.relation for example in examples), labels, plan)
+            )
         return scored
 
     def run(self, trainable: Tree, base: Tree) -> dict[str, float]:
-        """`loss` per supervised token and, for relations, `f1` (positive-class micro), `accuracy` and `collapsed`.
+        """`loss` per supervised token and, for relations, `f1` (positive-class micro), `accuracy`
+        and `collapsed`.
 
-        Of several datasets these are means, unweighted (`collapsed`: of any), and each has its own as `f1/NAME` and so on.
+        Of several datasets these are means, unweighted (`collapsed`: of any), and each has its own
+        as `f1/NAME` and so on.
         """
-        sums = [self.batch_loss(trainable, base, sharding.put_rows(rows, self.sharding)) for rows in self.batches]
+        sums = [
+            self.batch_loss(trainable, base, sharding.put_rows(rows, self.sharding))
+            for rows in self.batches
+        ]
         count = sum(float(rows.weights.sum()) for rows in self.batches)
         measured = {"loss": float(sum(map(float, sums)) / count)}
         if not self.scored:
@@ -110,19 +133,35 @@ class Validation:
         params, adapter = model_of(trainable, base, self.config, None, self.dtype)
         factors = adapter.factors if adapter else None
         model = Model(params, self.architecture, factors, scale_of(self.config.lora))
-        figures = {one.dataset: _figures(one.gold, run_scoring(model, one.plan), one.labels) for one in self.scored}
+        figures = {
+            one.dataset: _figures(one.gold, run_scoring(model, one.plan), one.labels)
+            for one in self.scored
+        }
         if len(figures) == 1:
             return measured | figures[self.scored[0].dataset]
         for name in ("f1", "accuracy"):
             measured[name] = float(np.mean([one[name] for one in figures.values()]))
         measured["collapsed"] = any(one["collapsed"] for one in figures.values())
-        return measured | {f"{name}/{dataset}": value for dataset, one in figures.items() for name, value in one.items()}
+        return measured | {
+            f"{name}/{dataset}": value
+            for dataset, one in figures.items()
+            for name, value in one.items()
+        }
 
 
 class LabelValidation:
-    """The validation split for an encoder: its examples that fit a row (the others are listed in the log)."""
+    """The validation split for an encoder: its examples that fit a row (the others are listed in
+    the log).
+    """
 
-    def __init__(self, config: Config, dataset: Dataset, architecture: EncoderArchitecture, dtype: np.dtype, mesh: jax.sharding.Mesh):
+    def __init__(
+        self,
+        config: Config,
+        dataset: Dataset,
+        architecture: EncoderArchitecture,
+        dtype: np.dtype,
+        mesh: jax.sharding.Mesh,
+    ):
         self.config, self.architecture, self.dtype = config, architecture, dtype
         self.plan = plan_classification(
             dataset.validation.tokens,
@@ -150,7 +189,17 @@ def _figures(gold: Sequence[str], scores: np.ndarray, labels: Sequence[str]) -> 
 def told(validated: dict[str, float]) -> str:
     """What a run prints of a validation; of each dataset's figures the F1."""
     shown = [name for name in validated if "/" not in name or name.startswith("f1/")]
-    figures = "  ".join(f"validation {name} {validated[name]:.4f}" for name in shown if name != "collapsed")
-    collapsed = [name.partition("/")[2] for name, value in validated.items() if name.startswith("collapsed/") and value]
+    figures = "  ".join(
+        f"validation {name} {validated[name]:.4f}" for name in shown if name != "collapsed"
+    )
+    collapsed = [
+        name.partition("/")[2]
+        for name, value in validated.items()
+        if name.startswith("collapsed/") and value
+    ]
     where = f" of {', '.join(collapsed)}" if collapsed else ""
-    return figures + (f"  COLLAPSED: one label is predicted for every example{where}" if validated.get("collapsed") else "")
+    return figures + (
+        f"  COLLAPSED: one label is predicted for every example{where}"
+        if validated.get("collapsed")
+        else ""
+    )

@@ -1,7 +1,8 @@
 """Products with dense weights, in plain XLA.
 
-For full fine-tuning and language modelling, where dW is formed. On a CPU the first operand of a sum over tokens is transposed in
-memory, and autodiff puts dY there whatever the widths: for a projection that widens (gate and up of an MLP), the larger of the two.
+For full fine-tuning and language modelling, where dW is formed. On a CPU the first operand of a sum
+over tokens is transposed in memory, and autodiff puts dY there whatever the widths: for a
+projection that widens (gate and up of an MLP), the larger of the two.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import jax
 def dense_linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """Y = X W; its backward pass has the narrower of X and dY as the first operand of dW.
 
-    dX = dY W^T; dW = X^T dY if I <= O, else (dY^T X)^T, summed over tokens. The same products as autodiff's, one of them turned.
+    dX = dY W^T; dW = X^T dY if I <= O, else (dY^T X)^T, summed over tokens. The same products as
+    autodiff's, one of them turned.
 
     Args:
       x: [..., I]; weight: [I, O], of one dtype.

@@ -15,7 +15,14 @@ def tiny_base(tmp_path_factory, shared_models):
     from tiny_decoders import build
 
     folder = tmp_path_factory.mktemp("bases") / "tiny"
-    fields = {"model_type": "llama", "vocab_size": 512, "head_dim": 12, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    fields = {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "head_dim": 12,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
     build(fields, folder)
     for name in TOKENIZER:
         source = shared_models / "karpathy/stories260K/hf" / name

@@ -1,7 +1,9 @@
-"""Peak memory of each conversion of a random model, in a process of its own: `python peak_memory.py FOLDER`.
+"""Peak memory of each conversion of a random model, in a process of its own: `python peak_memory.py
+FOLDER`.
 
-Prints JSON: bytes of the model, and by how much each conversion raised the process's resident memory at its
-peak (Linux: VmHWM, reset before each). What a process holds when it starts is not counted.
+Prints JSON: bytes of the model, and by how much each conversion raised the process's resident
+memory at its peak (Linux: VmHWM, reset before each). What a process holds when it starts is not
+counted.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ def write_model(folder: Path, **fields: int) -> int:
     (folder / "config.json").write_text(json.dumps(FIELDS | fields))
     draw = np.random.default_rng(0)
     shapes = hf_shapes(read_architecture(folder))
-    tensors = {name: draw.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16) for name, shape in shapes.items()}
+    tensors = {
+        name: draw.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)
+        for name, shape in shapes.items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return sum(value.nbytes for value in tensors.values())
 
@@ -49,14 +54,29 @@ def write_model(folder: Path, **fields: int) -> int:
 def convert_all(folder: Path) -> dict[str, int]:
     """Growth of the resident memory in each direction; every one is verified too."""
     architecture, lora = read_architecture(folder / "hf"), Lora(rank=4)
-    save_adapter(folder / "adapter", architecture, lora, random_factors(architecture, lora), str(folder / "hf"), folder / "hf")
+    save_adapter(
+        folder / "adapter",
+        architecture,
+        lora,
+        random_factors(architecture, lora),
+        str(folder / "hf"),
+        folder / "hf",
+    )
     return {
-        "to nf4": growth(lambda: convert(folder / "hf", folder / "nf4", "jaxre", quantise="nf4", verify=True)),
+        "to nf4": growth(
+            lambda: convert(folder / "hf", folder / "nf4", "jaxre", quantise="nf4", verify=True)
+        ),
         "from nf4": growth(lambda: convert(folder / "nf4", folder / "dense", "hf", verify=True)),
-        "hf to jaxre": growth(lambda: convert(folder / "hf", folder / "ours", "jaxre", verify=True)),
+        "hf to jaxre": growth(
+            lambda: convert(folder / "hf", folder / "ours", "jaxre", verify=True)
+        ),
         "jaxre to hf": growth(lambda: convert(folder / "ours", folder / "back", "hf", verify=True)),
-        "to float32": growth(lambda: convert(folder / "hf", folder / "wide", "jaxre", dtype="float32", verify=True)),
-        "merged": growth(lambda: convert(folder / "adapter", folder / "merged", "hf", merge=True, verify=True)),
+        "to float32": growth(
+            lambda: convert(folder / "hf", folder / "wide", "jaxre", dtype="float32", verify=True)
+        ),
+        "merged": growth(
+            lambda: convert(folder / "adapter", folder / "merged", "hf", merge=True, verify=True)
+        ),
     }
 
 
@@ -75,6 +95,7 @@ def resident(field: str) -> int:
 if __name__ == "__main__":
     root = Path(sys.argv[1])
     write_model(root / "small/hf", num_hidden_layers=2)
-    convert_all(root / "small")  # what is loaded, started and compiled (matrices of the same shapes) on first use
+    # what is loaded, started and compiled (matrices of the same shapes) on first use
+    convert_all(root / "small")
     size = write_model(root / "large/hf")
     print(json.dumps({"model": size} | convert_all(root / "large")))

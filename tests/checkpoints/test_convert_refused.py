@@ -76,7 +76,10 @@ def test_adapter_that_makes_a_weight_no_number_is_refused(run, tmp_path, fault):
         save_file(tensors, path)
     told = refusal(lambda: convert(run, tmp_path / "merged", "hf", merge=True))
     layer = 0 if fault == "absurd alpha" else 1
-    assert f"{run / 'adapter'}: merged into model.layers.{layer}.mlp.down_proj.weight" in told and "not finite" in told
+    assert (
+        f"{run / 'adapter'}: merged into model.layers.{layer}.mlp.down_proj.weight" in told
+        and "not finite" in told
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -89,11 +92,15 @@ def test_adapter_that_makes_a_weight_no_number_is_refused(run, tmp_path, fault):
         ("vocab.txt", "word\n" * 601),
     ],
 )
-def test_token_beyond_the_embeddings_is_found_in_whichever_file_has_it(tiny_base, tmp_path, name, text):
+def test_token_beyond_the_embeddings_is_found_in_whichever_file_has_it(
+    tiny_base, tmp_path, name, text
+):
     base = shutil.copytree(tiny_base, tmp_path / "hf")
     (base / name).write_text(text)
     told = refusal(lambda: convert(base, tmp_path / "ours", "jaxre"))
-    assert f"{base / name}: the tokenizer gives token 600, but vocab_size of the model is 512" in told
+    assert (
+        f"{base / name}: the tokenizer gives token 600, but vocab_size of the model is 512" in told
+    )
     (base / name).write_text(text.replace("600", "511").replace("word\n" * 601, "word\n" * 512))
     convert(base, tmp_path / "ours", "jaxre")
 
@@ -102,33 +109,47 @@ def test_architecture_that_is_not_known_is_named_by_its_config(tiny_base, tmp_pa
     base = shutil.copytree(tiny_base, tmp_path / "hf")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
-    assert refusal(lambda: convert(base, tmp_path / "ours", "jaxre")).startswith(f"{base / 'config.json'}: model_type 'mamba'")
+    assert refusal(lambda: convert(base, tmp_path / "ours", "jaxre")).startswith(
+        f"{base / 'config.json'}: model_type 'mamba'"
+    )
 
 
 def test_tokenizer_with_tokens_beyond_the_embeddings_is_refused(tiny_base, tmp_path):
     base = shutil.copytree(tiny_base, tmp_path / "hf")
     path = base / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
-    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 512, "content": "<one more>"})
+    tokenizer["added_tokens"].append(
+        {**tokenizer["added_tokens"][0], "id": 512, "content": "<one more>"}
+    )
     path.write_text(json.dumps(tokenizer))
     message = refusal(lambda: convert(base, tmp_path / "ours", "jaxre"))
     assert f"{path}: the tokenizer gives token 512, but vocab_size of the model is 512" in message
     path.write_text("{}")
-    assert f"{path}: the tokenizer does not load" in refusal(lambda: convert(base, tmp_path / "ours", "jaxre"))
+    assert f"{path}: the tokenizer does not load" in refusal(
+        lambda: convert(base, tmp_path / "ours", "jaxre")
+    )
     assert [entry.name for entry in tmp_path.iterdir()] == ["hf"]
 
 
 def test_disk_that_is_too_small_is_refused_before_writing(tiny_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000)
+    )
     message = refusal(lambda: convert(tiny_base, tmp_path / "deep/ours", "jaxre"))
-    assert "deep/ours: needs 0.0 GB, and 0.0 GB are free there; name a folder on another disk" in message
+    assert (
+        "deep/ours: needs 0.0 GB, and 0.0 GB are free there; name a folder on another disk"
+        in message
+    )
     assert not list(tmp_path.iterdir())
 
 
 @contextlib.contextmanager
 def files_of_at_most(size: int):
     """The kernel refuses larger ones, as a full disk does."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before, handler = (
+        resource.getrlimit(resource.RLIMIT_FSIZE),
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+    )
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield

@@ -28,11 +28,19 @@ def printed(conversion, width: int = 120) -> str:
 @pytest.mark.parametrize(("source", "to"), [("hf", "jaxre"), ("jaxre", "hf"), ("adapter", "peft")])
 def test_pure_conversion_verifies_as_bit_identical(run, tiny_base, tmp_path, source, to):
     convert(tiny_base, tmp_path / "ours", "jaxre")
-    done = convert({"hf": tiny_base, "jaxre": tmp_path / "ours", "adapter": run}[source], tmp_path / "target", to, verify=True)
-    tensors = 3 * 2 * 2 - 4 if to == "peft" else len(bits(tiny_base))  # an adapter's two targets: a stack and a last layer of A and B
+    done = convert(
+        {"hf": tiny_base, "jaxre": tmp_path / "ours", "adapter": run}[source],
+        tmp_path / "target",
+        to,
+        verify=True,
+    )
+    # an adapter's two targets: a stack and a last layer of A and B
+    tensors = 3 * 2 * 2 - 4 if to == "peft" else len(bits(tiny_base))
     assert len(done.differences) == tensors and not any(done.differences.values())
     lines = printed(done).splitlines()
-    assert "verified: bit-identical" in lines[0] and [cell.strip() for cell in lines[-2].split("│")[1:4]] == ["all", str(tensors), "0"]
+    assert "verified: bit-identical" in lines[0] and [
+        cell.strip() for cell in lines[-2].split("│")[1:4]
+    ] == ["all", str(tensors), "0"]
     assert convert(tiny_base, tmp_path / "again", "jaxre").differences is None
 
 
@@ -48,7 +56,9 @@ def test_title_of_the_verification_is_true_for_what_was_asked(run, tiny_base, tm
             (run, True, "bfloat16", "rounded to bfloat16"),
         ]
     ):
-        done = convert(source, tmp_path / str(number), "jaxre", merge=merge, dtype=dtype, verify=True)
+        done = convert(
+            source, tmp_path / str(number), "jaxre", merge=merge, dtype=dtype, verify=True
+        )
         assert verification_table(done).title == f"verified: {title}"
 
 
@@ -79,7 +89,9 @@ def test_every_block_of_a_tensor_is_compared(run, tmp_path, monkeypatch):
         (folder / "model.safetensors").write_bytes(data)
 
     monkeypatch.setattr(module, "write_base", damaging)
-    assert "1 of" in refusal(lambda: convert(run, tmp_path / "target", "hf", merge=True, verify=True))
+    assert "1 of" in refusal(
+        lambda: convert(run, tmp_path / "target", "hf", merge=True, verify=True)
+    )
 
 
 def test_values_that_are_no_numbers_verify_by_their_bits(tmp_path, monkeypatch):
@@ -96,29 +108,44 @@ def test_values_that_are_no_numbers_verify_by_their_bits(tmp_path, monkeypatch):
 
     def damaging(folder, *arguments, **keywords):
         write(folder, *arguments, **keywords)
-        save_file({**tensors, name: np.full_like(tensors[name], np.nan)}, folder / "model.safetensors")
+        save_file(
+            {**tensors, name: np.full_like(tensors[name], np.nan)}, folder / "model.safetensors"
+        )
 
     monkeypatch.setattr(module, "write_base", damaging)
     convert(tmp_path / "hf", tmp_path / "ours", "jaxre")
-    assert "up_proj.weight by inf" in refusal(lambda: convert(tmp_path / "ours", tmp_path / "back", "hf", verify=True))
+    assert "up_proj.weight by inf" in refusal(
+        lambda: convert(tmp_path / "ours", tmp_path / "back", "hf", verify=True)
+    )
 
 
 def test_rounding_is_reported_tensor_by_tensor(run, tiny_base, tmp_path):
     done = convert(run, tmp_path / "merged", "hf", merge=True, dtype="bfloat16", verify=True)
     loaded = open_model(run, None)
-    written, base = load_file(tmp_path / "merged/model.safetensors"), load_file(tiny_base / "model.safetensors")
+    written, base = (
+        load_file(tmp_path / "merged/model.safetensors"),
+        load_file(tiny_base / "model.safetensors"),
+    )
     assert done.differences.keys() == written.keys() == base.keys()
+    # the reference is formed in f32 in another order
     for name, value in written.items():
         exact = base[name]
         if "q_proj" in name or "down_proj" in name:
             layer, module = int(name.split(".")[2]), "q" if "q_proj" in name else "down"
-            pair = loaded.factors["last"][module] if layer == 2 else {k: v[layer] for k, v in loaded.factors["layers"][module].items()}
+            pair = (
+                loaded.factors["last"][module]
+                if layer == 2
+                else {k: v[layer] for k, v in loaded.factors["layers"][module].items()}
+            )
             exact = exact + scale_of(LORA) * (pair["a"] @ pair["b"]).T
         expected = np.abs(value.astype(np.float64) - exact).max()
         assert 0 < done.differences[name] < 2.0**-8 * np.abs(exact).max()
-        assert abs(done.differences[name] - expected) < 1e-5  # the reference is formed in f32 in another order
+        assert abs(done.differences[name] - expected) < 1e-5
     worst = max(done.differences, key=done.differences.get)
-    assert "verified: rounded to bfloat16" in printed(done) and f"{done.differences[worst]:.3g} │ {worst}" in printed(done).splitlines()[-2]
+    assert (
+        "verified: rounded to bfloat16" in printed(done)
+        and f"{done.differences[worst]:.3g} │ {worst}" in printed(done).splitlines()[-2]
+    )
 
 
 def swapped(folder: Path) -> None:
@@ -147,9 +174,14 @@ def flipped(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [swapped, flipped])
 @pytest.mark.parametrize(
-    ("to", "writer"), [("hf", "write_base"), ("jaxre", "write_native"), ("peft", "save_adapter")], ids=["hf", "jaxre", "peft"]
+    ("to", "writer"),
+    [("hf", "write_base"), ("jaxre", "write_native"), ("peft", "save_adapter")],
+    ids=["hf", "jaxre", "peft"],
 )
-def test_folder_that_does_not_read_back_is_refused_and_removed(run, tmp_path, monkeypatch, to, writer, damage):
+# and without --verify it would have passed
+def test_folder_that_does_not_read_back_is_refused_and_removed(
+    run, tmp_path, monkeypatch, to, writer, damage
+):
     from jaxre.checkpoints import convert as module
 
     write = getattr(module, writer)
@@ -159,11 +191,15 @@ def test_folder_that_does_not_read_back_is_refused_and_removed(run, tmp_path, mo
         damage(folder)
 
     monkeypatch.setattr(module, writer, damaging)
-    message = refusal(lambda: convert(run, tmp_path / "target", to, merge=to != "peft", verify=True))
+    message = refusal(
+        lambda: convert(run, tmp_path / "target", to, merge=to != "peft", verify=True)
+    )
     if (to, damage) == ("jaxre", flipped):
         assert "the store cannot be read" in message  # the checksum of the chunk
     else:
-        assert f"{tmp_path / 'target'}: {2 if damage is swapped and to != 'peft' else 1} of" in message
+        assert (
+            f"{tmp_path / 'target'}: {2 if damage is swapped and to != 'peft' else 1} of" in message
+        )
         assert "do not read back as written" in message
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    convert(run, tmp_path / "target", to, merge=to != "peft")  # and without --verify it would have passed
+    convert(run, tmp_path / "target", to, merge=to != "peft")

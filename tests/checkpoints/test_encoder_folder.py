@@ -1,4 +1,6 @@
-"""Encoders in Hugging Face folders: every way their weights are named, a head or none, bit-identical, faults listed."""
+"""Encoders in Hugging Face folders: every way their weights are named, a head or none,
+bit-identical, faults listed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ import pytest
 from refusals import refusal
 from safetensors.numpy import load_file, save_file
 from tiny_decoders import ground_truth, random_factors, relative
-from tiny_encoders import LABELS, SIZES, build, fields_of, minilm, our_logits, their_logits, tokens_of
+from tiny_encoders import (
+    LABELS,
+    SIZES,
+    build,
+    fields_of,
+    minilm,
+    our_logits,
+    their_logits,
+    tokens_of,
+)
 from tiny_runs import LORA
 
 from jaxre.checkpoints.convert import convert, verification_table
@@ -41,11 +52,15 @@ def folder(family, tmp_path):
 def rewrite(folder, change):
     """The folder's tensors as `change` (a function of the dict) gives them."""
     path = folder / "model.safetensors"
-    save_file({name: np.ascontiguousarray(value) for name, value in change(load_file(path)).items()}, path)
+    save_file(
+        {name: np.ascontiguousarray(value) for name, value in change(load_file(path)).items()}, path
+    )
 
 
 def equal(one, other) -> bool:
-    return jax.tree.structure(one) == jax.tree.structure(other) and jax.tree.all(jax.tree.map(np.array_equal, one, other))
+    return jax.tree.structure(one) == jax.tree.structure(other) and jax.tree.all(
+        jax.tree.map(np.array_equal, one, other)
+    )
 
 
 # ---- what works -----------------------------------------------------------------------------
@@ -54,42 +69,78 @@ def equal(one, other) -> bool:
 def test_a_saved_folder_is_bit_identical(family, tmp_path):
     architecture, params = load_base(family)
     save_base(tmp_path / "out", architecture, params, family)
-    ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(family / "model.safetensors")
+    ours, theirs = (
+        load_file(tmp_path / "out" / "model.safetensors"),
+        load_file(family / "model.safetensors"),
+    )
     assert equal(ours, theirs)
 
 
-def test_an_encoder_with_new_tokens_and_labels_loads_in_transformers_with_the_same_logits(family, tmp_path):
-    """Resized embeddings, a new head and its label names, as training leaves them; nothing is missing or drawn afresh."""
+def test_an_encoder_with_new_tokens_and_labels_loads_in_transformers_with_the_same_logits(
+    family, tmp_path
+):
+    """Resized embeddings, a new head and its label names, as training leaves them; nothing is
+    missing or drawn afresh.
+    """
     from transformers import AutoModelForSequenceClassification
 
     architecture, params = load_base(family)
     labels = ("no", "yes(e1,e2)", "yes(e2,e1)")
-    architecture, params, _ = for_task(architecture, params, 101, dict.fromkeys(range(97, 101), ()), labels, 0)
+    architecture, params, _ = for_task(
+        architecture, params, 101, dict.fromkeys(range(97, 101), ()), labels, 0
+    )
     save_base(tmp_path / "out", architecture, params, family)
-    model, told = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, told = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "out", output_loading_info=True
+    )
     assert not any(told.values()), told
-    assert model.config.id2label == dict(enumerate(labels)) and model.config.label2id["yes(e1,e2)"] == 1
+    assert (
+        model.config.id2label == dict(enumerate(labels))
+        and model.config.label2id["yes(e1,e2)"] == 1
+    )
     tokens = tokens_of(architecture, 2, 30)
     tokens[:, 5] = 100  # a new one
-    assert relative(our_logits(architecture, params, tokens)[:, 0], their_logits(model.eval(), tokens)) < 1e-4
+    assert (
+        relative(our_logits(architecture, params, tokens)[:, 0], their_logits(model.eval(), tokens))
+        < 1e-4
+    )
 
 
 def test_our_own_folder_keeps_an_encoder_with_and_without_head(family, tmp_path):
     convert(family, tmp_path / "ours", "jaxre", verify=True)
     convert(tmp_path / "ours", tmp_path / "back", "hf", verify=True)
-    assert equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(family / "model.safetensors"))
+    assert equal(
+        load_file(tmp_path / "back" / "model.safetensors"), load_file(family / "model.safetensors")
+    )
     bare = shutil.copytree(family, tmp_path / "bare")
-    rewrite(bare, lambda tensors: {name: value for name, value in tensors.items() if not name.startswith("classifier")})
+    rewrite(
+        bare,
+        lambda tensors: {
+            name: value for name, value in tensors.items() if not name.startswith("classifier")
+        },
+    )
     convert(bare, tmp_path / "ours-bare", "jaxre")
     ours, theirs = open_model(tmp_path / "ours-bare", None), open_model(bare, None)
-    assert ours.architecture == theirs.architecture and ours.architecture.labels == () and equal(ours.base, theirs.base)
+    assert (
+        ours.architecture == theirs.architecture
+        and ours.architecture.labels == ()
+        and equal(ours.base, theirs.base)
+    )
 
 
 def test_names_without_prefix_are_the_same_weights(folder):
     """`BertModel.save_pretrained` writes them so."""
     expected = load_base(folder)
-    rewrite(folder, lambda tensors: {name.removeprefix("bert.").removeprefix("roberta."): value for name, value in tensors.items()})
-    assert not any(name.startswith(("bert.", "roberta.")) for name in load_file(folder / "model.safetensors"))
+    rewrite(
+        folder,
+        lambda tensors: {
+            name.removeprefix("bert.").removeprefix("roberta."): value
+            for name, value in tensors.items()
+        },
+    )
+    assert not any(
+        name.startswith(("bert.", "roberta.")) for name in load_file(folder / "model.safetensors")
+    )
     assert load_base(folder)[0] == expected[0] and equal(load_base(folder)[1], expected[1])
 
 
@@ -97,37 +148,55 @@ def test_norms_of_old_conversions_are_the_same_weights(folder):
     expected = load_base(folder)[1]
 
     def old(name: str) -> str:
-        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        )
 
     rewrite(folder, lambda tensors: {old(name): value for name, value in tensors.items()})
     assert equal(load_base(folder)[1], expected)
 
 
 def told_heads(folder) -> set[str]:
-    """Names of the tensors of a pretraining head, as transformers' own classifier leaves them out."""
+    """Names of the tensors of a pretraining head, as transformers' own classifier leaves them
+    out.
+    """
     from transformers import AutoModelForSequenceClassification
 
     _, told = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     return set(told["unexpected_keys"])
 
 
-@pytest.mark.parametrize(("kind", "kept"), [("BertModel", ("dense",)), ("BertForMaskedLM", ()), ("RobertaForMaskedLM", ())])
+@pytest.mark.parametrize(
+    ("kind", "kept"),
+    [("BertModel", ("dense",)), ("BertForMaskedLM", ()), ("RobertaForMaskedLM", ())],
+)
 def test_models_with_another_head_or_none_are_read_without_it(kind, kept, tmp_path):
-    """Their own heads and buffers are left out; what a classifier shares with them, BERT's pooler, is kept."""
+    """Their own heads and buffers are left out; what a classifier shares with them, BERT's pooler,
+    is kept.
+    """
     import transformers
 
     name = NAMES[kind.startswith("Roberta")]
     config = transformers.AutoConfig.for_model(**SIZES | fields_of(name))
     model = getattr(transformers, kind)(config)
     model.save_pretrained(tmp_path / "model")
-    rewrite(tmp_path / "model", lambda tensors: tensors | {f"{config.model_type}.embeddings.position_ids": np.arange(64)[None]})
+    rewrite(
+        tmp_path / "model",
+        lambda tensors: (
+            tensors | {f"{config.model_type}.embeddings.position_ids": np.arange(64)[None]}
+        ),
+    )
     architecture, params = load_base(tmp_path / "model")
     assert architecture.labels == () and architecture.dense == bool(kept)
-    assert {name for name in params if name.startswith(("dense", "classifier"))} == {n for one in kept for n in (one, f"{one}_bias")}
+    assert {name for name in params if name.startswith(("dense", "classifier"))} == {
+        n for one in kept for n in (one, f"{one}_bias")
+    }
     embed = model.get_input_embeddings().weight.detach().numpy()
     assert np.array_equal(params["embed"], embed)
     done = convert(tmp_path / "model", tmp_path / "ours", "jaxre", verify=True)
-    left_out = sorted(load_file(tmp_path / "model/model.safetensors").keys() & told_heads(tmp_path / "model"))
+    left_out = sorted(
+        load_file(tmp_path / "model/model.safetensors").keys() & told_heads(tmp_path / "model")
+    )
     assert list(done.left_out) == left_out and bool(left_out) == (not kept)
     title = " ".join(verification_table(done).title.split())
     for name in left_out:
@@ -135,9 +204,17 @@ def test_models_with_another_head_or_none_are_read_without_it(kind, kept, tmp_pa
     back = convert(tmp_path / "ours", tmp_path / "back", "hf")
     assert not back.left_out and "left out" not in str(back)
     bare = "Roberta" * kind.startswith("Roberta") or "Bert"
-    assert json.loads((tmp_path / "back/config.json").read_text())["architectures"] == [f"{bare}Model"]
-    loaded, told = transformers.AutoModel.from_pretrained(tmp_path / "back", output_loading_info=True)
-    assert not told["unexpected_keys"] and not told["mismatched_keys"] and all("pooler" in name for name in told["missing_keys"])
+    assert json.loads((tmp_path / "back/config.json").read_text())["architectures"] == [
+        f"{bare}Model"
+    ]
+    loaded, told = transformers.AutoModel.from_pretrained(
+        tmp_path / "back", output_loading_info=True
+    )
+    assert (
+        not told["unexpected_keys"]
+        and not told["mismatched_keys"]
+        and all("pooler" in name for name in told["missing_keys"])
+    )
     assert np.array_equal(loaded.get_input_embeddings().weight.detach().numpy(), embed)
 
 
@@ -145,9 +222,15 @@ def test_real_weights_survive_the_round_trip(tmp_path):
     """all-MiniLM-L6-v2: every stored tensor comes back bit for bit under its prefixed name."""
     architecture, params = load_base(minilm())
     save_base(tmp_path / "out", architecture, params, minilm())
-    theirs = {f"bert.{name}": value for name, value in load_file(minilm() / "model.safetensors").items() if "position_ids" not in name}
+    theirs = {
+        f"bert.{name}": value
+        for name, value in load_file(minilm() / "model.safetensors").items()
+        if "position_ids" not in name
+    }
     assert equal(load_file(tmp_path / "out" / "model.safetensors"), theirs)
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (minilm() / "tokenizer.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        minilm() / "tokenizer.json"
+    ).read_bytes()
 
 
 # ---- what is refused ------------------------------------------------------------------------
@@ -165,7 +248,14 @@ def test_an_encoder_is_not_quantised(family, tmp_path):
 
 def test_adapter_on_an_encoder_is_refused(family, tiny_base, tmp_path):
     architecture, _ = load_base(tiny_base)
-    save_adapter(tmp_path / "adapter", architecture, LORA, random_factors(architecture, LORA), str(family), family)
+    save_adapter(
+        tmp_path / "adapter",
+        architecture,
+        LORA,
+        random_factors(architecture, LORA),
+        str(family),
+        family,
+    )
     for asked in (
         lambda: open_model(tmp_path / "adapter", None),
         lambda: convert(tmp_path / "adapter", tmp_path / "out", "hf", merge=True),
@@ -205,16 +295,32 @@ def test_two_names_for_one_weight_are_refused(folder):
 def test_half_a_head_is_refused(folder, lost):
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     module = "classifier" if kind == "bert" else "classifier.out_proj"
-    rewrite(folder, lambda tensors: {name: value for name, value in tensors.items() if name != f"{module}.{lost}"})
+    rewrite(
+        folder,
+        lambda tensors: {
+            name: value for name, value in tensors.items() if name != f"{module}.{lost}"
+        },
+    )
     said = refusal(lambda: load_base(folder))
-    assert f"{module}.bias is not known" in said if lost == "weight" else f"{module}.bias is missing" in said
+    assert (
+        f"{module}.bias is not known" in said
+        if lost == "weight"
+        else f"{module}.bias is missing" in said
+    )
 
 
 def test_a_classifier_needs_the_layer_before_it(folder):
     kind = json.loads((folder / "config.json").read_text())["model_type"]
     dense = "bert.pooler.dense" if kind == "bert" else "classifier.dense"
-    rewrite(folder, lambda tensors: {name: value for name, value in tensors.items() if not name.startswith(dense)})
-    assert f"{dense}.weight is missing; {dense}.bias is missing" in refusal(lambda: load_base(folder))
+    rewrite(
+        folder,
+        lambda tensors: {
+            name: value for name, value in tensors.items() if not name.startswith(dense)
+        },
+    )
+    assert f"{dense}.weight is missing; {dense}.bias is missing" in refusal(
+        lambda: load_base(folder)
+    )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +337,10 @@ def test_a_classifier_needs_the_layer_before_it(folder):
         ({"max_position_embeddings": "64"}, "max_position_embeddings is '64'"),
         ({"id2label": {"0": "a", "1": "a"}}, "names a label twice"),
         ({"id2label": ["a", "b"]}, "wrong type"),
-        ({"model_type": "roberta", "max_position_embeddings": 2, "pad_token_id": 1}, "leaves no position"),
+        (
+            {"model_type": "roberta", "max_position_embeddings": 2, "pad_token_id": 1},
+            "leaves no position",
+        ),
     ],
 )
 def test_encoders_that_we_do_not_have_are_refused(change, told):
@@ -240,7 +349,9 @@ def test_encoders_that_we_do_not_have_are_refused(change, told):
 
 def test_a_missing_size_is_named():
     fields = {name: value for name, value in fields_of(NAMES[0]).items() if name != "vocab_size"}
-    assert "the field vocab_size is missing" in refusal(lambda: architecture_of(fields, "config.json"))
+    assert "the field vocab_size is missing" in refusal(
+        lambda: architecture_of(fields, "config.json")
+    )
 
 
 def test_labels_follow_their_numbers():

@@ -13,7 +13,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_decoders import CONFIGS, build, ground_truth, our_logits, relative, their_logits, tokens_of
+from tiny_decoders import (
+    CONFIGS,
+    build,
+    ground_truth,
+    our_logits,
+    relative,
+    their_logits,
+    tokens_of,
+)
 
 from jaxre.checkpoints import huggingface, shards
 from jaxre.checkpoints.huggingface import atomic_folder, load_base, resolve_model, save_base
@@ -24,7 +32,12 @@ torch = ground_truth("torch")
 
 @pytest.fixture(
     scope="session",
-    params=["qwen2 tied, biases, grouped heads", "llama untied, head_dim given, K=H", "qwen3, norms of q and k", "one layer"],
+    params=[
+        "qwen2 tied, biases, grouped heads",
+        "llama untied, head_dim given, K=H",
+        "qwen3, norms of q and k",
+        "one layer",
+    ],
 )
 def family(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("family")
@@ -53,7 +66,9 @@ def rewrite(folder, change):
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    return (
+        one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    )
 
 
 # ---- what works -----------------------------------------------------------------------------
@@ -68,7 +83,10 @@ def test_saved_folder_is_bit_identical_and_loads_in_transformers(family, tmp_pat
         params = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params)
     save_base(tmp_path / "saved", architecture, params, like=family)
     assert json.loads((tmp_path / "saved/config.json").read_text())["dtype"] == dtype
-    written, original = load_file(tmp_path / "saved/model.safetensors"), load_file(family / "model.safetensors")
+    written, original = (
+        load_file(tmp_path / "saved/model.safetensors"),
+        load_file(family / "model.safetensors"),
+    )
     assert written.keys() == original.keys()  # in particular no lm_head where it is tied
     for name, value in original.items():
         assert same_bits(written[name], value.astype(written[name].dtype))
@@ -79,7 +97,10 @@ def test_saved_folder_is_bit_identical_and_loads_in_transformers(family, tmp_pat
     assert str(model.dtype) == f"torch.{dtype}" and not any(report.values())
     tokens = tokens_of(architecture.vocabulary, 1, 32)
     if dtype == "float32":
-        assert relative(our_logits(architecture, params, tokens), their_logits(model.eval(), tokens)) < 1e-4
+        assert (
+            relative(our_logits(architecture, params, tokens), their_logits(model.eval(), tokens))
+            < 1e-4
+        )
     back = load_base(tmp_path / "saved")
     assert back[0] == architecture and jax.tree.all(jax.tree.map(same_bits, back[1], params))
 
@@ -88,7 +109,9 @@ def test_saved_folder_is_bit_identical_and_loads_in_transformers(family, tmp_pat
 def test_weights_load_in_the_dtype_asked_for(tiny_base, dtype):
     _, stored = load_base(tiny_base)
     _, params = load_base(tiny_base, np.dtype(dtype))
-    assert jax.tree.all(jax.tree.map(lambda one, other: same_bits(one, other.astype(dtype)), params, stored))
+    assert jax.tree.all(
+        jax.tree.map(lambda one, other: same_bits(one, other.astype(dtype)), params, stored)
+    )
 
 
 def test_sharded_index_loads_as_the_single_file_does(tmp_path, family):
@@ -102,7 +125,9 @@ def test_sharded_index_loads_as_the_single_file_does(tmp_path, family):
     assert one == other and jax.tree.all(jax.tree.map(same_bits, params, sharded))
 
 
-def test_large_weights_are_written_in_shards_that_transformers_loads(tiny_base, tmp_path, monkeypatch):
+def test_large_weights_are_written_in_shards_that_transformers_loads(
+    tiny_base, tmp_path, monkeypatch
+):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(shards, "SHARD_BYTES", 40_000)
@@ -120,13 +145,20 @@ def test_large_weights_are_written_in_shards_that_transformers_loads(tiny_base, 
 
 
 def test_index_is_the_one_transformers_writes(tmp_path, family, monkeypatch):
-    """Every tensor in the file that the index names, in shards no larger than asked, and the same total."""
+    """Every tensor in the file that the index names, in shards no larger than asked, and the same
+    total.
+    """
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32).save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    AutoModelForCausalLM.from_pretrained(family, dtype=torch.float32).save_pretrained(
+        tmp_path / "theirs", max_shard_size="20KB"
+    )
     monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
     save_base(tmp_path / "ours", *load_base(family), like=family)
-    theirs, ours = (json.loads((tmp_path / name / "model.safetensors.index.json").read_text()) for name in ("theirs", "ours"))
+    theirs, ours = (
+        json.loads((tmp_path / name / "model.safetensors.index.json").read_text())
+        for name in ("theirs", "ours")
+    )
     assert ours["weight_map"].keys() == theirs["weight_map"].keys()
     assert ours["metadata"]["total_size"] == theirs["metadata"]["total_size"]
     files = {path.name: load_file(path) for path in (tmp_path / "ours").glob("*.safetensors")}
@@ -136,7 +168,9 @@ def test_index_is_the_one_transformers_writes(tmp_path, family, monkeypatch):
 
 
 def test_shards_of_several_dtypes_are_read_by_safetensors_and_torch(tmp_path, monkeypatch):
-    """Odd sizes, written in another order than they lie in; each tensor starts at a multiple of its own size."""
+    """Odd sizes, written in another order than they lie in; each tensor starts at a multiple of its
+    own size.
+    """
     from safetensors.torch import load_file as load_torch
 
     draw = np.random.default_rng(0)
@@ -153,15 +187,21 @@ def test_shards_of_several_dtypes_are_read_by_safetensors_and_torch(tmp_path, mo
         files = sorted((tmp_path / str(limit)).glob("*.safetensors"))
         assert (len(files) == 1) == (limit == 10**6)
         read = {name: value for path in files for name, value in load_file(path).items()}
-        assert read.keys() == tensors.keys() and all(same_bits(read[name], value) for name, value in tensors.items())
-        for name, value in {name: value for path in files for name, value in load_torch(path).items()}.items():
+        assert read.keys() == tensors.keys() and all(
+            same_bits(read[name], value) for name, value in tensors.items()
+        )
+        for name, value in {
+            name: value for path in files for name, value in load_torch(path).items()
+        }.items():
             np.testing.assert_array_equal(value.double().numpy(), tensors[name].astype(np.float64))
         for path in files:
             data = path.read_bytes()
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
             start = 8 + int.from_bytes(data[:8], "little")
             assert all(
-                (start + entry["data_offsets"][0]) % tensors[name].itemsize == 0 for name, entry in header.items() if name in tensors
+                (start + entry["data_offsets"][0]) % tensors[name].itemsize == 0
+                for name, entry in header.items()
+                if name in tensors
             )
 
 
@@ -177,13 +217,19 @@ def test_blocked_transpose_is_numpys(shape, dtype):
 def test_tensors_other_than_promised_are_never_written(tmp_path):
     form = {"a": ((2, 3), np.dtype(np.float32)), "b": ((1,), np.dtype(np.float32))}
     good = [("a", np.zeros((2, 3), np.float32)), ("b", np.zeros(1, np.float32))]
-    for bad in ([("a", good[0][1].T), good[1]], [("a", good[0][1].astype(np.float64)), good[1]], good[:1]):
+    for bad in (
+        [("a", good[0][1].T), good[1]],
+        [("a", good[0][1].astype(np.float64)), good[1]],
+        good[:1],
+    ):
         with pytest.raises(ValueError, match=r"is not|not written: b"):
             shards.write_shards(tmp_path, form, bad)
 
 
 def test_hub_cache_of_links_to_blobs_loads(folder, tmp_path):
-    """The hub keeps a snapshot as links into a folder of blobs; the shards of an index are such links."""
+    """The hub keeps a snapshot as links into a folder of blobs; the shards of an index are such
+    links.
+    """
     single = load_file(folder / "model.safetensors")
     names = sorted(single)
     snapshot, blobs = tmp_path / "snapshots/abc", tmp_path / "blobs"
@@ -206,7 +252,9 @@ def test_tokenizer_and_generation_config_are_carried_along(tiny_base, tmp_path):
     architecture, params = load_base(tiny_base)
     save_base(tmp_path / "saved", architecture, params, like=tiny_base)
     assert (tmp_path / "saved/generation_config.json").is_file()
-    assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode("Once upon a time", add_special_tokens=False) == [403, 407, 261, 378]
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode(
+        "Once upon a time", add_special_tokens=False
+    ) == [403, 407, 261, 378]
 
 
 def test_weights_trained_from_scratch_carry_their_own_config(tiny_base, tmp_path):
@@ -218,15 +266,31 @@ def test_weights_trained_from_scratch_carry_their_own_config(tiny_base, tmp_path
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_equal_copy_of_a_tied_head_is_ignored(tied, dtype):
-    rewrite(tied, lambda tensors: tensors.update({name: value.astype(dtype) for name, value in tensors.items()}))
+    rewrite(
+        tied,
+        lambda tensors: tensors.update(
+            {name: value.astype(dtype) for name, value in tensors.items()}
+        ),
+    )
     before = load_base(tied)[1]
-    rewrite(tied, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}))
+    rewrite(
+        tied,
+        lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"]}),
+    )
     assert jax.tree.all(jax.tree.map(same_bits, load_base(tied)[1], before))
 
 
 def test_rotary_tables_of_old_versions_are_ignored(folder):
-    tables = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32) for layer in range(3)}
-    rewrite(folder, lambda tensors: tensors.update(tables, **{"model.rotary_emb.inv_freq": np.ones(6, np.float32)}))
+    tables = {
+        f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)
+        for layer in range(3)
+    }
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            tables, **{"model.rotary_emb.inv_freq": np.ones(6, np.float32)}
+        ),
+    )
     load_base(folder)
 
 
@@ -244,10 +308,14 @@ def test_every_missing_misshapen_and_unknown_tensor_is_listed(folder):
     def change(tensors):
         del tensors["model.layers.1.mlp.up_proj.weight"], tensors["lm_head.weight"]
         tensors["model.norm.weight"] = tensors["model.norm.weight"][:5]
-        tensors["model.layers.0.self_attn.q_proj.weight"] = np.ascontiguousarray(tensors["model.layers.0.self_attn.q_proj.weight"].T)
+        tensors["model.layers.0.self_attn.q_proj.weight"] = np.ascontiguousarray(
+            tensors["model.layers.0.self_attn.q_proj.weight"].T
+        )
         tensors["model.layers.0.self_attn.q_norm.weight"] = np.ones(12, np.float32)
         tensors["model.layers.3.input_layernorm.weight"] = np.ones(32, np.float32)
-        tensors["model.layers.2.mlp.gate_proj.weight"] = tensors["model.layers.2.mlp.gate_proj.weight"].astype(np.int8)
+        tensors["model.layers.2.mlp.gate_proj.weight"] = tensors[
+            "model.layers.2.mlp.gate_proj.weight"
+        ].astype(np.int8)
 
     rewrite(folder, change)
     message = refusal(folder)
@@ -264,14 +332,27 @@ def test_every_missing_misshapen_and_unknown_tensor_is_listed(folder):
 
 
 def test_other_head_than_the_tied_embeddings_is_refused(tied):
-    rewrite(tied, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}))
+    rewrite(
+        tied,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
+        ),
+    )
     assert "lm_head.weight differs" in refusal(tied) and "tie_word_embeddings" in refusal(tied)
 
 
 def test_layers_stored_in_several_dtypes_are_refused_unless_one_is_asked_for(folder):
     names = ["model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.k_proj.weight"]
-    rewrite(folder, lambda tensors: tensors.update({name: tensors[name].astype(ml_dtypes.bfloat16) for name in names}))
-    assert "k is stored as bfloat16 and float32; up is stored as bfloat16 and float32 in different layers" in refusal(folder)
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            {name: tensors[name].astype(ml_dtypes.bfloat16) for name in names}
+        ),
+    )
+    assert (
+        "k is stored as bfloat16 and float32; up is stored as bfloat16 and float32 in different"
+        " layers" in refusal(folder)
+    )
     load_base(folder, np.dtype(np.float32))
 
 
@@ -289,11 +370,31 @@ def test_truncated_file_is_refused(folder, cut):
         lambda data, header: data[:20] + b"\x00" + data[21:],
         lambda data, header: data + b"more",
         lambda data, header: b"\x80\x04cos\nsystem\n." + data,
-        lambda data, header: with_header(data, {**header, "model.norm.weight": {**header["model.norm.weight"], "data_offsets": [0, 128]}}),
-        lambda data, header: with_header(data, {**header, "model.norm.weight": {**header["model.norm.weight"], "shape": [1 << 62, 8]}}),
-        lambda data, header: with_header(data, {**header, "model.norm.weight": {**header["model.norm.weight"], "dtype": "PICKLE"}}),
+        lambda data, header: with_header(
+            data,
+            {
+                **header,
+                "model.norm.weight": {**header["model.norm.weight"], "data_offsets": [0, 128]},
+            },
+        ),
+        lambda data, header: with_header(
+            data,
+            {**header, "model.norm.weight": {**header["model.norm.weight"], "shape": [1 << 62, 8]}},
+        ),
+        lambda data, header: with_header(
+            data,
+            {**header, "model.norm.weight": {**header["model.norm.weight"], "dtype": "PICKLE"}},
+        ),
     ],
-    ids=["length of the header", "header", "longer than it says", "a pickle", "overlapping tensors", "overflowing shape", "unknown type"],
+    ids=[
+        "length of the header",
+        "header",
+        "longer than it says",
+        "a pickle",
+        "overlapping tensors",
+        "overflowing shape",
+        "unknown type",
+    ],
 )
 def test_corrupt_file_is_refused(folder, damage):
     path = folder / "model.safetensors"
@@ -313,10 +414,14 @@ def index_of(folder, change) -> None:
     names = load_file(folder / "model-00001-of-00001.safetensors")
     tree = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
     text = change(tree)
-    (folder / "model.safetensors.index.json").write_text(text if isinstance(text, str) else json.dumps(tree))
+    (folder / "model.safetensors.index.json").write_text(
+        text if isinstance(text, str) else json.dumps(tree)
+    )
 
 
-@pytest.mark.parametrize("place", ["../other.safetensors", "/etc/passwd", "sub/one.safetensors", "..", "a\\b"])
+@pytest.mark.parametrize(
+    "place", ["../other.safetensors", "/etc/passwd", "sub/one.safetensors", "..", "a\\b"]
+)
 def test_index_that_points_outside_the_folder_is_refused(folder, place):
     (folder.parent / "other.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     index_of(folder, lambda tree: tree["weight_map"].update({"model.norm.weight": place}))
@@ -326,14 +431,25 @@ def test_index_that_points_outside_the_folder_is_refused(folder, place):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tree: tree["weight_map"].update({"model.norm.weight": "gone.safetensors"}), "gone.safetensors: no such file"),
         (
-            lambda tree: tree["weight_map"].update(dict.fromkeys(("model.extra", "model.more"), "model-00001-of-00001.safetensors")),
-            "model.extra is not in its file, though the index says so; model.more is not in its file",
+            lambda tree: tree["weight_map"].update({"model.norm.weight": "gone.safetensors"}),
+            "gone.safetensors: no such file",
+        ),
+        (
+            lambda tree: tree["weight_map"].update(
+                dict.fromkeys(("model.extra", "model.more"), "model-00001-of-00001.safetensors")
+            ),
+            (
+                "model.extra is not in its file, though the index says so; model.more is not in its"
+                " file"
+            ),
         ),
         (
             lambda tree: tree["weight_map"].pop("model.norm.weight") and None,
-            "model.norm.weight lies in model-00001-of-00001.safetensors, where the index has it not",
+            (
+                "model.norm.weight lies in model-00001-of-00001.safetensors, where the index has"
+                " it not"
+            ),
         ),
         (lambda tree: tree.update({"weight_map": ["a"]}), "not a safetensors index"),
         (lambda tree: tree.update({"weight_map": {"a": 5}}), "not a safetensors index"),
@@ -341,7 +457,16 @@ def test_index_that_points_outside_the_folder_is_refused(folder, place):
         (lambda tree: "{", "not valid JSON"),
         (lambda tree: "[]", "one JSON object"),
     ],
-    ids=["missing shard", "tensor not in shard", "tensor not in index", "list", "number", "no weight_map", "not JSON", "not an object"],
+    ids=[
+        "missing shard",
+        "tensor not in shard",
+        "tensor not in index",
+        "list",
+        "number",
+        "no weight_map",
+        "not JSON",
+        "not an object",
+    ],
 )
 def test_broken_index_is_refused(folder, change, message):
     index_of(folder, change)
@@ -350,10 +475,18 @@ def test_broken_index_is_refused(folder, change, message):
 
 def test_tensor_that_lies_in_two_shards_is_refused_with_the_other_faults(folder):
     """Loaders differ in which of the two they take."""
-    index_of(folder, lambda tree: tree["weight_map"].update(dict.fromkeys(("model.extra", "model.norm.weight"), "model-2.safetensors")))
+    index_of(
+        folder,
+        lambda tree: tree["weight_map"].update(
+            dict.fromkeys(("model.extra", "model.norm.weight"), "model-2.safetensors")
+        ),
+    )
     save_file({"model.norm.weight": np.ones(32, np.float32)}, folder / "model-2.safetensors")
     told = refusal(folder)
-    assert "model.norm.weight lies in model-00001-of-00001.safetensors, where the index has it not" in told
+    assert (
+        "model.norm.weight lies in model-00001-of-00001.safetensors, where the index has it not"
+        in told
+    )
     assert "model.extra is not in its file" in told
 
 
@@ -365,18 +498,32 @@ def test_hub_model_without_safetensors_is_refused_with_how_to_convert_it(folder,
     (folder / "model.safetensors").unlink()
     if name:
         (folder / name).write_text("{}")
-    assert "pickled weights" in refusal(folder) and "model.save_pretrained(folder, safe_serialization=True)" in refusal(folder)
+    assert "pickled weights" in refusal(
+        folder
+    ) and "model.save_pretrained(folder, safe_serialization=True)" in refusal(folder)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights.pkl"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model.pt", "model.pth", "last.ckpt", "weights.pkl"]
+)
 def test_pickled_weights_are_never_read(folder, name):
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(b"\x80\x04cos\nsystem\n.")
     assert "pickled" in refusal(folder) and "save_pretrained" in refusal(folder)
-    with pytest.raises(InputError, match=rf"{name}: holds pickled weights, which are never read; convert them with transformers"):
+    with pytest.raises(
+        InputError,
+        match=(
+            rf"{name}: holds pickled weights, which are never read; convert them with transformers"
+        ),
+    ):
         resolve_model(str(folder / name))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-    assert f"{name}: pickled weights, which are never read; convert them with transformers" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": name}})
+    )
+    assert (
+        f"{name}: pickled weights, which are never read; convert them with transformers"
+        in refusal(folder)
+    )
 
 
 def test_file_in_place_of_a_folder_is_refused(folder):
@@ -391,16 +538,23 @@ def test_folder_without_weights_or_config_is_refused(folder):
     assert "config.json: no such file" in refusal(folder)
 
 
-@pytest.mark.parametrize("path", ["no-such-folder", "./missing", "/nowhere/model", "a/b/c", "~/none/x/y"])
+@pytest.mark.parametrize(
+    "path", ["no-such-folder", "./missing", "/nowhere/model", "a/b/c", "~/none/x/y"]
+)
 def test_model_that_is_no_folder_is_refused(path):
-    with pytest.raises(InputError, match="no such run or model folder; give a folder, a hub id OWNER/NAME"):
+    with pytest.raises(
+        InputError, match="no such run or model folder; give a folder, a hub id OWNER/NAME"
+    ):
         resolve_model(path)
 
 
 @pytest.mark.parametrize("path", ["runs/nowhere", "./nowhere"])
 def test_the_name_of_a_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *arguments, **settings: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda *arguments, **settings: pytest.fail("asked the hub"),
+    )
     with pytest.raises(InputError, match=f"{path}: no such run or model folder; give a folder"):
         resolve_model(path)
 
@@ -425,7 +579,9 @@ def test_folder_appears_whole_or_not_at_all(tmp_path):
     with atomic_folder(tmp_path / "deep/new") as partial:
         (partial / "whole").write_text("whole")
         assert not (tmp_path / "deep/new").exists()
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"] and (tmp_path / "deep/new/whole").is_file()
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"] and (
+        tmp_path / "deep/new/whole"
+    ).is_file()
 
 
 def test_folder_that_is_there_is_kept_until_its_successor_is_whole(tmp_path):
@@ -455,11 +611,17 @@ def test_target_that_is_or_lies_in_a_file_is_refused(tmp_path):
 
 
 def test_folder_that_came_meanwhile_is_left_alone(tmp_path):
-    with pytest.raises(InputError, match=r"new: cannot be put in its place \(.*not empty"), atomic_folder(tmp_path / "new") as partial:
+    with (
+        pytest.raises(InputError, match=r"new: cannot be put in its place \(.*not empty"),
+        atomic_folder(tmp_path / "new") as partial,
+    ):
         (partial / "ours").write_text("")
         (tmp_path / "new").mkdir()
         (tmp_path / "new/theirs").write_text("theirs")
-    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["new", "new/theirs"]
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "new",
+        "new/theirs",
+    ]
 
 
 def test_link_to_a_folder_stays_a_link(tmp_path):
@@ -468,15 +630,22 @@ def test_link_to_a_folder_stays_a_link(tmp_path):
     for replace in (False, True):
         with atomic_folder(tmp_path / "link", replace=replace) as partial:
             (partial / f"{replace}").write_text("")
-        assert (tmp_path / "link").is_symlink() and [path.name for path in (tmp_path / "disk").iterdir()] == [f"{replace}"]
+        assert (tmp_path / "link").is_symlink() and [
+            path.name for path in (tmp_path / "disk").iterdir()
+        ] == [f"{replace}"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link"]
 
 
-def test_current_folder_and_mount_points_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+def test_current_folder_and_mount_points_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch
+):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for target in (Path("."), tmp_path / "here", Path("/")):
-        with pytest.raises(InputError, match="is the current folder or a mount point"), atomic_folder(target):
+        with (
+            pytest.raises(InputError, match="is the current folder or a mount point"),
+            atomic_folder(target),
+        ):
             pytest.fail("entered")
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
@@ -484,7 +653,10 @@ def test_current_folder_and_mount_points_are_refused_before_anything_is_written(
 def test_unfinished_folders_of_dead_processes_are_removed_and_named(tmp_path, capsys):
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
-    dead, alive, other = (tmp_path / f".{name}" for name in (f"new.partial-{done.pid}", "new.partial-1", f"old.partial-{done.pid}"))
+    dead, alive, other = (
+        tmp_path / f".{name}"
+        for name in (f"new.partial-{done.pid}", "new.partial-1", f"old.partial-{done.pid}")
+    )
     for folder in (dead, alive, other):
         folder.mkdir()
     with atomic_folder(tmp_path / "new"):

@@ -29,13 +29,18 @@ def ours(tiny_base, tmp_path):
 
 def test_jaxre_folder_of_another_version_is_refused(ours):
     (ours / "jaxre.json").write_text(json.dumps({"format": "jaxre weights", "version": 99}))
-    with pytest.raises(InputError, match="version 99 is not known, this jaxre reads 2; convert the Hugging Face folder again"):
+    with pytest.raises(
+        InputError,
+        match="version 99 is not known, this jaxre reads 2; convert the Hugging Face folder again",
+    ):
         open_model(ours, None)
 
 
 def test_jaxre_folder_whose_config_does_not_fit_is_refused_with_every_array(ours):
     config = json.loads((ours / "config.json").read_text())
-    (ours / "config.json").write_text(json.dumps({**config, "intermediate_size": 50, "tie_word_embeddings": True}))
+    (ours / "config.json").write_text(
+        json.dumps({**config, "intermediate_size": 50, "tie_word_embeddings": True})
+    )
     with pytest.raises(InputError, match="do not fit config") as error:
         open_model(ours, None)
     for problem in (
@@ -53,14 +58,33 @@ CHUNK = "layers.gate/c/1/0/0"
     ("damage", "message"),
     [
         (lambda weights: shutil.rmtree(weights), "no such folder"),
-        (lambda weights: [shutil.rmtree(path) for path in weights.iterdir()], "embed is missing; norm is missing"),
+        (
+            lambda weights: [shutil.rmtree(path) for path in weights.iterdir()],
+            "embed is missing; norm is missing",
+        ),
         (lambda weights: (weights / CHUNK).unlink(), "is missing"),
-        (lambda weights: (weights / CHUNK).write_bytes((weights / CHUNK).read_bytes()[:100]), "Not enough data"),
-        (lambda weights: (weights / CHUNK).write_bytes(b"\1" + (weights / CHUNK).read_bytes()[1:]), "Digest mismatch"),
+        (
+            lambda weights: (weights / CHUNK).write_bytes((weights / CHUNK).read_bytes()[:100]),
+            "Not enough data",
+        ),
+        (
+            lambda weights: (weights / CHUNK).write_bytes(
+                b"\1" + (weights / CHUNK).read_bytes()[1:]
+            ),
+            "Digest mismatch",
+        ),
         (lambda weights: (weights / "norm/zarr.json").write_text("{"), "Invalid JSON"),
         (lambda weights: (weights / "norm/zarr.json").unlink(), "does not exist"),
     ],
-    ids=["no weights", "empty weights", "lost chunk", "cut chunk", "flipped bits", "broken metadata", "no metadata"],
+    ids=[
+        "no weights",
+        "empty weights",
+        "lost chunk",
+        "cut chunk",
+        "flipped bits",
+        "broken metadata",
+        "no metadata",
+    ],
 )
 def test_damaged_jaxre_folder_is_refused(ours, tmp_path, damage, message):
     damage(ours / "weights")
@@ -75,7 +99,8 @@ def test_layers_larger_than_a_chunk_are_cut_into_several(tmp_path, monkeypatch):
     build(CONFIGS["qwen2 tied, biases, grouped heads"], tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "ours", "jaxre", verify=True)
     files = [path for path in (tmp_path / "ours/weights").rglob("c/**/*") if path.is_file()]
-    assert len(files) > 100 and max(path.stat().st_size for path in files) <= 1004  # and four bytes of checksum
+    # and four bytes of checksum
+    assert len(files) > 100 and max(path.stat().st_size for path in files) <= 1004
     assert equal(load_native(tmp_path / "ours")[1], load_base(tmp_path / "hf")[1])
 
 

@@ -30,7 +30,13 @@ FLOAT32 = np.dtype(np.float32)
 @pytest.mark.parametrize("dtype", [None, FLOAT32, np.dtype(ml_dtypes.bfloat16)])
 def test_hugging_face_folder_opens(tiny_base, dtype):
     loaded = open_model(str(tiny_base), dtype)
-    assert (loaded.folder, loaded.name, loaded.kind, loaded.lora, loaded.factors) == (tiny_base, "tiny", "hf", None, None)
+    assert (loaded.folder, loaded.name, loaded.kind, loaded.lora, loaded.factors) == (
+        tiny_base,
+        "tiny",
+        "hf",
+        None,
+        None,
+    )
     assert equal(loaded.base, load_base(tiny_base, dtype)[1])
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.base)} == {dtype or FLOAT32}
 
@@ -61,15 +67,24 @@ def test_adapter_folder_opens_with_its_base(tiny_base, tmp_path, stored_as):
 
 def test_run_with_an_adapter_opens(tiny_base, tmp_path):
     loaded = open_model(make_run(tmp_path / "run", tiny_base, "lora"), FLOAT32)
-    assert (loaded.folder, loaded.name, loaded.kind, loaded.lora) == (tiny_base, "study-1", "run", LORA)
-    assert equal(loaded.factors, random_factors(loaded.architecture, LORA)) and equal(loaded.base, load_base(tiny_base)[1])
+    assert (loaded.folder, loaded.name, loaded.kind, loaded.lora) == (
+        tiny_base,
+        "study-1",
+        "run",
+        LORA,
+    )
+    assert equal(loaded.factors, random_factors(loaded.architecture, LORA)) and equal(
+        loaded.base, load_base(tiny_base)[1]
+    )
 
 
 def test_fully_trained_run_opens_as_its_own_weights(tiny_base, tmp_path):
     run = make_run(tmp_path / "run", tiny_base, "full")
     loaded = open_model(run, FLOAT32)
     assert (loaded.folder, loaded.kind, loaded.factors) == (run / "model", "run", None)
-    assert (loaded.folder / "tokenizer.json").is_file() and (loaded.folder / "config.json").is_file()
+    assert (loaded.folder / "tokenizer.json").is_file() and (
+        loaded.folder / "config.json"
+    ).is_file()
     assert equal(loaded.base, jax.tree.map(lambda leaf: leaf * 2, load_base(tiny_base)[1]))
 
 
@@ -80,7 +95,9 @@ def test_run_on_a_fully_trained_run_has_that_run_as_its_base(tiny_base, tmp_path
     assert equal(loaded.base, open_model(first, FLOAT32).base)
 
 
-def test_model_is_found_by_a_relative_path_and_by_its_shipped_name(tiny_base, tmp_path, monkeypatch):
+def test_model_is_found_by_a_relative_path_and_by_its_shipped_name(
+    tiny_base, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tiny_base.parent)
     assert open_model("tiny", FLOAT32).name == "tiny"
     monkeypatch.chdir(tmp_path)
@@ -92,7 +109,11 @@ def test_model_is_found_by_a_relative_path_and_by_its_shipped_name(tiny_base, tm
 def test_unfinished_run_is_refused_with_the_command_that_finishes_it(tiny_base, tmp_path, method):
     run = make_run(tmp_path / "run", tiny_base, method, result=False)
     with pytest.raises(
-        InputError, match=rf"this run has no {'adapter' if method == 'lora' else 'model'}/ yet; finish it with: jaxre train .*config\.yaml"
+        InputError,
+        match=(
+            rf"this run has no {'adapter' if method == 'lora' else 'model'}/ yet; finish it with:"
+            r" jaxre train .*config\.yaml"
+        ),
     ):
         open_model(run, FLOAT32)
 
@@ -111,9 +132,18 @@ def test_folder_that_is_no_model_is_refused(tmp_path):
 def test_adapter_whose_base_is_gone_is_refused(tiny_base, tmp_path):
     base = shutil.copytree(tiny_base, tmp_path / "base")
     architecture, _ = load_base(base)
-    save_adapter(tmp_path / "adapter", architecture, LORA, random_factors(architecture, LORA), str(base), base)
+    save_adapter(
+        tmp_path / "adapter",
+        architecture,
+        LORA,
+        random_factors(architecture, LORA),
+        str(base),
+        base,
+    )
     shutil.rmtree(base)
-    with pytest.raises(InputError, match=r"adapter: its base does not open: .* no such run or model folder"):
+    with pytest.raises(
+        InputError, match=r"adapter: its base does not open: .* no such run or model folder"
+    ):
         open_model(tmp_path / "adapter", FLOAT32)
 
 
@@ -128,7 +158,14 @@ def test_adapter_whose_base_is_gone_is_refused(tiny_base, tmp_path):
 )
 def test_adapter_that_names_no_usable_base_is_refused(tiny_base, tmp_path, change, message):
     architecture, _ = load_base(tiny_base)
-    save_adapter(tmp_path / "adapter", architecture, LORA, random_factors(architecture, LORA), str(tiny_base), tiny_base)
+    save_adapter(
+        tmp_path / "adapter",
+        architecture,
+        LORA,
+        random_factors(architecture, LORA),
+        str(tiny_base),
+        tiny_base,
+    )
     path = tmp_path / "adapter/adapter_config.json"
     if change.get("base_model_name_or_path"):
         change = {"base_model_name_or_path": str(tmp_path / "adapter")}
@@ -148,16 +185,23 @@ def adapter_on(folder, base, named: str):
 def hub(tiny_base, monkeypatch):
     """The hub has tiny_base as owner/base."""
     resolve = source.resolve_model
-    monkeypatch.setattr(source, "resolve_model", lambda path: tiny_base if path == "owner/base" else resolve(path))
+    monkeypatch.setattr(
+        source, "resolve_model", lambda path: tiny_base if path == "owner/base" else resolve(path)
+    )
     return "owner/base"
 
 
 def test_run_that_continues_an_adapter_names_the_hub_id_of_its_base(tiny_base, hub, tmp_path):
-    """Not the run or adapter it started from, which PEFT would apply too, nor the folder of a cache; at its end and when exported."""
+    """Not the run or adapter it started from, which PEFT would apply too, nor the folder of a
+    cache; at its end and when exported.
+    """
     first = adapter_on(tmp_path / "first", tiny_base, hub)
     second = make_run(tmp_path / "second", first, "lora")
     third = make_run(tmp_path / "third", second, "lora")
-    config, state = load_config(third / "config.yaml"), SimpleNamespace(trainable=open_model(third, None).factors)
+    config, state = (
+        load_config(third / "config.yaml"),
+        SimpleNamespace(trainable=open_model(third, None).factors),
+    )
     save_result(tmp_path / "ended", config, load_base(tiny_base)[0], state, tiny_base, None)
     convert(third, tmp_path / "exported", "peft")
     assert base_name_of(tmp_path / "ended/adapter") == base_name_of(tmp_path / "exported") == hub
@@ -171,11 +215,20 @@ def test_shipped_base_is_named_by_its_folder(tiny_base, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("quantise", [None, "nf4"])
-def test_exported_adapter_on_a_jaxre_folder_says_that_peft_cannot_open_it(tiny_base, tmp_path, quantise):
+def test_exported_adapter_on_a_jaxre_folder_says_that_peft_cannot_open_it(
+    tiny_base, tmp_path, quantise
+):
     convert(tiny_base, tmp_path / "ours", "jaxre", quantise=quantise)
-    done = convert(make_run(tmp_path / "run", tmp_path / "ours", "lora"), tmp_path / "exported", "peft")
-    assert f"peft cannot open its base {tmp_path / 'ours'}, a jaxre folder: convert that --to hf" in str(done)
-    assert "peft cannot" not in str(convert(make_run(tmp_path / "other", tiny_base, "lora"), tmp_path / "fine", "peft"))
+    done = convert(
+        make_run(tmp_path / "run", tmp_path / "ours", "lora"), tmp_path / "exported", "peft"
+    )
+    assert (
+        f"peft cannot open its base {tmp_path / 'ours'}, a jaxre folder: convert that --to hf"
+        in str(done)
+    )
+    assert "peft cannot" not in str(
+        convert(make_run(tmp_path / "other", tiny_base, "lora"), tmp_path / "fine", "peft")
+    )
 
 
 @pytest.mark.parametrize("under", ["adapter", "run"])
@@ -184,12 +237,20 @@ def test_adapter_on_an_adapter_is_refused_not_opened_without_it(tiny_base, tmp_p
     first = first / "adapter" if under == "adapter" else first
     second = adapter_on(tmp_path / "second", tiny_base, str(first))
     run = make_run(tmp_path / "third", tiny_base, "lora")
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(tiny_base), str(second)))
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace(str(tiny_base), str(second))
+    )
     for model in (second, run):
         told = refusal(lambda model=model: open_model(model, FLOAT32))
-        assert f"{first}: is itself an adapter" in told and f"jaxre convert {first} TARGET --to hf --merge" in told
+        assert (
+            f"{first}: is itself an adapter" in told
+            and f"jaxre convert {first} TARGET --to hf --merge" in told
+        )
     merged = convert(first, tmp_path / "merged", "hf", merge=True).target
-    assert open_model(adapter_on(tmp_path / "mended", tiny_base, str(merged)), FLOAT32).folder == merged
+    assert (
+        open_model(adapter_on(tmp_path / "mended", tiny_base, str(merged)), FLOAT32).folder
+        == merged
+    )
 
 
 def test_runs_that_name_each_other_as_base_are_refused(tiny_base, tmp_path):
@@ -210,6 +271,8 @@ def test_runs_that_name_each_other_as_base_are_refused(tiny_base, tmp_path):
         ("bfloat16", "cpu", "bfloat16"),
     ],
 )
-def test_compute_dtype_is_bfloat16_on_an_accelerator_unless_told(setting, backend, expected, monkeypatch):
+def test_compute_dtype_is_bfloat16_on_an_accelerator_unless_told(
+    setting, backend, expected, monkeypatch
+):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert compute_dtype(setting) == np.dtype(expected)

@@ -30,4 +30,6 @@ def smollm2(shared_models: Path) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def smollm3_template(shared_models: Path) -> str:
     """SmolLM3's real template; its tokenizer.json is not there."""
-    return (shared_models / "HuggingFaceTB" / "SmolLM3-3B" / "chat_template.jinja").read_text(encoding="utf-8")
+    return (shared_models / "HuggingFaceTB" / "SmolLM3-3B" / "chat_template.jinja").read_text(
+        encoding="utf-8"
+    )

@@ -1,4 +1,6 @@
-"""The token cache gives back what was written, or nothing: never half an entry, never zeros for a lost chunk."""
+"""The token cache gives back what was written, or nothing: never half an entry, never zeros for a
+lost chunk.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,13 @@ DIGEST = "0123abcd" * 8
 
 def tokens_of(count: int = 5, first_id: str = "a\nb") -> TokenSet:
     draw = np.random.default_rng(count)
-    encoded = [Encoded(draw.integers(0, 50_000, int(draw.integers(2, 40))).tolist(), 1) for _ in range(count)]
-    return TokenSet.of(encoded, [first_id, "ä/é", "\ud800", *(f"id-{n}" for n in range(count))][:count])
+    encoded = [
+        Encoded(draw.integers(0, 50_000, int(draw.integers(2, 40))).tolist(), 1)
+        for _ in range(count)
+    ]
+    return TokenSet.of(
+        encoded, [first_id, "ä/é", "\ud800", *(f"id-{n}" for n in range(count))][:count]
+    )
 
 
 def assert_equal(found: TokenSet, expected: TokenSet) -> None:
@@ -83,7 +90,8 @@ cache.cached_tokens(sys.argv[1], DIGEST, lambda: tokens_of(7))
 def test_the_entry_of_a_killed_writer_is_written_again(tmp_path: Path, after: str) -> None:
     here = Path(__file__).parent
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path), after], env={"PYTHONPATH": f"{here}:{here.parents[1]}", "PATH": "/usr/bin"}
+        [sys.executable, "-c", KILLED, str(tmp_path), after],
+        env={"PYTHONPATH": f"{here}:{here.parents[1]}", "PATH": "/usr/bin"},
     )
     assert killed.returncode == -signal.SIGKILL and (tmp_path / DIGEST).is_dir()
     # What is there is of another size, as if an older version had left it.
@@ -93,12 +101,20 @@ def test_the_entry_of_a_killed_writer_is_written_again(tmp_path: Path, after: st
 
 
 def lose_a_chunk(entry: Path) -> None:
-    chunk = next(path for path in sorted((entry / "tokens").rglob("*")) if path.is_file() and path.name != "zarr.json")
+    chunk = next(
+        path
+        for path in sorted((entry / "tokens").rglob("*"))
+        if path.is_file() and path.name != "zarr.json"
+    )
     chunk.unlink()
 
 
 def flip_a_bit(entry: Path) -> None:
-    chunk = next(path for path in sorted((entry / "starts").rglob("*")) if path.is_file() and path.name != "zarr.json")
+    chunk = next(
+        path
+        for path in sorted((entry / "starts").rglob("*"))
+        if path.is_file() and path.name != "zarr.json"
+    )
     content = bytearray(chunk.read_bytes())
     content[-1] ^= 1
     chunk.write_bytes(content)
@@ -108,8 +124,12 @@ DAMAGES = {
     "manifest cut": lambda entry: (entry / "manifest.json").write_text('{"digest": "0123'),
     "manifest empty": lambda entry: (entry / "manifest.json").write_text(""),
     "manifest of another kind": lambda entry: (entry / "manifest.json").write_text("[1]"),
-    "manifest of another digest": lambda entry: (entry / "manifest.json").write_text(json.dumps({"digest": "other"})),
-    "manifest of an older format": lambda entry: (entry / "manifest.json").write_text(json.dumps({"digest": DIGEST})),
+    "manifest of another digest": (
+        lambda entry: (entry / "manifest.json").write_text(json.dumps({"digest": "other"}))
+    ),
+    "manifest of an older format": (
+        lambda entry: (entry / "manifest.json").write_text(json.dumps({"digest": DIGEST}))
+    ),
     "array missing": lambda entry: shutil.rmtree(entry / "ids"),
     "array's description cut": lambda entry: (entry / "ids" / "zarr.json").write_text("{"),
     "chunk missing": lose_a_chunk,
@@ -129,9 +149,14 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path, damage: str) -> None:
 
 def test_processes_may_write_an_entry_at_once(tmp_path: Path) -> None:
     here = Path(__file__).parent
-    code = "import sys; from test_cache import *; cached_tokens(sys.argv[1], DIGEST, lambda: tokens_of(300))"
+    code = (
+        "import sys; from test_cache import *; cached_tokens(sys.argv[1], DIGEST, lambda:"
+        " tokens_of(300))"
+    )
     env = {"PYTHONPATH": f"{here}:{here.parents[1]}", "PATH": "/usr/bin"}
-    writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env) for _ in range(2)]
+    writers = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env) for _ in range(2)
+    ]
     assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
     assert_equal(cached_tokens(str(tmp_path), DIGEST, never)[0], tokens_of(300))
 
@@ -143,7 +168,10 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, below: str)
     with pytest.raises(InputError) as caught:
         cached_tokens(cache, DIGEST, lambda: tokens_of(2))
     message = str(caught.value)
-    assert message.startswith(f"data.cache={cache}: cannot be used (") and "point data.cache to a folder" in message
+    assert (
+        message.startswith(f"data.cache={cache}: cannot be used (")
+        and "point data.cache to a folder" in message
+    )
     assert len(message.splitlines()) == 1
 
 
@@ -161,9 +189,17 @@ def test_an_error_while_making_leaves_no_entry(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_urls_are_passed_on_and_folders_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert location("gs://bucket/tokens", "d") == location("gs://bucket/tokens/", "d") == "gs://bucket/tokens/d/"
+def test_urls_are_passed_on_and_folders_made_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        location("gs://bucket/tokens", "d")
+        == location("gs://bucket/tokens/", "d")
+        == "gs://bucket/tokens/d/"
+    )
     assert location("gs://bucket/tokens", "d", "ids") == "gs://bucket/tokens/d/ids/"
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert location("~/c", "d") == location("c", "d") == {"driver": "file", "path": f"{tmp_path}/c/d/"}
+    assert (
+        location("~/c", "d") == location("c", "d") == {"driver": "file", "path": f"{tmp_path}/c/d/"}
+    )

@@ -17,19 +17,26 @@ from jaxre.relations.labels import task_of
 
 
 def written(path: Path, texts: list[str]) -> dict:
-    rows = [{"id": str(at), "text": text, "head": "Ada", "tail": "Bob", "relation": "met"} for at, text in enumerate(texts)]
+    rows = [
+        {"id": str(at), "text": text, "head": "Ada", "tail": "Bob", "relation": "met"}
+        for at, text in enumerate(texts)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {"dataset": str(path)}
 
 
 def run_on(folder: Path, model: Path, dedup: bool, train: list[str], held_out: list[str]) -> Config:
-    data = {"train": written(folder / "train.jsonl", train), "validation": written(folder / "held.jsonl", held_out)}
+    data = {
+        "train": written(folder / "train.jsonl", train),
+        "validation": written(folder / "held.jsonl", held_out),
+    }
     return tiny_config(folder, model, data=data | {"labels": ["met"], "dedup": dedup})
 
 
 TEXTS = [f"Ada met Bob on day {day}." for day in range(4)]
 
 
+# what a prediction draws demonstrations from
 def test_a_run_with_dedup_trains_on_no_held_out_text(tiny_model: Path, tmp_path: Path) -> None:
     plain = load_dataset(run_on(tmp_path, tiny_model, False, TEXTS, TEXTS[:1]), tiny_model)
     config = run_on(tmp_path, tiny_model, True, TEXTS, TEXTS[:1])
@@ -38,7 +45,7 @@ def test_a_run_with_dedup_trains_on_no_held_out_text(tiny_model: Path, tmp_path:
     assert (len(plain.train.tokens), len(found.train.tokens)) == (4, 3)
     assert not sources.overlap(found.train.examples, found.validation.examples)
     assert load_dataset(config, tiny_model).train.from_cache
-    assert task_of(config, config.data.validation).train == found.train.examples  # what a prediction draws demonstrations from
+    assert task_of(config, config.data.validation).train == found.train.examples
 
 
 def test_other_held_out_data_is_other_training_data(tiny_model: Path, tmp_path: Path) -> None:
@@ -49,7 +56,11 @@ def test_other_held_out_data_is_other_training_data(tiny_model: Path, tmp_path: 
 
 
 def test_prepare_takes_dedup_as_an_option(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     sources.say.cache_clear()
     save_config(run_on(tmp_path, tiny_model, False, TEXTS, TEXTS[:1]), tmp_path / "run.yaml")

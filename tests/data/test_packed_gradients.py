@@ -1,6 +1,8 @@
-"""Packing is exact: loss and gradients of packed rows equal one example a row under a plain causal mask.
+"""Packing is exact: loss and gradients of packed rows equal one example a row under a plain causal
+mask.
 
-Relative is max|difference| / max|reference| of a tensor; f32 sums in another order reach 2e-6 here, the promise is 1e-5.
+Relative is max|difference| / max|reference| of a tensor; f32 sums in another order reach 2e-6 here,
+the promise is 1e-5.
 """
 
 from __future__ import annotations
@@ -29,7 +31,13 @@ ROW, EXAMPLES, STEP = 64, 24, 5
 TOLERANCE = 1e-5
 # That of one example a row too, so that both sides are one compiled function.
 SHAPE = RowShape(EXAMPLES, ROW, ROW)
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 97}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 97,
+}
 FIELDS = ARCHITECTURE | SIZES
 TINY = architecture_of(FIELDS, "tiny")
 
@@ -37,7 +45,12 @@ TINY = architecture_of(FIELDS, "tiny")
 def perturbed(tree, seed: int):
     """Biases away from 0, norms away from 1, B of every LoRA pair away from 0."""
     draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf) + 0.1 * draw.standard_normal(leaf.shape), jnp.float32), tree)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(
+            np.asarray(leaf) + 0.1 * draw.standard_normal(leaf.shape), jnp.float32
+        ),
+        tree,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +59,11 @@ def tokens() -> TokenSet:
     encoded = []
     for number in range(EXAMPLES):
         length = ROW if number == 0 else int(draw.integers(3, 40))  # one fills its row
-        encoded.append(Encoded(draw.integers(0, TINY.vocabulary, length).tolist(), int(draw.integers(1, length))))
+        encoded.append(
+            Encoded(
+                draw.integers(0, TINY.vocabulary, length).tolist(), int(draw.integers(1, length))
+            )
+        )
     return TokenSet.of(encoded, [f"example-{number}" for number in range(EXAMPLES)])
 
 
@@ -69,7 +86,11 @@ def settings(method: str, dropout: float = 0.0) -> Config:
 
 
 def trainable_of(config: Config, base: dict):
-    return base if config.train.method == "full" else perturbed(init_adapter(TINY, config.lora, jax.random.key(2)), 2)
+    return (
+        base
+        if config.train.method == "full"
+        else perturbed(init_adapter(TINY, config.lora, jax.random.key(2)), 2)
+    )
 
 
 def unpacked(tokens: TokenSet, prompt_weight: float) -> Rows:
@@ -80,7 +101,9 @@ def unpacked(tokens: TokenSet, prompt_weight: float) -> Rows:
         positions=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),
         visible_until=np.full((B, T), T, np.int32),
         owner=np.zeros((B, T), np.uint32),
-        supervised=np.broadcast_to(np.arange(T, dtype=np.int32), (B, T)),  # every position is scored,
+        supervised=np.broadcast_to(
+            np.arange(T, dtype=np.int32), (B, T)
+        ),  # every position is scored,
         targets=np.zeros((B, T), np.int32),
         weights=np.zeros((B, T), np.float32),  # most with weight 0
     )
@@ -132,7 +155,14 @@ def test_packed_loss_and_gradients_equal_one_example_a_row(
     packings = []
     for seed in (0, 1):
         plan = plan_by_tokens(
-            tokens.lengths, supervised, find_prefixes(tokens), seed=seed, epochs=1, row_length=ROW, rows=SHAPE.rows, accumulation=1
+            tokens.lengths,
+            supervised,
+            find_prefixes(tokens),
+            seed=seed,
+            epochs=1,
+            row_length=ROW,
+            rows=SHAPE.rows,
+            accumulation=1,
         )
         (update,) = plan.updates
         packings.append(update.micro[0])
@@ -146,12 +176,16 @@ def test_packed_loss_and_gradients_equal_one_example_a_row(
 def test_dropout_changes_the_loss(tokens: TokenSet, base: dict) -> None:
     """Or the equality above would hold because nothing is dropped."""
     trainable, rows = trainable_of(settings("lora"), base), unpacked(tokens, 0.0)
-    with_dropout, without = (float(gradients(trainable, base, rows, settings("lora", rate))[0]) for rate in (0.3, 0.0))
+    with_dropout, without = (
+        float(gradients(trainable, base, rows, settings("lora", rate))[0]) for rate in (0.3, 0.0)
+    )
     assert abs(with_dropout / without - 1) > 1e-3
 
 
 def updated(config: Config, trainable, base, rows: Rows) -> tuple[float, dict]:
-    """Loss and gradient as the training's own update computes them; the state of `trace(0)` is the gradient."""
+    """Loss and gradient as the training's own update computes them; the state of `trace(0)` is the
+    gradient.
+    """
     kept = optax.trace(decay=0.0)
     update = jax.jit(make_update(config, TINY, kept, jnp.dtype(jnp.float32)))
     state, metrics = update(State(jnp.int32(STEP), trainable, kept.init(trainable)), base, rows)
@@ -159,8 +193,12 @@ def updated(config: Config, trainable, base, rows: Rows) -> tuple[float, dict]:
 
 
 @pytest.mark.parametrize(("by", "dropout"), [("tokens", 0.3), ("examples", 0.0)])
-def test_accumulated_gradients_equal_one_batch(tokens: TokenSet, base: dict, by: str, dropout: float) -> None:
-    """The sum over micro-batches is divided by the supervised tokens of all of them, so their sizes do not matter."""
+def test_accumulated_gradients_equal_one_batch(
+    tokens: TokenSet, base: dict, by: str, dropout: float
+) -> None:
+    """The sum over micro-batches is divided by the supervised tokens of all of them, so their sizes
+    do not matter.
+    """
     config = settings("lora", dropout)
     trainable = trainable_of(config, base)
     same = {"seed": 0, "epochs": 1, "row_length": ROW, "accumulation": 4}
@@ -169,7 +207,14 @@ def test_accumulated_gradients_equal_one_batch(tokens: TokenSet, base: dict, by:
             tokens.lengths, tokens.supervised, find_prefixes(tokens), rows=4, **same
         )  # the last micro-batch holds fewer rows
     else:
-        plan = plan_by_examples(tokens.lengths, tokens.supervised, find_prefixes(tokens), examples=EXAMPLES, multiple=8, **same)
+        plan = plan_by_examples(
+            tokens.lengths,
+            tokens.supervised,
+            find_prefixes(tokens),
+            examples=EXAMPLES,
+            multiple=8,
+            **same,
+        )
     (update,) = plan.updates
     loss, found = updated(config, trainable, base, fill_update(tokens, plan.prefixes, update))
     reference_loss, reference = gradients(trainable, base, unpacked(tokens, 0.0), config)
@@ -181,10 +226,21 @@ def test_an_empty_micro_batch_changes_nothing(tokens: TokenSet, base: dict) -> N
     config = settings("lora")
     trainable = trainable_of(config, base)
     plan = plan_by_tokens(
-        tokens.lengths, tokens.supervised, find_prefixes(tokens), seed=0, epochs=1, row_length=ROW, rows=SHAPE.rows, accumulation=1
+        tokens.lengths,
+        tokens.supervised,
+        find_prefixes(tokens),
+        seed=0,
+        epochs=1,
+        row_length=ROW,
+        rows=SHAPE.rows,
+        accumulation=1,
     )
-    one, none = (fill_rows(tokens, plan.prefixes, packed, SHAPE) for packed in (plan.updates[0].micro[0], []))
-    loss, found = updated(config, trainable, base, Rows(*(np.stack(pair) for pair in zip(one, none, strict=True))))
+    one, none = (
+        fill_rows(tokens, plan.prefixes, packed, SHAPE) for packed in (plan.updates[0].micro[0], [])
+    )
+    loss, found = updated(
+        config, trainable, base, Rows(*(np.stack(pair) for pair in zip(one, none, strict=True)))
+    )
     reference_loss, reference = gradients(trainable, base, one, config)
     assert abs(loss / float(reference_loss) - 1) < TOLERANCE
     assert worst(found, reference) < TOLERANCE

@@ -1,6 +1,8 @@
-"""Sharing is exact: loss and gradients of rows that share prefixes equal one example a row under a plain causal mask.
+"""Sharing is exact: loss and gradients of rows that share prefixes equal one example a row under a
+plain causal mask.
 
-Relative is max|difference| / max|reference| of a tensor; f32 sums in another order reach 3e-6 here, the promise is 1e-5.
+Relative is max|difference| / max|reference| of a tensor; f32 sums in another order reach 3e-6 here,
+the promise is 1e-5.
 """
 
 from __future__ import annotations
@@ -27,8 +29,13 @@ from jaxre.models.module import init_weights
 from jaxre.training.step import State, dropout_keys, loss_sum, make_update, model_of
 
 ROW, STEP, TOLERANCE = 96, 5, 1e-5
-# The switches of the families that a model may combine are on in one: each that sharing breaks is seen.
-QWEN2, EVERY_OTHER, ONE_LAYER = "qwen2 tied, biases, grouped heads", "scaled rope, norms of q and k, a layer unrotated", "one layer"
+# The switches of the families that a model may combine are on in one: each that sharing breaks is
+# seen.
+QWEN2, EVERY_OTHER, ONE_LAYER = (
+    "qwen2 tied, biases, grouped heads",
+    "scaled rope, norms of q and k, a layer unrotated",
+    "one layer",
+)
 
 
 def architecture(family: str) -> Architecture:
@@ -55,11 +62,18 @@ def settings(method: str, dropout: float) -> Config:
 def perturbed(tree, seed: int):
     """Biases away from 0, norms away from 1, B of every LoRA pair away from 0."""
     draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf) + 0.1 * draw.standard_normal(leaf.shape), jnp.float32), tree)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(
+            np.asarray(leaf) + 0.1 * draw.standard_normal(leaf.shape), jnp.float32
+        ),
+        tree,
+    )
 
 
 def alone(tokens: TokenSet, prompt_weight: float) -> Rows:
-    """One example a row under the plain causal mask, every position scored, written without `fill_rows`."""
+    """One example a row under the plain causal mask, every position scored, written without
+    `fill_rows`.
+    """
     B, T = len(tokens), int(tokens.lengths.max())
     every = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
     rows = Rows(
@@ -83,7 +97,15 @@ def alone(tokens: TokenSet, prompt_weight: float) -> Rows:
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6))
-def gradients(trainable, base, rows: Rows, architecture: Architecture, method: str, dropout: float, shape: RowShape | None = None):
+def gradients(
+    trainable,
+    base,
+    rows: Rows,
+    architecture: Architecture,
+    method: str,
+    dropout: float,
+    shape: RowShape | None = None,
+):
     """Loss per supervised token and its gradient."""
     config = settings(method, dropout)
 
@@ -102,13 +124,29 @@ def worst(found, reference) -> float:
 
 
 def planned(tokens: TokenSet, prompt_weight: float = 0.0) -> list[tuple[Rows, RowShape]]:
-    """All examples in one micro-batch: as the plan shares, and in rows of mixed roots that share all there is, in two orders."""
+    """All examples in one micro-batch: as the plan shares, and in rows of mixed roots that share
+    all there is, in two orders.
+    """
     supervised = tokens.lengths - 1 if prompt_weight else tokens.supervised
     prefixes = find_prefixes(tokens)
-    plan = plan_by_tokens(tokens.lengths, supervised, prefixes, seed=0, epochs=1, row_length=ROW, rows=8, accumulation=1)
+    plan = plan_by_tokens(
+        tokens.lengths,
+        supervised,
+        prefixes,
+        seed=0,
+        epochs=1,
+        row_length=ROW,
+        rows=8,
+        accumulation=1,
+    )
     (update,) = plan.updates
     assert plan.fill(tokens.lengths, supervised).shared > 0.3
-    found = [(fill_rows(tokens, plan.prefixes, update.micro[0], update.shape, prompt_weight), update.shape)]
+    found = [
+        (
+            fill_rows(tokens, plan.prefixes, update.micro[0], update.shape, prompt_weight),
+            update.shape,
+        )
+    ]
     shape = RowShape(2, 512, 512 if prompt_weight else 96)
     sorted_rows = [prefixes.order[:19].tolist(), prefixes.order[19:].tolist()]
     for packed in (sorted_rows, [list(range(10)), list(range(10, len(tokens)))]):
@@ -125,12 +163,19 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "method", "dropout", "prompt_weight"), CASES)
-def test_shared_loss_and_gradients_equal_one_example_a_row(family: str, method: str, dropout: float, prompt_weight: float) -> None:
+def test_shared_loss_and_gradients_equal_one_example_a_row(
+    family: str, method: str, dropout: float, prompt_weight: float
+) -> None:
     tokens, model = begin_alike(), architecture(family)
     base = perturbed(init_weights(model, seed=1), 1)
-    trainable = base if method == "full" else perturbed(init_adapter(model, settings(method, dropout).lora, jax.random.key(2)), 2)
+    trainable = (
+        base
+        if method == "full"
+        else perturbed(init_adapter(model, settings(method, dropout).lora, jax.random.key(2)), 2)
+    )
     reference = gradients(trainable, base, alone(tokens, prompt_weight), model, method, dropout)
-    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(reference) if leaf.size)  # one layer: the stack is empty
+    # one layer: the stack is empty
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(reference) if leaf.size)
     for rows, shape in planned(tokens, prompt_weight):
         found = gradients(trainable, base, rows, model, method, dropout, shape)
         print(f"{family} {method} {dropout} {prompt_weight}: {worst(found, reference):.1e}")
@@ -147,10 +192,17 @@ def test_accumulated_gradients_of_shared_rows_equal_one_example_a_row() -> None:
     given = (tokens.lengths, tokens.supervised, find_prefixes(tokens))
     kept = optax.trace(decay=0.0)  # its state is the gradient
     update = jax.jit(make_update(config, model, kept, jnp.dtype(jnp.float32)), static_argnums=3)
-    plans: list[Plan] = [plan_by_tokens(*given, rows=4, **same), plan_by_examples(*given, examples=3 * 11, multiple=8, **same)]
+    plans: list[Plan] = [
+        plan_by_tokens(*given, rows=4, **same),
+        plan_by_examples(*given, examples=3 * 11, multiple=8, **same),
+    ]
     for plan in plans:
         one: Update = plan.updates[0]
-        assert len(plan.updates) == 1 and sum(len(row) for micro in one.micro for row in micro) == len(tokens)
+        assert len(plan.updates) == 1 and sum(
+            len(row) for micro in one.micro for row in micro
+        ) == len(tokens)
         rows = fill_update(tokens, plan.prefixes, one)
-        state, metrics = update(State(jnp.int32(STEP), trainable, kept.init(trainable)), base, rows, one.shape)
+        state, metrics = update(
+            State(jnp.int32(STEP), trainable, kept.init(trainable)), base, rows, one.shape
+        )
         assert worst((metrics.loss, state.optimiser.trace), reference) < TOLERANCE

@@ -14,7 +14,9 @@ NAMES = ["Ada", "Bo", "Cy", "Di", "Ed", "Flo", "Gus", "Hal"]
 
 def example(number, head, tail, relation, verb="hired"):
     first, second = (head, tail) if relation != "hired_by" else (tail, head)
-    return Example(f"x/{number}", "x", "train", f"{first} {verb} {second} yesterday.", head, tail, relation)
+    return Example(
+        f"x/{number}", "x", "train", f"{first} {verb} {second} yesterday.", head, tail, relation
+    )
 
 
 def directed():
@@ -54,6 +56,11 @@ def test_semeval_baselines_reach_what_was_measured(shared_data):
         read_semeval(shared_data / "semeval2010_task8", "test")[:700],
     )
     gold = [undirected(e.relation) for e in test]
-    f1 = {b: score(gold, [undirected(x) for x in b(train, test).labels]).f1 for b in (majority, tfidf_sentence, tfidf_marked)}
+    f1 = {
+        b: score(gold, [undirected(x) for x in b(train, test).labels]).f1
+        for b in (majority, tfidf_sentence, tfidf_marked)
+    }
     # Measured with scikit-learn 1.9; the solver moves the third digit between versions.
-    assert f1 == pytest.approx({majority: 0.0, tfidf_sentence: 0.590, tfidf_marked: 0.713}, abs=0.01)
+    assert f1 == pytest.approx(
+        {majority: 0.0, tfidf_sentence: 0.590, tfidf_marked: 0.713}, abs=0.01
+    )

@@ -22,7 +22,15 @@ UNDIRECTED = Path(__file__).parents[2] / "configs/labels/semeval-undirected.yaml
 
 def ours(*rows, **settings):
     return [
-        Prediction(f"facts/test/{i}", gold, label, eval_dataset_name="facts", model_id="m", prompt_hash=f"h{i}", **settings)
+        Prediction(
+            f"facts/test/{i}",
+            gold,
+            label,
+            eval_dataset_name="facts",
+            model_id="m",
+            prompt_hash=f"h{i}",
+            **settings,
+        )
         for i, (gold, label) in enumerate(rows)
     ]
 
@@ -32,13 +40,22 @@ def cache(*answers, **parts):
 
 
 def by_id(number, label, gold="", **settings):
-    return Answer(label, gold, example_id=f"facts/test/{number}", model=settings.pop("model", "gpt"), **settings)
+    return Answer(
+        label,
+        gold,
+        example_id=f"facts/test/{number}",
+        model=settings.pop("model", "gpt"),
+        **settings,
+    )
 
 
 def test_rows_join_by_id_and_by_hash_and_the_rest_is_listed():
     predictions = ours(("a", "a"), ("a", "b"), ("b", "b"), ("b", "b"), ("b", "a"))
     answers = [by_id(0, "a"), Answer("a", "", prompt_hash="h1"), by_id(2, "a"), by_id(2, "b")]
-    result = compare(predictions, cache(*answers, uncovered={"facts/test/3": "unparsed"}, leftover={"strange": ("x",)}))
+    result = compare(
+        predictions,
+        cache(*answers, uncovered={"facts/test/3": "unparsed"}, leftover={"strange": ("x",)}),
+    )
     assert result.joined == 2 and result.join_rate == 2 / 5
     assert result.not_joined == {
         "the cache holds different answers for it": ("facts/test/2",),
@@ -46,20 +63,28 @@ def test_rows_join_by_id_and_by_hash_and_the_rest_is_listed():
         "not in the cache": ("facts/test/4",),
     }
     assert result.leftover == {"strange": ("x",)}
-    found, missing, _ = join_answers(predictions, cache(*answers, uncovered={"facts/test/3": "unparsed"}))
-    assert [row.example_id for row, _ in found] == ["facts/test/0", "facts/test/1"] and missing == result.not_joined
+    found, missing, _ = join_answers(
+        predictions, cache(*answers, uncovered={"facts/test/3": "unparsed"})
+    )
+    assert [row.example_id for row, _ in found] == [
+        "facts/test/0",
+        "facts/test/1",
+    ] and missing == result.not_joined
     assert result.ours.accuracy == 0.5 and result.cached.accuracy == 1
 
 
 def test_one_prompt_answers_all_examples_that_share_it():
     predictions = [replace(row, prompt_hash="same") for row in ours(("a", "a"), ("b", "b"))]
-    result = compare(predictions, cache(Answer("a", "", prompt_hash="same"), Answer("A", "", prompt_hash="same")))
+    result = compare(
+        predictions, cache(Answer("a", "", prompt_hash="same"), Answer("A", "", prompt_hash="same"))
+    )
     assert result.joined == 2 and result.cached.accuracy == 0.5
 
 
 def test_who_was_right_where():
     result = compare(
-        ours(("a", "a"), ("a", "b"), ("a", "a"), ("b", "a")), cache(by_id(0, "a"), by_id(1, "a"), by_id(2, "b"), by_id(3, "a"))
+        ours(("a", "a"), ("a", "b"), ("a", "a"), ("b", "a")),
+        cache(by_id(0, "a"), by_id(1, "a"), by_id(2, "b"), by_id(3, "a")),
     )
     found = {(q.ours_right, q.cached_right): (q.count, q.ids) for q in result.quadrants}
     assert found == {
@@ -72,16 +97,23 @@ def test_who_was_right_where():
 
 
 def test_negatives_of_both_sides_are_one_label():
-    result = compare(ours(("Other", "Other"), ("a", "a")), cache(by_id(0, "no_relation"), by_id(1, "NA")))
+    result = compare(
+        ours(("Other", "Other"), ("a", "a")), cache(by_id(0, "no_relation"), by_id(1, "NA"))
+    )
     assert result.cached.accuracy == 0.5 and result.quadrants[0].count == 1
 
 
-def test_a_gold_label_outside_of_the_map_is_an_input_error_and_a_prediction_outside_counts_as_wrong():
+def test_a_gold_label_outside_of_the_map_is_refused_and_a_prediction_outside_counts_as_wrong():
     label_map = LabelMap("map.yaml", {"a": "A", "b": "B"})
-    with pytest.raises(InputError, match=r"map.yaml: no entry for the label 'c' \(example facts/test/1\)"):
+    with pytest.raises(
+        InputError, match=r"map.yaml: no entry for the label 'c' \(example facts/test/1\)"
+    ):
         compare(ours(("a", "a"), ("c", "a")), cache(by_id(0, "A"), by_id(1, "A")), label_map)
     result = compare(ours(("a", "a"), ("a", "c")), cache(by_id(0, "A"), by_id(1, "A")), label_map)
-    assert result.ours.accuracy == 0.5 and "1 of our predictions are not in map.yaml" in result.notes[-1]
+    assert (
+        result.ours.accuracy == 0.5
+        and "1 of our predictions are not in map.yaml" in result.notes[-1]
+    )
 
 
 def test_labels_spelled_differently_are_refused_with_the_mend_not_scored_as_wrong():
@@ -113,7 +145,13 @@ def test_nothing_joined_shows_both_sides():
     with pytest.raises(InputError) as error:
         compare(ours(("a", "a")), cache(Answer("a", "", prompt_hash="ffff")))
     message = str(error.value)
-    assert "'facts/test/0'" in message and "h0" in message and "ffff" in message and "--split" in message and "\n" not in message
+    assert (
+        "'facts/test/0'" in message
+        and "h0" in message
+        and "ffff" in message
+        and "--split" in message
+        and "\n" not in message
+    )
     with pytest.raises(InputError, match="no answer for the split"):
         compare(ours(("a", "a")), cache())
 
@@ -140,19 +178,29 @@ def test_the_table_shows_the_result_and_escapes_markup():
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(comparison_table(result))
     text = console.export_text()
-    assert "2 of 2 predictions joined (100.0%)" in text and "[bold]a" in text and "McNemar p 1.000, exact" in text
+    assert (
+        "2 of 2 predictions joined (100.0%)" in text
+        and "[bold]a" in text
+        and "McNemar p 1.000, exact" in text
+    )
     assert json.loads(json.dumps(result.to_json()))["join_rate"] == 1
 
 
 def test_the_semeval_map_covers_the_schema_and_only_drops_directions():
     label_map = read_label_map(UNDIRECTED)
     assert set(label_map.common) == {normalise_label(label) for label in LABELS}
-    assert {label: label_map.gold(label, "") for label in LABELS} == {label: label.split("(")[0].replace("-", " ") for label in LABELS}
+    assert {label: label_map.gold(label, "") for label in LABELS} == {
+        label: label.split("(")[0].replace("-", " ") for label in LABELS
+    }
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("m.yaml", "no: none\nA,B: x\n1: y\n"), ("m.json", '{"no": "none", "A,B": "x", "1": "y"}'), ("m.csv", 'no,none\n"A,B",x\n\n1,y\n')],
+    [
+        ("m.yaml", "no: none\nA,B: x\n1: y\n"),
+        ("m.json", '{"no": "none", "A,B": "x", "1": "y"}'),
+        ("m.csv", 'no,none\n"A,B",x\n\n1,y\n'),
+    ],
 )
 def test_label_maps_read_labels_as_text(tmp_path, name, text):
     (tmp_path / name).write_text(text)
@@ -191,10 +239,13 @@ def test_gold_predictions_against_chatgpt(tmp_path, shared_data, monkeypatch):
     assert (round(result.cached.f1, 3), round(result.cached.accuracy, 4)) == (0.425, 0.3905)
     assert result.cached_name == "ChatGPT (2023, zero-shot)"
 
-    path, _ = write_predictions(tmp_path / "part", rows[:50])  # the examples of the whole split are loaded, so all 50 join
+    # the examples of the whole split are loaded, so all 50 join
+    path, _ = write_predictions(tmp_path / "part", rows[:50])
     assert compare_files(path, chatgpt, UNDIRECTED).joined == 50
 
-    path, _ = write_predictions(tmp_path / "q", [Prediction("mine/1", "a", "a", eval_dataset_name="semeval2010_task8")])
+    path, _ = write_predictions(
+        tmp_path / "q", [Prediction("mine/1", "a", "a", eval_dataset_name="semeval2010_task8")]
+    )
     with pytest.raises(InputError, match="'mine/1' does not say which"):
         compare_files(path, chatgpt, UNDIRECTED)
 
@@ -202,7 +253,10 @@ def test_gold_predictions_against_chatgpt(tmp_path, shared_data, monkeypatch):
 def test_predictions_on_the_training_split_do_not_join(tmp_path, shared_data, monkeypatch):
     monkeypatch.setenv("JAXRE_DATA", str(shared_data))
     examples = read_conll04(shared_data / "conll04", "train")
-    path, _ = write_predictions(tmp_path / "p", [Prediction(e.id, e.relation, e.relation, eval_dataset_name=e.dataset) for e in examples])
+    path, _ = write_predictions(
+        tmp_path / "p",
+        [Prediction(e.id, e.relation, e.relation, eval_dataset_name=e.dataset) for e in examples],
+    )
     gpt4o = next((shared_data / "frontier_predictions/conll04_gpt").rglob("*_sure.json"))
     with pytest.raises(InputError, match="no prediction joins"):
         compare_files(path, gpt4o)
@@ -212,8 +266,13 @@ def test_predictions_on_the_training_split_do_not_join(tmp_path, shared_data, mo
 def test_any_draw_of_negatives_joins_gpt_on_conll04(tmp_path, shared_data, monkeypatch, negatives):
     monkeypatch.setenv("JAXRE_DATA", str(shared_data))
     examples = read_conll04(shared_data / "conll04", "test", negatives)
-    path, _ = write_predictions(tmp_path / "p", [Prediction(e.id, e.relation, "none", eval_dataset_name=e.dataset) for e in examples])
-    result = compare_files(path, next((shared_data / "frontier_predictions/conll04_gpt").rglob("*likely.json")))
+    path, _ = write_predictions(
+        tmp_path / "p",
+        [Prediction(e.id, e.relation, "none", eval_dataset_name=e.dataset) for e in examples],
+    )
+    result = compare_files(
+        path, next((shared_data / "frontier_predictions/conll04_gpt").rglob("*likely.json"))
+    )
     assert result.joined + sum(map(len, result.not_joined.values())) == len(examples)
     assert set(result.not_joined) == {"the same two names are related otherwise in this sentence"}
     assert result.ours.f1 == 0 and result.cached.f1 > 0.7
@@ -223,12 +282,16 @@ def test_any_draw_of_negatives_joins_gpt_on_conll04(tmp_path, shared_data, monke
 def test_scores_of_a_comparison_are_those_of_the_joined_rows():
     rows = ours(("a", "a"), ("b", "a"), ("none", "b"), ("a", "a"))
     result = compare(rows, cache(*(by_id(i, "a") for i in range(3))))
-    assert result.ours.f1 == score(["a", "b", "none"], ["a", "a", "b"]).f1 == result.difference.first
+    assert (
+        result.ours.f1 == score(["a", "b", "none"], ["a", "a", "b"]).f1 == result.difference.first
+    )
 
 
 def test_predictions_of_no_dataset_are_told_to_name_one(tmp_path):
     row = replace(ours(("a", "a"))[0], example_id="/test/1", eval_dataset_name="")
-    (tmp_path / "cache.json").write_text(json.dumps([{"headEntity": "a", "tailEntity": "b", "groundTruth": "a", "closePred": "a"}]))
+    (tmp_path / "cache.json").write_text(
+        json.dumps([{"headEntity": "a", "tailEntity": "b", "groundTruth": "a", "closePred": "a"}])
+    )
     predictions, _ = write_predictions(tmp_path / "ours", [row])
     with pytest.raises(InputError, match="does not say which"):
         compare_files(predictions, tmp_path / "cache.json")
@@ -236,7 +299,9 @@ def test_predictions_of_no_dataset_are_told_to_name_one(tmp_path):
 
 @pytest.mark.parametrize("content", [None, "{broken", "[]"])
 def test_a_cache_that_cannot_be_read_is_blamed_and_not_the_predictions(tmp_path, content):
-    predictions, _ = write_predictions(tmp_path / "ours", [replace(row, example_id="elsewhere") for row in ours(("a", "a"))])
+    predictions, _ = write_predictions(
+        tmp_path / "ours", [replace(row, example_id="elsewhere") for row in ours(("a", "a"))]
+    )
     path = tmp_path / "cache.json"
     if content is not None:
         path.write_text(content)

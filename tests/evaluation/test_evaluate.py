@@ -1,4 +1,6 @@
-"""What `jaxre evaluate` says of a predictions file: the official score of SemEval, and a run that predicts one class."""
+"""What `jaxre evaluate` says of a predictions file: the official score of SemEval, and a run that
+predicts one class.
+"""
 
 import io
 import json
@@ -16,7 +18,10 @@ GOLD = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "O
 
 
 def evaluated(tmp_path, predicted, dataset=NAME, gold=GOLD):
-    rows = [Prediction(str(n), one, other, dataset) for n, (one, other) in enumerate(zip(gold, predicted, strict=True))]
+    rows = [
+        Prediction(str(n), one, other, dataset)
+        for n, (one, other) in enumerate(zip(gold, predicted, strict=True))
+    ]
     return evaluate_file(write_predictions(tmp_path / "test", rows)[0])
 
 
@@ -29,20 +34,35 @@ def printed(what) -> str:
 def test_the_official_score_stands_beside_the_others_for_semeval_alone(tmp_path):
     predicted = ["Cause-Effect(e1,e2)", "Cause-Effect(e1,e2)", "Message-Topic(e1,e2)", "Other"]
     found = evaluated(tmp_path, predicted)
-    assert found.semeval_official_f1 == semeval_official_f1(GOLD, predicted) == pytest.approx((0.5 + 1) / 2)
-    assert "official SemEval macro-F1" in printed(evaluation_table(found)) and "0.7500" in printed(evaluation_table(found))
+    assert (
+        found.semeval_official_f1
+        == semeval_official_f1(GOLD, predicted)
+        == pytest.approx((0.5 + 1) / 2)
+    )
+    assert "official SemEval macro-F1" in printed(evaluation_table(found)) and "0.7500" in printed(
+        evaluation_table(found)
+    )
     assert json.loads(json.dumps(found.to_json()))["semeval_official_f1"] == pytest.approx(0.75)
     other = evaluated(tmp_path, predicted, "facts")
     assert other.semeval_official_f1 is None and "SemEval" not in printed(evaluation_table(other))
 
 
 def test_a_split_of_other_alone_has_no_official_score(tmp_path):
-    assert evaluated(tmp_path, ["Other", "Cause-Effect(e1,e2)"], gold=["Other", "Other"]).semeval_official_f1 is None
+    assert (
+        evaluated(
+            tmp_path, ["Other", "Cause-Effect(e1,e2)"], gold=["Other", "Other"]
+        ).semeval_official_f1
+        is None
+    )
 
 
 def test_a_run_that_predicts_one_class_is_flagged_as_collapsed(tmp_path):
     found = evaluated(tmp_path, ["Other"] * 4)
     assert found.to_json()["collapsed"] is True
-    assert "COLLAPSED" in printed(evaluation_table(found)) and "collapsed" in printed(summary_table([System("ours", found, ours=True)]))
+    assert "COLLAPSED" in printed(evaluation_table(found)) and "collapsed" in printed(
+        summary_table([System("ours", found, ours=True)])
+    )
     fine = evaluated(tmp_path, GOLD)
-    assert fine.to_json()["collapsed"] is False and "COLLAPSED" not in printed(evaluation_table(fine))
+    assert fine.to_json()["collapsed"] is False and "COLLAPSED" not in printed(
+        evaluation_table(fine)
+    )

@@ -1,4 +1,6 @@
-"""The study's scores: against scikit-learn where it has the metric, against SemEval's official scorer, and by hand."""
+"""The study's scores: against scikit-learn where it has the metric, against SemEval's official
+scorer, and by hand.
+"""
 
 import random
 
@@ -14,7 +16,19 @@ from jaxre.relations.schema import NEGATIVES, normalise_label
 from jaxre.relations.semeval import LABELS
 
 labels = st.sampled_from(
-    ["Kill", "kill", "Live_In", '"Work_For"', "Located  In", "none", "Other", "NA", "", "no_relation", "born in\nbecause"]
+    [
+        "Kill",
+        "kill",
+        "Live_In",
+        '"Work_For"',
+        "Located  In",
+        "none",
+        "Other",
+        "NA",
+        "",
+        "no_relation",
+        "born in\nbecause",
+    ]
 )
 pairs = st.lists(st.tuples(labels, labels), min_size=1, max_size=60)
 
@@ -28,18 +42,29 @@ def test_scores_equal_scikit_learn(rows):
     truth, guess = [normalise_label(x) for x in gold], [normalise_label(x) for x in predicted]
     positives = sorted((set(truth) | set(guess)) - NEGATIVES)
     if positives:
-        precision, recall, f1, _ = sk.precision_recall_fscore_support(truth, guess, labels=positives, average="micro", zero_division=0)
-        assert (result.precision, result.recall, result.f1) == pytest.approx((precision, recall, f1))
+        precision, recall, f1, _ = sk.precision_recall_fscore_support(
+            truth, guess, labels=positives, average="micro", zero_division=0
+        )
+        assert (result.precision, result.recall, result.f1) == pytest.approx(
+            (precision, recall, f1)
+        )
     else:
         assert (result.precision, result.recall, result.f1) == (0, 0, 0)
     gold_positives = sorted(set(truth) - NEGATIVES)
-    macro = sk.f1_score(truth, guess, labels=gold_positives, average="macro", zero_division=0) if gold_positives else 0
+    macro = (
+        sk.f1_score(truth, guess, labels=gold_positives, average="macro", zero_division=0)
+        if gold_positives
+        else 0
+    )
     assert result.macro_f1 == pytest.approx(macro)
     assert result.accuracy == pytest.approx(sk.accuracy_score(truth, guess))
 
     gold_labels = sorted(set(truth))
     table = sk.precision_recall_fscore_support(truth, guess, labels=gold_labels, zero_division=0)
-    ours = {normalise_label(row.label): (row.precision, row.recall, row.f1, row.support) for row in result.per_class}
+    ours = {
+        normalise_label(row.label): (row.precision, row.recall, row.f1, row.support)
+        for row in result.per_class
+    }
     assert list(ours) != [] and set(ours) == set(gold_labels)
     for label, *expected in zip(gold_labels, *table, strict=True):
         assert ours[label] == pytest.approx(tuple(expected))
@@ -127,7 +152,9 @@ def official(gold, predicted):
 
 
 @settings(deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=1, max_size=80))
+@given(
+    st.lists(st.tuples(st.sampled_from(LABELS), st.sampled_from(LABELS)), min_size=1, max_size=80)
+)
 def test_official_semeval_score_follows_the_rules_of_the_scorer(rows):
     gold, predicted = zip(*rows, strict=True)
     if set(gold) == {"Other"}:
@@ -137,25 +164,54 @@ def test_official_semeval_score_follows_the_rules_of_the_scorer(rows):
         assert semeval_official_f1(gold, predicted) == pytest.approx(official(gold, predicted))
 
 
-@pytest.mark.parametrize(("seed", "printed"), [(1, 30.29), (4, 53.38), (5, 51.16), (9, 56.93), (11, 53.35)])
+@pytest.mark.parametrize(
+    ("seed", "printed"), [(1, 30.29), (4, 53.38), (5, 51.16), (9, 56.93), (11, 53.35)]
+)
 def test_official_semeval_score_equals_the_perl_scorer(seed, printed):
-    """`printed` is the output of semeval2010_task8_scorer-v1.2.pl on these answers (it prints two decimals)."""
+    """`printed` is the output of semeval2010_task8_scorer-v1.2.pl on these answers (it prints two
+    decimals).
+    """
     draw, pool = random.Random(seed), list(LABELS)
     count = draw.choice([30, 300, 2000])
     pool = pool if seed % 2 else draw.sample(pool, 6)
     gold = [draw.choice(pool) for _ in range(count)]
-    predicted = [x if draw.random() < 0.5 else (flip(x) if draw.random() < 0.4 else draw.choice(LABELS)) for x in gold]
+    predicted = [
+        x if draw.random() < 0.5 else (flip(x) if draw.random() < 0.4 else draw.choice(LABELS))
+        for x in gold
+    ]
     assert 100 * semeval_official_f1(gold, predicted) == pytest.approx(printed, abs=0.0051)
 
 
 def test_official_semeval_score_of_a_confusion_matrix_worked_out_by_hand():
-    """Cause-Effect: 9 hits, 14 proposed in either direction, 15 gold. Component-Whole: 3, 8, 5. Other is no relation."""
-    names = ("Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Component-Whole(e1,e2)", "Component-Whole(e2,e1)", "Other")
-    counts = [[6, 1, 2, 0, 1], [2, 3, 0, 0, 0], [1, 0, 2, 1, 0], [0, 0, 0, 1, 0], [1, 0, 0, 2, 5]]  # rows: gold
-    pairs = [(names[i], names[j]) for i, row in enumerate(counts) for j, count in enumerate(row) for _ in range(count)]
+    """Cause-Effect: 9 hits, 14 proposed in either direction, 15 gold. Component-Whole: 3, 8, 5.
+    Other is no relation.
+    """
+    names = (
+        "Cause-Effect(e1,e2)",
+        "Cause-Effect(e2,e1)",
+        "Component-Whole(e1,e2)",
+        "Component-Whole(e2,e1)",
+        "Other",
+    )
+    # rows: gold
+    counts = [
+        [6, 1, 2, 0, 1],
+        [2, 3, 0, 0, 0],
+        [1, 0, 2, 1, 0],
+        [0, 0, 0, 1, 0],
+        [1, 0, 0, 2, 5],
+    ]
+    pairs = [
+        (names[i], names[j])
+        for i, row in enumerate(counts)
+        for j, count in enumerate(row)
+        for _ in range(count)
+    ]
     gold, predicted = zip(*pairs, strict=True)
     cause_effect, component_whole = 2 * 9 / (14 + 15), 2 * 3 / (8 + 5)
-    assert semeval_official_f1(gold, predicted) == pytest.approx((cause_effect + component_whole) / 2)
+    assert semeval_official_f1(gold, predicted) == pytest.approx(
+        (cause_effect + component_whole) / 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -175,7 +231,13 @@ def test_one_label_for_all_is_flagged_where_the_gold_labels_differ(gold, predict
 def test_wrong_direction_is_wrong_and_counts_against_precision():
     gold = ["Cause-Effect(e1,e2)", "Cause-Effect(e1,e2)", "Other"]
     predicted = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Other"]
-    assert semeval_official_f1(gold, predicted) == pytest.approx(0.5)  # 1 of 2 proposed, 1 of 2 gold
-    assert semeval_official_f1(gold, ["Cause-Effect(e1,e2)", "Cause-Effect", "Other"]) == pytest.approx(0.5)
-    assert semeval_official_f1(gold, ["Cause-Effect(e1,e2)", "causes", "Other"]) == pytest.approx(2 / 3)  # 1 of 1 proposed
+    # 1 of 2 proposed, 1 of 2 gold
+    assert semeval_official_f1(gold, predicted) == pytest.approx(0.5)
+    assert semeval_official_f1(
+        gold, ["Cause-Effect(e1,e2)", "Cause-Effect", "Other"]
+    ) == pytest.approx(0.5)
+    # 1 of 1 proposed
+    assert semeval_official_f1(gold, ["Cause-Effect(e1,e2)", "causes", "Other"]) == pytest.approx(
+        2 / 3
+    )
     assert score([undirected(x) for x in gold], [undirected(x) for x in predicted]).f1 == 1

@@ -12,7 +12,22 @@ from jaxre.errors import InputError
 from jaxre.evaluation.predictions import COLUMNS, Prediction, read_predictions, write_predictions
 from jaxre.relations.schema import hash_prompt
 
-TRICKY = ["no", "NA", "null", "nan", "None", "true", "1e-4", "", 'say "x", then y', "a,b", "línea\nzwei", "关系", "=1+1", "  spaces "]
+TRICKY = [
+    "no",
+    "NA",
+    "null",
+    "nan",
+    "None",
+    "true",
+    "1e-4",
+    "",
+    'say "x", then y',
+    "a,b",
+    "línea\nzwei",
+    "关系",
+    "=1+1",
+    "  spaces ",
+]
 
 
 def rows_of(labels):
@@ -37,7 +52,10 @@ def rows_of(labels):
 @pytest.mark.parametrize("name", ["test", "test.csv", "test.parquet"])
 def test_both_files_give_back_the_rows(tmp_path, name):
     rows = rows_of(TRICKY)
-    assert write_predictions(tmp_path / name, rows) == (tmp_path / "test.parquet", tmp_path / "test.csv")
+    assert write_predictions(tmp_path / name, rows) == (
+        tmp_path / "test.parquet",
+        tmp_path / "test.csv",
+    )
     assert read_predictions(tmp_path / "test.parquet") == rows
     assert read_predictions(tmp_path / "test.csv") == rows
     assert read_predictions(tmp_path / "test") == rows
@@ -45,10 +63,18 @@ def test_both_files_give_back_the_rows(tmp_path, name):
 
 
 @settings(deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=1, max_size=8), st.floats(allow_nan=False))
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=1, max_size=8
+    ),
+    st.floats(allow_nan=False),
+)
 def test_any_text_and_any_score_survive(tmp_path_factory, texts, score):
     folder = tmp_path_factory.mktemp("p")
-    rows = [Prediction(f"x/{i}", text, text, prompt=text, score=score, probabilities={text: 0.1 + 0.2}) for i, text in enumerate(texts)]
+    rows = [
+        Prediction(f"x/{i}", text, text, prompt=text, score=score, probabilities={text: 0.1 + 0.2})
+        for i, text in enumerate(texts)
+    ]
     for path in write_predictions(folder / "p", rows):
         assert read_predictions(path) == rows
 
@@ -60,7 +86,9 @@ def test_the_columns_are_those_of_the_study_first(tmp_path):
         header, _ = csv.reader(file)
     assert tuple(header) == COLUMNS == tuple(pq.read_schema(tmp_path / "predictions.parquet").names)
     assert header[:8] == [
-        "eval_dataset_name", "relation", "gen_type", "model_id", "tuned_dataset_name", "model_shot", "prompt_shot", "generated_relation",
+        "eval_dataset_name", "relation", "gen_type", "model_id",
+        "tuned_dataset_name", "model_shot", "prompt_shot",
+        "generated_relation",
     ]  # fmt: skip
 
 
@@ -75,7 +103,9 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     good = rows_of(["a", "b"])
     write_predictions(tmp_path / "p", good)
     with pytest.raises(AttributeError):
-        write_predictions(tmp_path / "p", [*rows_of(["c"]), Prediction("x", "a", "b", probabilities=[1.0])])
+        write_predictions(
+            tmp_path / "p", [*rows_of(["c"]), Prediction("x", "a", "b", probabilities=[1.0])]
+        )
     assert read_predictions(tmp_path / "p") == good
     assert sorted(file.name for file in tmp_path.iterdir()) == ["p.csv", "p.parquet"]
 
@@ -94,22 +124,50 @@ def write_csv(path, header, *rows):
 def test_bad_files_are_named_with_the_mend(tmp_path):
     header = ["example_id", "relation", "generated_relation"]
     cases = {
-        "twice": (write_csv(tmp_path / "twice.csv", header, ["a", "x", "x"], ["a", "x", "y"]), "'a' occurs twice; keep one"),
-        "column": (write_csv(tmp_path / "column.csv", header[:2], ["a", "x"]), "no column 'generated_relation'"),
-        "cache": (write_csv(tmp_path / "cache.csv", [*header[1:], "prompt_hash"], ["x", "x", "h"]), "give it as CACHE"),
-        "cells": (write_csv(tmp_path / "cells.csv", header, ["a", "x", "y", "z"]), "more or fewer cells"),
-        "short": (write_csv(tmp_path / "short.csv", header, ["a", "x"]), "short.csv:2: more or fewer cells"),
+        "twice": (
+            write_csv(tmp_path / "twice.csv", header, ["a", "x", "x"], ["a", "x", "y"]),
+            "'a' occurs twice; keep one",
+        ),
+        "column": (
+            write_csv(tmp_path / "column.csv", header[:2], ["a", "x"]),
+            "no column 'generated_relation'",
+        ),
+        "cache": (
+            write_csv(tmp_path / "cache.csv", [*header[1:], "prompt_hash"], ["x", "x", "h"]),
+            "give it as CACHE",
+        ),
+        "cells": (
+            write_csv(tmp_path / "cells.csv", header, ["a", "x", "y", "z"]),
+            "more or fewer cells",
+        ),
+        "short": (
+            write_csv(tmp_path / "short.csv", header, ["a", "x"]),
+            "short.csv:2: more or fewer cells",
+        ),
         "empty": (write_csv(tmp_path / "empty.csv", header), "has no rows"),
-        "id": (write_csv(tmp_path / "id.csv", header, ["", "x", "y"]), "id.csv:2: empty example_id"),
-        "score": (write_csv(tmp_path / "score.csv", [*header, "score"], ["a", "x", "y", "good"]), "score cannot be read from 'good'"),
-        "list": (write_csv(tmp_path / "list.csv", [*header, "probabilities"], ["a", "x", "y", "[1]"]), "probabilities cannot be read"),
+        "id": (
+            write_csv(tmp_path / "id.csv", header, ["", "x", "y"]),
+            "id.csv:2: empty example_id",
+        ),
+        "score": (
+            write_csv(tmp_path / "score.csv", [*header, "score"], ["a", "x", "y", "good"]),
+            "score cannot be read from 'good'",
+        ),
+        "list": (
+            write_csv(tmp_path / "list.csv", [*header, "probabilities"], ["a", "x", "y", "[1]"]),
+            "probabilities cannot be read",
+        ),
         "missing": (tmp_path / "nowhere.csv", "no such file"),
         "suffix": (tmp_path / "nowhere.xlsx", "no such file"),
     }
     for path, message in cases.values():
         with pytest.raises(InputError) as error:
             read_predictions(path)
-        assert message in str(error.value) and path.name in str(error.value) and "\n" not in str(error.value)
+        assert (
+            message in str(error.value)
+            and path.name in str(error.value)
+            and "\n" not in str(error.value)
+        )
     (tmp_path / "bytes.csv").write_bytes(b"example_id\n\xff")
     (tmp_path / "fake.parquet").write_text("no parquet")
     for name in ("bytes.csv", "fake.parquet"):
@@ -127,8 +185,18 @@ def test_bad_files_are_named_with_the_mend(tmp_path):
 
 def test_null_cells_and_a_byte_order_mark_are_read(tmp_path):
     pq.write_table(
-        pa.table({"example_id": ["a"], "relation": [None], "generated_relation": ["x"], "prompt_shot": [0]}), tmp_path / "p.parquet"
+        pa.table(
+            {
+                "example_id": ["a"],
+                "relation": [None],
+                "generated_relation": ["x"],
+                "prompt_shot": [0],
+            }
+        ),
+        tmp_path / "p.parquet",
     )
     assert read_predictions(tmp_path / "p.parquet") == [Prediction("a", "", "x", prompt_shot="0")]
-    (tmp_path / "b.csv").write_text("example_id,relation,generated_relation\na,no,null\n", encoding="utf-8-sig")
+    (tmp_path / "b.csv").write_text(
+        "example_id,relation,generated_relation\na,no,null\n", encoding="utf-8-sig"
+    )
     assert read_predictions(tmp_path / "b.csv") == [Prediction("a", "no", "null")]

@@ -1,4 +1,6 @@
-"""The scale regression against statsmodels 0.15.0 (its figures), and against a plain least-squares solution."""
+"""The scale regression against statsmodels 0.15.0 (its figures), and against a plain least-squares
+solution.
+"""
 
 import dataclasses
 
@@ -37,10 +39,14 @@ def published_points():
 
 
 def test_clustered_errors_equal_statsmodels():
-    """OLS(...).fit(cov_type="cluster", cov_kwds={"groups": dataset}, use_t=True) on the published figures."""
+    """OLS(...).fit(cov_type="cluster", cov_kwds={"groups": dataset}, use_t=True) on the published
+    figures.
+    """
     found = scale_regression(published_points())
     assert (found.points, found.standard_errors, found.degrees) == (164, "clustered by dataset", 8)
-    assert (found.per_decade, found.low, found.high) == pytest.approx((0.05225631930800834, 0.00272079, 0.10179185), abs=1e-8)
+    assert (found.per_decade, found.low, found.high) == pytest.approx(
+        (0.05225631930800834, 0.00272079, 0.10179185), abs=1e-8
+    )
     assert (found.p, found.r_squared) == pytest.approx((0.04103138961895284, 0.7525333021430267))
     errors = {one.name: (one.value, one.error) for one in found.coefficients}
     assert errors["family SmolLM2"] == pytest.approx((-0.12477783434952376, 0.03204755529988758))
@@ -53,16 +59,25 @@ def test_hc3_errors_equal_statsmodels():
     """OLS(...).fit(cov_type="HC3", use_t=True)."""
     found = scale_regression(SMALL)
     assert (found.standard_errors, found.degrees, found.carried_by) == ("HC3", 6, ("A", "B"))
-    assert (found.per_decade, found.low, found.high) == pytest.approx((0.19082231987625495, 0.08152761, 0.30011703), abs=1e-8)
+    assert (found.per_decade, found.low, found.high) == pytest.approx(
+        (0.19082231987625495, 0.08152761, 0.30011703), abs=1e-8
+    )
     assert (found.p, found.r_squared) == pytest.approx((0.0052505528777981895, 0.8740581829198167))
-    assert {one.name: one.error for one in found.coefficients}["family B"] == pytest.approx(0.0639465695323601)
+    assert {one.name: one.error for one in found.coefficients}["family B"] == pytest.approx(
+        0.0639465695323601
+    )
 
 
 def test_coefficients_equal_least_squares_and_ignore_the_order_of_points():
     points = SMALL[::-1]
     found = scale_regression(points, ())
-    columns = [[1, point.family == "B", point.family == "C", np.log10(point.parameters)] for point in points]
-    solution = np.linalg.lstsq(np.array(columns, float), np.array([point.f1 for point in points]), rcond=None)[0]
+    columns = [
+        [1, point.family == "B", point.family == "C", np.log10(point.parameters)]
+        for point in points
+    ]
+    solution = np.linalg.lstsq(
+        np.array(columns, float), np.array([point.f1 for point in points]), rcond=None
+    )[0]
     assert [one.value for one in found.coefficients] == pytest.approx(solution)
     assert found.per_decade == pytest.approx(scale_regression(SMALL, ()).per_decade)
 
@@ -72,8 +87,19 @@ def test_coefficients_equal_least_squares_and_ignore_the_order_of_points():
     [
         (lambda point: False, "one model family"),
         (lambda point: point.family == "A", "one model family"),
-        (lambda point: (point.family, point.parameters) in {("A", 10**9), ("B", 7 * 10**9), ("C", 2 * 10**9)}, "one size"),
-        (lambda point: point.dataset == "x" and (point.family == "B" or point.parameters == 10**9), "3 points for 3 columns"),
+        (
+            lambda point: (
+                (point.family, point.parameters)
+                in {("A", 10**9), ("B", 7 * 10**9), ("C", 2 * 10**9)}
+            ),
+            "one size",
+        ),
+        (
+            lambda point: (
+                point.dataset == "x" and (point.family == "B" or point.parameters == 10**9)
+            ),
+            "3 points for 3 columns",
+        ),
     ],
 )
 def test_what_cannot_be_identified_has_no_figure_and_says_why(chosen, problem):
@@ -85,7 +111,11 @@ def test_what_cannot_be_identified_has_no_figure_and_says_why(chosen, problem):
 def test_a_factor_that_determines_the_size_leaves_no_figure():
     points = [dataclasses.replace(point, regime=str(point.parameters)) for point in SMALL]
     found = scale_regression(points)
-    assert "determine the size" in found.problem and SLOPE in found.dropped and found.per_decade is None
+    assert (
+        "determine the size" in found.problem
+        and SLOPE in found.dropped
+        and found.per_decade is None
+    )
 
 
 def test_collinear_factors_are_dropped_and_named():

@@ -1,4 +1,6 @@
-"""The report shows each study whole, escapes what it is given, and holds back sentences that may not be republished."""
+"""The report shows each study whole, escapes what it is given, and holds back sentences that may
+not be republished.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ from jaxre import cli
 from jaxre.errors import InputError
 from jaxre.evaluation.predictions import Prediction, write_predictions
 from jaxre.evaluation.report import write_report
-from jaxre.evaluation.report_data import CONFUSION_LABELS, EXAMPLES, REST, Findings, collect, segments
+from jaxre.evaluation.report_data import (
+    CONFUSION_LABELS,
+    EXAMPLES,
+    REST,
+    Findings,
+    collect,
+    segments,
+)
 from jaxre.evaluation.report_figures import draw_figures
 from jaxre.evaluation.report_page import SECTIONS, best_of_columns, json_text, render, verdict
 from jaxre.evaluation.study_record import RecordedSystem, read_record, write_record
@@ -89,6 +98,7 @@ def test_every_section_stands_with_its_heading_and_how_to_read_it(findings):
     assert set(targets) <= set(ids)
 
 
+# broken answers have no mean
 def test_the_figures_shown_are_those_of_the_statistics(findings):
     page = render(findings)
     for row in findings.measured:
@@ -97,16 +107,22 @@ def test_the_figures_shown_are_those_of_the_statistics(findings):
     points = Page(page).data["charts"]["scaling"]
     tuned = next(one for one in points if one["name"] == SOME[0] and one["group"] == "general")
     assert tuned["y"] == findings.study.average(SOME[0], "general").value
-    assert not [one for one in points if one["name"] == "left thinking"]  # broken answers have no mean
+    assert not [one for one in points if one["name"] == "left thinking"]
 
 
 def test_published_rows_are_told_apart_by_a_word_and_a_style(findings):
     page = Page(render(findings))
-    rows = [attributes for tag, attributes in page.tags if tag == "tr" and "data-source" in attributes]
+    rows = [
+        attributes for tag, attributes in page.tags if tag == "tr" and "data-source" in attributes
+    ]
     assert {row["data-source"] for row in rows} == {"measured", "published"}
     for row in rows:
         assert row["data-source"] in row["class"].split()
-    tags = [attributes["class"] for tag, attributes in page.tags if tag == "span" and attributes.get("class", "").startswith("tag ")]
+    tags = [
+        attributes["class"]
+        for tag, attributes in page.tags
+        if tag == "span" and attributes.get("class", "").startswith("tag ")
+    ]
     assert tags.count("tag published") >= len(findings.published) > 10
     assert set(best_of_columns(findings).values()) <= set(SOME)
 
@@ -130,16 +146,26 @@ def test_slices_are_read_back_as_they_were(findings):
                 one.measure,
                 one.status,
             )
-            assert (shown["n"], shown["value"], shown["whole"]) == (one.n, round(one.value, 3), round(one.whole, 3))
+            assert (shown["n"], shown["value"], shown["whole"]) == (
+                one.n,
+                round(one.value, 3),
+                round(one.whole, 3),
+            )
 
 
 def test_a_chart_has_only_means_over_the_same_datasets(tmp_path):
     make_study(tmp_path, systems=("Qwen2.5-3B LitTune 0-shot", SOME[0]))
     page = Page(render(found(tmp_path)))
-    # Two datasets, their mean, and how to read it; the overall mean is of the one that it was trained on.
+    # Two datasets, their mean, and how to read it; the overall mean is of the one that it was
+    # trained on.
     assert page.sections["results"].count("not trained on") == 4
     points = page.data["charts"]["scaling"]
-    groups = {group for one in points if one["name"] == "Qwen2.5-3B LitTune 0-shot" for group in [one["group"]]}
+    groups = {
+        group
+        for one in points
+        if one["name"] == "Qwen2.5-3B LitTune 0-shot"
+        for group in [one["group"]]
+    }
     assert "literary" in groups and "overall" not in groups
     assert {one["group"] for one in points if one["name"] == SOME[0]} >= {"literary", "overall"}
 
@@ -150,12 +176,22 @@ def test_data_is_escaped_wherever_it_stands(tmp_path):
     page = Page(html)
     assert f"{NASTY}</script><b>x</b>" in page.sections["examples"]
     assert "<b>educated</b> & 'at'" in page.data["confusions"][0]["rows"]
-    assert "<script>window" not in html and "</script><b>" not in html and "A <b>" not in html and "<b>educated" not in html
-    assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == ["application/json", None]
+    assert (
+        "<script>window" not in html
+        and "</script><b>" not in html
+        and "A <b>" not in html
+        and "<b>educated" not in html
+    )
+    assert [attributes.get("type") for tag, attributes in page.tags if tag == "script"] == [
+        "application/json",
+        None,
+    ]
     assert "Frontier A <b>" in page.data["slices"]["systems"]
 
 
-@pytest.mark.parametrize("text", ["</script><script>alert(1)</script>", "<!--", "&lt;", "\u2028\u2029", '"', "\u202eמ"])
+@pytest.mark.parametrize(
+    "text", ["</script><script>alert(1)</script>", "<!--", "&lt;", "\u2028\u2029", '"', "\u202eמ"]
+)
 def test_data_in_the_script_element_is_read_back_as_it_was(text):
     written = json_text({text: text})
     assert json.loads(written) == {text: text}
@@ -165,8 +201,17 @@ def test_data_in_the_script_element_is_read_back_as_it_was(text):
 def test_a_page_asks_the_network_for_nothing(findings):
     html = render(findings)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', html)[1]
-    assert "default-src 'none'" in policy and "sha256-" in policy and "script-src 'unsafe" not in policy
-    references = [value for _, attributes in Page(html).tags for name, value in attributes.items() if name in ("src", "href", "action")]
+    assert (
+        "default-src 'none'" in policy
+        and "sha256-" in policy
+        and "script-src 'unsafe" not in policy
+    )
+    references = [
+        value
+        for _, attributes in Page(html).tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "action")
+    ]
     assert all(value.startswith(("#", "data:")) for value in references)
     assert "url(" not in html and "@import" not in html
 
@@ -175,7 +220,10 @@ def test_a_public_page_has_no_sentence_without_an_open_licence(folder):
     closed = [one.text for one in read_record(folder).examples["conll04"].values()]
     local, public = found(folder), found(folder, public=True)
     page = Page(render(local))
-    assert any(one.text in page.sections["examples"].replace("HEAD", "").replace("TAIL", "") for one in _examples(folder, "conll04"))
+    assert any(
+        one.text in page.sections["examples"].replace("HEAD", "").replace("TAIL", "")
+        for one in _examples(folder, "conll04")
+    )
     assert "Do not publish" in render(local) and "do not publish" in page.sections["examples"]
     html = render(public)
     assert {one.dataset for one in public.disagreements.shown} == {"facts", "pg_fiction"}
@@ -191,12 +239,17 @@ def test_disagreements_are_such_limited_and_counted(findings):
     shown = findings.disagreements
     assert shown.model == SOME[0]
     for (dataset, frontier), (every, count) in shown.counts.items():
-        ours, theirs = (findings.study.cell(name, dataset).predicted for name in (shown.model, frontier))
+        ours, theirs = (
+            findings.study.cell(name, dataset).predicted for name in (shown.model, frontier)
+        )
         assert every == sum(a != b for a, b in zip(ours, theirs, strict=True)) > count == EXAMPLES
         assert sum(one.dataset == dataset for one in shown.shown) == count
     assert {one.right for one in shown.shown} == {"model", "frontier", "neither"}
     for one in shown.shown:
-        assert {"model": one.model_answer == one.gold, "frontier": one.frontier_answer == one.gold}.get(one.right, True)
+        assert {
+            "model": one.model_answer == one.gold,
+            "frontier": one.frontier_answer == one.gold,
+        }.get(one.right, True)
 
 
 @pytest.mark.parametrize(
@@ -210,14 +263,29 @@ def test_disagreements_are_such_limited_and_counted(findings):
 )
 def test_entities_are_marked_where_they_stand(head, tail, expected):
     text = "Ann met Bob."
-    example = Example("1", "d", "test", text, text[slice(*head)], text[slice(*tail)], "r", head_span=head, tail_span=tail)
+    example = Example(
+        "1",
+        "d",
+        "test",
+        text,
+        text[slice(*head)],
+        text[slice(*tail)],
+        "r",
+        head_span=head,
+        tail_span=tail,
+    )
     assert [one for one in segments(example) if one[0]] == expected
 
 
 def test_a_large_label_set_is_gathered_and_no_answer_is_lost(tmp_path):
     record = make_study(tmp_path, systems=SOME[:1])
     labels = (*record.datasets[0].labels, *(f"label {number:03}" for number in range(60)))
-    write_record(dataclasses.replace(record, datasets=tuple(dataclasses.replace(one, labels=labels) for one in record.datasets)))
+    write_record(
+        dataclasses.replace(
+            record,
+            datasets=tuple(dataclasses.replace(one, labels=labels) for one in record.datasets),
+        )
+    )
     findings = found(tmp_path)
     for (system, dataset), confusion in findings.confusions.items():
         cell = findings.study.cell(system, dataset)
@@ -228,7 +296,9 @@ def test_a_large_label_set_is_gathered_and_no_answer_is_lost(tmp_path):
     assert REST in Page(render(findings)).sections["confusion"]
 
 
-@pytest.mark.parametrize("systems", [(SOME[0],), ("Frontier A",), ("always author_of",), ("left thinking",), ()])
+@pytest.mark.parametrize(
+    "systems", [(SOME[0],), ("Frontier A",), ("always author_of",), ("left thinking",), ()]
+)
 def test_a_study_that_lacks_something_says_so(tmp_path, systems):
     make_study(tmp_path, systems=systems)
     findings = found(tmp_path)
@@ -236,7 +306,10 @@ def test_a_study_that_lacks_something_says_so(tmp_path, systems):
     assert list(page.sections) == list(SECTIONS)
     assert "No comparison: it takes a tuned system" in page.sections["significance"]
     assert "No examples: it takes" in page.sections["examples"]
-    assert "No model of this study was asked in more than one prompt style." in page.sections["prompts"]
+    assert (
+        "No model of this study was asked in more than one prompt style."
+        in page.sections["prompts"]
+    )
     if not findings.measured or findings.measured[0].name == "left thinking":
         draw_figures(findings, tmp_path / "figures")  # of nothing, or of nothing that has a mean
 
@@ -253,24 +326,39 @@ def test_a_system_that_was_not_asked_everywhere_is_no_obstacle(tmp_path):
 
 
 def test_what_is_no_fair_comparison_has_no_star_and_no_rank(tmp_path):
-    """Cached answers, all of them right, but on one dataset in common labels and on another to a few of the examples."""
+    """Cached answers, all of them right, but on one dataset in common labels and on another to a
+    few of the examples.
+    """
     record = make_study(tmp_path, systems=SOME[:2])
     ours, system = record.systems
     examples = list(record.examples["facts"].values())
     common = {label: f"any {label.rpartition('_')[2]}" for label in record.datasets[0].labels}
-    rows = [Prediction(one.id, common[one.relation], common[one.relation], "facts") for one in examples]
+    rows = [
+        Prediction(one.id, common[one.relation], common[one.relation], "facts") for one in examples
+    ]
     write_predictions(tmp_path / "cached", rows)
-    part = [Prediction(one.id, one.relation, one.relation, "conll04") for one in list(record.examples["conll04"].values())[:30]]
+    part = [
+        Prediction(one.id, one.relation, one.relation, "conll04")
+        for one in list(record.examples["conll04"].values())[:30]
+    ]
     write_predictions(tmp_path / "part", part)
     cached = dataclasses.replace(
-        system, predictions={"facts": "cached.parquet", "conll04": "part.parquet"}, common_labels={"facts": common}
+        system,
+        predictions={"facts": "cached.parquet", "conll04": "part.parquet"},
+        common_labels={"facts": common},
     )
     write_record(dataclasses.replace(record, systems=(ours, cached)))
     findings = found(tmp_path)
     page = Page(render(findings))
-    assert {"facts", "conll04"} <= set(best_of_columns(findings)) and system.name not in best_of_columns(findings).values()
-    assert page.sections["results"].count("not comparable") == 5  # two cells in two tables, and how to read them
-    assert "scored with" in page.sections["results"] and "No frontier model has a mean" in page.sections["glance"]
+    assert {"facts", "conll04"} <= set(
+        best_of_columns(findings)
+    ) and system.name not in best_of_columns(findings).values()
+    # two cells in two tables, and how to read them
+    assert page.sections["results"].count("not comparable") == 5
+    assert (
+        "scored with" in page.sections["results"]
+        and "No frontier model has a mean" in page.sections["glance"]
+    )
     (row,) = [row for row in findings.comparisons if row.scope == "facts"]
     ours = findings.study.cell(SOME[0], "facts")
     right = [common.get(a) == common[b] for a, b in zip(ours.predicted, ours.gold, strict=True)]
@@ -281,18 +369,27 @@ def test_what_is_no_fair_comparison_has_no_star_and_no_rank(tmp_path):
     draw_figures(findings, tmp_path / "figures")
 
 
+# as text, not as an element
 def test_steps_without_a_result_are_listed(tmp_path):
     record = make_study(tmp_path, systems=SOME[:2])
     assert "without a result" not in Page(render(found(tmp_path))).sections["results"]
-    write_record(dataclasses.replace(record, without={"predict.other.facts": "needs <b>other</b>, which has no result"}))
+    write_record(
+        dataclasses.replace(
+            record, without={"predict.other.facts": "needs <b>other</b>, which has no result"}
+        )
+    )
     page = Page(render(found(tmp_path)))
     assert "1 step of the study without a result" in page.sections["results"]
-    assert "predict.other.facts: needs <b>other</b>, which has no result" in page.sections["results"]  # as text, not as an element
+    assert (
+        "predict.other.facts: needs <b>other</b>, which has no result" in page.sections["results"]
+    )
 
 
 def test_every_measured_cell_has_its_further_measures(findings):
     page = render(findings)
-    table = page[page.index('id="measures"') : page.index("</details>", page.index('id="measures"'))]
+    table = page[
+        page.index('id="measures"') : page.index("</details>", page.index('id="measures"'))
+    ]
     assert table.count("<tr") - 1 == sum(len(row.cells) for row in findings.measured)
     row = findings.measured[0]
     name, one = next(iter(row.cells.items()))
@@ -310,10 +407,17 @@ def test_a_gold_label_that_the_schema_lacks_is_a_row_of_the_confusion(tmp_path):
     record = make_study(tmp_path, systems=SOME[:1])
     gold = next(one.relation for one in record.examples["facts"].values() if one.relation != "none")
     labels = tuple(label for label in record.datasets[0].labels if label != gold)
-    write_record(dataclasses.replace(record, datasets=tuple(dataclasses.replace(one, labels=labels) for one in record.datasets)))
+    write_record(
+        dataclasses.replace(
+            record,
+            datasets=tuple(dataclasses.replace(one, labels=labels) for one in record.datasets),
+        )
+    )
     findings = found(tmp_path)
     confusion = findings.confusions[SOME[0], "facts"]
-    assert confusion.labels == (*labels, gold) and confusion.counts.sum() == len(record.examples["facts"])
+    assert confusion.labels == (*labels, gold) and confusion.counts.sum() == len(
+        record.examples["facts"]
+    )
     assert [one for one in findings.slices[SOME[0]] if one.name == gold and one.n]
 
 
@@ -326,7 +430,14 @@ def test_the_number_of_comparisons_told_is_that_of_those_tested(findings):
 def test_figures_are_drawn_as_png_and_pdf(findings, tmp_path):
     paths = draw_figures(findings, tmp_path / "figures")
     names = {path.name for path in paths}
-    assert {"means.png", "means.pdf", "heatmap.pdf", "cost.png", "scaling.png", "confusion-facts.png"} <= names
+    assert {
+        "means.png",
+        "means.pdf",
+        "heatmap.pdf",
+        "cost.png",
+        "scaling.png",
+        "confusion-facts.png",
+    } <= names
     assert sorted(names) == sorted(path.name for path in (tmp_path / "figures").iterdir())
     for path in paths:
         assert path.read_bytes().startswith(b"%PDF" if path.suffix == ".pdf" else b"\x89PNG")
@@ -346,23 +457,43 @@ def test_figures_are_drawn_as_png_and_pdf(findings, tmp_path):
 def test_a_verdict_goes_by_the_corrected_p_value(difference, p, p_holm, said):
     from jaxre.evaluation.study_contrasts import Difference
 
-    assert verdict(Difference("a", "b", "overall", ("d",), 10, difference=difference, p=p, p_holm=p_holm)) == said
+    assert (
+        verdict(
+            Difference("a", "b", "overall", ("d",), 10, difference=difference, p=p, p_holm=p_holm)
+        )
+        == said
+    )
 
 
 def test_the_command_writes_the_page_and_says_what_not_to_publish(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxre.evaluation.report.measure", lambda record: measure(record, resamples=RESAMPLES))
+    monkeypatch.setattr(
+        "jaxre.evaluation.report.measure", lambda record: measure(record, resamples=RESAMPLES)
+    )
     output = tmp_path / "deep" / "page.html"
     result = CliRunner().invoke(cli.app, ["report", str(folder), "--output", str(output)])
     assert result.exit_code == 0, result.output
-    assert str(output) in result.stdout and "do not publish" in result.output and "conll04" in result.output
-    assert output.read_text(encoding="utf-8").startswith("<!doctype html>") and output.stat().st_size < 3e6
+    assert (
+        str(output) in result.stdout
+        and "do not publish" in result.output
+        and "conll04" in result.output
+    )
+    assert (
+        output.read_text(encoding="utf-8").startswith("<!doctype html>")
+        and output.stat().st_size < 3e6
+    )
     assert [path.name for path in output.parent.iterdir()] == ["page.html"]
-    result = CliRunner().invoke(cli.app, ["report", str(folder), "--output", str(output), "--public"])
+    result = CliRunner().invoke(
+        cli.app, ["report", str(folder), "--output", str(output), "--public"]
+    )
     assert result.exit_code == 0 and "do not publish" not in result.output
 
 
-def test_a_place_that_cannot_be_written_and_a_folder_that_is_no_study_are_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxre.evaluation.report.measure", lambda record: measure(record, resamples=RESAMPLES))
+def test_a_place_that_cannot_be_written_and_a_folder_that_is_no_study_are_refused(
+    folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "jaxre.evaluation.report.measure", lambda record: measure(record, resamples=RESAMPLES)
+    )
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot be written"):
         write_report(folder, tmp_path / "file" / "page.html")

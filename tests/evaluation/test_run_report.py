@@ -18,9 +18,15 @@ def printed(table):
 
 
 def test_a_result_below_a_baseline_is_said_to_be_so():
-    text = printed(summary_table([System("[red]majority", GOOD, note="on train"), System("tuned", BAD, ours=True)]))
+    text = printed(
+        summary_table(
+            [System("[red]majority", GOOD, note="on train"), System("tuned", BAD, ours=True)]
+        )
+    )
     assert "[red]majority" in text and "on train; ours does not beat it" in text and "0.500" in text
-    assert "does not beat" not in printed(summary_table([System("majority", BAD), System("tuned", GOOD, ours=True)]))
+    assert "does not beat" not in printed(
+        summary_table([System("majority", BAD), System("tuned", GOOD, ours=True)])
+    )
 
 
 @pytest.mark.parametrize("curves", [([(1, 2.0), (2, 1.0)], [(2, 1.5)]), ([], []), ([(1, 2.0)], ())])

@@ -26,7 +26,10 @@ def systems(count, right_first, right_second, seed=0):
     draw = np.random.default_rng(seed)
     names = np.array(["none", "a", "b", "c"])
     gold = names[draw.integers(0, 4, count)]
-    sides = [np.where(draw.random(count) < right, gold, names[draw.integers(0, 4, count)]) for right in (right_first, right_second)]
+    sides = [
+        np.where(draw.random(count) < right, gold, names[draw.integers(0, 4, count)])
+        for right in (right_first, right_second)
+    ]
     return gold.tolist(), sides[0].tolist(), sides[1].tolist()
 
 
@@ -43,9 +46,12 @@ def test_bootstrap_has_the_distribution_of_resampled_examples():
         chosen = draw.integers(0, 300, 300)
         differences.append(f1(gold, first, chosen) - f1(gold, second, chosen))
     result = paired_bootstrap(gold, first, second)
-    # The standard error of a 2.5% quantile from 3,000 draws is about 0.05 standard deviations; 4 of them.
+    # The standard error of a 2.5% quantile from 3,000 draws is about 0.05 standard deviations; 4 of
+    # them.
     tolerance = 0.2 * np.std(differences)
-    assert (result.low, result.high) == pytest.approx(np.percentile(differences, [2.5, 97.5]), abs=tolerance)
+    assert (result.low, result.high) == pytest.approx(
+        np.percentile(differences, [2.5, 97.5]), abs=tolerance
+    )
     assert result.difference == pytest.approx(score(gold, first).f1 - score(gold, second).f1)
     assert result.low < result.difference < result.high
 
@@ -99,7 +105,10 @@ def test_no_examples_or_unpaired_lists_are_input_errors():
 
 
 def test_clustered_bootstrap_has_the_distribution_of_resampled_datasets_and_examples():
-    cases = [systems(count, right, right - 0.1, seed) for seed, (count, right) in enumerate([(60, 0.9), (150, 0.5), (40, 0.7)])]
+    cases = [
+        systems(count, right, right - 0.1, seed)
+        for seed, (count, right) in enumerate([(60, 0.9), (150, 0.5), (40, 0.7)])
+    ]
     draw, differences = np.random.default_rng(1), []
     for _ in range(3000):
         means = []
@@ -110,10 +119,19 @@ def test_clustered_bootstrap_has_the_distribution_of_resampled_datasets_and_exam
         differences.append(np.mean(means, axis=0))
     drawn = clustered([resample_f1(*case, seed=(42, number)) for number, case in enumerate(cases)])
     # As above: 4 standard errors of a 2.5% quantile.
-    for ours, theirs in ((f1_interval(drawn), np.array(differences)[:, 0]), (difference_of(drawn), np.subtract(*np.array(differences).T))):
-        assert (ours.low, ours.high) == pytest.approx(np.percentile(theirs, [2.5, 97.5]), abs=0.2 * np.std(theirs))
-    assert f1_interval(drawn).value == pytest.approx(np.mean([score(gold, first).f1 for gold, first, _ in cases]))
-    assert difference_of(drawn).second == pytest.approx(np.mean([score(gold, second).f1 for gold, _, second in cases]))
+    for ours, theirs in (
+        (f1_interval(drawn), np.array(differences)[:, 0]),
+        (difference_of(drawn), np.subtract(*np.array(differences).T)),
+    ):
+        assert (ours.low, ours.high) == pytest.approx(
+            np.percentile(theirs, [2.5, 97.5]), abs=0.2 * np.std(theirs)
+        )
+    assert f1_interval(drawn).value == pytest.approx(
+        np.mean([score(gold, first).f1 for gold, first, _ in cases])
+    )
+    assert difference_of(drawn).second == pytest.approx(
+        np.mean([score(gold, second).f1 for gold, _, second in cases])
+    )
 
 
 def test_clustering_over_one_dataset_is_its_own_bootstrap():
@@ -122,7 +140,8 @@ def test_clustering_over_one_dataset_is_its_own_bootstrap():
 
 
 def test_a_dataset_drawn_twice_brings_two_independent_samples():
-    # Of 20 equal datasets the mean varies as 1 / sqrt(20) of one; were each resample one draw for all, it would vary as much as one.
+    # Of 20 equal datasets the mean varies as 1 / sqrt(20) of one; were each resample one draw for
+    # all, it would vary as much as one.
     case = systems(400, 0.7, 0.6)[:2]
     one = resample_f1(*case, seed=(42, 0))
     many = clustered([resample_f1(*case, seed=(42, number)) for number in range(20)])
@@ -131,26 +150,32 @@ def test_a_dataset_drawn_twice_brings_two_independent_samples():
     assert same.drawn.std() / one.drawn.std() == pytest.approx(1 / np.sqrt(20), rel=0.1)
 
 
+# drawn apart, it is below 0.04
 def test_systems_resampled_together_share_their_draws():
     gold, first, _ = systems(300, 0.7, 0.6)
     similar = [label if index % 10 else "none" for index, label in enumerate(first)]
     both = resample_f1(gold, first, first, similar)
     np.testing.assert_array_equal(both.drawn[:, 0], both.drawn[:, 1])
-    assert np.corrcoef(both.drawn[:, 0], both.drawn[:, 2])[0, 1] > 0.5  # drawn apart, it is below 0.04
+    assert np.corrcoef(both.drawn[:, 0], both.drawn[:, 2])[0, 1] > 0.5
 
 
 def test_very_many_systems_and_chunks_of_resamples_are_resampled_alike():
     draw = np.random.default_rng(0)
-    above = draw.integers(0, 3, (1000, 45))  # 3 ** 90 is no int64, and each example is a kind of its own
+    # 3 ** 90 is no int64, and each example is a kind of its own
+    above = draw.integers(0, 3, (1000, 45))
     made = resample_ratios(above, np.full_like(above, 2), resamples=5000)
     np.testing.assert_allclose(made.whole, above.mean(axis=0) / 2)
     np.testing.assert_allclose(made.drawn.mean(axis=0), made.whole, atol=0.003)
-    np.testing.assert_allclose(made.drawn.std(axis=0), above.std(axis=0) / 2 / np.sqrt(1000), rtol=0.1)
+    np.testing.assert_allclose(
+        made.drawn.std(axis=0), above.std(axis=0) / 2 / np.sqrt(1000), rtol=0.1
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_holm_is_the_closed_test_with_bonferroni(seed):
-    """Marcus, Peritz & Gabriel 1976: a hypothesis falls when every intersection that holds it falls."""
+    """Marcus, Peritz & Gabriel 1976: a hypothesis falls when every intersection that holds it
+    falls.
+    """
     p = np.random.default_rng(seed).random(6) ** 3
     p[1] = p[0]
     closed = [
@@ -176,7 +201,9 @@ def test_mcnemar_is_the_exact_binomial_test_below_25(only_first, only_second):
     result = mcnemar(*discordant(only_first, only_second))
     assert result.exact and (result.only_first, result.only_second) == (only_first, only_second)
     lower = min(only_first, only_second)
-    assert result.p == pytest.approx(min(1.0, 2 * stats.binom.cdf(lower, only_first + only_second, 0.5)))
+    assert result.p == pytest.approx(
+        min(1.0, 2 * stats.binom.cdf(lower, only_first + only_second, 0.5))
+    )
 
 
 @pytest.mark.parametrize(("only_first", "only_second"), [(20, 5), (30, 12), (400, 310)])

@@ -11,14 +11,20 @@ from jaxre.relations.schema import NEGATIVES, normalise_label
 from jaxre.relations.semeval import LABELS as SEMEVAL
 
 SCHEMA = ("Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "Other")
-anything = st.sampled_from([*SCHEMA, "other", "none", "", "cause-effect(e1,e2)\nbecause", "<think>", "Born In", "NA"])
+anything = st.sampled_from(
+    [*SCHEMA, "other", "none", "", "cause-effect(e1,e2)\nbecause", "<think>", "Born In", "NA"]
+)
 
 
 @pytest.mark.parametrize(
     ("gold", "predicted", "expected"),
     [
         ("Cause-Effect(e1,e2)", " cause-effect(E1,e2)", RIGHT),
-        ("Other", "none", RIGHT),  # another spelling of no relation, which the F1 does not punish either
+        (
+            "Other",
+            "none",
+            RIGHT,
+        ),  # another spelling of no relation, which the F1 does not punish either
         ("Other", "Message-Topic(e1,e2)", "over-prediction"),
         ("Message-Topic(e1,e2)", "Other", "under-prediction"),
         ("Message-Topic(e1,e2)", "", "under-prediction"),
@@ -41,15 +47,23 @@ def test_strata_add_up_to_all_errors(rows):
     assert sum(one.count for one in found.strata) == found.errors
     assert sum(one.share for one in found.strata) == pytest.approx(1 if found.errors else 0)
     pairs = [(normalise_label(one), normalise_label(other)) for one, other in rows]
-    assert found.errors == sum(one != other and not {one, other} <= NEGATIVES for one, other in pairs)
+    assert found.errors == sum(
+        one != other and not {one, other} <= NEGATIVES for one, other in pairs
+    )
 
 
 def test_run_on_answers_are_counted_out_of_schema():
     gold = ["Message-Topic(e1,e2)"] * 6 + ["Other"] * 4
-    predicted = ["Message-Topic(e1,e2) and also a Cause-Effect"] * 5 + ["Message-Topic(e1,e2)"] * 4 + ["Other"]
+    predicted = (
+        ["Message-Topic(e1,e2) and also a Cause-Effect"] * 5
+        + ["Message-Topic(e1,e2)"] * 4
+        + ["Other"]
+    )
     found = {one.name: one for one in error_strata(gold, predicted, SCHEMA).strata}
     assert found["out of schema"].count == 5 and found["out of schema"].examples == (0, 1, 2, 3, 4)
-    assert found["over-prediction"].count == 3 and found["out of schema"].share == pytest.approx(5 / 8)
+    assert found["over-prediction"].count == 3 and found["out of schema"].share == pytest.approx(
+        5 / 8
+    )
 
 
 @pytest.mark.parametrize(
@@ -57,9 +71,19 @@ def test_run_on_answers_are_counted_out_of_schema():
     [
         (SEMEVAL, "Entity-Origin(e1,e2)", "Entity-Destination(e1,e2)", True),
         (SEMEVAL, "Component-Whole(e1,e2)", "Product-Producer(e1,e2)", False),
-        (("/people/person/religion", "/people/person/place_lived"), "/people/person/religion", "/people/person/place_lived", True),
+        (
+            ("/people/person/religion", "/people/person/place_lived"),
+            "/people/person/religion",
+            "/people/person/place_lived",
+            True,
+        ),
         (("/a/b/contains", "/c/d/contains"), "/a/b/contains", "/c/d/contains", True),
-        (("/people/person/religion", "/location/x/contains"), "/people/person/religion", "/location/x/contains", False),
+        (
+            ("/people/person/religion", "/location/x/contains"),
+            "/people/person/religion",
+            "/location/x/contains",
+            False,
+        ),
         (("place of birth", "date of birth"), "place of birth", "date of birth", True),
         (("located in", "born in"), "located in", "born in", False),  # a function word
         (("per:title", "per:age"), "per:title", "per:age", False),  # what stands before a colon
@@ -78,5 +102,10 @@ def test_no_predictions_are_an_input_error():
 
 
 def test_the_strata_count_what_the_scores_count():
-    gold, predicted = ["Other", "Message-Topic(e1,e2)", "Other"], ["Other", "<think>", "Message-Topic(e1,e2)"]
-    assert score(gold, predicted).accuracy == pytest.approx(1 - error_strata(gold, predicted, SCHEMA).errors / 3)
+    gold, predicted = (
+        ["Other", "Message-Topic(e1,e2)", "Other"],
+        ["Other", "<think>", "Message-Topic(e1,e2)"],
+    )
+    assert score(gold, predicted).accuracy == pytest.approx(
+        1 - error_strata(gold, predicted, SCHEMA).errors / 3
+    )

@@ -20,14 +20,33 @@ from jaxre.relations.schema import Example
 
 
 def example() -> Example:
-    return Example("toy/test/1", "toy", "test", "Ann knows Bob\u2028 well.", "Ann", "Bob", "knows", head_span=(0, 3), tail_span=(10, 13))
+    return Example(
+        "toy/test/1",
+        "toy",
+        "test",
+        "Ann knows Bob\u2028 well.",
+        "Ann",
+        "Bob",
+        "knows",
+        head_span=(0, 3),
+        tail_span=(10, 13),
+    )
 
 
 def record(folder) -> StudyRecord:
     write_examples(folder / "data" / "toy.jsonl", [example()])
-    write_predictions(folder / "predictions" / "a" / "toy", [Prediction("toy/test/1", "knows", "none")])
-    system = RecordedSystem("a", "tuned", "base", {"toy": "predictions/a/toy.parquet"}, sizes={"base": 3})
-    return StudyRecord("s", folder, (RecordedDataset("toy", "general", ("knows", "none"), "data/toy.jsonl"),), (system,))
+    write_predictions(
+        folder / "predictions" / "a" / "toy", [Prediction("toy/test/1", "knows", "none")]
+    )
+    system = RecordedSystem(
+        "a", "tuned", "base", {"toy": "predictions/a/toy.parquet"}, sizes={"base": 3}
+    )
+    return StudyRecord(
+        "s",
+        folder,
+        (RecordedDataset("toy", "general", ("knows", "none"), "data/toy.jsonl"),),
+        (system,),
+    )
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -40,7 +59,9 @@ def test_what_is_written_is_read(tmp_path):
     assert read.rows(read.systems[0], "other") == []
 
 
-@pytest.mark.parametrize("spoil", [lambda tree: tree.pop("systems"), lambda tree: tree["systems"][0].update(kind="else")])
+@pytest.mark.parametrize(
+    "spoil", [lambda tree: tree.pop("systems"), lambda tree: tree["systems"][0].update(kind="else")]
+)
 def test_refuses_what_is_no_record(tmp_path, spoil):
     path = write_record(record(tmp_path))
     tree = json.loads(path.read_text())

@@ -29,15 +29,25 @@ def test_cells_and_averages_equal_scikit_learn(tmp_path):
         assert cell.scores.f1 == pytest.approx(f1) and cell.interval.value == pytest.approx(f1)
         assert cell.interval.low < f1 < cell.interval.high and cell.flags == () and not cell.broken
         values[system, dataset] = f1
-    for group, names in (("general", ["one", "two"]), ("literary", ["tale"]), (OVERALL, ["one", "two", "tale"])):
+    for group, names in (
+        ("general", ["one", "two"]),
+        ("literary", ["tale"]),
+        (OVERALL, ["one", "two", "tale"]),
+    ):
         average = scores.average("poor", group)
         assert average.value == pytest.approx(np.mean([values["poor", name] for name in names]))
         assert average.low < average.value < average.high and average.datasets == tuple(names)
-    assert scores.groups == {"general": ("one", "two"), "literary": ("tale",), OVERALL: ("one", "two", "tale")}
+    assert scores.groups == {
+        "general": ("one", "two"),
+        "literary": ("tale",),
+        OVERALL: ("one", "two", "tale"),
+    }
 
 
 def test_a_system_that_only_thinks_is_flagged_and_not_averaged(tmp_path):
-    scores = measured(tmp_path, good={}, thinking={"answer": lambda one: f"<think>\nOkay, {one.relation}"})
+    scores = measured(
+        tmp_path, good={}, thinking={"answer": lambda one: f"<think>\nOkay, {one.relation}"}
+    )
     cell = scores.cell("thinking", "one")
     assert (cell.scores.f1, cell.scores.schema_valid, cell.broken) == (0, 0, True)
     assert cell.flags[0] == "reasoning was left on: 100% of the answers begin with <think>"
@@ -51,10 +61,14 @@ def test_a_system_that_only_thinks_is_flagged_and_not_averaged(tmp_path):
 
 def test_one_broken_dataset_withholds_the_average_that_it_is_part_of(tmp_path):
     def answer(one):
-        return one.relation + " because the text says that the two of them are so related" * (one.dataset == "two")
+        return one.relation + " because the text says that the two of them are so related" * (
+            one.dataset == "two"
+        )
 
     scores = measured(tmp_path, runon={"answer": answer})
-    assert scores.average("runon", "general").value is None and scores.average("runon", "general").broken == ("two",)
+    assert scores.average("runon", "general").value is None and scores.average(
+        "runon", "general"
+    ).broken == ("two",)
     assert scores.average("runon", "literary").value == 1
     assert "malformed: 100%" in scores.cell("runon", "two").flags[0]
 
@@ -67,8 +81,16 @@ def half(one):
     ("fields", "flag", "broken"),
     [
         ({"answer": lambda one: "lives in"}, "no answer is a label of the schema", True),
-        ({"answer": lambda one: "lives in", "enumerated": False}, "out of schema: 100%", False),  # it was not told the labels
-        ({"answer": lambda one: one.relation if int(one.id[-1]) < 2 else "lives in"}, "out of schema: 80%", False),
+        (
+            {"answer": lambda one: "lives in", "enumerated": False},
+            "out of schema: 100%",
+            False,
+        ),  # it was not told the labels
+        (
+            {"answer": lambda one: one.relation if int(one.id[-1]) < 2 else "lives in"},
+            "out of schema: 80%",
+            False,
+        ),
         ({"answer": lambda one: "born in"}, "collapsed", False),
         ({"answer": lambda one: ""}, "empty: 100%", False),
         ({"answer": half}, "incomplete: 100 of 200 examples", False),
@@ -84,48 +106,100 @@ def fewer(share):
 
 
 def test_what_is_scored_with_common_labels_or_on_a_part_of_the_examples_is_in_no_mean(tmp_path):
-    place = {"born in": "born in", "works for": "works for", "place of birth": "place", "place of death": "place", "none": "none"}
+    place = {
+        "born in": "born in",
+        "works for": "works for",
+        "place of birth": "place",
+        "place of death": "place",
+        "none": "none",
+    }
     scores = measured(
         tmp_path,
-        cached={"kind": "frontier", "common_labels": {"one": place}, "answer": lambda one: one.relation.replace("birth", "death")},
+        cached={
+            "kind": "frontier",
+            "common_labels": {"one": place},
+            "answer": lambda one: one.relation.replace("birth", "death"),
+        },
         part={"kind": "frontier", "answer": fewer(0.9)},
         nearly={"kind": "frontier", "answer": fewer(0.96)},
     )
     common, own = scores.cell("cached", "one"), scores.cell("cached", "two")
-    assert set(common.gold) == {"born in", "works for", "place", "none"} and (common.scores.f1, common.comparable) == (1, False)
-    assert own.scores.f1 == 0.75 and own.comparable and "4 common labels, not with the 5" in common.flags[0]
+    assert set(common.gold) == {"born in", "works for", "place", "none"} and (
+        common.scores.f1,
+        common.comparable,
+    ) == (1, False)
+    assert (
+        own.scores.f1 == 0.75
+        and own.comparable
+        and "4 common labels, not with the 5" in common.flags[0]
+    )
     average = scores.average("cached", "general")
     assert (average.value, average.datasets, average.apart) == (0.75, ("two",), ("one",))
-    assert scores.average("part", OVERALL).value is None and scores.average("part", OVERALL).apart == tuple(DATASETS)
-    assert scores.average("nearly", OVERALL).value == 1 and scores.average("nearly", OVERALL).apart == ()
-    assert [cell.comparable for cell in headline(scores).rows[0].cells.values()] == [False, True, True]
+    assert scores.average("part", OVERALL).value is None and scores.average(
+        "part", OVERALL
+    ).apart == tuple(DATASETS)
+    assert (
+        scores.average("nearly", OVERALL).value == 1
+        and scores.average("nearly", OVERALL).apart == ()
+    )
+    assert [cell.comparable for cell in headline(scores).rows[0].cells.values()] == [
+        False,
+        True,
+        True,
+    ]
 
 
 def test_common_labels_are_checked_against_the_gold_labels_and_have_no_official_score(tmp_path):
     labels = ("Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Other")
-    common = {"cause-effect(e1,e2)": "Cause Effect", "cause-effect(e2,e1)": "Cause Effect", "other": "Other"}
+    common = {
+        "cause-effect(e1,e2)": "Cause Effect",
+        "cause-effect(e2,e1)": "Cause Effect",
+        "other": "Other",
+    }
     cached = {"kind": "frontier", "common_labels": {"semeval2010_task8": common}}
     record = study(tmp_path, {"semeval2010_task8": "general"}, {"cached": cached}, labels=labels)
-    with pytest.raises(InputError, match=r"gold label 'Cause-Effect\(e1,e2\)', in the data of the study it is 'Cause Effect'"):
+    with pytest.raises(
+        InputError,
+        match=r"gold label 'Cause-Effect\(e1,e2\)', in the data of the study it is 'Cause Effect'",
+    ):
         measure(record, resamples=10)
-    rows = [dataclasses.replace(row, relation=common[row.relation.lower()]) for row in record.rows(record.systems[0], "semeval2010_task8")]
+    rows = [
+        dataclasses.replace(row, relation=common[row.relation.lower()])
+        for row in record.rows(record.systems[0], "semeval2010_task8")
+    ]
     write_predictions(tmp_path / "predictions/cached/semeval2010_task8", rows)
-    assert measure(record, resamples=10).cell("cached", "semeval2010_task8").scores.semeval_official_f1 is None
+    assert (
+        measure(record, resamples=10).cell("cached", "semeval2010_task8").scores.semeval_official_f1
+        is None
+    )
 
 
 def test_a_dataset_without_related_examples_is_in_no_mean(tmp_path):
     record = study(tmp_path, DATASETS, {"good": {"answer": lambda one: one.relation}}, count=30)
     path = tmp_path / "data/two.jsonl"
-    unrelated = [dataclasses.replace(one, relation="none") for one in record.examples["two"].values()]
+    unrelated = [
+        dataclasses.replace(one, relation="none") for one in record.examples["two"].values()
+    ]
     write_examples(path, unrelated)
-    write_predictions(tmp_path / "predictions/good/two", [Prediction(one.id, "none", "none") for one in unrelated])
+    write_predictions(
+        tmp_path / "predictions/good/two", [Prediction(one.id, "none", "none") for one in unrelated]
+    )
     scores = measure(dataclasses.replace(record), resamples=10)
-    assert scores.average("good", "general").value == 1 and scores.average("good", "general").apart == ("two",)
-    assert scores.cell("good", "two").flags == ("no example has a relation: F1 is zero whatever the answers",)
+    assert scores.average("good", "general").value == 1 and scores.average(
+        "good", "general"
+    ).apart == ("two",)
+    assert scores.cell("good", "two").flags == (
+        "no example has a relation: F1 is zero whatever the answers",
+    )
 
 
 def test_a_majority_baseline_is_no_fault(tmp_path):
-    assert measured(tmp_path, majority={"kind": "baseline", "answer": lambda one: "born in"}).cell("majority", "one").flags == ()
+    assert (
+        measured(tmp_path, majority={"kind": "baseline", "answer": lambda one: "born in"})
+        .cell("majority", "one")
+        .flags
+        == ()
+    )
 
 
 def test_a_mean_over_fewer_datasets_says_which_are_missing(tmp_path):
@@ -137,16 +211,29 @@ def test_a_mean_over_fewer_datasets_says_which_are_missing(tmp_path):
 
 
 def test_rows_join_by_the_hash_of_a_prompt_where_the_id_is_another(tmp_path):
-    record = study(tmp_path, {"one": "general"}, {"ours": {}, "cached": {"kind": "frontier"}}, count=10)
+    record = study(
+        tmp_path, {"one": "general"}, {"ours": {}, "cached": {"kind": "frontier"}}, count=10
+    )
     rows = record.rows(record.systems[0], "one")
-    write_predictions(tmp_path / "predictions/ours/one", [dataclasses.replace(row, prompt_hash=f"h{n}") for n, row in enumerate(rows)])
-    cached = [Prediction(f"item {n}", row.relation, row.relation, prompt_hash=f"h{n}") for n, row in enumerate(rows)]
+    write_predictions(
+        tmp_path / "predictions/ours/one",
+        [dataclasses.replace(row, prompt_hash=f"h{n}") for n, row in enumerate(rows)],
+    )
+    cached = [
+        Prediction(f"item {n}", row.relation, row.relation, prompt_hash=f"h{n}")
+        for n, row in enumerate(rows)
+    ]
     write_predictions(tmp_path / "predictions/cached/one", cached)
     assert measure(record, resamples=10).cell("cached", "one").scores.f1 == 1
-    write_predictions(tmp_path / "predictions/cached/one", [*cached, dataclasses.replace(cached[0], example_id="again")])
+    write_predictions(
+        tmp_path / "predictions/cached/one",
+        [*cached, dataclasses.replace(cached[0], example_id="again")],
+    )
     with pytest.raises(InputError, match="'again' is a second answer to 'one/test/0'"):
         measure(record, resamples=10)
-    write_predictions(tmp_path / "predictions/cached/one", [dataclasses.replace(cached[0], prompt_hash="h99")])
+    write_predictions(
+        tmp_path / "predictions/cached/one", [dataclasses.replace(cached[0], prompt_hash="h99")]
+    )
     with pytest.raises(InputError, match=r"'item 0' .*not among the test examples"):
         measure(record, resamples=10)
 
@@ -156,21 +243,37 @@ def test_another_gold_label_and_a_name_given_twice_are_refused(tmp_path):
     rows = record.rows(record.systems[0], "one")
     with pytest.raises(InputError, match="two systems are called 'ours'"):
         measure(dataclasses.replace(record, systems=record.systems * 2))
-    write_predictions(tmp_path / "predictions/ours/one", [dataclasses.replace(rows[0], relation="works for")])
-    with pytest.raises(InputError, match="gold label 'works for', in the data of the study it is 'born in'"):
+    write_predictions(
+        tmp_path / "predictions/ours/one", [dataclasses.replace(rows[0], relation="works for")]
+    )
+    with pytest.raises(
+        InputError, match="gold label 'works for', in the data of the study it is 'born in'"
+    ):
         measure(record, resamples=10)
 
 
 def test_the_order_of_systems_and_datasets_changes_no_interval(tmp_path):
     record = study(tmp_path, DATASETS, {"good": {}, "poor": {"right": 0.4}}, count=60)
-    turned = dataclasses.replace(record, datasets=record.datasets[::-1], systems=record.systems[::-1])
+    turned = dataclasses.replace(
+        record, datasets=record.datasets[::-1], systems=record.systems[::-1]
+    )
     first, second = (measure(one, resamples=200) for one in (record, turned))
-    assert {key: cell.interval for key, cell in first.cells.items()} == {key: cell.interval for key, cell in second.cells.items()}
+    assert {key: cell.interval for key, cell in first.cells.items()} == {
+        key: cell.interval for key, cell in second.cells.items()
+    }
     json.dumps(first.average("good", OVERALL).to_json(), allow_nan=False)
 
 
 def test_the_official_score_of_semeval_stands_in_its_cell_alone(tmp_path):
     labels = ("Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "Other")
-    scores = measure(study(tmp_path, {"semeval2010_task8": "general", "one": "general"}, {"good": {}}, labels=labels), resamples=50)
+    scores = measure(
+        study(
+            tmp_path,
+            {"semeval2010_task8": "general", "one": "general"},
+            {"good": {}},
+            labels=labels,
+        ),
+        resamples=50,
+    )
     row = headline(scores, with_published=False).rows[0]
     assert 0.5 < row.cells["semeval2010_task8"].official < 1 and row.cells["one"].official is None

@@ -1,4 +1,6 @@
-"""Tiny models of two implementations with the same weights: ours, and transformers' as ground truth."""
+"""Tiny models of two implementations with the same weights: ours, and transformers' as ground
+truth.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ LORA = Lora(rank=4, alpha=8.0, dropout=0.0)
 
 
 def random_model(vocabulary: int, *, adapter: bool, kind: str = "qwen2", seed: int = 0) -> Model:
-    """A random f32 decoder of two layers, hidden 32, with weights large enough that its predictions differ from uniform."""
+    """A random f32 decoder of two layers, hidden 32, with weights large enough that its predictions
+    differ from uniform.
+    """
     config = {
         "model_type": kind,
         "num_hidden_layers": 2,
@@ -53,7 +57,9 @@ def random_factors(architecture: Architecture, seed: int) -> tuple[dict, float]:
     """An adapter whose B is not zero, and its scale."""
     random = np.random.default_rng(seed + 1)
     shapes = jax.eval_shape(lambda: lora_module.init_adapter(architecture, LORA, jax.random.key(0)))
-    factors = jax.tree.map(lambda leaf: (0.1 * random.standard_normal(leaf.shape)).astype(np.float32), shapes)
+    factors = jax.tree.map(
+        lambda leaf: (0.1 * random.standard_normal(leaf.shape)).astype(np.float32), shapes
+    )
     return factors, lora_module.scale_of(LORA)
 
 
@@ -84,7 +90,10 @@ def in_transformers(model: Model) -> Any:
 
     torch.set_num_threads(1)  # tiny products: threads cost more than they bring
     a = model.architecture
-    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[a.kind]
+    config_class, model_class = {
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[a.kind]
     config = config_class(
         num_hidden_layers=a.layers,
         hidden_size=a.embedding,
@@ -100,9 +109,16 @@ def in_transformers(model: Model) -> Any:
         eos_token_id=None,
         pad_token_id=None,
     )
-    params = model.params if model.factors is None else lora_module.merge(model.params, model.factors, model.scale)
+    params = (
+        model.params
+        if model.factors is None
+        else lora_module.merge(model.params, model.factors, model.scale)
+    )
     truth = model_class(config)
-    tensors = {name: torch.from_numpy(np.array(value)) for name, value in hf_tensors(a, params, np.dtype(np.float32))}
+    tensors = {
+        name: torch.from_numpy(np.array(value))
+        for name, value in hf_tensors(a, params, np.dtype(np.float32))
+    }
     missing, unexpected = truth.load_state_dict(tensors, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     truth.tie_weights()
@@ -110,14 +126,22 @@ def in_transformers(model: Model) -> Any:
 
 
 def brute_force(truth: Any, prompts: list[list[int]], answers: list[list[list[int]]]) -> np.ndarray:
-    """[N, labels] scores by transformers: one label at a time, one example a row, the full sequence, f64 log-softmax."""
+    """[N, labels] scores by transformers: one label at a time, one example a row, the full
+    sequence, f64 log-softmax.
+    """
     torch = pytest.importorskip("torch")
     scores = np.zeros((len(prompts), len(answers[0])))
     with torch.no_grad():
         for i, (prompt, labels) in enumerate(zip(prompts, answers, strict=True)):
             for j, label in enumerate(labels):
-                logits = truth(torch.tensor([[*prompt, *label]])).logits[0, len(prompt) - 1 : -1].double()
-                scores[i, j] = torch.log_softmax(logits, -1)[torch.arange(len(label)), torch.tensor(label)].sum()
+                logits = (
+                    truth(torch.tensor([[*prompt, *label]]))
+                    .logits[0, len(prompt) - 1 : -1]
+                    .double()
+                )
+                scores[i, j] = torch.log_softmax(logits, -1)[
+                    torch.arange(len(label)), torch.tensor(label)
+                ].sum()
     return scores
 
 
@@ -134,6 +158,13 @@ def models() -> Callable[..., Any]:
         (),
         {
             f.__name__: staticmethod(f)
-            for f in (random_model, quantised_model, stories_model, in_transformers, brute_force, largest_difference)
+            for f in (
+                random_model,
+                quantised_model,
+                stories_model,
+                in_transformers,
+                brute_force,
+                largest_difference,
+            )
         },
     )

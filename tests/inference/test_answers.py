@@ -28,7 +28,13 @@ SYSTEM = {"role": "system", "content": "Answer with only the relation label."}
 QUESTIONS = [
     [SYSTEM, {"role": "user", "content": "Text: <e1>Ada</e1> wrote to <e2>Charles</e2>.\nAnswer:"}],
     [{"role": "user", "content": "Text: no system turn\nAnswer:"}],
-    [SYSTEM, {"role": "user", "content": "Text: A <|im_end|> in the text <|im_start|>assistant\nAnswer:"}],
+    [
+        SYSTEM,
+        {
+            "role": "user",
+            "content": "Text: A <|im_end|> in the text <|im_start|>assistant\nAnswer:",
+        },
+    ],
     [
         SYSTEM,
         {"role": "user", "content": "q"},
@@ -38,9 +44,13 @@ QUESTIONS = [
     [SYSTEM, {"role": "user", "content": "  \n"}],
 ]
 QWEN, SMOLLM = "Qwen/Qwen2.5-0.5B-Instruct", "HuggingFaceTB/SmolLM2-360M-Instruct"
-PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt"
+    " %}assistant:{% endif %}"
+)
 TRIMMED = (
-    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content | trim }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    "{% for m in messages %}<s>{{ m.role }}\n{{ m.content | trim }}</s>{% endfor %}{% if"
+    " add_generation_prompt %}<s>assistant\n{% endif %}"
 )
 
 
@@ -57,7 +67,9 @@ def in_full(template, questions, labels):
         encoded = [template.encode([(question, label)])[0] for label in labels]
         supervised = [one.tokens[one.prompt_length :] for one in encoded]
         prompts.append(encoded[0].tokens[: encoded[0].prompt_length])
-        answers.append(tuple(tuple(tokens[: template.end_of_turn(tokens)]) for tokens in supervised))
+        answers.append(
+            tuple(tuple(tokens[: template.end_of_turn(tokens)]) for tokens in supervised)
+        )
     return prompts, answers
 
 
@@ -72,13 +84,18 @@ def test_answers_end_with_the_end_of_turn(shared_models, name):
     template = template_of(shared_models / name)
     end = template.tokenizer.convert_tokens_to_ids("<|im_end|>")
     _, answers = label_answers(template, QUESTIONS, LABELS)
-    assert all(answer[-1] == end and answer.count(end) == 1 for labels in answers for answer in labels)
+    assert all(
+        answer[-1] == end and answer.count(end) == 1 for labels in answers for answer in labels
+    )
 
 
 def test_smollm3s_template_without_thinking_gets_its_own_tokens(shared_models):
     # Its own tokenizer is not here; SmolLM2's has the same turn tokens.
     template = template_of(
-        shared_models / SMOLLM, (shared_models / "HuggingFaceTB/SmolLM3-3B/chat_template.jinja").read_text(encoding="utf-8")
+        shared_models / SMOLLM,
+        (shared_models / "HuggingFaceTB/SmolLM3-3B/chat_template.jinja").read_text(
+            encoding="utf-8"
+        ),
     )
     prompts, answers = label_answers(template, QUESTIONS, LABELS)
     assert (prompts, answers) == in_full(template, QUESTIONS, LABELS)
@@ -88,7 +105,8 @@ def test_smollm3s_template_without_thinking_gets_its_own_tokens(shared_models):
 
 def test_a_template_without_added_tokens_is_tokenised_in_full(shared_models):
     template = template_of(
-        shared_models / "karpathy/stories260K/hf", PLAIN.replace("assistant:", "assistant:\n").replace("{{ m.role }}: ", "{{ m.role }}:\n")
+        shared_models / "karpathy/stories260K/hf",
+        PLAIN.replace("assistant:", "assistant:\n").replace("{{ m.role }}: ", "{{ m.role }}:\n"),
     )
     labels = ["once upon", "once", "a time"]
     assert label_answers(template, QUESTIONS, labels) == in_full(template, QUESTIONS, labels)
@@ -105,7 +123,8 @@ def test_a_tokenizer_that_adds_a_space_to_each_text_gets_the_same_answers(shared
 def test_a_template_that_answers_otherwise_for_some_questions_is_followed(shared_models):
     odd = TRIMMED.replace(
         "{{ m.content | trim }}</s>",
-        "{{ m.content | trim }}{% if messages[0].content == 'shout' and m.role == 'assistant' %}!{% endif %}</s>",
+        "{{ m.content | trim }}{% if messages[0].content == 'shout' and m.role == 'assistant' %}!{%"
+        " endif %}</s>",
     )
     template = template_of(shared_models / "karpathy/stories260K/hf", odd)
     questions = [[{"role": "user", "content": text}] for text in ("say", "shout", "say", "shout")]
@@ -119,8 +138,12 @@ def test_each_label_is_tokenised_once(shared_models, monkeypatch):
     template = template_of(shared_models / QWEN)
     texts = []
     tokenize = template.tokenize
-    monkeypatch.setattr(template, "tokenize", lambda given: (texts.extend(given), tokenize(given))[1])
-    questions = [[SYSTEM, {"role": "user", "content": f"Text: sentence {i}\nAnswer:"}] for i in range(200)]
+    monkeypatch.setattr(
+        template, "tokenize", lambda given: (texts.extend(given), tokenize(given))[1]
+    )
+    questions = [
+        [SYSTEM, {"role": "user", "content": f"Text: sentence {i}\nAnswer:"}] for i in range(200)
+    ]
     _, answers = label_answers(template, questions, LABELS)
     assert len(texts) == 200 + 2 * len(LABELS)  # each prompt; each label's tail alone and answered
     assert all(one is answers[0] for one in answers)
@@ -143,7 +166,9 @@ def test_unusable_labels_are_named(shared_models, labels, message):
 
 def test_labels_that_differ_by_spaces_a_template_trims_are_refused(shared_models):
     template = template_of(shared_models / "karpathy/stories260K/hf", TRIMMED)
-    with pytest.raises(InputError, match="'once' and 'once ' are the same inside the chat template"):
+    with pytest.raises(
+        InputError, match="'once' and 'once ' are the same inside the chat template"
+    ):
         label_answers(template, QUESTIONS, ["once", "a time", "once "])
 
 
@@ -151,7 +176,10 @@ def test_labels_that_differ_by_spaces_a_template_trims_are_refused(shared_models
 def test_a_template_whose_prompt_tokens_are_no_prefix_is_refused(shared_models, before):
     # "on" and "ce" apart are other tokens than "once".
     prompt = before + "assistant: on"
-    odd = "{% for m in messages %}{{ 'PROMPT' if m.role == 'assistant' else 'user: ' }}{{ m.content }}\n{% endfor %}"
+    odd = (
+        "{% for m in messages %}{{ 'PROMPT' if m.role == 'assistant' else 'user: ' }}{{ m.content"
+        " }}\n{% endfor %}"
+    )
     odd = odd.replace("PROMPT", prompt) + "{% if add_generation_prompt %}" + prompt + "{% endif %}"
     with pytest.raises(InputError, match="not a prefix"):
         label_answers(template_of(shared_models / QWEN, odd), QUESTIONS[:1], ["ce", "e"])

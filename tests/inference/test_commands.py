@@ -20,18 +20,36 @@ MAPPING = {"text": "sentence", "head": "subj", "tail": "obj", "relation": "label
 def written(path: Path, **fields: str) -> str:
     """A file of one record, by default with the columns of MAPPING."""
     record = {"sentence": "Ada saw Bob.", "subj": "Ada", "obj": "Bob", "label": "met"} | fields
-    path.write_text(json.dumps({name: value for name, value in record.items() if value}) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({name: value for name, value in record.items() if value}) + "\n",
+        encoding="utf-8",
+    )
     return str(path)
 
 
 def run_on(folder: Path, **data: dict) -> Config:
     train = {"dataset": written(folder / "train.jsonl"), "columns": MAPPING}
-    return check_config({"name": "run", "model": {"path": "m"}, "data": {"train": train, **data}, "train": {"batch_examples": 1}}, "test")
+    return check_config(
+        {
+            "name": "run",
+            "model": {"path": "m"},
+            "data": {"train": train, **data},
+            "train": {"batch_examples": 1},
+        },
+        "test",
+    )
 
 
 def test_another_file_with_the_columns_of_the_run_needs_no_mapping(tmp_path: Path) -> None:
-    source, (example,) = load_source(run_on(tmp_path), written(tmp_path / "new.jsonl", subj="Bob", obj="Ada"), None)
-    assert (example.head, example.tail, example.relation, example.id) == ("Bob", "Ada", "met", "new/1")
+    source, (example,) = load_source(
+        run_on(tmp_path), written(tmp_path / "new.jsonl", subj="Bob", obj="Ada"), None
+    )
+    assert (example.head, example.tail, example.relation, example.id) == (
+        "Bob",
+        "Ada",
+        "met",
+        "new/1",
+    )
     assert source.columns == MAPPING
 
 
@@ -43,18 +61,29 @@ def test_a_file_without_labels_takes_the_rest_of_the_mapping(tmp_path: Path) -> 
 def test_labels_that_the_run_hides_in_its_own_test_file_are_read_in_another(tmp_path: Path) -> None:
     test = {"dataset": "test.jsonl", "columns": MAPPING | {"relation": ""}}
     path = tmp_path / "new.jsonl"
-    path.write_text(json.dumps({"sentence": "Ada saw Bob.", "subj": "Ada", "obj": "Bob", "relation": "met"}) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({"sentence": "Ada saw Bob.", "subj": "Ada", "obj": "Bob", "relation": "met"})
+        + "\n",
+        encoding="utf-8",
+    )
     assert load_source(run_on(tmp_path, test=test), str(path), None)[1][0].relation == "met"
 
 
 def test_a_record_that_the_mapping_cannot_read_is_named(tmp_path: Path) -> None:
-    """Marked texts need no columns of the entities; a text without marks does, and is not hidden by advice for the whole file."""
+    """Marked texts need no columns of the entities; a text without marks does, and is not hidden by
+    advice for the whole file.
+    """
     mapping = {"text": "body", "relation": "label"}
     path = tmp_path / "new.jsonl"
-    path.write_text('{"body": "<e1>Ada</e1> saw <e2>Bob</e2>."}\n{"body": "Ada saw Bob."}\n', encoding="utf-8")
+    path.write_text(
+        '{"body": "<e1>Ada</e1> saw <e2>Bob</e2>."}\n{"body": "Ada saw Bob."}\n', encoding="utf-8"
+    )
     config = run_on(tmp_path, train={"dataset": str(tmp_path / "train.jsonl"), "columns": mapping})
     message = refusal(lambda: load_source(config, str(path), None))
-    assert f'{path}:2: no column for "head"' in message and "in it data.test.columns.head=NAME" in message
+    assert (
+        f'{path}:2: no column for "head"' in message
+        and "in it data.test.columns.head=NAME" in message
+    )
 
 
 def test_a_mapping_for_marked_texts_does_not_hide_the_next_one(tmp_path: Path) -> None:
@@ -82,13 +111,17 @@ def test_a_file_with_the_usual_columns_needs_no_mapping(tmp_path: Path) -> None:
     assert (example.head, example.tail, source.columns) == ("Ada", "Bob", {})
 
 
+# the config that was told of
 def test_a_file_with_other_columns_is_told_what_predict_can_do(tmp_path: Path) -> None:
     path = tmp_path / "new.jsonl"
     path.write_text('{"words": "Ada saw Bob.", "from": "Ada", "to": "Bob"}\n')
     message = refusal(lambda: load_source(run_on(tmp_path), str(path), None))
-    assert 'no column for "text"' in message and "map it with --config CONFIG, in it data.test.columns.text=NAME" in message
+    assert (
+        'no column for "text"' in message
+        and "map it with --config CONFIG, in it data.test.columns.text=NAME" in message
+    )
     mapped = {"dataset": str(path), "columns": {"text": "words", "head": "from", "tail": "to"}}
-    assert load_source(run_on(tmp_path, test=mapped), str(path), None)[1][0].head == "Ada"  # the config that was told of
+    assert load_source(run_on(tmp_path, test=mapped), str(path), None)[1][0].head == "Ada"
 
 
 def test_data_without_a_name_is_refused(tmp_path: Path) -> None:
@@ -96,20 +129,34 @@ def test_data_without_a_name_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"subj": "Dora"}, {"sentence": "Bob."}])
-def test_a_record_that_cannot_be_used_is_named_whatever_the_mapping(tmp_path: Path, fields: dict) -> None:
-    assert refusal(lambda: load_source(run_on(tmp_path), written(tmp_path / "new.jsonl", **fields), None)).startswith(
-        f"{tmp_path / 'new.jsonl'}:1: "
-    )
+def test_a_record_that_cannot_be_used_is_named_whatever_the_mapping(
+    tmp_path: Path, fields: dict
+) -> None:
+    assert refusal(
+        lambda: load_source(run_on(tmp_path), written(tmp_path / "new.jsonl", **fields), None)
+    ).startswith(f"{tmp_path / 'new.jsonl'}:1: ")
 
 
 @pytest.mark.parametrize("mode", ["best", "generate"])
-def test_a_single_answer_is_shown_with_its_own_probability(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+def test_a_single_answer_is_shown_with_its_own_probability(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
     """A model that writes "met" with the probability that these modes know, e^-0.5."""
     config = tmp_path / "run.yaml"
-    config.write_text(json.dumps(run_on(tmp_path).model_dump(mode="json", exclude_unset=True) | {"model": {"path": "facts-base"}}))
+    config.write_text(
+        json.dumps(
+            run_on(tmp_path).model_dump(mode="json", exclude_unset=True)
+            | {"model": {"path": "facts-base"}}
+        )
+    )
     row = Prediction("text", "", "met", score=-0.5)
     monkeypatch.setattr(commands, "open_model", lambda *given: Loaded(tmp_path, "m", None, {}))
-    monkeypatch.setattr(commands, "predict_examples", lambda *given, **more: [row] if more["mode"] == mode else [])
+    monkeypatch.setattr(
+        commands, "predict_examples", lambda *given, **more: [row] if more["mode"] == mode else []
+    )
     table = commands.predict_text("facts-base", "<e1>Ada</e1> saw <e2>Bob</e2>.", mode, config)
-    assert [[str(cell) for cell in column.cells] for column in table.columns] == [["met"], ["0.6065"]]
+    assert [[str(cell) for cell in column.cells] for column in table.columns] == [
+        ["met"],
+        ["0.6065"],
+    ]
     assert "--mode score" in table.caption

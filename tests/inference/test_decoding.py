@@ -28,9 +28,18 @@ def greedy(truth, prompts, stop_ids, max_new_tokens):
             "eos_token_id": sorted(stop_ids) or None,
             "pad_token_id": 0,
         }
-        found = truth.generate(ids, attention_mask=torch.ones_like(ids), output_logits=True, return_dict_in_generate=True, **settings)
+        found = truth.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            output_logits=True,
+            return_dict_in_generate=True,
+            **settings,
+        )
         new = found.sequences[0, len(prompt) :].tolist()
-        score = sum(torch.log_softmax(logits[0].double(), -1)[token].item() for token, logits in zip(new, found.logits, strict=True))
+        score = sum(
+            torch.log_softmax(logits[0].double(), -1)[token].item()
+            for token, logits in zip(new, found.logits, strict=True)
+        )
         results.append((new, score))
     return results
 
@@ -44,7 +53,12 @@ def check(models, model, prompts, stop_ids, max_new_tokens, **settings):
     truth = greedy(models.in_transformers(model), prompts, stop_ids, max_new_tokens)
     found = decode(model, prompts, stop_ids, max_new_tokens, **settings)
     assert [one.tokens for one in found] == [tokens for tokens, _ in truth]
-    assert models.largest_difference(np.array([one.score for one in found]), np.array([score for _, score in truth])) < 1e-5
+    assert (
+        models.largest_difference(
+            np.array([one.score for one in found]), np.array([score for _, score in truth])
+        )
+        < 1e-5
+    )
     return found
 
 
@@ -92,10 +106,15 @@ def test_a_shared_prefix_changes_no_token(models, shared, lengths):
 @pytest.mark.slow
 def test_bfloat16_weights_decode_as_they_score(models):
     model = models.random_model(V, adapter=True)
-    model = dataclasses.replace(model, params=jax.tree.map(lambda w: w.astype(jnp.bfloat16), model.params))
+    model = dataclasses.replace(
+        model, params=jax.tree.map(lambda w: w.astype(jnp.bfloat16), model.params)
+    )
     prompts = some_prompts([5, 20])
     found = decode(model, prompts, set(), 8)
-    scores = [score_labels(model, [prompt], [[one.tokens]])[0, 0] for prompt, one in zip(prompts, found, strict=True)]
+    scores = [
+        score_labels(model, [prompt], [[one.tokens]])[0, 0]
+        for prompt, one in zip(prompts, found, strict=True)
+    ]
     # A bfloat16 sum differs by its order: 8 bits, through two layers.
     np.testing.assert_allclose([one.score for one in found], scores, rtol=0.03)
 
@@ -124,7 +143,11 @@ def test_few_compilations_whatever_the_lengths(models):
 def test_prompts_of_several_beginnings_share_their_programs(models):
     model, starts = models.random_model(V, adapter=False), some_prompts([150] * 3, seed=9)
     lengths = [range(1, 6), range(30, 34), range(60, 69)]
-    prompts = [start + own for start, some in zip(starts, lengths, strict=True) for own in some_prompts(some, seed=10)]
+    prompts = [
+        start + own
+        for start, some in zip(starts, lengths, strict=True)
+        for own in some_prompts(some, seed=10)
+    ]
     assert [len(group.tokens) for group in shared_prefixes(prompts, 256)] == [150] * 3
     before = fill._cache_size(), decode_until._cache_size()
     check(models, model, prompts, {3}, 4, batch_tokens=256)
@@ -132,7 +155,8 @@ def test_prompts_of_several_beginnings_share_their_programs(models):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "message"), [([], "no example"), ([[1], []], "example 1"), ([[1] * 2047], "lower predict.max_new_tokens")]
+    ("prompts", "message"),
+    [([], "no example"), ([[1], []], "example 1"), ([[1] * 2047], "lower predict.max_new_tokens")],
 )
 def test_unusable_prompts_are_named(models, prompts, message):
     with pytest.raises(InputError, match=message):

@@ -30,11 +30,26 @@ def loaded(models, shared_models) -> Loaded:
     from jaxre.config import Lora
 
     model = models.random_model(49_152, adapter=True, kind="llama")
-    return Loaded(shared_models / SMOLLM, "tiny", model.architecture, model.params, Lora(rank=4, alpha=8.0), model.factors)
+    return Loaded(
+        shared_models / SMOLLM,
+        "tiny",
+        model.architecture,
+        model.params,
+        Lora(rank=4, alpha=8.0),
+        model.factors,
+    )
 
 
 def example(number: int, text: str = "Ada Lovelace was born in London") -> Example:
-    return Example(f"facts:test:{number}", "facts", "test", f"{text} {'indeed ' * number}.", "Ada Lovelace", "London", "born_in")
+    return Example(
+        f"facts:test:{number}",
+        "facts",
+        "test",
+        f"{text} {'indeed ' * number}.",
+        "Ada Lovelace",
+        "London",
+        "born_in",
+    )
 
 
 EXAMPLES = [example(number) for number in range(7)]
@@ -47,7 +62,12 @@ def test_scored_rows_are_always_in_the_schema(loaded):
         assert list(row.probabilities) == LABELS
         assert math.isclose(sum(row.probabilities.values()), 1, rel_tol=1e-12)
         assert row.generated_relation == max(row.probabilities, key=row.probabilities.get)
-        assert (row.relation, row.eval_dataset_name, row.gen_type, row.model_id) == ("born_in", "facts", "gen_open", "tiny")
+        assert (row.relation, row.eval_dataset_name, row.gen_type, row.model_id) == (
+            "born_in",
+            "facts",
+            "gen_open",
+            "tiny",
+        )
 
 
 def test_scores_equal_brute_force_through_the_template(models, loaded):
@@ -55,7 +75,10 @@ def test_scores_equal_brute_force_through_the_template(models, loaded):
     template = ChatTemplate(load_tokenizer(loaded.folder), "2026-01-01", "test")
     prompts, answers = [], []
     for one in EXAMPLES:
-        encoded = [template.encode([(turns(one, Prompt(enumerate=True), LABELS), label)])[0] for label in LABELS]
+        encoded = [
+            template.encode([(turns(one, Prompt(enumerate=True), LABELS), label)])[0]
+            for label in LABELS
+        ]
         prompts.append(encoded[0].tokens[: encoded[0].prompt_length])
         supervised = [each.tokens[each.prompt_length :] for each in encoded]
         answers.append([tokens[: template.end_of_turn(tokens)] for tokens in supervised])
@@ -69,9 +92,15 @@ def test_scores_equal_brute_force_through_the_template(models, loaded):
 
 def test_the_best_label_alone_is_that_of_all_scores(loaded):
     every = predict_examples(loaded, EXAMPLES, LABELS, Prompt(enumerate=True), SETTINGS)
-    alone = predict_examples(loaded, EXAMPLES, LABELS, Prompt(enumerate=True), SETTINGS, mode="best")
-    assert [dataclasses.replace(row, score=0, probabilities=None) for row in every] == [dataclasses.replace(row, score=0) for row in alone]
-    np.testing.assert_allclose([row.score for row in alone], [row.score for row in every], rtol=1e-5)
+    alone = predict_examples(
+        loaded, EXAMPLES, LABELS, Prompt(enumerate=True), SETTINGS, mode="best"
+    )
+    assert [dataclasses.replace(row, score=0, probabilities=None) for row in every] == [
+        dataclasses.replace(row, score=0) for row in alone
+    ]
+    np.testing.assert_allclose(
+        [row.score for row in alone], [row.score for row in every], rtol=1e-5
+    )
 
 
 def test_generated_rows_hold_the_cleaned_greedy_text(loaded):
@@ -79,26 +108,40 @@ def test_generated_rows_hold_the_cleaned_greedy_text(loaded):
     template = ChatTemplate(load_tokenizer(loaded.folder), "2026-01-01", "test")
     texts = [template.render(turns(one, Prompt(), LABELS), generation=True) for one in EXAMPLES]
     written = generate(model_of(loaded), template.tokenize(texts), {2}, 6)
-    assert [row.status for row in rows] == ["" if tokens[-1] == 2 else "truncated" for tokens in written]
+    assert [row.status for row in rows] == [
+        "" if tokens[-1] == 2 else "truncated" for tokens in written
+    ]
     assert "truncated" in {row.status for row in rows}
     assert [row.prompt for row in rows] == texts
     assert [row.generated_relation for row in rows] == [
         clean_answer(template.tokenizer.decode(one, skip_special_tokens=True)) for one in written
     ]
-    assert all(row.probabilities is None and row.score < 0 and row.output_tokens <= 6 for row in rows)
+    assert all(
+        row.probabilities is None and row.score < 0 and row.output_tokens <= 6 for row in rows
+    )
 
 
 def test_demonstrations_stand_before_the_question(loaded):
     prompt = Prompt(shots=1)
     rows = predict_examples(
-        loaded, EXAMPLES[:2], LABELS, prompt, SETTINGS, demonstrations=lambda one: [example(3, "Bob works for ACME")], model_shot="1"
+        loaded,
+        EXAMPLES[:2],
+        LABELS,
+        prompt,
+        SETTINGS,
+        demonstrations=lambda one: [example(3, "Bob works for ACME")],
+        model_shot="1",
     )
-    assert all(row.prompt.index("Bob works for ACME") < row.prompt.index("Ada Lovelace") for row in rows)
+    assert all(
+        row.prompt.index("Bob works for ACME") < row.prompt.index("Ada Lovelace") for row in rows
+    )
     assert {(row.prompt_shot, row.model_shot) for row in rows} == {("1", "1")}
 
 
 def test_rows_survive_the_predictions_table(loaded, tmp_path):
-    rows = predict_examples(loaded, EXAMPLES, LABELS, Prompt(), SETTINGS, tuned_dataset_name="re_gentune")
+    rows = predict_examples(
+        loaded, EXAMPLES, LABELS, Prompt(), SETTINGS, tuned_dataset_name="re_gentune"
+    )
     for path in write_predictions(tmp_path / "test", rows):
         assert read_predictions(path) == rows
 
@@ -137,7 +180,9 @@ def test_decoding_stops_at_the_templates_end_of_turn_and_the_end_of_text(shared_
     assert stop_ids(template, [{"role": "user", "content": "q"}], folder) == {151645, 151643}
 
 
-@pytest.mark.parametrize("content", ["{broken", "[2]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [2, null]}'])
+@pytest.mark.parametrize(
+    "content", ["{broken", "[2]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [2, null]}']
+)
 def test_a_broken_generation_config_is_one_line(shared_models, tmp_path, content):
     folder = shared_models / "Qwen/Qwen2.5-0.5B-Instruct"
     template = ChatTemplate(load_tokenizer(folder), "2026-01-01", "test")
@@ -150,13 +195,22 @@ def test_a_prompt_that_does_not_fit_names_its_example(loaded):
     long = [*EXAMPLES, example(1500)]
     for mode in ("score", "best", "generate"):
         with pytest.raises(InputError, match="example facts:test:1500"):
-            predict_examples(loaded, long, LABELS, Prompt(), SETTINGS.model_copy(update={"max_new_tokens": 1024}), mode=mode)
+            predict_examples(
+                loaded,
+                long,
+                LABELS,
+                Prompt(),
+                SETTINGS.model_copy(update={"max_new_tokens": 1024}),
+                mode=mode,
+            )
 
 
 @pytest.mark.parametrize("mode", ["score", "best", "generate"])
 def test_scores_that_are_no_numbers_name_their_example(loaded, mode):
     broken = dataclasses.replace(loaded, base=loaded.base | {"norm": loaded.base["norm"] * np.nan})
-    message = refusal(lambda: predict_examples(broken, EXAMPLES, LABELS, Prompt(), SETTINGS, mode=mode))
+    message = refusal(
+        lambda: predict_examples(broken, EXAMPLES, LABELS, Prompt(), SETTINGS, mode=mode)
+    )
     assert message.startswith("example facts:test:") and "NaN" in message
 
 

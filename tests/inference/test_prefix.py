@@ -28,7 +28,10 @@ def test_every_prompt_keeps_its_last_token():
     assert grouped([start] * 4) == [((0, 1, 2, 3), 99)]
 
 
-@pytest.mark.parametrize("prompts", [[[1] * 500], [[1], [1], [1, 2]], [[1, 2, 3], [4, 5, 6]], [[1] * 10 + [2], [1] * 10 + [3]]])
+@pytest.mark.parametrize(
+    "prompts",
+    [[[1] * 500], [[1], [1], [1, 2]], [[1, 2, 3], [4, 5, 6]], [[1] * 10 + [2], [1] * 10 + [3]]],
+)
 def test_a_prefix_that_saves_next_to_nothing_is_not_shared(prompts):
     assert grouped(prompts) == [(tuple(range(len(prompts))), 0)]
 
@@ -40,8 +43,12 @@ def test_a_prefix_is_no_longer_than_a_batch():
 def test_each_dataset_of_a_mixture_has_its_own_prefix():
     one, other = ([9, first, *range(100, 200)] for first in (1, 2))
     prompts = [start + tail for tail in tails(12) for start in (one, other)]
-    assert grouped(prompts, batch_tokens=512) == [(tuple(range(0, 24, 2)), 102), (tuple(range(1, 24, 2)), 102)]
-    # Where the second prefix would not save a batch, the few tokens that all share are all that is shared.
+    assert grouped(prompts, batch_tokens=512) == [
+        (tuple(range(0, 24, 2)), 102),
+        (tuple(range(1, 24, 2)), 102),
+    ]
+    # Where the second prefix would not save a batch, the few tokens that all share are all that is
+    # shared.
     assert grouped(prompts, batch_tokens=4096) == [(tuple(range(24)), 0)]
 
 

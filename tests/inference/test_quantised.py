@@ -14,7 +14,9 @@ from jaxre.models.quantised import is_quantised
 V, END = 97, 96
 
 
-@pytest.mark.parametrize("adapter", [pytest.param(False, marks=pytest.mark.slow), True], ids=["base", "lora"])
+@pytest.mark.parametrize(
+    "adapter", [pytest.param(False, marks=pytest.mark.slow), True], ids=["base", "lora"]
+)
 def test_an_nf4_base_predicts_as_its_dequantised_values_do(models, adapter):
     exact = models.random_model(V, adapter=adapter)
     model = models.quantised_model(exact)
@@ -29,11 +31,18 @@ def test_an_nf4_base_predicts_as_its_dequantised_values_do(models, adapter):
     truth = score_labels(dense, prompts, answers)
     scores = score_labels(model, prompts, answers)
     assert models.largest_difference(scores, truth) < 1e-5
-    assert models.largest_difference(score_labels(exact, prompts, answers), truth) > 1e-3, "nothing was quantised"
+    assert models.largest_difference(score_labels(exact, prompts, answers), truth) > 1e-3, (
+        "nothing was quantised"
+    )
     best, score = best_labels(model, prompts, answers, batch_tokens=300)
     assert best.tolist() == truth.argmax(axis=1).tolist()
     assert models.largest_difference(score, truth.max(axis=1)) < 1e-5
     expected = decode(dense, prompts, {3}, 8, batch_tokens=300)
     found = decode(model, prompts, {3}, 8, batch_tokens=300)
     assert [one.tokens for one in found] == [one.tokens for one in expected]
-    assert models.largest_difference(np.array([one.score for one in found]), np.array([one.score for one in expected])) < 1e-5
+    assert (
+        models.largest_difference(
+            np.array([one.score for one in found]), np.array([one.score for one in expected])
+        )
+        < 1e-5
+    )

@@ -35,10 +35,13 @@ def some_prompts(shared, lengths, seed=0):
 
 def check(model, prompts, labels, **settings):
     done = []
-    best, scores = best_labels(model, prompts, [labels] * len(prompts), **settings, advance=done.append)
+    best, scores = best_labels(
+        model, prompts, [labels] * len(prompts), **settings, advance=done.append
+    )
     truth = score_labels(model, prompts, [labels] * len(prompts))
     assert best.tolist() == truth.argmax(axis=1).tolist()
-    np.testing.assert_allclose(scores, truth.max(axis=1), atol=2e-5)  # f32 sums of up to 7 tokens in another order
+    # f32 sums of up to 7 tokens in another order
+    np.testing.assert_allclose(scores, truth.max(axis=1), atol=2e-5)
     assert sum(done) == len(prompts)
     return best
 
@@ -49,12 +52,20 @@ def check(model, prompts, labels, **settings):
     ids=["one label, one example", "more examples than slots, lengths far apart"],
 )
 def test_the_best_label_is_that_of_all_scores(models, count, shared, lengths, batch_tokens):
-    check(models.random_model(V, adapter=True), some_prompts(shared, lengths), random_labels(count, count), batch_tokens=batch_tokens)
+    check(
+        models.random_model(V, adapter=True),
+        some_prompts(shared, lengths),
+        random_labels(count, count),
+        batch_tokens=batch_tokens,
+    )
 
 
 def test_the_best_label_is_that_of_transformers_also_where_each_example_has_its_own_labels(models):
     model = models.random_model(V, adapter=True)
-    prompts, answers = some_prompts(70, [1, 9, 30, 12]), [random_labels(12, seed) for seed in range(4)]
+    prompts, answers = (
+        some_prompts(70, [1, 9, 30, 12]),
+        [random_labels(12, seed) for seed in range(4)],
+    )
     truth = models.brute_force(models.in_transformers(model), prompts, answers)
     best, scores = best_labels(model, prompts, answers)
     assert best.tolist() == truth.argmax(axis=1).tolist()
@@ -65,14 +76,19 @@ def test_what_the_columns_do_not_settle_is_scored_in_full(models, monkeypatch):
     monkeypatch.setattr(search, "COLUMNS", 2)
     model = models.random_model(V, adapter=True)
     asked = []
-    monkeypatch.setattr(search, "run_scoring", lambda model, plan, advance: asked.append(plan) or search_run(model, plan, advance=advance))
+    monkeypatch.setattr(
+        search,
+        "run_scoring",
+        lambda model, plan, advance: asked.append(plan) or search_run(model, plan, advance=advance),
+    )
     check(model, some_prompts(70, range(5, 25)), random_labels(12, 5))
     assert 0 < len(asked[0].prompts) <= 20
 
 
 def test_of_equal_scores_the_first_label_is_the_best(models):
     model = models.random_model(V, adapter=False)
-    # Logits that are all 0: every token has probability 1/V, every label of a length the same score.
+    # Logits that are all 0: every token has probability 1/V, every label of a length the same
+    # score.
     model = dataclasses.replace(model, params=jax.tree.map(np.zeros_like, model.params))
     labels = [[3, 4, 5, END], [7, 8, END], [2, 9, END], [2, 1, END], [1, 1, END]]
     for order in ([0, 1, 2, 3, 4], [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]):
@@ -81,16 +97,22 @@ def test_of_equal_scores_the_first_label_is_the_best(models):
 
 
 def test_few_nodes_are_read_where_the_model_is_sure(models, monkeypatch):
-    """A label that the model is sure of takes as many steps as it has tokens, not as many as the tree has nodes."""
+    """A label that the model is sure of takes as many steps as it has tokens, not as many as the
+    tree has nodes.
+    """
     model = models.random_model(V, adapter=False)
     model = dataclasses.replace(model, params=model.params | {"norm": 30 * model.params["norm"]})
     prompts = some_prompts(0, [20])
     from jaxre.inference.decoding import generate
 
     sure = generate(model, prompts, set(), 6)[0]
-    labels = [[*random, END] for random in np.random.default_rng(0).integers(0, 95, (50, 6)).tolist()] + [sure]
+    labels = [
+        [*random, END] for random in np.random.default_rng(0).integers(0, 95, (50, 6)).tolist()
+    ] + [sure]
     steps = []
-    monkeypatch.setattr(search, "read_nodes", lambda *given, **more: steps.append(1) or nodes(*given, **more))
+    monkeypatch.setattr(
+        search, "read_nodes", lambda *given, **more: steps.append(1) or nodes(*given, **more)
+    )
     assert check(model, prompts, labels).tolist() == [50]
     assert len(steps) == 5
 
@@ -98,11 +120,16 @@ def test_few_nodes_are_read_where_the_model_is_sure(models, monkeypatch):
 def test_prompts_of_several_beginnings_share_their_programs(models):
     model, labels = models.random_model(V, adapter=True), random_labels(12, 3)
     lengths = [range(1, 6), range(30, 34), range(60, 69)]
-    prompts = [prompt for seed, some in enumerate(lengths) for prompt in some_prompts(150, some, seed)]
+    prompts = [
+        prompt for seed, some in enumerate(lengths) for prompt in some_prompts(150, some, seed)
+    ]
     assert [len(group.tokens) for group in shared_prefixes(prompts, 256)] == [150] * 3
     before = search.fill._cache_size(), search.read_nodes._cache_size()
     check(model, prompts, labels, batch_tokens=256)
-    assert (search.fill._cache_size(), search.read_nodes._cache_size()) == (before[0] + 1, before[1] + 1)
+    assert (search.fill._cache_size(), search.read_nodes._cache_size()) == (
+        before[0] + 1,
+        before[1] + 1,
+    )
 
 
 def test_what_is_settled_is_not_kept(models, monkeypatch):
@@ -126,19 +153,24 @@ def test_what_is_settled_is_not_kept(models, monkeypatch):
     assert len(begun) == len(prompts) and max(at_once) < len(prompts) / 2
 
 
+# which have a place for each target of the root at each of 1,800 nodes
 def test_a_tree_of_many_labels_takes_memory_by_its_nodes():
     random = np.random.default_rng(0)
-    tree = answer_tree([[first, *random.integers(0, 4, 2).tolist(), END] for first in range(100, 700)])
+    tree = answer_tree(
+        [[first, *random.integers(0, 4, 2).tolist(), END] for first in range(100, 700)]
+    )
     tracemalloc.start()
     Branches.of(tree)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < tree.targets.nbytes  # which have a place for each target of the root at each of 1,800 nodes
+    assert peak < tree.targets.nbytes
 
 
 def test_scores_that_are_no_numbers_are_refused(models):
     model = models.random_model(V, adapter=False)
-    model = dataclasses.replace(model, params=model.params | {"norm": model.params["norm"] * np.nan})
+    model = dataclasses.replace(
+        model, params=model.params | {"norm": model.params["norm"] * np.nan}
+    )
     with pytest.raises(InputError, match=r"example a: .*NaN"):
         best_labels(model, [[1, 2]], [[[3, END], [4, END]]], names=["a"])
 

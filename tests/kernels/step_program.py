@@ -1,7 +1,9 @@
-"""Run by test_step_aot.py: whole training steps compiled ahead of time for devices that are not here.
+"""Run by test_step_aot.py: whole training steps compiled ahead of time for devices that are not
+here.
 
-python step_program.py CASES  -> for each case a line `STEP {"arguments", "peak", "kernels"}`; the first two are bytes a chip.
-CASES is a JSON list of the arguments of `step`. Nothing is allocated: weights and rows are shapes.
+python step_program.py CASES  -> for each case a line `STEP {"arguments", "peak", "kernels"}`; the
+first two are bytes a chip. CASES is a JSON list of the arguments of `step`. Nothing is allocated:
+weights and rows are shapes.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ DTYPE = jnp.dtype(jnp.bfloat16)
 
 
 def step(target: str, model: dict, rows: int, length: int, supervised: int, settings: dict) -> dict:
-    """The update of a LoRA run on rows [rows, length], of the fields of a config.json and of a config.
+    """The update of a LoRA run on rows [rows, length], of the fields of a config.json and of a
+    config.
 
     target: "v5e:2x4", or a file with what XLA has to know of a GPU.
     """
@@ -45,7 +48,16 @@ def step(target: str, model: dict, rows: int, length: int, supervised: int, sett
     chosen: dict = {}
     ops = ops_of(config.kernels, mesh, chosen)
     shape = RowShape(rows, length, supervised, 64, 512)
-    compiled = compile_update(config, initial_of(config, architecture, optimiser, mesh), optimiser, mesh, ops, shape, 1, config.train.remat)
+    compiled = compile_update(
+        config,
+        initial_of(config, architecture, optimiser, mesh),
+        optimiser,
+        mesh,
+        ops,
+        shape,
+        1,
+        config.train.remat,
+    )
     analysis = compiled.memory_analysis()
     return {
         "arguments": analysis.argument_size_in_bytes,
@@ -56,7 +68,9 @@ def step(target: str, model: dict, rows: int, length: int, supervised: int, sett
 
 def devices_of(target: str) -> list:
     if Path(target).is_file():
-        description = topologies.get_topology_desc("", platform="cuda", target_config=Path(target).read_text(), topology="1x1x1")
+        description = topologies.get_topology_desc(
+            "", platform="cuda", target_config=Path(target).read_text(), topology="1x1x1"
+        )
     else:
         description = topologies.get_topology_desc(target, platform="tpu")
     return list(description.devices)
@@ -64,14 +78,25 @@ def devices_of(target: str) -> list:
 
 def initial_of(config, architecture, optimiser, mesh) -> Initial:
     """What `initial_state` gives for a LoRA run, as shapes with shardings."""
-    base = tree_of((path, weight_of(weight, shape, config.model.quantise)) for weight, path, shape, _ in places(architecture))
-    base = placed(base, sharding.quantised_shardings(base, sharding.base_shardings(architecture, mesh), mesh))
+    base = tree_of(
+        (path, weight_of(weight, shape, config.model.quantise))
+        for weight, path, shape, _ in places(architecture)
+    )
+    base = placed(
+        base, sharding.quantised_shardings(base, sharding.base_shardings(architecture, mesh), mesh)
+    )
     base = jax.tree.map(partial(as_stored, mesh=mesh, kernels=config.kernels), base, is_leaf=is_nf4)
-    factors = jax.eval_shape(lambda key: init_adapter(architecture, config.lora, key), jax.random.key(0))
+    factors = jax.eval_shape(
+        lambda key: init_adapter(architecture, config.lora, key), jax.random.key(0)
+    )
     shardings = sharding.adapter_shardings(architecture, config.lora, factors, mesh)
     moments = jax.eval_shape(optimiser.init, factors)
     state = State(jax.ShapeDtypeStruct((), jnp.int32), factors, moments)
-    lie = State(sharding.replicated(mesh), shardings, sharding.optimiser_shardings(optimiser, moments, shardings, mesh))
+    lie = State(
+        sharding.replicated(mesh),
+        shardings,
+        sharding.optimiser_shardings(optimiser, moments, shardings, mesh),
+    )
     return Initial(architecture, base, placed(state, lie), np.dtype(DTYPE), ())
 
 
@@ -79,7 +104,13 @@ def weight_of(weight, shape: tuple[int, ...], quantise: str | None):
     if weight.lora is None or quantise is None:
         return jax.ShapeDtypeStruct(shape, DTYPE)
     matrix = shape[:-3:-1]  # [out, in]
-    return NF4Weight(**{name: jax.ShapeDtypeStruct(*form) for name, form in nf4_forms(matrix, shape[:-2]).items()}, shape=matrix)
+    return NF4Weight(
+        **{
+            name: jax.ShapeDtypeStruct(*form)
+            for name, form in nf4_forms(matrix, shape[:-2]).items()
+        },
+        shape=matrix,
+    )
 
 
 def as_stored(leaf, mesh, kernels):
@@ -90,7 +121,11 @@ def as_stored(leaf, mesh, kernels):
 
 
 def placed(tree, shardings):
-    return jax.tree.map(lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies), tree, shardings)
+    return jax.tree.map(
+        lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
+        tree,
+        shardings,
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What the tests of kernels rely on: the interpreters find a race, a read behind an array and memory that was never written.
+"""What the tests of kernels rely on: the interpreters find a race, a read behind an array and
+memory that was never written.
 
-Each kernel here has one such fault. Were it not found, tests that run kernels under `STRICT` and `strict` would show nothing of it.
+Each kernel here has one such fault. Were it not found, tests that run kernels under `STRICT` and
+`strict` would show nothing of it.
 """
 
 from __future__ import annotations
@@ -32,21 +34,37 @@ class Device(NamedTuple):
 def on_tpu(kernel, *arrays):
     given = [pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec(memory_space=pl.ANY)]
     scratch = [pltpu.VMEM(RESULT.shape, RESULT.dtype), pltpu.SemaphoreType.DMA]
-    return pl.pallas_call(kernel, out_shape=RESULT, in_specs=given, scratch_shapes=scratch, interpret=STRICT)(*arrays)
+    return pl.pallas_call(
+        kernel, out_shape=RESULT, in_specs=given, scratch_shapes=scratch, interpret=STRICT
+    )(*arrays)
 
 
 def on_gpu(kernel, *arrays):
     scratch = [plgpu.SMEM(RESULT.shape, RESULT.dtype), plgpu.Barrier()]
-    return plgpu.kernel(kernel, out_type=RESULT, scratch_types=scratch, interpret=strict(detect_races=True))(*arrays)
+    return plgpu.kernel(
+        kernel, out_type=RESULT, scratch_types=scratch, interpret=strict(detect_races=True)
+    )(*arrays)
 
 
-TPU = Device(on_tpu, lambda *refs: pltpu.make_async_copy(*refs).start(), lambda *refs: pltpu.make_async_copy(*refs).wait())
-GPU = Device(on_gpu, lambda *refs: plgpu.copy_gmem_to_smem(*refs), lambda far, near, arrived: plgpu.barrier_wait(arrived))
-both_devices = pytest.mark.parametrize("device", [TPU, pytest.param(GPU, marks=needs_interpreter)], ids=["tpu", "gpu"])
+TPU = Device(
+    on_tpu,
+    lambda *refs: pltpu.make_async_copy(*refs).start(),
+    lambda *refs: pltpu.make_async_copy(*refs).wait(),
+)
+GPU = Device(
+    on_gpu,
+    lambda *refs: plgpu.copy_gmem_to_smem(*refs),
+    lambda far, near, arrived: plgpu.barrier_wait(arrived),
+)
+both_devices = pytest.mark.parametrize(
+    "device", [TPU, pytest.param(GPU, marks=needs_interpreter)], ids=["tpu", "gpu"]
+)
 
 
 def copied(device: Device, first: int = 0, waits: str = "before") -> np.ndarray:
-    """Ones, copied to the chip and read there from row `first` on, before the copy is waited for or after; "" copies nothing."""
+    """Ones, copied to the chip and read there from row `first` on, before the copy is waited for or
+    after; "" copies nothing.
+    """
 
     def kernel(first, far, out, near, arrived):
         if waits:
@@ -67,8 +85,13 @@ def test_a_kernel_without_a_fault_is_let_through(device):
 
 @both_devices
 def test_a_read_that_does_not_wait_for_its_copy_fails_the_test(device, capfd):
-    """Also where another kernel, without a fault, follows. On jax 0.12 the interpreter's own error comes first."""
-    with pytest.raises((RaceError, jax.errors.JaxRuntimeError), match="RACE DETECTED"), clean(capfd):
+    """Also where another kernel, without a fault, follows. On jax 0.12 the interpreter's own error
+    comes first.
+    """
+    with (
+        pytest.raises((RaceError, jax.errors.JaxRuntimeError), match="RACE DETECTED"),
+        clean(capfd),
+    ):
         copied(device, waits="after")
         copied(device)
 

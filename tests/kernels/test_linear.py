@@ -1,4 +1,6 @@
-"""Products with dense weights: gradients against autodiff, and which operand of dW is transposed."""
+"""Products with dense weights: gradients against autodiff, and which operand of dW is
+transposed.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,19 @@ import numpy as np
 import pytest
 from jaxre_kernels.linear import dense_linear
 
-SHAPES = pytest.mark.parametrize("shape", [(24, 64), (64, 24), (32, 32), (1, 5)], ids=["wider", "narrower", "square", "one channel"])
+SHAPES = pytest.mark.parametrize(
+    "shape",
+    [(24, 64), (64, 24), (32, 32), (1, 5)],
+    ids=["wider", "narrower", "square", "one channel"],
+)
 
 
 def inputs(tokens, shape, dtype=np.float64):
     draw = np.random.default_rng(0)
-    return tuple(jnp.asarray(draw.standard_normal(s), dtype) for s in ((*tokens, shape[0]), shape, (*tokens, shape[1])))
+    return tuple(
+        jnp.asarray(draw.standard_normal(s), dtype)
+        for s in ((*tokens, shape[0]), shape, (*tokens, shape[1]))
+    )
 
 
 def value_and_gradients(product, x, weight, dy):
@@ -27,7 +36,9 @@ def test_value_and_gradients_equal_those_of_autodiff(tokens, shape):
     with jax.enable_x64(True):
         x, weight, dy = inputs(tokens, shape)
         for ours, theirs in zip(
-            value_and_gradients(dense_linear, x, weight, dy), value_and_gradients(jnp.matmul, x, weight, dy), strict=True
+            value_and_gradients(dense_linear, x, weight, dy),
+            value_and_gradients(jnp.matmul, x, weight, dy),
+            strict=True,
         ):
             assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
             np.testing.assert_allclose(ours, theirs, rtol=1e-13, atol=1e-13)
@@ -41,7 +52,10 @@ def test_in_bf16_it_is_as_near_to_f64_as_autodiff(shape):
         exact = value_and_gradients(jnp.matmul, *(jnp.asarray(array, np.float64) for array in args))
     for one, other, truth in zip(ours, theirs, exact, strict=True):
         assert one.dtype == other.dtype == jnp.bfloat16
-        error, allowed = (np.sqrt(np.mean((np.asarray(array, np.float64) - np.asarray(truth)) ** 2)) for array in (one, other))
+        error, allowed = (
+            np.sqrt(np.mean((np.asarray(array, np.float64) - np.asarray(truth)) ** 2))
+            for array in (one, other)
+        )
         # Sums run in another order, and jax 0.12 adds up in bf16 on a CPU.
         assert error <= 1.3 * allowed + 1e-6, (error, allowed)
 
@@ -50,8 +64,14 @@ def test_in_bf16_it_is_as_near_to_f64_as_autodiff(shape):
 def test_the_narrower_array_is_the_first_operand_of_dw(shape):
     # With autodiff it is dY, whatever the widths: this fails there for "wider".
     x, weight, dy = inputs((2, 9), shape, np.float32)
-    program = jax.make_jaxpr(lambda *args: value_and_gradients(dense_linear, *args)[2])(x, weight, dy)
-    (dw,) = [equation for equation in program.eqns if "dot_general" in str(equation.primitive) and equation.outvars[0].aval.ndim == 2]
+    program = jax.make_jaxpr(lambda *args: value_and_gradients(dense_linear, *args)[2])(
+        x, weight, dy
+    )
+    (dw,) = [
+        equation
+        for equation in program.eqns
+        if "dot_general" in str(equation.primitive) and equation.outvars[0].aval.ndim == 2
+    ]
     assert dw.invars[0].aval.shape == (2, 9, min(shape))
 
 

@@ -1,4 +1,5 @@
-"""Linear cross-entropy some positions at a time against autodiff of the dense formula and against torch.
+"""Linear cross-entropy some positions at a time against autodiff of the dense formula and against
+torch.
 
 Relative is max|difference| / max|reference| of a tensor.
 """
@@ -61,7 +62,12 @@ def draws(tokens, channels: int, entries: int, dtype=np.float32, scale: float = 
     weights = draw.random(tokens) * (draw.random(tokens) > 0.2)
     weights.flat[0] = weights.flat[-1] = 0.7
     x, head = draw.standard_normal((*tokens, channels)), draw.standard_normal((entries, channels))
-    return Inputs((scale * x).astype(dtype), head.astype(dtype), targets, weights.astype(np.float64 if dtype == np.float64 else np.float32))
+    return Inputs(
+        (scale * x).astype(dtype),
+        head.astype(dtype),
+        targets,
+        weights.astype(np.float64 if dtype == np.float64 else np.float32),
+    )
 
 
 def gradients(op, inputs: Inputs):
@@ -122,10 +128,18 @@ def test_any_shape_equals_dense_autodiff(rows, S, channels, entries, positions, 
 
 @pytest.mark.parametrize("positions", [3, 64])
 def test_loss_and_gradients_equal_torch(positions):
-    torch = importlib.import_module("torch") if sys.version_info < (3, 12) else pytest.importorskip("torch")
+    torch = (
+        importlib.import_module("torch")
+        if sys.version_info < (3, 12)
+        else pytest.importorskip("torch")
+    )
     inputs = draws((19,), 24, 101)
-    x, head, weights = (torch.tensor(array, requires_grad=True) for array in (inputs.x, inputs.head, inputs.weights))
-    losses = torch.nn.functional.cross_entropy(x @ head.T, torch.tensor(inputs.targets, dtype=torch.long), reduction="none")
+    x, head, weights = (
+        torch.tensor(array, requires_grad=True) for array in (inputs.x, inputs.head, inputs.weights)
+    )
+    losses = torch.nn.functional.cross_entropy(
+        x @ head.T, torch.tensor(inputs.targets, dtype=torch.long), reduction="none"
+    )
     loss = (weights * losses).sum()
     loss.backward(torch.tensor(COTANGENT))
     expected = tuple(tensor.detach().numpy() for tensor in (loss, x.grad, head.grad, weights.grad))
@@ -133,25 +147,38 @@ def test_loss_and_gradients_equal_torch(positions):
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_dense_formula():
-    """Inputs rounded to bf16, against gradients of the inputs as they were; the dense formula multiplies f32 by bf16."""
+    """Inputs rounded to bf16, against gradients of the inputs as they were; the dense formula
+    multiplies f32 by bf16.
+    """
     inputs = draws((4, 64), 64, 300, scale=0.5)
-    rounded = inputs._replace(x=jnp.asarray(inputs.x, jnp.bfloat16), head=jnp.asarray(inputs.head, jnp.bfloat16))
+    rounded = inputs._replace(
+        x=jnp.asarray(inputs.x, jnp.bfloat16), head=jnp.asarray(inputs.head, jnp.bfloat16)
+    )
     found, plain, reference = ours(rounded, 16), dense(rounded), exact(inputs)
     assert [leaf.dtype.name for leaf in found] == ["float32", "bfloat16", "bfloat16", "float32"]
-    for one, other, true, most in zip(found, plain, reference, (1.01, 1.01, 1.2, 1.01), strict=True):
+    for one, other, true, most in zip(
+        found, plain, reference, (1.01, 1.01, 1.2, 1.01), strict=True
+    ):
 
         def distance(value, true=true):
             return np.sqrt(np.mean((np.asarray(value, np.float64) - true) ** 2))
 
-        # Rounding of x and head is most of the distance. For the head's gradient what is summed over tokens is rounded: 1.11 measured.
+        # Rounding of x and head is most of the distance. For the head's gradient what is summed
+        # over tokens is rounded: 1.11 measured.
         assert distance(one) < most * distance(other)
 
 
-@pytest.mark.parametrize("op", [partial(chunked_cross_entropy, positions=4), linear_cross_entropy], ids=["chunked", "dispatched"])
+@pytest.mark.parametrize(
+    "op",
+    [partial(chunked_cross_entropy, positions=4), linear_cross_entropy],
+    ids=["chunked", "dispatched"],
+)
 def test_a_target_of_weight_zero_is_not_looked_at(op):
     inputs = draws((2, 9), 8, 11)
     assert (inputs.weights == 0).any()
-    other = inputs._replace(targets=np.where(inputs.weights == 0, -100, inputs.targets).astype(np.int32))
+    other = inputs._replace(
+        targets=np.where(inputs.weights == 0, -100, inputs.targets).astype(np.int32)
+    )
     found, expected = (gradients(op, one)[:3] for one in (other, inputs))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     for row in found[1][inputs.weights == 0]:
@@ -183,7 +210,9 @@ ROWS, S, D, V, AT_ONCE = 4, 160, 8, 352, 5
 def programs(value: object) -> list[Jaxpr | ClosedJaxpr]:
     if isinstance(value, Jaxpr | ClosedJaxpr):
         return [value]
-    return [part for one in value for part in programs(one)] if isinstance(value, tuple | list) else []
+    return (
+        [part for one in value for part in programs(one)] if isinstance(value, tuple | list) else []
+    )
 
 
 def formed(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -201,7 +230,9 @@ def largest_with(entries: int, shapes) -> int:
 
 
 def update(op, trained: bool):
-    """A loss as training has it, below jit and a scan over micro-batches; the head closed over where it is frozen."""
+    """A loss as training has it, below jit and a scan over micro-batches; the head closed over
+    where it is frozen.
+    """
 
     def run(x, head, targets, weights):
         def micro(scale, h):
@@ -215,7 +246,10 @@ def update(op, trained: bool):
         return jax.lax.scan(step, jnp.ones(D), length=2)
 
     shapes = (ROWS, S, D), (V, D), (ROWS, S), (ROWS, S)
-    given = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in zip(shapes, ("float32", "float32", "int32", "float32"), strict=True)]
+    given = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in zip(shapes, ("float32", "float32", "int32", "float32"), strict=True)
+    ]
     return run, given
 
 
@@ -223,24 +257,35 @@ chunked = partial(chunked_cross_entropy, positions=AT_ONCE)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+# what the walk would have seen
 def test_no_more_than_a_chunk_of_logits_is_formed(trained):
-    """The program's arrays, and the memory of the compiled one: a few arrays of a chunk's logits, of x and of the head."""
+    """The program's arrays, and the memory of the compiled one: a few arrays of a chunk's logits,
+    of x and of the head.
+    """
     run, given = update(chunked, trained)
     logits = 4 * ROWS * AT_ONCE * V
-    shapes = [(name, shape) for name, shape in formed(jax.make_jaxpr(run)(*given)) if D not in shape]
+    shapes = [
+        (name, shape) for name, shape in formed(jax.make_jaxpr(run)(*given)) if D not in shape
+    ]
     assert 4 * largest_with(V, shapes) == logits
     spent = jax.jit(run).lower(*given).compile().memory_analysis().temp_size_in_bytes
     assert spent < 3 * logits + 6 * (4 * ROWS * S * D) + 5 * (4 * V * D)
     dense_run, _ = update(dense_cross_entropy, trained)
-    assert 4 * largest_with(V, formed(jax.make_jaxpr(dense_run)(*given))) == logits * S // AT_ONCE  # what the walk would have seen
+    assert 4 * largest_with(V, formed(jax.make_jaxpr(dense_run)(*given))) == logits * S // AT_ONCE
 
 
 def test_no_gradient_of_a_frozen_head_is_formed():
     """Neither that nor a zero of its size, and two products in place of three."""
     for op, trained in ((chunked, False), (chunked, True)):
         run, given = update(op, trained)
-        shapes = [(name, shape) for name, shape in formed(jax.make_jaxpr(run)(*given)) if name not in ("jit", "pjit")]
-        of_head = [shape for _, shape in shapes if math.prod(shape) >= V * D and V in shape and D in shape]
+        shapes = [
+            (name, shape)
+            for name, shape in formed(jax.make_jaxpr(run)(*given))
+            if name not in ("jit", "pjit")
+        ]
+        of_head = [
+            shape for _, shape in shapes if math.prod(shape) >= V * D and V in shape and D in shape
+        ]
         products = [shape for name, shape in shapes if name == "dot_general"]
         assert bool(of_head) == trained
         assert len(products) == (3 if trained else 2)
@@ -271,20 +316,29 @@ def test_the_heads_gradient_is_summed_apart_on_every_device():
 
 def test_few_tokens_are_dense_and_many_go_in_chunks(monkeypatch):
     monkeypatch.setattr(dispatch, "TOKENS", 16)
-    assert positions_at_once((2, 8)) == 8 and positions_at_once((2, 9)) == 5 and positions_at_once((64, 9)) == 1
+    assert (
+        positions_at_once((2, 8)) == 8
+        and positions_at_once((2, 9)) == 5
+        and positions_at_once((64, 9)) == 1
+    )
     assert positions_at_once((8, 9), shards=4) == 5 and positions_at_once((8, 8), shards=4) == 8
     for positions, loops in ((8, False), (9, True)):
         inputs = draws((2, positions), 8, 33)
         names = [name for name, _ in formed(jax.make_jaxpr(linear_cross_entropy)(*inputs))]
         assert ("scan" in names) == loops
-        assert largest(jax.jit(partial(gradients, linear_cross_entropy))(inputs), exact(inputs)) < CLOSE
+        assert (
+            largest(jax.jit(partial(gradients, linear_cross_entropy))(inputs), exact(inputs))
+            < CLOSE
+        )
 
 
 def test_what_is_chosen_is_told_with_its_memory(monkeypatch):
     monkeypatch.setattr(dispatch, "TOKENS", 1024)
     assert choose() == ("xla", "the default; opt-in, unverified: pallas_tpu, pallas_gpu")
     assert choose((8, 128), 4096)[1].endswith("all logits at once, 16.0 MiB a device")
-    assert choose((16, 512), 4096, 2)[1].endswith("128 of a row's 512 positions at a time, logits of 16.0 of 64.0 MiB a device")
+    assert choose((16, 512), 4096, 2)[1].endswith(
+        "128 of a row's 512 positions at a time, logits of 16.0 of 64.0 MiB a device"
+    )
 
 
 def test_an_implementation_that_does_not_exist_is_refused_by_name():

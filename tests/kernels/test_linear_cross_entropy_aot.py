@@ -1,7 +1,8 @@
-"""Linear cross-entropy compiled ahead of time for TPUs that are not here: it fits their vector memory, and no logits are formed.
+"""Linear cross-entropy compiled ahead of time for TPUs that are not here: it fits their vector
+memory, and no logits are formed.
 
-Each chip has a process of its own: libtpu holds what it was started with, and prints to stderr. "Compiles" says nothing of speed, nor
-that it runs.
+Each chip has a process of its own: libtpu holds what it was started with, and prints to stderr.
+"Compiles" says nothing of speed, nor that it runs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ pytestmark = [
     pytest.mark.aot,
     # Where CI is set it fails instead, so that no pipeline is green because nothing was compiled.
     pytest.mark.skipif(
-        find_spec("libtpu") is None and not os.environ.get("CI"), reason="libtpu is not installed; tools/test --aot installs it"
+        find_spec("libtpu") is None and not os.environ.get("CI"),
+        reason="libtpu is not installed; tools/test --aot installs it",
     ),
 ]
 
@@ -34,29 +36,52 @@ from jaxre_kernels.cross_entropy import linear_cross_entropy
 
 mesh = Mesh(np.array(topologies.get_topology_desc(sys.argv[1], platform="tpu").devices), ("data",))
 
+
 def memory(tokens, channels, entries, trained, dtype="bfloat16"):
     def run(x, head, targets, weights):
         def loss(x, head):
             return linear_cross_entropy(x, head, targets, weights, implementation="pallas_tpu")
+
         value, found = jax.value_and_grad(loss, (0, 1) if trained else (0,))(x, head)
-        return jax.lax.psum(value, "data"), found[0], [jax.lax.psum(one, "data") for one in found[1:]]
+        return (
+            jax.lax.psum(value, "data"),
+            found[0],
+            [jax.lax.psum(one, "data") for one in found[1:]],
+        )
 
     def given(dtype, spec, *shape):
         return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(mesh, spec))
 
     rows = P("data")
-    split = jax.shard_map(run, mesh=mesh, in_specs=(rows, P(), rows, rows), out_specs=(P(), rows, P()), check_vma=False)
-    arrays = (
-        given(dtype, rows, mesh.size * tokens, channels), given(dtype, P(), entries, channels),
-        given("int32", rows, mesh.size * tokens), given("float32", rows, mesh.size * tokens),
+    split = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(rows, P(), rows, rows),
+        out_specs=(P(), rows, P()),
+        check_vma=False,
     )
-    return jax.jit(split).trace(*arrays).lower(lowering_platforms=("tpu",)).compile().memory_analysis().peak_memory_in_bytes
+    arrays = (
+        given(dtype, rows, mesh.size * tokens, channels),
+        given(dtype, P(), entries, channels),
+        given("int32", rows, mesh.size * tokens),
+        given("float32", rows, mesh.size * tokens),
+    )
+    return (
+        jax.jit(split)
+        .trace(*arrays)
+        .lower(lowering_platforms=("tpu",))
+        .compile()
+        .memory_analysis()
+        .peak_memory_in_bytes
+    )
+
 
 for case in json.loads(sys.argv[2]):
     print("PEAK", memory(*case), flush=True)
 """
 
-# Tokens a chip, channels, entries, whether the head is trained, and the dtype: the heads of Qwen2.5-0.5B, SmolLM2-360M, Llama-3.2-3B.
+# Tokens a chip, channels, entries, whether the head is trained, and the dtype: the heads of
+# Qwen2.5-0.5B, SmolLM2-360M, Llama-3.2-3B.
 CASES = [
     (4096, 896, 151936, False, "bfloat16"),
     (4096, 896, 151936, True, "bfloat16"),
@@ -78,8 +103,13 @@ def test_compiles_and_forms_no_logits(chip):
     for (tokens, channels, entries, trained, dtype), peak in zip(CASES, peaks, strict=True):
         bytes_each = 2 if dtype == "bfloat16" else 4
         x, head = tokens * channels, entries * channels
-        # x, its gradient, mean, target rows and copies; the head, and where it is trained its gradient, summed in f32, and over devices.
-        bound = x * (2 * bytes_each + 4 * 4) + head * (bytes_each + (trained and 2 * bytes_each + 2 * 4)) + 16 * 2**20
+        # x, its gradient, mean, target rows and copies; the head, and where it is trained its
+        # gradient, summed in f32, and over devices.
+        bound = (
+            x * (2 * bytes_each + 4 * 4)
+            + head * (bytes_each + (trained and 2 * bytes_each + 2 * 4))
+            + 16 * 2**20
+        )
         assert peak < bound, (tokens, channels, entries, trained, dtype, peak, bound)
         if not trained:
             assert peak - head * bytes_each < tokens * entries * 4 / 8  # an eighth of the logits

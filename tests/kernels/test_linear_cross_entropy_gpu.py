@@ -1,7 +1,8 @@
-"""Linear cross-entropy for GPUs in Pallas's interpreter, against autodiff of the dense formula in f64.
+"""Linear cross-entropy for GPUs in Pallas's interpreter, against autodiff of the dense formula in
+f64.
 
-A tile has 16 tokens, 32 entries and 16 channels here; on a GPU 128, 256 and 64. The interpreter takes f32, a GPU bf16 alone. Relative is
-max|difference| / max|reference| of a tensor.
+A tile has 16 tokens, 32 entries and 16 channels here; on a GPU 128, 256 and 64. The interpreter
+takes f32, a GPU bf16 alone. Relative is max|difference| / max|reference| of a tensor.
 """
 
 from __future__ import annotations
@@ -14,8 +15,19 @@ import numpy as np
 import pytest
 from cross_entropy_kernels import CLOSE, distance, draws, exact, gradients, relative
 from interpreters import needs_interpreter, strict
-from jaxre_kernels.cross_entropy import Channels, choose, dense_cross_entropy, gpu, linear_cross_entropy
-from jaxre_kernels.cross_entropy.gpu import Tiling, pallas_cross_entropy, tiles_of_a_split, unsupported
+from jaxre_kernels.cross_entropy import (
+    Channels,
+    choose,
+    dense_cross_entropy,
+    gpu,
+    linear_cross_entropy,
+)
+from jaxre_kernels.cross_entropy.gpu import (
+    Tiling,
+    pallas_cross_entropy,
+    tiles_of_a_split,
+    unsupported,
+)
 
 # (tokens, D, V, tokens at a time)
 SHAPES = {
@@ -34,7 +46,9 @@ def small(**options) -> Tiling:
 @partial(jax.jit, static_argnames=("at_most", "races"))
 def kernel(inputs, at_most=64, races=False):
     """Loss, and gradients by x, head and weights."""
-    return gradients(partial(pallas_cross_entropy, at_most=at_most, tiling=small(detect_races=races)), *inputs)
+    return gradients(
+        partial(pallas_cross_entropy, at_most=at_most, tiling=small(detect_races=races)), *inputs
+    )
 
 
 @needs_interpreter
@@ -48,7 +62,9 @@ def test_loss_and_gradients_equal_dense_autodiff(shape):
 
 @needs_interpreter
 def test_no_race_and_nothing_read_before_it_is_written():
-    """Nine steps of a ring of four slots, two whole tiles that leave by two slots, one that is not whole, a pair that shares them."""
+    """Nine steps of a ring of four slots, two whole tiles that leave by two slots, one that is not
+    whole, a pair that shares them.
+    """
     inputs = draws((11,), 48, 77)
     for found, expected in zip(kernel(inputs, races=True), exact(*inputs), strict=True):
         assert relative(found, expected) < CLOSE
@@ -56,7 +72,9 @@ def test_no_race_and_nothing_read_before_it_is_written():
 
 @needs_interpreter
 def test_a_loss_whose_exponentials_overflow_is_right():
-    """Logits to 1e4, so that f32 logits are off by 1e-3; all tokens of one chunk, and none of the other."""
+    """Logits to 1e4, so that f32 logits are off by 1e-3; all tokens of one chunk, and none of the
+    other.
+    """
     x, head, targets, weights = draws((32,), 8, 40)
     x[16:] *= 1e3
     found, expected = kernel((x, head, targets, weights), 16), exact(x, head, targets, weights)
@@ -74,7 +92,10 @@ def test_a_target_that_has_nearly_all_of_the_softmax_keeps_its_gradient():
     head = draw.standard_normal((40, 64)).astype(np.float32)
     targets = draw.integers(0, 40, 16).astype(np.int32)
     x = head[targets] * (14 / np.sum(head[targets] ** 2, axis=1, keepdims=True))
-    half = [jnp.asarray(array, jnp.bfloat16) for array in (x, head)] + [targets, np.ones(16, np.float32)]
+    half = [jnp.asarray(array, jnp.bfloat16) for array in (x, head)] + [
+        targets,
+        np.ones(16, np.float32),
+    ]
     exactly = exact(*(np.asarray(array, np.float32) for array in half[:2]), *half[2:])
     assert 0 < exactly[0] / 16 < 2**-9
     for found, expected in zip(kernel(half)[1:3], exactly[1:3], strict=True):
@@ -82,13 +103,16 @@ def test_a_target_that_has_nearly_all_of_the_softmax_keeps_its_gradient():
 
 
 @needs_interpreter
+# for the head's gradient what is summed over tokens is rounded
 def test_bfloat16_is_as_near_to_float32_as_the_dense_formula():
     inputs = draws((32,), 64, 200, scale=0.5)
     half = [jnp.asarray(array, jnp.bfloat16) for array in inputs[:2]] + inputs[2:]
     found, plain = kernel(half), jax.jit(partial(gradients, dense_cross_entropy))(*half)
     assert [leaf.dtype.name for leaf in found] == ["float32", "bfloat16", "bfloat16", "float32"]
-    for one, other, true, most in zip(found, plain, exact(*inputs), (1.01, 1.02, 1.25, 1.01), strict=True):
-        assert distance(one, true) < most * distance(other, true)  # for the head's gradient what is summed over tokens is rounded
+    for one, other, true, most in zip(
+        found, plain, exact(*inputs), (1.01, 1.02, 1.25, 1.01), strict=True
+    ):
+        assert distance(one, true) < most * distance(other, true)
 
 
 @needs_interpreter
@@ -104,7 +128,9 @@ def test_a_target_of_weight_zero_is_not_looked_at():
 
 @needs_interpreter
 def test_what_is_not_asked_for_is_not_formed():
-    """No array of [N, V], and of [n, V] the exponentials alone: one product beside the kernel where the head is frozen."""
+    """No array of [N, V], and of [n, V] the exponentials alone: one product beside the kernel where
+    the head is frozen.
+    """
     x, head, targets, weights = map(jnp.asarray, draws((64,), 32, 48))
     x, head = x.astype(jnp.bfloat16), head.astype(jnp.bfloat16)
     op = partial(pallas_cross_entropy, at_most=32, tiling=small())
@@ -112,7 +138,11 @@ def test_what_is_not_asked_for_is_not_formed():
     def program(op):
         return str(jax.make_jaxpr(op)(x, head, targets, weights))
 
-    alone, frozen, trained = program(op), program(jax.grad(op)), program(jax.grad(op, argnums=(0, 1)))
+    alone, frozen, trained = (
+        program(op),
+        program(jax.grad(op)),
+        program(jax.grad(op, argnums=(0, 1))),
+    )
     for formed in (alone, frozen, trained):
         assert "[64,48]" not in formed and "f32[32,48]" not in formed
     assert "bf16[32,48]" not in alone and "bf16[32,48]" in frozen
@@ -135,7 +165,11 @@ def test_thread_blocks_leave_few_processors_without_work():
 @needs_interpreter
 def test_linear_cross_entropy_runs_it_by_name_and_never_by_itself(monkeypatch):
     """A pair of blocks of 128 tokens and two tiles of 256 entries."""
-    monkeypatch.setattr(gpu, "pallas_cross_entropy", partial(pallas_cross_entropy, tiling=Tiling(interpret=strict())))
+    monkeypatch.setattr(
+        gpu,
+        "pallas_cross_entropy",
+        partial(pallas_cross_entropy, tiling=Tiling(interpret=strict())),
+    )
     x, head, targets, weights = draws((2, 70), 64, 264)
     half = [jnp.asarray(array, jnp.bfloat16) for array in (x / 8, head)] + [targets, weights]
     found = linear_cross_entropy(*half, implementation="pallas_gpu", tiles={"at_most": 128})
@@ -145,15 +179,24 @@ def test_linear_cross_entropy_runs_it_by_name_and_never_by_itself(monkeypatch):
 
 @needs_interpreter
 def test_what_does_not_run_is_said_beforehand():
-    name, why = choose((16, 256), 151936, implementation="pallas_gpu", channels=Channels(896, "bfloat16"))
+    name, why = choose(
+        (16, 256), 151936, implementation="pallas_gpu", channels=Channels(896, "bfloat16")
+    )
     assert name == "pallas_gpu" and why.startswith("asked for; unverified, it has not run on a GPU")
     assert why.endswith("their exponentials do in bf16, of 2,048 tokens at a time, 593.5 MiB")
-    assert choose((4, 32), 151936, implementation="pallas_gpu")[1].endswith("of 128 tokens at a time, 37.1 MiB")
+    assert choose((4, 32), 151936, implementation="pallas_gpu")[1].endswith(
+        "of 128 tokens at a time, 37.1 MiB"
+    )
     assert unsupported(896, "bfloat16") is None
-    for said, options in (("these are on 4: call it inside of shard_map", {"shards": 4}), ("bfloat16, not float32", {})):
+    for said, options in (
+        ("these are on 4: call it inside of shard_map", {"shards": 4}),
+        ("bfloat16, not float32", {}),
+    ):
         x = jnp.zeros((3, 8))
         with pytest.raises(ValueError, match=said):
-            linear_cross_entropy(x, x, jnp.zeros(3, jnp.int32), jnp.ones(3), implementation="pallas_gpu", **options)
+            linear_cross_entropy(
+                x, x, jnp.zeros(3, jnp.int32), jnp.ones(3), implementation="pallas_gpu", **options
+            )
 
 
 @pytest.mark.skipif(gpu.MISSING is None, reason="this jax has what the kernels need")

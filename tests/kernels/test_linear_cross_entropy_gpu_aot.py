@@ -1,4 +1,5 @@
-"""Linear cross-entropy compiled ahead of time for an H200 that is not here: registers, spills, shared memory, memory of the whole op.
+"""Linear cross-entropy compiled ahead of time for an H200 that is not here: registers, spills,
+shared memory, memory of the whole op.
 
 See `gpu_compilation.py`. "Compiles" says nothing of speed, nor that it runs.
 """
@@ -29,11 +30,20 @@ HEADS = [(4096, 896, 151936), (4096, 2048, 151936), (1000, 328, 30522)]
 
 
 def bound(tokens: int, channels: int, entries: int, trained: bool) -> int:
-    """Bytes: x, head and their gradients, dx and dhead in f32, E of a chunk, and logits of 128 tokens to find the largest."""
+    """Bytes: x, head and their gradients, dx and dhead in f32, E of a chunk, and logits of 128
+    tokens to find the largest.
+    """
     x, head = tokens * channels, entries * channels
     padded = 3 if channels % 64 or entries % 8 else 1
     each = 2 * min(gpu.TOKENS, tokens + -tokens % 256) + 4 * 128
-    return padded * (2 * x + 2 * head) + 2 * x + 4 * padded * x + trained * (2 + 4 * padded) * head + each * entries + 2**20
+    return (
+        padded * (2 * x + 2 * head)
+        + 2 * x
+        + 4 * padded * x
+        + trained * (2 + 4 * padded) * head
+        + each * entries
+        + 2**20
+    )
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
@@ -43,6 +53,7 @@ def test_nothing_spills_and_no_array_of_all_logits_is_formed(shape, trained, tmp
     assert peak < bound(*shape, trained), (peak, bound(*shape, trained))
     (kernel,) = kernels.values()
     assert kernel.spilled == 0
-    # A thread block has a processor for itself: three warpgroups, of which two take of the registers of the third.
+    # A thread block has a processor for itself: three warpgroups, of which two take of the
+    # registers of the third.
     assert kernel.registers * 128 * (gpu.MULTIPLIERS + 1) <= 65536
     assert kernel.shared < 232448

@@ -1,6 +1,8 @@
-"""Linear cross-entropy for TPUs in Pallas's interpreters, against autodiff of the dense formula in f64.
+"""Linear cross-entropy for TPUs in Pallas's interpreters, against autodiff of the dense formula in
+f64.
 
-Blocks have 8 tokens and 16 entries here; on a TPU they have 128 to 512. Relative is max|difference| / max|reference| of a tensor.
+Blocks have 8 tokens and 16 entries here; on a TPU they have 128 to 512. Relative is max|difference|
+/ max|reference| of a tensor.
 """
 
 from __future__ import annotations
@@ -45,21 +47,28 @@ def test_kernels_race_nowhere_and_read_nothing_that_is_not_theirs():
 
 
 def test_a_softmax_whose_largest_logit_comes_late_does_not_overflow():
-    """Entries in ascending order of their logits, to 1e4; f32 logits of that size are off by 1e-3."""
+    """Entries in ascending order of their logits, to 1e4; f32 logits of that size are off by
+    1e-3.
+    """
     x, head, targets, weights = draws((9,), 8, 40)
     x, head = np.abs(x), np.sort(np.abs(head), axis=0) * 1e3
     found, expected = kernel((x, head, targets, weights)), exact(x, head, targets, weights)
-    assert all(np.isfinite(leaf).all() for leaf in found) and relative(found[0], expected[0]) < CLOSE
+    assert (
+        all(np.isfinite(leaf).all() for leaf in found) and relative(found[0], expected[0]) < CLOSE
+    )
     assert relative(found[1], expected[1]) < 1e-3
 
 
+# for the head's gradient what is summed over tokens is rounded
 def test_bfloat16_is_as_near_to_float32_as_the_dense_formula():
     inputs = draws((32,), 64, 200, scale=0.5)
     half = [jnp.asarray(array, jnp.bfloat16) for array in inputs[:2]] + inputs[2:]
     found, plain = kernel(half), jax.jit(partial(gradients, dense_cross_entropy))(*half)
     assert [leaf.dtype.name for leaf in found] == ["float32", "bfloat16", "bfloat16", "float32"]
-    for one, other, true, most in zip(found, plain, exact(*inputs), (1.01, 1.02, 1.25, 1.01), strict=True):
-        assert distance(one, true) < most * distance(other, true)  # for the head's gradient what is summed over tokens is rounded
+    for one, other, true, most in zip(
+        found, plain, exact(*inputs), (1.01, 1.02, 1.25, 1.01), strict=True
+    ):
+        assert distance(one, true) < most * distance(other, true)
 
 
 def test_a_frozen_head_takes_two_products_and_no_gradient_of_its_size():
@@ -75,10 +84,19 @@ def test_a_frozen_head_takes_two_products_and_no_gradient_of_its_size():
 
 def test_what_does_not_run_is_said_beforehand():
     why = choose(implementation="pallas_tpu", channels=Channels(2048, "bfloat16"))[1]
-    assert why.startswith("asked for; unverified, it has not run on a TPU; 512 tokens and 512 entries")
-    assert "float64" in unsupported(64, "float64") and "does not fit" in unsupported(10**6, "bfloat16")
+    assert why.startswith(
+        "asked for; unverified, it has not run on a TPU; 512 tokens and 512 entries"
+    )
+    assert "float64" in unsupported(64, "float64") and "does not fit" in unsupported(
+        10**6, "bfloat16"
+    )
     assert blocks_of(8192, "bfloat16") is not None
-    for said, options in (("these are on 4: call it inside of shard_map", {"shards": 4}), ("not float16", {})):
+    for said, options in (
+        ("these are on 4: call it inside of shard_map", {"shards": 4}),
+        ("not float16", {}),
+    ):
         x = jnp.zeros((3, 8), jnp.float16)
         with pytest.raises(ValueError, match=said):
-            linear_cross_entropy(x, x, jnp.zeros(3, jnp.int32), jnp.ones(3), implementation="pallas_tpu", **options)
+            linear_cross_entropy(
+                x, x, jnp.zeros(3, jnp.int32), jnp.ones(3), implementation="pallas_tpu", **options
+            )

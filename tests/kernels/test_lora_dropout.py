@@ -14,7 +14,9 @@ _keys = jax.jit(token_keys)
 _keep = jax.jit(keep_mask, static_argnums=(3, 4))
 
 
-def mask(seed=0, step=3, owner=123, layer=2, group=1, rate=0.3, tokens=TOKENS, channels=CHANNELS, start=0) -> np.ndarray:
+def mask(
+    seed=0, step=3, owner=123, layer=2, group=1, rate=0.3, tokens=TOKENS, channels=CHANNELS, start=0
+) -> np.ndarray:
     """[T, channels] bool of one example whose positions are `start`, `start + 1`, ..."""
     positions = start + jnp.arange(tokens)[None]
     keys = _keys(seed, jnp.int32(step), jnp.full((1, tokens), owner, jnp.uint32), positions)
@@ -63,13 +65,17 @@ def test_neighbours_are_uncorrelated(distance, axis):
     """Also at the strides at which a lane or block of a kernel would repeat."""
     rate = 0.5
     centred = mask(rate=rate).astype(float) - (1 - rate)
-    pairs = np.take(centred, range(centred.shape[axis] - distance), axis) * np.take(centred, range(distance, centred.shape[axis]), axis)
+    pairs = np.take(centred, range(centred.shape[axis] - distance), axis) * np.take(
+        centred, range(distance, centred.shape[axis]), axis
+    )
     # Each product is +-1/4 with mean 0, so its standard deviation is 1/4.
     assert abs(pairs.mean()) / (0.25 / np.sqrt(pairs.size)) < SIGMAS
 
 
 def test_channels_form_no_group_that_falls_together():
-    """No pair of channels is correlated over tokens: the largest of 400,000 coefficients is what chance gives."""
+    """No pair of channels is correlated over tokens: the largest of 400,000 coefficients is what
+    chance gives.
+    """
     kept = mask(rate=0.5, tokens=2048).astype(float)
     correlation = np.corrcoef(kept, rowvar=False)
     off = np.abs(correlation[~np.eye(CHANNELS, dtype=bool)])
@@ -77,23 +83,31 @@ def test_channels_form_no_group_that_falls_together():
 
 
 def test_mask_does_not_depend_on_packing():
-    """Three examples in one row, in another order in another row, and each alone: the same masks."""
+    """Three examples in one row, in another order in another row, and each alone: the same
+    masks.
+    """
     lengths = {11: 40, 4_294_967_295: 25, 7: 31}
 
     def packed(order):
         owner = np.concatenate([np.full(lengths[o], o, np.uint32) for o in order])[None]
         positions = np.concatenate([np.arange(lengths[o]) for o in order])[None]
-        kept = np.asarray(_keep(_keys(0, jnp.int32(3), jnp.asarray(owner), jnp.asarray(positions)), 2, 1, 64, 0.3))[0]
+        kept = np.asarray(
+            _keep(_keys(0, jnp.int32(3), jnp.asarray(owner), jnp.asarray(positions)), 2, 1, 64, 0.3)
+        )[0]
         return {o: kept[owner[0] == o] for o in order}
 
     forwards, backwards = packed([11, 4_294_967_295, 7]), packed([7, 4_294_967_295, 11])
     for owner in lengths:
         assert np.array_equal(forwards[owner], backwards[owner])
-        assert np.array_equal(forwards[owner], mask(owner=np.uint32(owner), tokens=lengths[owner], channels=64))
+        assert np.array_equal(
+            forwards[owner], mask(owner=np.uint32(owner), tokens=lengths[owner], channels=64)
+        )
 
 
 def test_mask_does_not_depend_on_the_width_of_a_shard():
-    """The first channels of a wide input are those of a narrow one: a mask may be cut along channels."""
+    """The first channels of a wide input are those of a narrow one: a mask may be cut along
+    channels.
+    """
     assert np.array_equal(mask(channels=896)[:, :128], mask(channels=128))
 
 

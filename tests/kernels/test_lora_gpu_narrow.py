@@ -1,4 +1,6 @@
-"""dL and dB by one read of dY, in Pallas's interpreter, against f64, and which projections take it."""
+"""dL and dB by one read of dY, in Pallas's interpreter, against f64, and which projections take
+it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ def kernel(dy, low, b, panel, races=False):
     return narrow_gradients(dy, low, b, panel, SCALE, strict(detect_races=races))
 
 
-# Tokens, outputs, rank, cut. One range or several, more steps than slots, a range that goes beyond the outputs, spans of unlike length.
+# Tokens, outputs, rank, cut. One range or several, more steps than slots, a range that goes beyond
+# the outputs, spans of unlike length.
 CASES = {
     "rank 8, one slab": (256, 64, 8, Panel(1, 1, 2)),
     "rank 16, two ranges": (384, 256, 16, Panel(1, 2, 1)),
@@ -42,10 +45,11 @@ CASES = {
 
 @needs_interpreter
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+# f32, sums of at most 448 products
 def test_both_gradients_equal_f64(case):
     *shapes, panel = case
     arrays = draws(*shapes)
-    assert largest(kernel(*arrays, panel), exact(*arrays)) < 1e-6  # f32, sums of at most 448 products
+    assert largest(kernel(*arrays, panel), exact(*arrays)) < 1e-6
 
 
 @needs_interpreter
@@ -61,11 +65,15 @@ def test_sums_of_bfloat16_are_f32_and_dl_is_rounded_once(ranges):
     dlow, db = kernel(*arrays, Panel(2 // ranges, ranges, 2))
     assert (dlow.dtype, db.dtype) == (jnp.bfloat16, jnp.float32)
     true, true_db = exact(*arrays)
-    assert largest(db, true_db) < 1e-6 and np.all(np.abs(np.asarray(dlow, np.float64) - true) <= 2**-8 * np.abs(true) + 1e-4)
+    assert largest(db, true_db) < 1e-6 and np.all(
+        np.abs(np.asarray(dlow, np.float64) - true) <= 2**-8 * np.abs(true) + 1e-4
+    )
 
 
 def test_what_moves_fewer_bytes_is_taken():
-    """Wide projections and small ranks; never more thread blocks than processors where a span can be longer."""
+    """Wide projections and small ranks; never more thread blocks than processors where a span can
+    be longer.
+    """
     assert panel_of(16384, 11008, 32) == Panel(4, 22, 6)
     assert panel_of(16384, 896, 16) == Panel(4, 2, 66)
     assert panel_of(16384, 128, 32) is None and panel_of(16384, 11008, 33) is None

@@ -26,7 +26,9 @@ on_device = jax.jit(dequantise, static_argnums=1)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """With more, torch sums 32,768 absmax and longer in as many parts: its mean then depends on the machine."""
+    """With more, torch sums 32,768 absmax and longer in as many parts: its mean then depends on the
+    machine.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,12 +44,17 @@ def bits(array: np.ndarray | jax.Array | torch.Tensor) -> np.ndarray:
 
 def theirs(matrix: torch.Tensor, dtype: str) -> dict[str, np.ndarray]:
     """Codes, statistics and dequantised values of bitsandbytes, as bits."""
-    codes, state = bitsandbytes.quantize_4bit(matrix, blocksize=64, compress_statistics=True, quant_type="nf4")
+    codes, state = bitsandbytes.quantize_4bit(
+        matrix, blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
     scales = bitsandbytes.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    # As one row of an even length: for rows of 16, 32, 48, 80, ... values, multiples of 16 and not of 64, its CPU kernel
-    # takes wrong scales (0.50.2, AVX512), and for odd ones it compiles another.
+    # As one row of an even length: for rows of 16, 32, 48, 80, ... values, multiples of 16 and not
+    # of 64, its CPU kernel takes wrong scales (0.50.2, AVX512), and for odd ones it compiles
+    # another.
     size = matrix.numel() + matrix.numel() % 2
-    values = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, 64, "nf4", (1, size), DTYPES[dtype])
+    values = torch.ops.bitsandbytes.dequantize_4bit(
+        codes, scales, 64, "nf4", (1, size), DTYPES[dtype]
+    )
     return {
         "codes": bits(codes),
         "absmax": bits(state.absmax),
@@ -61,18 +68,26 @@ def ours(matrix: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
     weight = quantise(matrix)
     values = on_device(weight, jnp.dtype(dtype))
     assert values.shape == matrix.shape and values.dtype == dtype
-    assert {name: (getattr(weight, name).shape, getattr(weight, name).dtype) for name in forms(matrix.shape)} == forms(matrix.shape)
-    return {name: bits(getattr(weight, name)) for name in forms(matrix.shape)} | {"values": bits(values)}
+    assert {
+        name: (getattr(weight, name).shape, getattr(weight, name).dtype)
+        for name in forms(matrix.shape)
+    } == forms(matrix.shape)
+    return {name: bits(getattr(weight, name)) for name in forms(matrix.shape)} | {
+        "values": bits(values)
+    }
 
 
 def assert_same_bits(matrix: np.ndarray, stored: str, dtype: str) -> None:
     given = torch.tensor(matrix).to(DTYPES[stored])
     numpy = given.float().numpy().astype(ml_dtypes.bfloat16 if stored == "bfloat16" else stored)
     expected, found = theirs(given, dtype), ours(numpy, dtype)
-    assert {name: int((found[name] != expected[name]).sum()) for name in expected} == dict.fromkeys(expected, 0)
+    assert {name: int((found[name] != expected[name]).sum()) for name in expected} == dict.fromkeys(
+        expected, 0
+    )
 
 
-# Whole blocks, a short last block, an odd number of values; one nested block, several, a short one; one that torch would cut in parts.
+# Whole blocks, a short last block, an odd number of values; one nested block, several, a short one;
+# one that torch would cut in parts.
 SHAPES = [
     (1, 1),
     (1, 2),
@@ -100,13 +115,19 @@ def test_random_matrices_equal_bitsandbytes_bit_for_bit(shape, stored):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_are_rounded_once_to_the_compute_dtype(dtype):
     """Whatever the stored one was."""
-    assert_same_bits(np.random.default_rng(1).standard_normal((96, 200)).astype(np.float32), "float32", dtype)
+    assert_same_bits(
+        np.random.default_rng(1).standard_normal((96, 200)).astype(np.float32), "float32", dtype
+    )
 
 
 def at_decision_boundaries() -> np.ndarray:
-    """Every midpoint of two levels, and its neighbours on both sides, in blocks whose largest value is a power of two."""
+    """Every midpoint of two levels, and its neighbours on both sides, in blocks whose largest value
+    is a power of two.
+    """
     between = (NF4[:-1] + NF4[1:]) / np.float32(2)
-    around = np.concatenate([between, np.nextafter(between, np.float32(-2)), np.nextafter(between, np.float32(2)), NF4])
+    around = np.concatenate(
+        [between, np.nextafter(between, np.float32(-2)), np.nextafter(between, np.float32(2)), NF4]
+    )
     block = np.append(around, np.ones(64 - len(around), np.float32))
     return np.stack([block * np.float32(2.0**power) for power in range(-20, 12)])
 
@@ -114,7 +135,9 @@ def at_decision_boundaries() -> np.ndarray:
 def with_nested_ties() -> np.ndarray:
     """Blocks whose absmax lie at and beside the midpoints of the dynamic type's levels."""
     between = (DYNAMIC[:-1] + DYNAMIC[1:]) / np.float32(2)
-    absmax = np.float32(4) + np.concatenate([between, DYNAMIC, np.nextafter(between, np.float32(2))])
+    absmax = np.float32(4) + np.concatenate(
+        [between, DYNAMIC, np.nextafter(between, np.float32(2))]
+    )
     matrix = np.random.default_rng(0).uniform(-1, 1, (len(absmax), 64)).astype(np.float32)
     matrix[:, 7] = 1
     return matrix * absmax[:, None]
@@ -132,7 +155,9 @@ def changed(index: tuple, value: object) -> np.ndarray:
 
 ADVERSARIAL = {
     "nothing but zeros": np.zeros((3, 128), np.float32),
-    "a short block of zeros": np.append(np.ones(64, np.float32), np.zeros(26, np.float32)).reshape(9, 10),
+    "a short block of zeros": (
+        np.append(np.ones(64, np.float32), np.zeros(26, np.float32)).reshape(9, 10)
+    ),
     "a block of zeros": changed((3, slice(64)), 0),
     "one outlier": changed((2, 5), 3e4),
     "an outlier in each nested block": changed((slice(None), 0), 500),
@@ -140,11 +165,16 @@ ADVERSARIAL = {
     "ties of the nested type": with_nested_ties(),
     "negative zeros": changed((slice(0, 20), slice(0, 128, 3)), -0.0),
     "all blocks alike": np.tile(draw(shape=(1, 64)), (30, 1)),
-    "one block that differs": np.concatenate([np.tile(draw(shape=(1, 64)), (600, 1)), draw(shape=(1, 64)) * 9]),
+    "one block that differs": np.concatenate(
+        [np.tile(draw(shape=(1, 64)), (600, 1)), draw(shape=(1, 64)) * 9]
+    ),
     "the largest negative": -np.abs(draw()),
     "a constant": np.full((12, 64), 0.3, np.float32),
     "near the largest": changed((0, 0), 3e38),
-    "blocks of all magnitudes": draw(shape=(300, 64)) * np.float32(10.0) ** np.linspace(-30, 30, 300, dtype=np.float32)[:, None],
+    "blocks of all magnitudes": (
+        draw(shape=(300, 64))
+        * np.float32(10.0) ** np.linspace(-30, 30, 300, dtype=np.float32)[:, None]
+    ),
 }
 
 
@@ -162,7 +192,9 @@ def test_what_is_stored_of_subnormal_matrices_equals_bitsandbytes(magnitude):
 
 
 def test_a_sum_has_the_order_of_torch():
-    """The mean of the absmax in its last bit, for every length up to 300 and some of each further level of the cascade."""
+    """The mean of the absmax in its last bit, for every length up to 300 and some of each further
+    level of the cascade.
+    """
     random = np.random.default_rng(0)
     for size in [*range(1, 300), 511, 513, 2048, 5000, 12_544, 40_001, 300_007]:
         values = random.random(size, np.float32)
@@ -170,7 +202,9 @@ def test_a_sum_has_the_order_of_torch():
 
 
 def test_absmax_are_quantised_as_bitsandbytes_does_it():
-    """Values that are scaled to where the code changes: a division in place of the reciprocal would take another there."""
+    """Values that are scaled to where the code changes: a division in place of the reciprocal would
+    take another there.
+    """
     steps = np.arange(65536) / 65535 * 2 - 1
     nearest = np.abs(steps[:, None] - DYNAMIC).argmin(axis=1)
     changes = (np.flatnonzero(np.diff(nearest)) + 0.5) / 65535 * 2 - 1
@@ -178,10 +212,18 @@ def test_absmax_are_quantised_as_bitsandbytes_does_it():
     centred = np.ones((200, 256)) * largest[:, None]
     centred[:, : len(changes)] *= changes
     centred = centred.astype(np.float32)
-    for values in (centred, np.nextafter(centred, np.float32(-9)), np.nextafter(centred, np.float32(9))):
-        codes, state = bitsandbytes.quantize_blockwise(torch.tensor(values.reshape(-1)), blocksize=256)
+    for values in (
+        centred,
+        np.nextafter(centred, np.float32(-9)),
+        np.nextafter(centred, np.float32(9)),
+    ):
+        codes, state = bitsandbytes.quantize_blockwise(
+            torch.tensor(values.reshape(-1)), blocksize=256
+        )
         found = quantise_absmax(values.reshape(-1))
-        assert np.array_equal(found[0], codes.numpy()) and np.array_equal(bits(found[1]), bits(state.absmax))
+        assert np.array_equal(found[0], codes.numpy()) and np.array_equal(
+            bits(found[1]), bits(state.absmax)
+        )
 
 
 def test_levels_are_those_of_bitsandbytes():
@@ -217,7 +259,9 @@ def test_product_and_gradient_equal_those_of_the_dequantised_matrix(rows, shape)
     """Against f64, sums of at most 96 products in f32."""
     weight = quantise(draw(shape=shape))
     x, dy = draw(1, (*rows, shape[1])), draw(2, (*rows, shape[0]))
-    y, back = jax.jit(lambda x, dy: (nf4_linear(x, weight), jax.vjp(lambda x: nf4_linear(x, weight), x)[1](dy)[0]))(x, dy)
+    y, back = jax.jit(
+        lambda x, dy: (nf4_linear(x, weight), jax.vjp(lambda x: nf4_linear(x, weight), x)[1](dy)[0])
+    )(x, dy)
     dense = np.asarray(on_device(weight, jnp.float32), np.float64)
     for value, reference in ((y, x @ dense.T), (back, dy @ dense)):
         assert value.shape == reference.shape
@@ -225,7 +269,9 @@ def test_product_and_gradient_equal_those_of_the_dequantised_matrix(rows, shape)
 
 
 def test_no_gradient_of_the_frozen_weight_is_formed_and_no_matrix_is_kept():
-    """One product forwards, one backwards, neither of W's shape; what the backward pass gets is the quantised weight."""
+    """One product forwards, one backwards, neither of W's shape; what the backward pass gets is the
+    quantised weight.
+    """
     weight, x = quantise(draw(shape=(96, 64))), draw(1, (5, 64))
     program = str(jax.make_jaxpr(jax.grad(lambda x: (nf4_linear(x, weight) ** 2).sum()))(x))
     products = [line for line in program.splitlines() if "dot_general" in line]
@@ -235,9 +281,10 @@ def test_no_gradient_of_the_frozen_weight_is_formed_and_no_matrix_is_kept():
     assert (96, 64) not in kept and (64, 96) not in kept
 
 
+# bf16 keeps 8 bits
 def test_the_product_runs_in_the_dtype_of_its_input():
     weight, x = quantise(draw(shape=(96, 64))), draw(1, (5, 64))
     half = nf4_linear(jnp.asarray(x, jnp.bfloat16), weight)
     exact = nf4_linear(jnp.asarray(x), weight)
     assert half.dtype == jnp.bfloat16
-    assert np.abs(np.asarray(half, np.float32) - exact).max() / np.abs(exact).max() < 0.02  # bf16 keeps 8 bits
+    assert np.abs(np.asarray(half, np.float32) - exact).max() / np.abs(exact).max() < 0.02

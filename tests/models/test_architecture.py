@@ -27,7 +27,8 @@ LLAMA = {
 def test_silent_fields_mean_what_the_model_type_means():
     """SmolLM3-3B's published config.json does not say that its head is tied."""
     families = [
-        architecture_of({**LLAMA, "num_key_value_heads": 4, "model_type": kind}, "test") for kind in ("llama", "qwen2", "qwen3", "smollm3")
+        architecture_of({**LLAMA, "num_key_value_heads": 4, "model_type": kind}, "test")
+        for kind in ("llama", "qwen2", "qwen3", "smollm3")
     ]
     assert [one.tied_head for one in families] == [False, False, False, True]
     assert [one.qkv_bias for one in families] == [False, True, False, False]
@@ -42,7 +43,12 @@ def test_heads_are_derived_where_not_given():
     architecture = architecture_of(LLAMA, "test")
     assert (architecture.kv_heads, architecture.head_channels) == (4, 8)
     given = architecture_of({**LLAMA, "num_key_value_heads": 2, "head_dim": 16}, "test")
-    assert (given.kv_heads, given.head_channels, given.size("HC"), given.size("KC")) == (2, 16, 64, 32)
+    assert (given.kv_heads, given.head_channels, given.size("HC"), given.size("KC")) == (
+        2,
+        16,
+        64,
+        32,
+    )
 
 
 def test_rotary_layers_of_smollm3_mean_nothing_to_llama():
@@ -58,7 +64,11 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         {"rope_theta": 777.0, "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0}},
         {"rope_theta": 777.0, "rope_parameters": {"rope_type": "default"}},
         {"rope_scaling": {**LLAMA3, "rope_theta": 12345.0, "original_max_position_embeddings": 64}},
-        {"rope_theta": 777.0, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}, "original_max_position_embeddings": 32},
+        {
+            "rope_theta": 777.0,
+            "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64},
+            "original_max_position_embeddings": 32,
+        },
         {"rope_theta": 777.0, "rope_scaling": LLAMA3},
         {
             "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64},
@@ -88,7 +98,10 @@ def test_key_heads_are_said_where_the_class_has_a_number_of_its_own():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' is not known; known are llama, qwen2, qwen3, smollm3"),
+        (
+            {"model_type": "gpt2"},
+            "model_type 'gpt2' is not known; known are llama, qwen2, qwen3, smollm3",
+        ),
         ({"model_type": None}, "model_type None is not known"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"attention_bias": True}, "attention_bias"),
@@ -96,18 +109,27 @@ def test_key_heads_are_said_where_the_class_has_a_number_of_its_own():
         ({"use_sliding_window": True}, "sliding-window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default"}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default"}},
+            "partial_rotary_factor",
+        ),
         ({"quantization_config": {"load_in_4bit": True}}, "quantised"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling 'linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor is missing"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"num_hidden_layers": "4"}, "num_hidden_layers is '4'"),
         ({"vocab_size": 10.5}, "vocab_size is 10.5"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads 4 is not a multiple of num_key_value_heads 3",
+        ),
         ({"head_dim": 7}, "head_dim 7 is odd"),
         ({"rms_norm_eps": "tiny"}, "wrong type"),
         ({"rms_norm_eps": None}, "wrong type"),
-        ({"model_type": "smollm3", "num_key_value_heads": 4, "no_rope_layers": [1, 1]}, "no_rope_layers lists 2 of 4 layers"),
+        (
+            {"model_type": "smollm3", "num_key_value_heads": 4, "no_rope_layers": [1, 1]},
+            "no_rope_layers lists 2 of 4 layers",
+        ),
     ],
 )
 def test_what_we_cannot_run_is_refused_by_name(change, message):
@@ -122,7 +144,10 @@ def test_a_missing_field_is_named(field):
         architecture_of({key: value for key, value in LLAMA.items() if key != field}, "test")
 
 
-@pytest.mark.parametrize(("text", "message"), [(None, "no such file"), ("{", "not valid JSON"), ("[]", "one JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "no such file"), ("{", "not valid JSON"), ("[]", "one JSON object")],
+)
 def test_a_broken_config_file_is_refused(tmp_path, text, message):
     if text is not None:
         (tmp_path / "config.json").write_text(text)

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from tiny_decoders import CONFIGS, build, ground_truth, our_logits, relative, their_logits, tokens_of
+from tiny_decoders import (
+    CONFIGS,
+    build,
+    ground_truth,
+    our_logits,
+    relative,
+    their_logits,
+    tokens_of,
+)
 
 from jaxre.checkpoints.huggingface import load_base
 from jaxre.models.architecture import architecture_of, read_architecture
@@ -35,29 +43,44 @@ def stories(shared_models):
     from transformers import AutoModelForCausalLM
 
     folder = shared_models / "karpathy/stories260K/hf"
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval(), *load_base(folder)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval(), *load_base(folder)
 
 
 def test_logits_equal_transformers(pair):
     model, architecture, params = pair
-    tokens = tokens_of(architecture.vocabulary, *SHAPE)  # past the original 32 positions of the scaled rope
+    # past the original 32 positions of the scaled rope
+    tokens = tokens_of(architecture.vocabulary, *SHAPE)
     assert relative(our_logits(architecture, params, tokens), their_logits(model, tokens)) < PARITY
 
 
 def test_logits_equal_transformers_at_far_positions(pair):
-    """Angles of 40,000 radians: one unit in the last place of a frequency would show here (see rotary_frequencies)."""
+    """Angles of 40,000 radians: one unit in the last place of a frequency would show here (see
+    rotary_frequencies).
+    """
     model, architecture, params = pair
     tokens = tokens_of(architecture.vocabulary, *SHAPE)
     positions = np.broadcast_to(np.arange(SHAPE[1]) * 850 + 40, SHAPE)
-    assert relative(our_logits(architecture, params, tokens, positions), their_logits(model, tokens, positions)) < PARITY
+    assert (
+        relative(
+            our_logits(architecture, params, tokens, positions),
+            their_logits(model, tokens, positions),
+        )
+        < PARITY
+    )
 
 
 def test_packed_rows_equal_transformers_one_by_one(pair):
     """Two examples and pads in a row, each example as if it were alone."""
     model, architecture, params = pair
     tokens = tokens_of(architecture.vocabulary, *SHAPE)
-    positions = np.broadcast_to(np.concatenate([np.arange(13), np.arange(20), np.zeros(15, int)]), SHAPE)
-    visible_until = np.broadcast_to(np.concatenate([np.full(13, 13), np.full(20, 33), np.arange(34, 49)]), SHAPE)
+    positions = np.broadcast_to(
+        np.concatenate([np.arange(13), np.arange(20), np.zeros(15, int)]), SHAPE
+    )
+    visible_until = np.broadcast_to(
+        np.concatenate([np.full(13, 13), np.full(20, 33), np.arange(34, 49)]), SHAPE
+    )
     ours = our_logits(architecture, params, tokens, positions, visible_until)
     assert relative(ours[:, :13], their_logits(model, tokens[:, :13])) < PARITY
     assert relative(ours[:, 13:33], their_logits(model, tokens[:, 13:33])) < PARITY
@@ -71,18 +94,30 @@ def test_logits_equal_transformers_on_real_pretrained_weights(stories):
 
 
 def test_real_pretrained_weights_tell_their_story(stories):
-    """Greedy continuation of "Once upon a time" equals transformers' token by token: the weights are in their places."""
+    """Greedy continuation of "Once upon a time" equals transformers' token by token: the weights
+    are in their places.
+    """
     model, architecture, params = stories
     with torch.no_grad():
         start = torch.tensor([[1, 403, 407, 261, 378]])
-        story = model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=40, do_sample=False).numpy()
+        story = model.generate(
+            start, attention_mask=torch.ones_like(start), max_new_tokens=40, do_sample=False
+        ).numpy()
     ours = our_logits(architecture, params, story.astype(np.int32))
     assert ours[0, 4:-1].argmax(-1).tolist() == story[0, 5:].tolist()
 
 
-@pytest.mark.parametrize("name", ["qwen2 tied, biases, grouped heads", "llama-3 scaled rope", "smollm3, every fourth layer unrotated"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen2 tied, biases, grouped heads",
+        "llama-3 scaled rope",
+        "smollm3, every fourth layer unrotated",
+    ],
+)
 def test_bfloat16_is_no_further_from_float32_than_transformers(name, tmp_path):
-    """Judged over three draws of weights together: ours was 0.84 to 0.89 of theirs in the mean, 0.80 to 1.01 for a single draw.
+    """Judged over three draws of weights together: ours was 0.84 to 0.89 of theirs in the mean,
+    0.80 to 1.01 for a single draw.
 
     test_studied_decoders.py judges wider models.
     """
@@ -93,7 +128,9 @@ def test_bfloat16_is_no_further_from_float32_than_transformers(name, tmp_path):
         architecture, params = load_base(folder)
         assert all(leaf.dtype == ml_dtypes.bfloat16 for leaf in jax.tree.leaves(params))
         tokens = tokens_of(architecture.vocabulary, 2, 64, seed)
-        exact = our_logits(architecture, jax.tree.map(lambda leaf: leaf.astype(np.float32), params), tokens)
+        exact = our_logits(
+            architecture, jax.tree.map(lambda leaf: leaf.astype(np.float32), params), tokens
+        )
         ours_off.append(np.sqrt(np.mean((our_logits(architecture, params, tokens) - exact) ** 2)))
         theirs_off.append(np.sqrt(np.mean((their_logits(model, tokens) - exact) ** 2)))
     assert np.mean(ours_off) <= np.mean(theirs_off)
@@ -124,10 +161,13 @@ def test_studied_models_have_transformers_own_sizes_and_frequencies(model_id, sh
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     assert hf_shapes(architecture) == shapes
-    assert architecture.rotary == tuple(map(bool, getattr(config, "no_rope_layers", [1] * architecture.layers)))
+    assert architecture.rotary == tuple(
+        map(bool, getattr(config, "no_rope_layers", [1] * architecture.layers))
+    )
     theirs = type(model.model.rotary_emb)(config).inv_freq.numpy()
     ours = rotary_frequencies(architecture)
-    # Bit-equal but for one channel of SmolLM3, where torch's own power is one unit off the correctly rounded one.
+    # Bit-equal but for one channel of SmolLM3, where torch's own power is one unit off the
+    # correctly rounded one.
     assert (ours != theirs).sum() <= 1
     np.testing.assert_allclose(ours, theirs, rtol=1.2e-7)
     positions = np.array([[0, 1, 500, 8192, 32000]])
@@ -135,8 +175,12 @@ def test_studied_models_have_transformers_own_sizes_and_frequencies(model_id, sh
     cosine, sine = type(model.model.rotary_emb)(config)(torch.zeros(1), torch.tensor(positions))
     same = ours == theirs
     half = len(ours)
-    np.testing.assert_allclose(np.cos(angles)[..., same], cosine.numpy()[..., :half][..., same], atol=2e-7)
-    np.testing.assert_allclose(np.sin(angles)[..., same], sine.numpy()[..., :half][..., same], atol=2e-7)
+    np.testing.assert_allclose(
+        np.cos(angles)[..., same], cosine.numpy()[..., :half][..., same], atol=2e-7
+    )
+    np.testing.assert_allclose(
+        np.sin(angles)[..., same], sine.numpy()[..., :half][..., same], atol=2e-7
+    )
 
 
 def test_config_written_by_old_and_new_transformers_means_the_same(shared_models):

@@ -31,15 +31,36 @@ def test_preset_is_a_run_with_the_settings_of_the_study(name, shared_models):
     assert (config.name, config.model.path) == (name, path)
     assert (lora.rank, lora.alpha, lora.dropout, lora.rslora) == (rank, alpha, 0.05, False)
     assert set(lora.targets) == {"q", "k", "v", "o", "gate", "up", "down"}
-    assert (train.method, train.epochs, train.batch_examples, train.row_length) == ("lora", 2, 8, 1024)
-    assert (train.learning_rate, train.schedule, train.warmup, train.weight_decay, train.clip_norm) == (1e-4, "linear", 0.03, 0.01, 1.0)
+    assert (train.method, train.epochs, train.batch_examples, train.row_length) == (
+        "lora",
+        2,
+        8,
+        1024,
+    )
+    assert (
+        train.learning_rate,
+        train.schedule,
+        train.warmup,
+        train.weight_decay,
+        train.clip_norm,
+    ) == (1e-4, "linear", 0.03, 0.01, 1.0)
     assert train.row_length <= read_architecture(shared_models / path).max_length
 
 
 def test_own_data_takes_the_overrides_that_the_preset_names():
-    given = ["name=mine", "data.train.dataset=train.jsonl", "data.train.split=null", "data.validation=null", "data.test=null"]
+    given = [
+        "name=mine",
+        "data.train.dataset=train.jsonl",
+        "data.train.split=null",
+        "data.validation=null",
+        "data.test=null",
+    ]
     for name in STUDY:
         path = PRESETS / f"{name}.yaml"
         assert " ".join(given) in path.read_text(encoding="utf-8")
         config = load_config(path, given)
-        assert (config.data.train.dataset, config.data.train.split, config.data.validation) == ("train.jsonl", None, None)
+        assert (config.data.train.dataset, config.data.train.split, config.data.validation) == (
+            "train.jsonl",
+            None,
+            None,
+        )

@@ -27,17 +27,30 @@ bitsandbytes = ground_truth("bitsandbytes")
 LORA = Lora(rank=4, alpha=10.0, dropout=0.0)
 # The promise. Sums in another order; measured: 3e-6 at most.
 CLOSE = 1e-5
-# Rows of whole blocks, as the studied models have: bitsandbytes 0.50.2 takes wrong scales on CPU (AVX512) for rows of
-# 16, 32, 48, 80, 96, ... values, multiples of 16 and not of 64.
-WIDE = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4}
+# Rows of whole blocks, as the studied models have: bitsandbytes 0.50.2 takes wrong scales on CPU
+# (AVX512) for rows of 16, 32, 48, 80, 96, ... values, multiples of 16 and not of 64.
+WIDE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+}
 PEFT_CONFIGS = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "num_key_value_heads": 2, **WIDE},
-    "llama": {"model_type": "llama", "tie_word_embeddings": False, "num_key_value_heads": 1, "head_dim": 32, **WIDE},
+    "llama": {
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        **WIDE,
+    },
 }
 
 
 def build_gentle(fields, folder):
-    """A base whose softmax does not saturate: the gradients of q and k would be differences of nearly equal numbers."""
+    """A base whose softmax does not saturate: the gradients of q and k would be differences of
+    nearly equal numbers.
+    """
     model = build(fields, folder)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -57,9 +70,18 @@ def loss_and_gradients(architecture, params, factors, tokens):
     positions, visible_until = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.full((B, T), T)
 
     def loss(factors, params):
-        x = decoder.forward(params, tokens, positions, visible_until, architecture, decoder.Adapter(factors, scale_of(LORA)))
+        x = decoder.forward(
+            params,
+            tokens,
+            positions,
+            visible_until,
+            architecture,
+            decoder.Adapter(factors, scale_of(LORA)),
+        )
         logits = decoder.head(params, x, architecture)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(tokens)[:, 1:, None], axis=-1)
+        chosen = jnp.take_along_axis(
+            jax.nn.log_softmax(logits[:, :-1]), jnp.asarray(tokens)[:, 1:, None], axis=-1
+        )
         return -chosen.mean(), logits
 
     (value, logits), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(factors, params)
@@ -68,29 +90,52 @@ def loss_and_gradients(architecture, params, factors, tokens):
 
 @pytest.mark.parametrize("layout", PEFT_CONFIGS)
 def test_logits_and_lora_gradients_equal_peft_on_linear4bit(layout, tmp_path):
-    """f32 products; transformers quantises the same folder, PEFT trains the same adapter, B not zero."""
+    """f32 products; transformers quantises the same folder, PEFT trains the same adapter, B not
+    zero.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     build_gentle(PEFT_CONFIGS[layout], tmp_path / "base")
     architecture, params = load_base(tmp_path / "base", quantise="nf4")
     factors = gentle_factors(architecture)
-    save_adapter(tmp_path / "adapter", architecture, LORA, factors, str(tmp_path / "base"), tmp_path / "base")
+    save_adapter(
+        tmp_path / "adapter", architecture, LORA, factors, str(tmp_path / "base"), tmp_path / "base"
+    )
     settings = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     base = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "base", quantization_config=settings, device_map="cpu", dtype=torch.float32, attn_implementation="eager"
+        tmp_path / "base",
+        quantization_config=settings,
+        device_map="cpu",
+        dtype=torch.float32,
+        attn_implementation="eager",
     )
-    quantised = {name for name, module in base.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
-    projections = [weight.hf.removesuffix(".weight") for weight in table(architecture) if weight.lora]
-    assert quantised == {name.format(layer=layer) for name in projections for layer in range(architecture.layers)}
+    quantised = {
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, bitsandbytes.nn.Linear4bit)
+    }
+    projections = [
+        weight.hf.removesuffix(".weight") for weight in table(architecture) if weight.lora
+    ]
+    assert quantised == {
+        name.format(layer=layer) for name in projections for layer in range(architecture.layers)
+    }
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).train()
 
     tokens = tokens_of(architecture.vocabulary, 2, 40)
     given = torch.tensor(tokens, dtype=torch.long)
     theirs = model(given, labels=given)
     theirs.loss.backward()
-    expected = {name.replace(".default", ""): p.grad.numpy().T for name, p in model.named_parameters() if p.requires_grad}
+    expected = {
+        name.replace(".default", ""): p.grad.numpy().T
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
 
     logits, loss, gradients = loss_and_gradients(architecture, params, factors, tokens)
     found = {}
@@ -99,17 +144,27 @@ def test_logits_and_lora_gradients_equal_peft_on_linear4bit(layout, tmp_path):
             last = layer == architecture.layers - 1
             pair = gradients["last" if last else "layers"][weight.name]
             for side in ("a", "b"):
-                name = f"base_model.model.{weight.hf.removesuffix('.weight').format(layer=layer)}.lora_{side.upper()}.weight"
+                module = weight.hf.removesuffix(".weight").format(layer=layer)
+                name = f"base_model.model.{module}.lora_{side.upper()}.weight"
                 found[name] = pair[side] if last else pair[side][layer]
     assert found.keys() == expected.keys() and len(found) == 2 * len(quantised)
     worst = max(relative(found[name], expected[name]) for name in expected)
-    print(f"{layout}: logits {relative(logits, theirs.logits.detach().numpy()):.1e}, gradients {worst:.1e}")
+    print(
+        f"{layout}: logits {relative(logits, theirs.logits.detach().numpy()):.1e}, gradients"
+        f" {worst:.1e}"
+    )
     assert relative(logits, theirs.logits.detach().numpy()) < CLOSE
     assert relative(loss, theirs.loss.detach().numpy()) < CLOSE
     assert worst < CLOSE
     assert all(np.abs(value).max() > 0 for value in expected.values())
     # The base matters: on the dense one the same adapter gives other logits.
-    assert relative(loss_and_gradients(architecture, load_base(tmp_path / "base")[1], factors, tokens)[0], logits) > 0.01
+    assert (
+        relative(
+            loss_and_gradients(architecture, load_base(tmp_path / "base")[1], factors, tokens)[0],
+            logits,
+        )
+        > 0.01
+    )
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
@@ -125,21 +180,33 @@ def test_gradients_on_nf4_equal_those_on_its_dequantised_values(layout):
     architecture, params = load_base(layout, quantise="nf4")
     factors, tokens = gentle_factors(architecture), tokens_of(architecture.vocabulary, 2, 24)
     dense = merge(params, {"layers": {}, "last": {}}, 0.0)
-    ours, truth = (loss_and_gradients(architecture, base, factors, tokens) for base in (params, dense))
+    ours, truth = (
+        loss_and_gradients(architecture, base, factors, tokens) for base in (params, dense)
+    )
     assert relative(ours[0], truth[0]) < CLOSE and relative(ours[1], truth[1]) < CLOSE
     for one, other in zip(jax.tree.leaves(ours[2]), jax.tree.leaves(truth[2]), strict=True):
         assert not other.size or relative(one, other) < CLOSE
 
 
 def test_base_quantised_when_read_equals_the_dense_one_quantised(layout, tmp_path):
-    """Straight from the files, matrix by matrix, or from our own layout: the same arrays; and only projections are quantised."""
+    """Straight from the files, matrix by matrix, or from our own layout: the same arrays; and only
+    projections are quantised.
+    """
     architecture, direct = load_base(layout, quantise="nf4")
     dense = load_base(layout)[1]
     rows = {weight.name for weight in table(architecture) if weight.lora}
     for part in ("layers", "last"):
         assert {name for name, value in direct[part].items() if is_nf4(value)} == rows
-        assert all(np.array_equal(value, dense[part][name]) for name, value in direct[part].items() if name not in rows)
-    assert all(np.array_equal(direct[name], dense[name]) for name in direct if name not in ("layers", "last"))
+        assert all(
+            np.array_equal(value, dense[part][name])
+            for name, value in direct[part].items()
+            if name not in rows
+        )
+    assert all(
+        np.array_equal(direct[name], dense[name])
+        for name in direct
+        if name not in ("layers", "last")
+    )
     convert(layout, tmp_path / "ours", "jaxre")
     assert equal(load_native(tmp_path / "ours", quantise="nf4")[1], direct)
 
@@ -147,12 +214,17 @@ def test_base_quantised_when_read_equals_the_dense_one_quantised(layout, tmp_pat
 def test_each_matrix_is_bitsandbytes_own(layout):
     """Of every layer, in Hugging Face's orientation."""
     architecture, params = load_base(layout, quantise="nf4")
-    for part, layers in (("layers", range(architecture.layers - 1)), ("last", [architecture.layers - 1])):
+    for part, layers in (
+        ("layers", range(architecture.layers - 1)),
+        ("last", [architecture.layers - 1]),
+    ):
         stored = dict(hf_tensors(architecture, load_base(layout)[1]))
         for weight in table(architecture):
             for place, layer in enumerate(layers if weight.lora else []):
                 matrix = torch.tensor(stored[weight.hf.format(layer=layer)])
-                codes, state = bitsandbytes.functional.quantize_4bit(matrix, blocksize=64, compress_statistics=True, quant_type="nf4")
+                codes, state = bitsandbytes.functional.quantize_4bit(
+                    matrix, blocksize=64, compress_statistics=True, quant_type="nf4"
+                )
                 one = params[part][weight.name]
                 one = jax.tree.map(lambda leaf: leaf[place], one) if part == "layers" else one  # noqa: B023
                 assert one.shape == tuple(matrix.shape)
@@ -172,5 +244,8 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"][3, 4] = np.nan
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.up_proj\.weight cannot be quantised: .* not finite"):
+    with pytest.raises(
+        InputError,
+        match=r"model\.layers\.0\.mlp\.up_proj\.weight cannot be quantised: .* not finite",
+    ):
         load_base(tmp_path, quantise="nf4")

@@ -1,9 +1,11 @@
-"""The five studied decoders and a sixth, each from its own config.json, against transformers: f32 and bf16 logits.
+"""The five studied decoders and a sixth, each from its own config.json, against transformers: f32
+and bf16 logits.
 
-Random weights, head counts, head channels and D/F as they are; three layers, or five where the fourth does not rotate.
-Models of 1024 channels and more have D and F halved and the vocabulary of SmolLM2, so that a test stays below 3 GB and half a
-minute; Qwen2.5-0.5B keeps more tokens than 16 bits count. At the true widths and vocabularies of the 3B models the
-differences were the same by hand (f32 1.5e-6 to 1.7e-5; bf16 0.84 to 0.89 of transformers', 2026-11-21).
+Random weights, head counts, head channels and D/F as they are; three layers, or five where the
+fourth does not rotate. Models of 1024 channels and more have D and F halved and the vocabulary of
+SmolLM2, so that a test stays below 3 GB and half a minute; Qwen2.5-0.5B keeps more tokens than 16
+bits count. At the true widths and vocabularies of the 3B models the differences were the same by
+hand (f32 1.5e-6 to 1.7e-5; bf16 0.84 to 0.89 of transformers', 2026-11-21).
 """
 
 from __future__ import annotations
@@ -48,22 +50,27 @@ QWEN3 = {
     "tie_word_embeddings": True,
     "vocab_size": 151936,
 }
-# The design's promise for f32. Measured: 3e-6, but 2.5e-5 for SmolLM3 at position 65,000, where torch's own power
-# is a unit in the last place off the correctly rounded one in one channel (see rotary_frequencies).
+# The design's promise for f32. Measured: 3e-6, but 2.5e-5 for SmolLM3 at position 65,000, where
+# torch's own power is a unit in the last place off the correctly rounded one in one channel (see
+# rotary_frequencies).
 PARITY = 1e-4
 ROWS, LENGTH = 2, 48
 EXAMPLES = ((0, 13), (13, 33), (33, 34))  # of a packed row, the rest of it is pad
 
 
 def reduced(config: dict) -> dict:
-    """A published config.json with fewer layers and, in a model of 1024 channels or more, half of D and F and fewer tokens."""
+    """A published config.json with fewer layers and, in a model of 1024 channels or more, half of D
+    and F and fewer tokens.
+    """
     layers = 5 if config["model_type"] == "smollm3" else 3
     config = {**config, "num_hidden_layers": layers}
     for field in ("no_rope_layers", "layer_types"):
         if field in config:
             config[field] = config[field][:layers]
     if config["hidden_size"] >= 1024:
-        config["head_dim"] = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        config["head_dim"] = (
+            config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        )
         config |= {field: config[field] // 2 for field in ("hidden_size", "intermediate_size")}
         config |= {"vocab_size": 49152, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     return config
@@ -74,10 +81,13 @@ def folder(request, tmp_path_factory, shared_models):
     """Random weights that bf16 holds, so that both precisions are of one model."""
     config = QWEN3
     if request.param in STUDIED:
-        config = json.loads((shared_models / request.param / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(
+            (shared_models / request.param / "config.json").read_text(encoding="utf-8")
+        )
     folder = tmp_path_factory.mktemp("studied")
     build(reduced(config), folder, dtype="bfloat16")
-    assert load_base(folder)[0] == architecture_of(reduced(config), request.param)  # as published, as transformers 5 writes it
+    # as published, as transformers 5 writes it
+    assert load_base(folder)[0] == architecture_of(reduced(config), request.param)
     yield folder
     shutil.rmtree(folder)
 
@@ -85,10 +95,19 @@ def folder(request, tmp_path_factory, shared_models):
 def cases(last: int) -> dict[str, tuple[np.ndarray, tuple[tuple[int, int], ...]]]:
     """Name -> (positions [T], the examples of the row), near to 0 and up to position `last`."""
     near, half = np.arange(LENGTH), LENGTH // 2
-    packed = np.concatenate([np.arange(end - start) for start, end in EXAMPLES] + [np.zeros(LENGTH - EXAMPLES[-1][1], int)])
-    far = np.concatenate([near[:half], last - half + 1 + near[:half]])  # one example that jumps from the first positions to the last
+    packed = np.concatenate(
+        [np.arange(end - start) for start, end in EXAMPLES]
+        + [np.zeros(LENGTH - EXAMPLES[-1][1], int)]
+    )
+    # one example that jumps from the first positions to the last
+    far = np.concatenate([near[:half], last - half + 1 + near[:half]])
     whole = ((0, LENGTH),)
-    return {"near": (near, whole), "far": (far, whole), "packed near": (packed, EXAMPLES), "packed far": (packed + last - LENGTH, EXAMPLES)}
+    return {
+        "near": (near, whole),
+        "far": (far, whole),
+        "packed near": (packed, EXAMPLES),
+        "packed far": (packed + last - LENGTH, EXAMPLES),
+    }
 
 
 def ours(folder: Path, dtype) -> dict[str, np.ndarray]:
@@ -101,7 +120,12 @@ def ours(folder: Path, dtype) -> dict[str, np.ndarray]:
         visible_until = np.arange(1, LENGTH + 1)
         for start, end in examples:
             visible_until[start:end] = end
-        logits = our_logits(architecture, params, tokens, *(np.broadcast_to(row, tokens.shape) for row in (positions, visible_until)))
+        logits = our_logits(
+            architecture,
+            params,
+            tokens,
+            *(np.broadcast_to(row, tokens.shape) for row in (positions, visible_until)),
+        )
         found[name] = logits[:, : examples[-1][1]]
     return found
 
@@ -110,12 +134,16 @@ def theirs(folder: Path, dtype: torch.dtype) -> dict[str, np.ndarray]:
     """Logits of each case, one example at a time."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()
     tokens = tokens_of(model.config.vocab_size, ROWS, LENGTH)
     found = {}
     for name, (positions, examples) in cases(model.config.max_position_embeddings - 1).items():
         positions = np.broadcast_to(positions, tokens.shape)
-        found[name] = np.concatenate([their_logits(model, tokens[:, s:e], positions[:, s:e]) for s, e in examples], axis=1)
+        found[name] = np.concatenate(
+            [their_logits(model, tokens[:, s:e], positions[:, s:e]) for s, e in examples], axis=1
+        )
     return found
 
 
@@ -132,7 +160,8 @@ def test_float32_logits_equal_transformers_near_and_far_alone_and_packed(folder,
 
 
 def test_bfloat16_is_no_further_from_float32_than_transformers(folder, exact):
-    """Root mean square over 3 million logits and more: 0.82 to 0.96 of theirs here, up to 0.995 with other draws of the weights.
+    """Root mean square over 3 million logits and more: 0.82 to 0.96 of theirs here, up to 0.995
+    with other draws of the weights.
 
     The largest single distance varies more: 0.72 to 1.03 over 12 draws.
     """

@@ -1,4 +1,6 @@
-"""`jaxre doctor` says which implementation of each op is the default here, and what was measured."""
+"""`jaxre doctor` says which implementation of each op is the default here, and what was
+measured.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,21 @@ def test_doctor_tells_what_the_table_says_of_this_device(monkeypatch):
     before = told()
     for op in ("attention", "linear cross-entropy", "fused LoRA", "NF4"):
         assert before[op].startswith("xla: ") and before[op].endswith("nothing was measured on cpu")
-    entry = Entry("lora", "cpu", "float32", {"tokens": (1, 2048)}, "xla", {"block": 8}, "2026-11-22", 1.5, 1e-6)
+    entry = Entry(
+        "lora",
+        "cpu",
+        "float32",
+        {"tokens": (1, 2048)},
+        "xla",
+        {"block": 8},
+        "2026-11-22",
+        1.5,
+        1e-6,
+    )
     monkeypatch.setattr(implementations, "read_table", lambda: (entry,))
     after = told()
-    assert "float32, tokens 1 to 2,048: xla (block 8), measured on cpu on 2026-11-22: 1.50 x xla" in after["fused LoRA"]
+    assert (
+        "float32, tokens 1 to 2,048: xla (block 8), measured on cpu on 2026-11-22: 1.50 x xla"
+        in after["fused LoRA"]
+    )
     assert after["attention"] == before["attention"]

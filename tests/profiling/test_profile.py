@@ -1,4 +1,6 @@
-"""`jaxre profile`: its figures agree with the plan, it leaves no run folder, nonsense is refused."""
+"""`jaxre profile`: its figures agree with the plan, it leaves no run folder, nonsense is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,14 @@ from jaxre.errors import DoesNotFit
 from jaxre.profiling import profile
 from jaxre.profiling.measure import Timed
 from jaxre.profiling.prepared import members
-from jaxre.profiling.profile import candidates, profile_folder, profile_table, sweep_rows, sweep_table, verdict
+from jaxre.profiling.profile import (
+    candidates,
+    profile_folder,
+    profile_table,
+    sweep_rows,
+    sweep_table,
+    verdict,
+)
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
@@ -58,19 +67,30 @@ def jaxre(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return call
 
 
-def test_a_profile_agrees_with_the_plan_and_leaves_the_run_folder_free(jaxre: Callable[..., int], config: Config, tmp_path: Path) -> None:
+def test_a_profile_agrees_with_the_plan_and_leaves_the_run_folder_free(
+    jaxre: Callable[..., int], config: Config, tmp_path: Path
+) -> None:
     save_config(config, tmp_path / "config.yaml")
-    assert jaxre("profile", tmp_path / "config.yaml", "--steps", 2, "--json", tmp_path / "found.json") == 0
+    assert (
+        jaxre("profile", tmp_path / "config.yaml", "--steps", 2, "--json", tmp_path / "found.json")
+        == 0
+    )
     found = json.loads((tmp_path / "found.json").read_text())
     ledger, measured = found["ledger"], found["measured"]
 
     tokens = load_dataset(config, tokenizer_folder(config)).train.tokens
     plan = make_plan(config, tokens, shards=1)
     fill = plan.fill(tokens.lengths, tokens.supervised)
-    assert ledger["shares"] == pytest.approx({"pad": fill.pad, "supervised": fill.supervised, "shared": fill.shared})
+    assert ledger["shares"] == pytest.approx(
+        {"pad": fill.pad, "supervised": fill.supervised, "shared": fill.shared}
+    )
     assert ledger["examples"] == pytest.approx(len(tokens) / len(plan.updates))
-    assert sum(value for part, value in ledger["flops"].items() if part != "total") == pytest.approx(ledger["flops"]["total"])
-    assert len(ledger["savings"]) == 6 and ledger["savings"][-1]["after"] == pytest.approx(ledger["flops"]["total"])
+    assert sum(
+        value for part, value in ledger["flops"].items() if part != "total"
+    ) == pytest.approx(ledger["flops"]["total"])
+    assert len(ledger["savings"]) == 6 and ledger["savings"][-1]["after"] == pytest.approx(
+        ledger["flops"]["total"]
+    )
     # The program multiplies pads and masked pairs too, so never less than what is needed.
     assert ledger["program_flops"] > ledger["flops"]["total"]
     assert set(ledger["memory"]) == {"base", "trained", "optimiser", "rows", "activations"}
@@ -78,19 +98,41 @@ def test_a_profile_agrees_with_the_plan_and_leaves_the_run_folder_free(jaxre: Ca
     assert measured["updates"] == 2 and measured["compilations"] == len(plan.shapes)
     examples = sum(len(members(plan.updates[number % len(plan.updates)])) for number in (2, 3)) / 2
     assert measured["examples_per_second"] * measured["seconds"] == pytest.approx(examples)
-    assert measured["mfu"] * ledger["matrix_rate"] == pytest.approx(ledger["flops_per_example"] * measured["examples_per_second"])
-    assert set(measured["split"]) == {"input_wait", "host", "device"} and min(measured["split"].values()) >= 0
-    assert measured["share_of_floor"] * measured["seconds"] == pytest.approx(max(ledger["floor"].values()))
+    assert measured["mfu"] * ledger["matrix_rate"] == pytest.approx(
+        ledger["flops_per_example"] * measured["examples_per_second"]
+    )
+    assert (
+        set(measured["split"]) == {"input_wait", "host", "device"}
+        and min(measured["split"].values()) >= 0
+    )
+    assert measured["share_of_floor"] * measured["seconds"] == pytest.approx(
+        max(ledger["floor"].values())
+    )
     assert ledger["square"]["rate"] > 0
-    assert "bounds this run" in found["verdict"] and f"would take {measured['share_of_floor']:.0%} of that" in found["verdict"]
-    cells = {name: value for name, value in zip(*(column.cells for column in profile_table(found).columns), strict=True)}
+    assert (
+        "bounds this run" in found["verdict"]
+        and f"would take {measured['share_of_floor']:.0%} of that" in found["verdict"]
+    )
+    cells = {
+        name: value
+        for name, value in zip(
+            *(column.cells for column in profile_table(found).columns), strict=True
+        )
+    }
     assert cells["the floor's share of that"] == f"{measured['share_of_floor']:.1%}"
-    assert [name.removeprefix("saved: ") for name in cells if "saved" in name] == [one["name"] for one in ledger["savings"]]
+    assert [name.removeprefix("saved: ") for name in cells if "saved" in name] == [
+        one["name"] for one in ledger["savings"]
+    ]
     assert f"square ones of {ledger['square']['size']:,}" in cells["measured rates"]
     # A kernel hides its products from the program's count.
     found["ledger"]["program_flops"] = None
     assert verdict(found).endswith("The program's products are not counted: a kernel hides them.")
-    cells = {name: value for name, value in zip(*(column.cells for column in profile_table(found).columns), strict=True)}
+    cells = {
+        name: value
+        for name, value in zip(
+            *(column.cells for column in profile_table(found).columns), strict=True
+        )
+    }
     assert cells["the program multiplies"] == "not counted, a kernel hides it"
     found = json.loads((tmp_path / "found.json").read_text())
 
@@ -109,7 +151,10 @@ def test_a_profile_is_not_mixed_into_a_run_of_its_name(config: Config) -> None:
     assert "run-profile" in refusal(lambda: profile_folder(config))
 
 
-@pytest.mark.parametrize("arguments", [("--steps", "0"), ("lora.rnak=3",), ("train.row_length=8", "train.batch_tokens=64")])
+@pytest.mark.parametrize(
+    "arguments",
+    [("--steps", "0"), ("lora.rnak=3",), ("train.row_length=8", "train.batch_tokens=64")],
+)
 def test_nonsense_is_refused_and_leaves_nothing(
     jaxre: Callable[..., int], config: Config, tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
@@ -123,7 +168,10 @@ def test_a_sweep_keeps_the_batch_and_every_example(config: Config) -> None:
     assert {"row_length": 256, "accumulation": 1} in tried
     assert {one["row_length"] for one in tried} == {128, 256, 512, 1024}
     assert all(2048 % (one["row_length"] * one["accumulation"]) == 0 for one in tried)
-    assert all(2048 // (one["row_length"] * one["accumulation"]) % 4 == 0 for one in candidates(config, longest=100, shards=4))
+    assert all(
+        2048 // (one["row_length"] * one["accumulation"]) % 4 == 0
+        for one in candidates(config, longest=100, shards=4)
+    )
 
 
 def test_a_sweep_goes_on_where_rows_do_not_fit_and_keeps_nothing_of_them(
@@ -156,21 +204,42 @@ def test_a_sweep_goes_on_where_rows_do_not_fit_and_keeps_nothing_of_them(
     config = tiny_config(tmp_path, model, data={"validation": None}, train={"row_length": 512})
     tried = sweep_rows(config)
     assert [one["settings"]["row_length"] for one in tried if "error" not in one] == [1024, 2048]
-    assert {one["settings"]["row_length"] for one in tried if "fit" in one.get("error", "")} == {256, 512} and len(held) == 3
+    assert {one["settings"]["row_length"] for one in tried if "fit" in one.get("error", "")} == {
+        256,
+        512,
+    } and len(held) == 3
     assert list(sweep_table(tried).columns[1].cells)[2:] == ["does not fit the device's memory"] * 2
 
-    monkeypatch.setattr(profile, "candidates", lambda *_: [{"row_length": 256}, {"row_length": 512}])
+    monkeypatch.setattr(
+        profile, "candidates", lambda *_: [{"row_length": 256}, {"row_length": 512}]
+    )
     assert "lower train.batch_tokens" in refusal(lambda: sweep_rows(config))
 
 
 @pytest.mark.slow
 def test_a_sweep_names_the_fastest_first(
-    jaxre: Callable[..., int], config: Config, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    jaxre: Callable[..., int],
+    config: Config,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("jaxre.profiling.profile.ACCUMULATIONS", (1,))
     save_config(config, tmp_path / "config.yaml")
     given = ("train.row_length=256", "train.batch_tokens=512")
-    assert jaxre("profile", tmp_path / "config.yaml", "--sweep", "--steps", 1, "--json", tmp_path / "swept.json", *given) == 0
+    assert (
+        jaxre(
+            "profile",
+            tmp_path / "config.yaml",
+            "--sweep",
+            "--steps",
+            1,
+            "--json",
+            tmp_path / "swept.json",
+            *given,
+        )
+        == 0
+    )
     tried = json.loads((tmp_path / "swept.json").read_text())["sweep"]
     assert sorted(tuple(one["shapes"][0][:2]) for one in tried) == [(1, 512), (2, 256)]
     speeds = [one["examples_per_second"] for one in tried]

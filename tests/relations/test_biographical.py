@@ -1,4 +1,6 @@
-"""Biographical in the format of its release, with rows of our own: who is the subject, and whose label counts."""
+"""Biographical in the format of its release, with rows of our own: who is the subject, and whose
+label counts.
+"""
 
 import pytest
 from refusals import refusal
@@ -18,13 +20,30 @@ def write(folder, *rows, name="m2_gold.tsv", header=HEADER):
 
 @pytest.mark.parametrize(
     ("one", "other", "head", "tail"),
-    [("e1", "e2", "Ada King", "London"), ("e2", "e1", "London", "Ada King"), ("<e2>", "<e1>", "London", "Ada King")],
+    [
+        ("e1", "e2", "Ada King", "London"),
+        ("e2", "e1", "London", "Ada King"),
+        ("<e2>", "<e1>", "London", "Ada King"),
+    ],
 )
 def test_the_subject_is_the_head_whichever_tag_it_has(tmp_path, one, other, head, tail):
-    (example,) = read_biographical(write(tmp_path, ("7", BORN, one, other, "bplace_name", "bplace_name")), "gold").examples
-    assert (example.text, example.head, example.tail) == ("Ada King was born in London.", head, tail)
-    assert (example.text[slice(*example.head_span)], example.text[slice(*example.tail_span)]) == (head, tail)
-    assert (example.id, example.domain, example.dataset) == ("biographical/gold/1", "literary", "biographical")
+    (example,) = read_biographical(
+        write(tmp_path, ("7", BORN, one, other, "bplace_name", "bplace_name")), "gold"
+    ).examples
+    assert (example.text, example.head, example.tail) == (
+        "Ada King was born in London.",
+        head,
+        tail,
+    )
+    assert (example.text[slice(*example.head_span)], example.text[slice(*example.tail_span)]) == (
+        head,
+        tail,
+    )
+    assert (example.id, example.domain, example.dataset) == (
+        "biographical/gold/1",
+        "literary",
+        "biographical",
+    )
 
 
 def test_the_human_label_counts_in_gold_and_the_distant_one_elsewhere(tmp_path):
@@ -38,7 +57,12 @@ def test_the_human_label_counts_in_gold_and_the_distant_one_elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("split", "name"), [("train", "m2_train.tsv"), ("test_coref", "m2_coref_test.tsv"), ("train_skip", "m2_skip_train.tsv")]
+    ("split", "name"),
+    [
+        ("train", "m2_train.tsv"),
+        ("test_coref", "m2_coref_test.tsv"),
+        ("train_skip", "m2_skip_train.tsv"),
+    ],
 )
 def test_each_way_of_building_the_set_is_a_split(tmp_path, split, name):
     """They need neither judgements nor tags of the subject."""
@@ -48,7 +72,17 @@ def test_each_way_of_building_the_set_is_a_split(tmp_path, split, name):
 
 
 def test_quotes_of_a_table_are_taken_off(tmp_path):
-    write(tmp_path, ("1", '"<e1>Ada ""Countess"" King</e1> saw <e2>London</e2>."', "e1", "e2", "Other", "Other"))
+    write(
+        tmp_path,
+        (
+            "1",
+            '"<e1>Ada ""Countess"" King</e1> saw <e2>London</e2>."',
+            "e1",
+            "e2",
+            "Other",
+            "Other",
+        ),
+    )
     (example,) = read_biographical(tmp_path, "gold").examples
     assert example.head == 'Ada "Countess" King'
 
@@ -56,7 +90,10 @@ def test_quotes_of_a_table_are_taken_off(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (("1", "Ada in London", "e1", "e2", "Other", "Other"), "m2_gold.tsv:2: no columns with <e1>..</e1> and <e2>..</e2>"),
+        (
+            ("1", "Ada in London", "e1", "e2", "Other", "Other"),
+            "m2_gold.tsv:2: no columns with <e1>..</e1> and <e2>..</e2>",
+        ),
         (("1", BORN, "e1", "e1", "Other", "Other"), "m2_gold.tsv:2: P1 is 'e1' and P2 'e1'"),
         (("1", BORN, "x", "e1", "Other", "Other"), "m2_gold.tsv:2: P1 is 'x'"),
         (("1", BORN, "e1", "e2", "Other"), "m2_gold.tsv:2: 5 cells under 6 columns"),
@@ -70,4 +107,6 @@ def test_a_broken_row_is_named(tmp_path, row, message):
 
 def test_a_row_without_a_label_is_named(tmp_path):
     write(tmp_path, ("1", BORN, "e1", "e2", "", "Other"))
-    assert 'm2_gold.tsv:2: no "relation"' in refusal(lambda: read_biographical(tmp_path, "gold_distant"))
+    assert 'm2_gold.tsv:2: no "relation"' in refusal(
+        lambda: read_biographical(tmp_path, "gold_distant")
+    )

@@ -31,7 +31,11 @@ DOCUMENT = """#doc 7
 
 @pytest.fixture(scope="module")
 def everything(shared_data):
-    return {(name, split): read(shared_data / "conll04", split, ALL) for name, read in READERS.items() for split in SPLITS}
+    return {
+        (name, split): read(shared_data / "conll04", split, ALL)
+        for name, read in READERS.items()
+        for split in SPLITS
+    }
 
 
 def positives(examples):
@@ -65,23 +69,42 @@ def test_counts_are_those_of_the_copy(everything, name, split, sentences, relati
 @pytest.mark.parametrize("name", READERS)
 def test_the_label_inventory_of_test_is_the_published_one(everything, name):
     counts = Counter(example.relation for example in positives(everything[name, "test"]))
-    assert counts == {"OrgBased_In": 105, "Live_In": 100, "Located_In": 94, "Work_For": 76, "Kill": 47}
+    assert counts == {
+        "OrgBased_In": 105,
+        "Live_In": 100,
+        "Located_In": 94,
+        "Work_For": 76,
+        "Kill": 47,
+    }
 
 
 def essence(example):
-    """What both copies state: places in characters other than white space; one glues the final full stop to the last word."""
+    """What both copies state: places in characters other than white space; one glues the final full
+    stop to the last word.
+    """
 
     def squeezed(text):
         return "".join(text.split())
 
-    begins = [len(squeezed(example.text[: span[0]])) for span in (example.head_span, example.tail_span)]
+    begins = [
+        len(squeezed(example.text[: span[0]])) for span in (example.head_span, example.tail_span)
+    ]
     names = [squeezed(name).rstrip(".") for name in (example.head, example.tail)]
-    return squeezed(example.text), *begins, *names, example.head_type, example.tail_type, example.relation
+    return (
+        squeezed(example.text),
+        *begins,
+        *names,
+        example.head_type,
+        example.tail_type,
+        example.relation,
+    )
 
 
 @pytest.mark.parametrize("splits", [("test",), ("train", "validation")])
 def test_both_copies_hold_the_same_pairs_types_relations_and_negatives(everything, splits):
-    one, other = (Counter(essence(e) for split in splits for e in everything[name, split]) for name in READERS)
+    one, other = (
+        Counter(essence(e) for split in splits for e in everything[name, split]) for name in READERS
+    )
     assert one == other
 
 
@@ -95,7 +118,10 @@ def test_the_copies_divide_train_and_validation_differently(everything):
 
 def test_spans_spell_the_entities(everything):
     for examples in everything.values():
-        assert all(e.text[slice(*e.head_span)] == e.head and e.text[slice(*e.tail_span)] == e.tail for e in examples)
+        assert all(
+            e.text[slice(*e.head_span)] == e.head and e.text[slice(*e.tail_span)] == e.tail
+            for e in examples
+        )
 
 
 @pytest.fixture(params=READERS)
@@ -115,11 +141,16 @@ def test_negatives_are_the_ordered_pairs_without_a_relation_in_that_direction(sm
     assert [(e.head, e.tail) for e in examples if e.relation == "Kill"] == [("Booth", "Lincoln")]
     assert ("Lincoln", "Booth", "none") in {(e.head, e.tail, e.relation) for e in examples}
     same_words = [e for e in examples if {e.head, e.tail} == {"York", "New York"}]
-    assert {(e.head_span, e.tail_span) for e in same_words} == {((22, 30), (31, 35)), ((31, 35), (22, 30))}
+    assert {(e.head_span, e.tail_span) for e in same_words} == {
+        ((22, 30), (31, 35)),
+        ((31, 35), (22, 30)),
+    }
     assert examples[0].id.endswith(("/0/0-1/2-3", "/7/0-1/2-3"))
 
 
-@pytest.mark.parametrize(("negatives", "count"), [(0, 0), (1, 1), (2.4, 2), (11, 11), (ALL, 11), (float("inf"), 11)])
+@pytest.mark.parametrize(
+    ("negatives", "count"), [(0, 0), (1, 1), (2.4, 2), (11, 11), (ALL, 11), (float("inf"), 11)]
+)
 def test_negatives_are_drawn_per_positive_of_the_split(small, negatives, count):
     read, folder = small
     assert sum(example.relation == "none" for example in read(folder, "train", negatives)) == count
@@ -141,7 +172,10 @@ def test_the_draw_hangs_on_ids_and_seed_only(shared_data):
     [
         ({"entities": [[0, 9, "Peop"]]}, r"sentence 0: entity \[0, 9\) is outside the 7 tokens"),
         ({"relations": [[0, 1, 3, 4, "Kill"]]}, r"the tail \[3, 4\] of Kill is not an entity"),
-        ({"relations": [[0, 1, 2, 3, "Kill"], [0, 1, 2, 3, "Live_In"]]}, r"two relations \(Kill, Live_In\); keep one"),
+        (
+            {"relations": [[0, 1, 2, 3, "Kill"], [0, 1, 2, 3, "Live_In"]]},
+            r"two relations \(Kill, Live_In\); keep one",
+        ),
         ({"relations": [[0, 1, 2, 3]]}, "sentence 0: not a sentence"),
         ({"tokens": "Booth shot"}, "sentence 0: not a sentence"),
         ({"tokens": [1, 2]}, "sentence 0: not a sentence"),

@@ -12,7 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CORPUS = ROOT / "jaxre" / "assets" / "corpus"
 SPLITS = ("train", "validation", "test")
-INVERSE = {"author_of": "written_by", "parent_of": "child_of", "located_in": "contains", "founder_of": "founded_by"}
+INVERSE = {
+    "author_of": "written_by",
+    "parent_of": "child_of",
+    "located_in": "contains",
+    "founder_of": "founded_by",
+}
 LABELS = {*INVERSE, *INVERSE.values(), "capital_of", "born_in", "educated_at", "none"}
 TYPES = {
     "author_of": ("PERSON", "WORK"),
@@ -27,7 +32,10 @@ TYPES |= {inverse: TYPES[label][::-1] for label, inverse in INVERSE.items()}
 
 
 def read(split: str) -> list[dict]:
-    return [json.loads(line) for line in (CORPUS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (CORPUS / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,9 @@ def make_corpus():
 
 def test_sources_give_the_committed_bytes(make_corpus, tmp_path):
     for split, path in make_corpus.write_corpus(CORPUS / "source", tmp_path).items():
-        assert path.read_bytes() == (CORPUS / f"{split}.jsonl").read_bytes(), f"{split}: run python tools/make_corpus.py"
+        assert path.read_bytes() == (CORPUS / f"{split}.jsonl").read_bytes(), (
+            f"{split}: run python tools/make_corpus.py"
+        )
 
 
 def test_sizes_are_as_promised(corpus):
@@ -60,7 +70,12 @@ def test_readme_states_the_counts(corpus):
     readme = (CORPUS / "README.md").read_text(encoding="utf-8")
     counts = {split: Counter(row["relation"] for row in rows) for split, rows in corpus.items()}
     for label in LABELS:
-        assert re.search(rf"\| `{label}` \| " + r" \| ".join(str(counts[split][label]) for split in SPLITS) + r" \|", readme), label
+        assert re.search(
+            rf"\| `{label}` \| "
+            + r" \| ".join(str(counts[split][label]) for split in SPLITS)
+            + r" \|",
+            readme,
+        ), label
     texts = " | ".join(str(len({row["text"] for row in corpus[split]})) for split in SPLITS)
     assert f"| distinct sentences | {texts} |" in readme
     assert "| rows | " + " | ".join(str(len(corpus[split])) for split in SPLITS) + " |" in readme
@@ -91,14 +106,18 @@ def test_sentences_are_well_formed(corpus, split):
         text = row["text"]
         assert 8 <= len(text.split()) <= 45, text
         assert text[0].isupper() and text[-1] == "." and text == text.strip(), text
-        assert not re.search(r"[{}\[\]|\n]|  |\s[,.;]|,[,.;]|\bthe the\b", text, re.IGNORECASE), text
+        assert not re.search(r"[{}\[\]|\n]|  |\s[,.;]|,[,.;]|\bthe the\b", text, re.IGNORECASE), (
+            text
+        )
         assert not re.search(r"\b[Aa] [aeio]|\b[Aa]n [^aeiouhAEIOUH]", text), text
 
 
 def test_ids_are_unique_and_no_row_repeats(corpus):
     rows = [row for split in SPLITS for row in corpus[split]]
     assert len({row["id"] for row in rows}) == len(rows)
-    assert len({(row["text"], tuple(row["head_span"]), tuple(row["tail_span"])) for row in rows}) == len(rows)
+    assert len(
+        {(row["text"], tuple(row["head_span"]), tuple(row["tail_span"])) for row in rows}
+    ) == len(rows)
     assert max(Counter(row["text"] for row in rows).values()) == 2
 
 
@@ -110,7 +129,9 @@ def test_entities_of_one_split_are_unseen_in_the_others(corpus):
             marked = {row[side].casefold() for row in corpus[other] for side in ("head", "tail")}
             assert not names & marked
             # Stronger: not even as an unmarked name of the sentence.
-            assert not [row["text"] for row in corpus[other] if pattern.search(row["text"].casefold())]
+            assert not [
+                row["text"] for row in corpus[other] if pattern.search(row["text"].casefold())
+            ]
 
 
 def test_phrasings_of_one_split_are_unseen_in_the_others(make_corpus):
@@ -118,17 +139,24 @@ def test_phrasings_of_one_split_are_unseen_in_the_others(make_corpus):
         return re.sub(r"[^a-z{}_ ]", "", re.sub(r"[\[\]]", "", text.casefold())).strip()
 
     for section in make_corpus.read_sections(CORPUS / "source"):
-        texts = {split: {skeleton(t) for s, _, t in section.phrasings + section.negatives if s == split} for split in SPLITS}
+        texts = {
+            split: {skeleton(t) for s, _, t in section.phrasings + section.negatives if s == split}
+            for split in SPLITS
+        }
         found = Counter(text for split in SPLITS for text in texts[split])
         assert max(found.values()) == 1, (section.file, found.most_common(1))
         if section.forward != "none":
             counts = Counter(split for split, _, _ in section.phrasings)
-            assert counts["train"] >= 12 and counts["validation"] >= 5 and counts["test"] >= 6, section.file
+            assert counts["train"] >= 12 and counts["validation"] >= 5 and counts["test"] >= 6, (
+                section.file
+            )
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_both_orders_of_mention_occur_for_every_label(corpus, split):
-    orders = Counter((row["relation"], row["head_span"] < row["tail_span"]) for row in corpus[split])
+    orders = Counter(
+        (row["relation"], row["head_span"] < row["tail_span"]) for row in corpus[split]
+    )
     for label in LABELS:
         least = 0.25 if split == "train" else 0.10
         total = orders[label, True] + orders[label, False]
@@ -139,7 +167,11 @@ def test_both_orders_of_mention_occur_for_every_label(corpus, split):
 @pytest.mark.parametrize("label", INVERSE)
 def test_exchanged_head_and_tail_carry_the_inverse_label(corpus, split, label):
     rows = {(row["text"], row["head"], row["tail"]): row["relation"] for row in corpus[split]}
-    exchanged = [(rows[key], rows[key[0], key[2], key[1]]) for key in rows if (key[0], key[2], key[1]) in rows]
+    exchanged = [
+        (rows[key], rows[key[0], key[2], key[1]])
+        for key in rows
+        if (key[0], key[2], key[1]) in rows
+    ]
     pairs = [pair for pair in exchanged if label in pair]
     assert len(pairs) >= 5
     assert set(pairs) <= {(label, INVERSE[label]), (INVERSE[label], label)}

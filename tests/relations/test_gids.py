@@ -20,12 +20,32 @@ def row(head, tail, sentence, label=BIRTH):
 @pytest.mark.parametrize(
     ("given", "text", "head", "tail"),
     [
-        (("Ada_King", "Deal,_Kent", "Ada_King left Deal,_Kent ."), "Ada King left Deal, Kent .", (0, 8), (14, 24)),
-        (("Boston", "Boston_College", "Boston has Boston_College ."), "Boston has Boston College .", (0, 6), (11, 25)),
-        (("Ada", "Deal", "Ada, of Deal: see http://a_b.org/c_d ."), "Ada, of Deal: see http://a_b.org/c_d .", (0, 3), (8, 12)),
+        (
+            ("Ada_King", "Deal,_Kent", "Ada_King left Deal,_Kent ."),
+            "Ada King left Deal, Kent .",
+            (0, 8),
+            (14, 24),
+        ),
+        (
+            ("Boston", "Boston_College", "Boston has Boston_College ."),
+            "Boston has Boston College .",
+            (0, 6),
+            (11, 25),
+        ),
+        (
+            ("Ada", "Deal", "Ada, of Deal: see http://a_b.org/c_d ."),
+            "Ada, of Deal: see http://a_b.org/c_d .",
+            (0, 3),
+            (8, 12),
+        ),
         (("Ada", "Deal", "Ada of Deal met Ada ."), "Ada of Deal met Ada .", None, (7, 11)),
         (("Ada", "Deal_Kent", "Ada was born."), "Ada was born.", (0, 3), None),
-        (("Zoë_König", "São_Paulo", "In São_Paulo , Zoë_König ."), "In São Paulo , Zoë König .", (15, 24), (3, 12)),
+        (
+            ("Zoë_König", "São_Paulo", "In São_Paulo , Zoë_König ."),
+            "In São Paulo , Zoë König .",
+            (15, 24),
+            (3, 12),
+        ),
     ],
 )
 def test_names_are_words_and_spans_those_of_the_sentence(tmp_path, given, text, head, tail):
@@ -44,7 +64,10 @@ def test_the_label_that_the_release_spells_in_two_ways_is_one(tmp_path):
     ("rows", "message"),
     [
         ([row("A", "B", "A B")[:5]], "dev.tsv:1: 5 columns; a row has 6"),
-        ([row("A", "B", "A B"), row("A", "B", "A B", "born")], "dev.tsv:2: 'born' is not a label of GIDS; the nearest is "),
+        (
+            [row("A", "B", "A B"), row("A", "B", "A B", "born")],
+            "dev.tsv:2: 'born' is not a label of GIDS; the nearest is ",
+        ),
         ([row("_", "B", "A B")], "dev.tsv:1: an empty sentence or name"),
         ([row("A", "B", "")], "dev.tsv:1: an empty sentence or name"),
     ],

@@ -1,4 +1,6 @@
-"""Schemas: each dataset its own, the test split's flagged, and how a dataset is asked that a run was not trained on."""
+"""Schemas: each dataset its own, the test split's flagged, and how a dataset is asked that a run
+was not trained on.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,22 @@ from jaxre.relations.schema import ANY, Schemas
 
 
 def table(folder: Path, name: str, relations: str) -> dict:
-    rows = [{"id": str(n), "text": f"Ada {n} Bob.", "head": "Ada", "tail": "Bob", "relation": label} for n, label in enumerate(relations)]
+    rows = [
+        {"id": str(n), "text": f"Ada {n} Bob.", "head": "Ada", "tail": "Bob", "relation": label}
+        for n, label in enumerate(relations)
+    ]
     path = folder / f"{name}.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {"dataset": str(path)}
 
 
 def run(train: dict, **data: object) -> Config:
-    tree = {"name": "run", "model": {"path": "m"}, "data": {"train": train, **data}, "train": {"batch_examples": 1}}
+    tree = {
+        "name": "run",
+        "model": {"path": "m"},
+        "data": {"train": train, **data},
+        "train": {"batch_examples": 1},
+    }
     return check_config(tree, "test")
 
 
@@ -36,10 +46,20 @@ def labels_of(schemas: Schemas, name: str) -> str:
 
 def test_each_dataset_of_a_mixture_has_its_own_labels(tmp_path: Path) -> None:
     a, b, c = table(tmp_path, "a", "xyx"), table(tmp_path, "b", "zx"), table(tmp_path, "c", "pq")
-    data = run({"sources": [a, b], "limit": 1}, labels={"b": ["z", "x", "w"]}, validation={"sources": [a, c]}).data
+    data = run(
+        {"sources": [a, b], "limit": 1},
+        labels={"b": ["z", "x", "w"]},
+        validation={"sources": [a, c]},
+    ).data
     schemas = collected(data)
-    assert (labels_of(schemas, "a"), labels_of(schemas, "b")) == ("xy", "wxz")  # of all examples, whatever the limit leaves
-    assert "c: not a dataset of data.train" in refusal(lambda: schemas.of("c")) and "data.labels.c" in refusal(lambda: schemas.of("c"))
+    # of all examples, whatever the limit leaves
+    assert (labels_of(schemas, "a"), labels_of(schemas, "b")) == (
+        "xy",
+        "wxz",
+    )
+    assert "c: not a dataset of data.train" in refusal(
+        lambda: schemas.of("c")
+    ) and "data.labels.c" in refusal(lambda: schemas.of("c"))
     given = run({"sources": [a, b]}, labels={"c": c}, validation={"sources": [a, c]}).data
     assert labels_of(with_given(collected(given), given, ["a", "c"]), "c") == "pq"
 
@@ -48,11 +68,15 @@ def test_listed_labels_are_strict_and_collected_ones_are_told(tmp_path: Path) ->
     a, b = table(tmp_path, "a", "xyv"), table(tmp_path, "b", "zx")
     examples = mixtures.load(run({"sources": [a, b]}).data.train, "data.train")
     listed = run({"sources": [a, b]}, labels={"a": ["x"]}).data
-    assert "data.train: example a/" in refusal(lambda: collected(listed).check(examples, "data.train"))
+    assert "data.train: example a/" in refusal(
+        lambda: collected(listed).check(examples, "data.train")
+    )
     taken = run({"sources": [a, b]}, labels={"a": table(tmp_path, "other", "x")}).data
     told = collected(taken).check(examples, "data.train")
     assert told == ["data.train: 2 of 3 examples of a have labels outside of its schema (v, y)"]
-    assert "is not in the schema (x)" in refusal(lambda: collected(taken).check(examples, "data.train", strict=True))
+    assert "is not in the schema (x)" in refusal(
+        lambda: collected(taken).check(examples, "data.train", strict=True)
+    )
 
 
 def test_a_run_on_one_source_has_one_schema_for_all_files(tmp_path: Path) -> None:
@@ -64,29 +88,53 @@ def test_a_run_on_one_source_has_one_schema_for_all_files(tmp_path: Path) -> Non
 
 
 def test_schemas_survive_json(tmp_path: Path) -> None:
-    schemas = collected(run({"sources": [table(tmp_path, "a", "xy"), table(tmp_path, "b", "z")]}).data)
+    schemas = collected(
+        run({"sources": [table(tmp_path, "a", "xy"), table(tmp_path, "b", "z")]}).data
+    )
     assert Schemas.from_json(json.loads(json.dumps(schemas.to_json()))) == schemas
 
 
 def test_a_misspelt_dataset_in_data_labels_is_refused(tmp_path: Path) -> None:
     data = run({"sources": [table(tmp_path, "alpha", "xy")]}, labels={"alfa": ["x", "y"]}).data
-    assert refusal(lambda: collected(data)) == "data.labels.alfa: no such dataset; the nearest is alpha"
+    assert (
+        refusal(lambda: collected(data))
+        == "data.labels.alfa: no such dataset; the nearest is alpha"
+    )
 
 
-# ---- labels of the test split, which the study's prompts had ----------------------------------------
+# ---- labels of the test split, which the study's prompts had
+# ----------------------------------------
 
 
 @pytest.mark.parametrize(
     ("data", "told"),
     [
-        ({"labels": {"facts": {"dataset": "facts", "split": "test"}}}, "facts are collected from facts/test, which is named test"),
         (
-            {"labels": {"facts": {"dataset": "facts", "split": "validation"}}, "test": {"dataset": "facts", "split": "validation"}},
+            {"labels": {"facts": {"dataset": "facts", "split": "test"}}},
+            "facts are collected from facts/test, which is named test",
+        ),
+        (
+            {
+                "labels": {"facts": {"dataset": "facts", "split": "validation"}},
+                "test": {"dataset": "facts", "split": "validation"},
+            },
             "facts are collected from facts/validation, which is what is tested",
         ),
-        ({"train": {"dataset": "facts", "split": "test"}}, "facts are collected from facts/test, which is named test"),
-        ({"test": {"dataset": "facts", "split": "train"}}, "facts are collected from facts/train, which is what is tested"),
-        ({"test": {"dataset": "facts", "split": "train", "part": [0.9, 1.0]}, "train": {"part": [0.0, 0.9]}}, None),
+        (
+            {"train": {"dataset": "facts", "split": "test"}},
+            "facts are collected from facts/test, which is named test",
+        ),
+        (
+            {"test": {"dataset": "facts", "split": "train"}},
+            "facts are collected from facts/train, which is what is tested",
+        ),
+        (
+            {
+                "test": {"dataset": "facts", "split": "train", "part": [0.9, 1.0]},
+                "train": {"part": [0.0, 0.9]},
+            },
+            None,
+        ),
         ({"test": {"dataset": "facts", "split": "test"}}, None),
         ({"labels": {"facts": ["born_in"]}, "test": {"dataset": "facts", "split": "train"}}, None),
         ({"labels": ["born_in"], "train": {"dataset": "facts", "split": "test"}}, None),
@@ -96,7 +144,9 @@ def test_labels_of_the_tested_split_are_flagged(data: dict, told: str | None) ->
     data = {**data, "train": {"dataset": "facts", "split": "train", **data.get("train", {})}}
     lines = told_tested(run(**data).data)
     assert len(lines) == (told is not None)
-    assert told is None or (lines[0].startswith("LABELS FROM THE TEST SPLIT: ") and told in lines[0])
+    assert told is None or (
+        lines[0].startswith("LABELS FROM THE TEST SPLIT: ") and told in lines[0]
+    )
 
 
 # ---- prediction ----------------------------------------------------------------------------------
@@ -108,26 +158,37 @@ def test_a_dataset_of_a_mixture_is_asked_with_its_own_labels_and_examples(tmp_pa
     assert (asked.schema.labels, asked.dataset) == (("w", "z"), "b")
     assert "b.jsonl, which is what is tested" in asked.told[0]  # the file that it was trained on
     assert {example.dataset for example in asked.train} == {"b"} and not asked.schema.strict
-    assert task_of(run({"sources": [a, b]}), Source(**b)).dataset == "b"  # for a text, no example is read
+    # for a text, no example is read
+    assert task_of(run({"sources": [a, b]}), Source(**b)).dataset == "b"
     assert "several datasets" in refusal(lambda: task_of(run({"sources": [a, b]})))
 
 
 def test_labels_of_what_is_predicted_are_flagged_there_too() -> None:
-    config = run({"sources": [{"dataset": "facts", "split": "train"}]}, labels={"facts": {"dataset": "facts", "split": "validation"}})
+    config = run(
+        {"sources": [{"dataset": "facts", "split": "train"}]},
+        labels={"facts": {"dataset": "facts", "split": "validation"}},
+    )
     assert not task_of(config, Source(dataset="facts", split="test"), "facts").told
     (line,) = task_of(config, Source(dataset="facts", split="validation"), "facts").told
     assert "which is what is tested" in line
 
 
 @pytest.mark.parametrize("train", ["mixture", "single"])
-def test_a_benchmark_that_a_run_was_not_trained_on_is_asked_with_its_own_training_split(tmp_path: Path, train: str) -> None:
+def test_a_benchmark_that_a_run_was_not_trained_on_is_asked_with_its_own_training_split(
+    tmp_path: Path, train: str
+) -> None:
     a = table(tmp_path, "a", "xy")
     config = run({"sources": [a]} if train == "mixture" else a)
     asked = task_of(config, Source(dataset="facts", split="test", limit=3), "facts", shots=2)
     truth = sources.load(Source(dataset="facts", split="train"))
-    assert asked.train == truth and asked.schema.labels == tuple(sorted({example.relation for example in truth}))
+    assert asked.train == truth and asked.schema.labels == tuple(
+        sorted({example.relation for example in truth})
+    )
     assert asked.told == (
-        "facts: the run was not trained on it; its labels and demonstrations come from its own training split (facts/train)",
+        (
+            "facts: the run was not trained on it; its labels and demonstrations come from its own"
+            " training split (facts/train)"
+        ),
     )
 
 
@@ -138,7 +199,8 @@ def test_data_labels_comes_before_a_benchmarks_own_training_split(tmp_path: Path
     asked = task_of(listed, source, "facts")
     assert asked.schema.labels == ("born_in", "none") and not asked.train
     assert asked.told == ("facts: its labels come from data.labels.facts",)
-    # The tested split may give labels, flagged, but never demonstrations: they would show answers of the test.
+    # The tested split may give labels, flagged, but never demonstrations: they would show answers
+    # of the test.
     taken = run({"sources": [a]}, labels={"facts": {"dataset": "facts", "split": "test"}})
     asked = task_of(taken, source, "facts", shots=1)
     assert {example.split for example in asked.train} == {"train"}
@@ -147,7 +209,9 @@ def test_data_labels_comes_before_a_benchmarks_own_training_split(tmp_path: Path
 
 def test_a_file_of_a_mixture_without_labels_is_refused(tmp_path: Path) -> None:
     config = run({"sources": [table(tmp_path, "a", "xy")]})
-    assert "data.labels.c" in refusal(lambda: task_of(config, Source(**table(tmp_path, "c", "x")), "c"))
+    assert "data.labels.c" in refusal(
+        lambda: task_of(config, Source(**table(tmp_path, "c", "x")), "c")
+    )
     # A run on one source takes any file for its own dataset.
     single = task_of(run(table(tmp_path, "a", "xy")), Source(**table(tmp_path, "c", "x")), "c")
     assert single.schema.labels == ("x", "y")

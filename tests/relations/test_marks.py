@@ -7,7 +7,11 @@ import pytest
 from jaxre.relations.marks import insert_marks, locate, occurrences, strip_marks
 
 TEXT = "ab cd ef"
-SPANS = [(start, end) for start, end in itertools.combinations(range(len(TEXT) + 1), 2) if TEXT[start:end] == TEXT[start:end].strip()]
+SPANS = [
+    (start, end)
+    for start, end in itertools.combinations(range(len(TEXT) + 1), 2)
+    if TEXT[start:end] == TEXT[start:end].strip()
+]
 
 
 @pytest.mark.parametrize("head", SPANS)
@@ -38,7 +42,11 @@ def test_nested_crossing_and_adjacent_entities_are_marked(head, tail, marked):
 
 
 def test_white_space_inside_a_tag_stays_in_the_text_and_leaves_the_span():
-    assert strip_marks("in <e1> New York </e1>the<e2>\tcity</e2>") == ("in  New York the\tcity", (4, 12), (17, 21))
+    assert strip_marks("in <e1> New York </e1>the<e2>\tcity</e2>") == (
+        "in  New York the\tcity",
+        (4, 12),
+        (17, 21),
+    )
 
 
 @pytest.mark.parametrize(

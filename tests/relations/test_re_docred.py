@@ -1,4 +1,6 @@
-"""Re-DocRED: all labels of all pairs, negatives that have none, texts that fit a row and hold both entities."""
+"""Re-DocRED: all labels of all pairs, negatives that have none, texts that fit a row and hold both
+entities.
+"""
 
 import json
 from collections import Counter
@@ -14,7 +16,10 @@ SPLITS = {"validation": "dev_revised.json", "test": "test_revised.json"}
 
 @pytest.fixture(scope="module")
 def documents(shared_data):
-    return {split: json.loads((shared_data / "re_docred" / name).read_text(encoding="utf-8")) for split, name in SPLITS.items()}
+    return {
+        split: json.loads((shared_data / "re_docred" / name).read_text(encoding="utf-8"))
+        for split, name in SPLITS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +32,16 @@ def pair_of(example):
     return int(document), int(head), int(tail), relation
 
 
-@pytest.mark.parametrize(("split", "labels", "common"), [("validation", 17284, (3846, 2739)), ("test", 17448, (4048, 2766))])
+@pytest.mark.parametrize(
+    ("split", "labels", "common"),
+    [("validation", 17284, (3846, 2739)), ("test", 17448, (4048, 2766))],
+)
 def test_every_label_is_one_example(documents, everything, split, labels, common):
-    expected = Counter((number, one["h"], one["t"], one["r"]) for number, doc in enumerate(documents[split]) for one in doc["labels"])
+    expected = Counter(
+        (number, one["h"], one["t"], one["r"])
+        for number, doc in enumerate(documents[split])
+        for one in doc["labels"]
+    )
     positives = [example for example in everything[split] if example.relation != "none"]
     assert Counter(map(pair_of, positives)) == expected
     assert len(positives) == labels
@@ -41,9 +53,17 @@ def test_every_label_is_one_example(documents, everything, split, labels, common
 
 def test_negatives_are_unlabelled_pairs_one_per_label(documents, everything):
     for split, examples in everything.items():
-        labelled = {(number, one["h"], one["t"]) for number, doc in enumerate(documents[split]) for one in doc["labels"]}
+        labelled = {
+            (number, one["h"], one["t"])
+            for number, doc in enumerate(documents[split])
+            for one in doc["labels"]
+        }
         negatives = [pair_of(example) for example in examples if example.relation == "none"]
-        assert len(negatives) == len(set(negatives)) == sum(len(doc["labels"]) for doc in documents[split])
+        assert (
+            len(negatives)
+            == len(set(negatives))
+            == sum(len(doc["labels"]) for doc in documents[split])
+        )
         assert not labelled & {pair[:3] for pair in negatives}
         assert all(head != tail for _, head, tail, _ in negatives)
 
@@ -57,13 +77,18 @@ def test_heads_and_tails_are_mentions_of_their_entities(documents, everything):
                 (head, example.head, example.head_type, example.head_span),
                 (tail, example.tail, example.tail_type, example.tail_span),
             ):
-                spelled = {(" ".join(doc["sents"][m["sent_id"]][slice(*m["pos"])]), m["type"]) for m in doc["vertexSet"][entity]}
+                spelled = {
+                    (" ".join(doc["sents"][m["sent_id"]][slice(*m["pos"])]), m["type"])
+                    for m in doc["vertexSet"][entity]
+                }
                 assert (name, kind) in spelled, example.id
                 assert example.text[slice(*span)] == name
 
 
 def test_texts_fit_a_row_of_512_with_room_for_the_prompt(everything, shared_models):
-    longest = sorted({example.text for examples in everything.values() for example in examples}, key=len)[-50:]
+    longest = sorted(
+        {example.text for examples in everything.values() for example in examples}, key=len
+    )[-50:]
     tokenizer = load_tokenizer(shared_models / "HuggingFaceTB" / "SmolLM2-360M-Instruct")
     assert max(len(ids) for ids in tokenizer(longest)["input_ids"]) <= 400
 
@@ -77,7 +102,12 @@ def mention(sentence, first, last, kind="PER"):
 
 
 def made(folder, sentences, entities, labels=(), name="train_revised.json"):
-    document = {"title": "t", "sents": sentences, "vertexSet": entities, "labels": [dict(zip("rht", one, strict=True)) for one in labels]}
+    document = {
+        "title": "t",
+        "sents": sentences,
+        "vertexSet": entities,
+        "labels": [dict(zip("rht", one, strict=True)) for one in labels],
+    }
     (folder / name).write_text(json.dumps([document]))
     return folder
 
@@ -115,7 +145,9 @@ def test_a_text_that_is_too_long_leaves_out_what_is_farthest_and_shows_the_gap(t
 
 
 def test_a_pair_with_several_labels_is_several_examples_and_both_directions_count(tmp_path):
-    made(tmp_path, LETTERS, [[mention(0, 0, 1)], [mention(0, 1, 2)]], [("P19", 0, 1), ("P20", 0, 1)])
+    made(
+        tmp_path, LETTERS, [[mention(0, 0, 1)], [mention(0, 1, 2)]], [("P19", 0, 1), ("P20", 0, 1)]
+    )
     examples = read_re_docred(tmp_path, "train", 99).examples
     assert [(e.head, e.tail, e.relation) for e in examples] == [
         ("a", ".", "place of birth"),
@@ -126,20 +158,45 @@ def test_a_pair_with_several_labels_is_several_examples_and_both_directions_coun
 
 @pytest.mark.parametrize(("negatives", "count"), [(0, 0), (0.5, 1), (1, 2), (1e12, 4)])
 def test_negatives_are_drawn_per_label(tmp_path, negatives, count):
-    made(tmp_path, LETTERS, [[mention(at, 0, 1)] for at in range(3)], [("P19", 0, 1), ("P20", 1, 2)])
-    assert sum(e.relation == "none" for e in read_re_docred(tmp_path, "train", negatives).examples) == count
+    made(
+        tmp_path, LETTERS, [[mention(at, 0, 1)] for at in range(3)], [("P19", 0, 1), ("P20", 1, 2)]
+    )
+    assert (
+        sum(e.relation == "none" for e in read_re_docred(tmp_path, "train", negatives).examples)
+        == count
+    )
 
 
 @pytest.mark.parametrize(
     ("entities", "labels", "message"),
     [
-        ([[mention(0, 0, 1)], [mention(9, 0, 1)]], [], r"document 0: a mention [0, 1) is not in its sentence 9"),
-        ([[mention(0, 0, 1)], [mention(0, 1, 9)]], [], r"document 0: a mention [1, 9) is not in its sentence 0"),
+        (
+            [[mention(0, 0, 1)], [mention(9, 0, 1)]],
+            [],
+            r"document 0: a mention [0, 1) is not in its sentence 9",
+        ),
+        (
+            [[mention(0, 0, 1)], [mention(0, 1, 9)]],
+            [],
+            r"document 0: a mention [1, 9) is not in its sentence 0",
+        ),
         ([[mention(0, 0, 1)], []], [], "document 0: an entity without mentions"),
-        ([[mention(0, 0, 1)]], [("P19", 0, 1)], "document 0: a label of entities 0 and 1, which are not two of the 1"),
+        (
+            [[mention(0, 0, 1)]],
+            [("P19", 0, 1)],
+            "document 0: a label of entities 0 and 1, which are not two of the 1",
+        ),
         ([[mention(0, 0, 1)]], [("P19", 0, 0)], "document 0: a label of entities 0 and 0"),
-        ([[mention(0, 0, 1)], [mention(1, 0, 1)]], [("P1", 0, 1)], "document 0: 'P1' is not a relation of Re-DocRED"),
-        ([[mention(0, 0, 1)], [mention(1, 0, 1)]], [("P19", 0, 1)] * 2, "document 0: a pair has the label P19 twice"),
+        (
+            [[mention(0, 0, 1)], [mention(1, 0, 1)]],
+            [("P1", 0, 1)],
+            "document 0: 'P1' is not a relation of Re-DocRED",
+        ),
+        (
+            [[mention(0, 0, 1)], [mention(1, 0, 1)]],
+            [("P19", 0, 1)] * 2,
+            "document 0: a pair has the label P19 twice",
+        ),
         ([[{"name": "x"}]], [], "document 0: not a document of Re-DocRED"),
     ],
 )

@@ -10,7 +10,10 @@ from jaxre.relations.marks import insert_marks
 from jaxre.relations.semeval import LABELS, read_semeval
 
 ITEM = '1\t"The <e1>child</e1> sat in the <e2>cradle</e2>."\nOther\nComment:\n\n'
-SECOND = '2\t"A <e1>ridge</e1> rises from the <e2>surge</e2>."\nEntity-Origin(e1,e2)\nComment: a surge\n\n'
+SECOND = (
+    '2\t"A <e1>ridge</e1> rises from the <e2>surge</e2>."\nEntity-Origin(e1,e2)\nComment: a'
+    " surge\n\n"
+)
 
 
 @pytest.fixture(scope="module")
@@ -42,30 +45,56 @@ def test_all_nineteen_labels_occur_with_the_published_counts(splits, folder):
     assert len(LABELS) == 19
     undirected = Counter(example.relation.partition("(")[0] for example in splits["train"])
     first_table = next(folder.rglob("TRAIN_DISTRIB.TXT")).read_text().split("<<<")[1]
-    published = {name: int(count) for name, count in re.findall(r"([A-Z][\w-]+) : +(\d+)", first_table)}
+    published = {
+        name: int(count) for name, count in re.findall(r"([A-Z][\w-]+) : +(\d+)", first_table)
+    }
     assert undirected | {"TOTAL": 8000} == published
     assert counts["Entity-Destination(e2,e1)"] == 1
 
 
 def test_test_labels_keep_the_direction_that_the_key_file_lost(splits, folder):
-    key = dict(line.split("\t") for line in next(folder.rglob("TEST_FILE_KEY.TXT")).read_text().splitlines())
-    assert {e.id.split("/")[-1]: e.relation.partition("(")[0] for e in splits["test"]} == {n: k.partition("(")[0] for n, k in key.items()}
-    assert sum(example.relation.endswith(("(e1,e2)", "(e2,e1)")) for example in splits["test"]) == 2717 - 454
+    key = dict(
+        line.split("\t")
+        for line in next(folder.rglob("TEST_FILE_KEY.TXT")).read_text().splitlines()
+    )
+    assert {e.id.split("/")[-1]: e.relation.partition("(")[0] for e in splits["test"]} == {
+        n: k.partition("(")[0] for n, k in key.items()
+    }
+    assert (
+        sum(example.relation.endswith(("(e1,e2)", "(e2,e1)")) for example in splits["test"])
+        == 2717 - 454
+    )
 
 
-@pytest.mark.parametrize(("split", "name"), [("train", "TRAIN_FILE.TXT"), ("test", "TEST_FILE_FULL.TXT")])
+@pytest.mark.parametrize(
+    ("split", "name"), [("train", "TRAIN_FILE.TXT"), ("test", "TEST_FILE_FULL.TXT")]
+)
 def test_text_and_spans_give_back_the_sentence_of_the_file(splits, folder, split, name):
     lines = next(folder.rglob(name)).read_text(encoding="ascii").split("\n")
     sentences = dict(line.split("\t", 1) for line in lines[::4] if line)
-    rebuilt = {e.id.split("/")[-1]: f'"{insert_marks(e.text, e.head_span, e.tail_span)}"' for e in splits[split]}
+    rebuilt = {
+        e.id.split("/")[-1]: f'"{insert_marks(e.text, e.head_span, e.tail_span)}"'
+        for e in splits[split]
+    }
     assert rebuilt == sentences
-    assert all(e.text[slice(*e.head_span)] == e.head and e.text[slice(*e.tail_span)] == e.tail for e in splits[split])
+    assert all(
+        e.text[slice(*e.head_span)] == e.head and e.text[slice(*e.tail_span)] == e.tail
+        for e in splits[split]
+    )
 
 
 def test_a_known_item_reads_as_stated(splits):
     first = splits["train"][0]
-    assert (first.id, first.dataset, first.split) == ("semeval2010_task8/train/1", "semeval2010_task8", "train")
-    assert (first.head, first.tail, first.relation) == ("configuration", "elements", "Component-Whole(e2,e1)")
+    assert (first.id, first.dataset, first.split) == (
+        "semeval2010_task8/train/1",
+        "semeval2010_task8",
+        "train",
+    )
+    assert (first.head, first.tail, first.relation) == (
+        "configuration",
+        "elements",
+        "Component-Whole(e2,e1)",
+    )
     assert (first.head_type, first.domain) == (None, "general")
 
 
@@ -84,7 +113,11 @@ def test_line_ends_and_a_byte_order_mark_change_nothing(tmp_path, newline, end):
 def test_quotes_unicode_and_separators_inside_a_sentence_stay(tmp_path):
     written(tmp_path, '7\t"<e1>"Ça va"</e1> \u2028said\tthe <e2>naïve 🙂</e2>"\nOther\nComment:\n')
     (example,) = read_semeval(tmp_path, "train")
-    assert (example.text, example.head, example.tail) == ('"Ça va" \u2028said\tthe naïve 🙂', '"Ça va"', "naïve 🙂")
+    assert (example.text, example.head, example.tail) == (
+        '"Ça va" \u2028said\tthe naïve 🙂',
+        '"Ça va"',
+        "naïve 🙂",
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +135,10 @@ def test_quotes_unicode_and_separators_inside_a_sentence_stay(tmp_path):
         (ITEM.replace("\t", " "), r":1: not an item; .*number, tab"),
         (ITEM.replace('."', "."), r":1: not an item"),
         (ITEM + ITEM, r":5: item 1 occurs twice, first at line 1"),
-        (ITEM.encode() + SECOND.encode("latin-1").replace(b"ridge", b"r\xeedge"), r":5: byte 0xee is not UTF-8; save"),
+        (
+            ITEM.encode() + SECOND.encode("latin-1").replace(b"ridge", b"r\xeedge"),
+            r":5: byte 0xee is not UTF-8; save",
+        ),
         ("", r"the file is empty"),
     ],
 )
@@ -114,7 +150,8 @@ def test_a_broken_record_is_refused_with_its_line(tmp_path, content, message):
 
 
 @pytest.mark.parametrize(
-    ("split", "message"), [("dev", "no split 'dev'; choose one of train, test"), (None, "no split given; choose one of")]
+    ("split", "message"),
+    [("dev", "no split 'dev'; choose one of train, test"), (None, "no split given; choose one of")],
 )
 def test_an_unknown_split_lists_those_there_are(tmp_path, split, message):
     with pytest.raises(InputError, match=message):

@@ -26,29 +26,71 @@ def test_the_papers_grid_is_thirty_runs_with_its_settings() -> None:
     assert counts == {"tuned": 5 * 3 * 2, "encoder": 2 * 9, "language-model": 1, "adapted": 2}
     run = next(run for run in runs if run.name == "qwen2.5-0.5b-mixtune-2shot")
     config = run.config
-    assert (config.lora.rank, config.lora.alpha, config.lora.dropout, config.model.quantise) == (32, 64, 0.05, "nf4")
-    assert (config.train.batch_examples, config.train.row_length, config.train.learning_rate, config.train.epochs) == (8, 1024, 1e-4, 2)
-    assert (config.data.train.balance, config.data.train.limit, config.data.validation.limit) == ("domains", 200_000, 20_000)
-    assert config.prompt.shots == 2 and len(run.datasets) == 9 and set(config.data.labels) == set(run.datasets)
+    assert (config.lora.rank, config.lora.alpha, config.lora.dropout, config.model.quantise) == (
+        32,
+        64,
+        0.05,
+        "nf4",
+    )
+    assert (
+        config.train.batch_examples,
+        config.train.row_length,
+        config.train.learning_rate,
+        config.train.epochs,
+    ) == (8, 1024, 1e-4, 2)
+    assert (config.data.train.balance, config.data.train.limit, config.data.validation.limit) == (
+        "domains",
+        200_000,
+        20_000,
+    )
+    assert (
+        config.prompt.shots == 2
+        and len(run.datasets) == 9
+        and set(config.data.labels) == set(run.datasets)
+    )
     text = next(run for run in runs if run.kind == "language-model").config
-    assert (text.train.objective, text.train.method, text.train.batch_tokens, text.model.quantise) == ("lm", "full", 16 * 1024, None)
+    assert (
+        text.train.objective,
+        text.train.method,
+        text.train.batch_tokens,
+        text.model.quantise,
+    ) == ("lm", "full", 16 * 1024, None)
     adapted = next(run for run in runs if run.kind == "adapted")
     assert adapted.after == "llama-3.2-3b-litbank-text" and adapted.config.model.quantise == "nf4"
-    # Models trained on 2-shot prompts are asked with 2 and with 0, each with and without the list of labels, for all nine datasets.
+    # Models trained on 2-shot prompts are asked with 2 and with 0, each with and without the list
+    # of labels, for all nine datasets.
     asked = [system for system in systems if "qwen2.5-0.5b-mixtune-2shot" in system.runs.values()]
-    assert {(one.prompt.shots, one.prompt.enumerate) for one in asked} == {(2, True), (2, False), (0, True), (0, False)}
+    assert {(one.prompt.shots, one.prompt.enumerate) for one in asked} == {
+        (2, True),
+        (2, False),
+        (0, True),
+        (0, False),
+    }
     assert all(len(one.datasets) == 9 for one in asked)
 
 
 def test_a_model_with_points_in_its_name_can_be_overridden() -> None:
-    changed = load_study(CONFIGS / "paper.yaml", ["models.qwen2.5-0.5b.model.path=mine", "models.qwen2.5-0.5b.seed=7"])
-    assert changed.models["qwen2.5-0.5b"].model == {"path": "mine"} and changed.models["qwen2.5-0.5b"].seed == 7
+    changed = load_study(
+        CONFIGS / "paper.yaml",
+        ["models.qwen2.5-0.5b.model.path=mine", "models.qwen2.5-0.5b.seed=7"],
+    )
+    assert (
+        changed.models["qwen2.5-0.5b"].model == {"path": "mine"}
+        and changed.models["qwen2.5-0.5b"].seed == 7
+    )
     assert list(changed.models) == list(load_study(CONFIGS / "paper.yaml").models)
 
 
 def test_the_small_grid_has_each_kind_of_system() -> None:
     _, systems = grid(load_study(CONFIGS / "small.yaml"))
-    assert {system.kind for system in systems} == {"tuned", "adapted", "encoder", "untuned", "baseline", "frontier"}
+    assert {system.kind for system in systems} == {
+        "tuned",
+        "adapted",
+        "encoder",
+        "untuned",
+        "baseline",
+        "frontier",
+    }
     assert {system.style for system in systems} == {"", "shots0", "shots2-task"}
 
 
@@ -77,18 +119,36 @@ def test_shots_of_a_regime_go_before_those_of_the_study(tree: dict) -> None:
         ("base.trian", {}, ["base.trian: unknown key", "base.train"]),
         ("base.lora.rnak", 3, ["lora.rnak: unknown key", "lora.rank"]),
         ("models.tiny.train", {"epochs": "two"}, ["tiny-both-0shot: train.epochs", "whole number"]),
-        ("base.data.train", {"dataset": "facts"}, ["base.data", "has train", "datasets and regimes"]),
-        ("regimes.both.datasets", ["facts", "verb"], ["regimes.both.datasets", "'verb'", "the nearest is verbs"]),
+        (
+            "base.data.train",
+            {"dataset": "facts"},
+            ["base.data", "has train", "datasets and regimes"],
+        ),
+        (
+            "regimes.both.datasets",
+            ["facts", "verb"],
+            ["regimes.both.datasets", "'verb'", "the nearest is verbs"],
+        ),
         ("regimes.both.datasets", ["facts", "facts"], ["listed twice"]),
         ("datasets.facts.train", None, ["datasets.facts", "neither train nor labels"]),
         ("models.a/b", {}, ["'a/b'", "file names"]),
-        ("evaluation.styles", {"runs": ["tiny-both-1shot"]}, ["evaluation.styles.runs", "tiny-both-0shot"]),
-        ("evaluation.prompts", {"odd": {"shot": 1}}, ["evaluation.prompts.odd", "shot: unknown key", "shots"]),
+        (
+            "evaluation.styles",
+            {"runs": ["tiny-both-1shot"]},
+            ["evaluation.styles.runs", "tiny-both-0shot"],
+        ),
+        (
+            "evaluation.prompts",
+            {"odd": {"shot": 1}},
+            ["evaluation.prompts.odd", "shot: unknown key", "shots"],
+        ),
         ("evaluation.mode", "guess", ["evaluation.mode"]),
         ("models", {"tiny": {}}, ["model: missing"]),
     ],
 )
-def test_what_cannot_be_is_refused_with_its_place(tree: dict, place: str, value: object, parts: list[str]) -> None:
+def test_what_cannot_be_is_refused_with_its_place(
+    tree: dict, place: str, value: object, parts: list[str]
+) -> None:
     *sections, last = place.split(".")
     node = tree
     for section in sections:

@@ -29,9 +29,13 @@ CONFIG = {
 def test_no_answer_brings_the_weights_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """An opened model has them on the host."""
     architecture = architecture_of(CONFIG, "test")
-    loaded = Loaded(Path(), "tiny", architecture, jax.tree.map(np.asarray, init_weights(architecture, 0)))
+    loaded = Loaded(
+        Path(), "tiny", architecture, jax.tree.map(np.asarray, init_weights(architecture, 0))
+    )
     asked = []
     monkeypatch.setattr(latency, "decode", lambda model, *given, **more: asked.append(model))
     latency.latency_ms(loaded)
     assert len(asked) == 1 + latency.TRIES
-    assert all(isinstance(leaf, jax.Array) for model in asked for leaf in jax.tree.leaves(model.params))
+    assert all(
+        isinstance(leaf, jax.Array) for model in asked for leaf in jax.tree.leaves(model.params)
+    )

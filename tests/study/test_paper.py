@@ -1,4 +1,6 @@
-"""The paper's study as shipped, `configs/study/paper.yaml`, from the download to the page: the hub is made up, the models tiny."""
+"""The paper's study as shipped, `configs/study/paper.yaml`, from the download to the page: the hub
+is made up, the models tiny.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ SMALLER = [
 
 def rows(name: str, split: str) -> list[dict]:
     """Sentences with the columns of the study's copies; each pair and text once."""
-    labels, people = [f"{name} {verb}" for verb in ("founded", "joined")] + ["none"], ("Ada", "Grace", "Alan", "Kim")
+    labels, people = (
+        [f"{name} {verb}" for verb in ("founded", "joined")] + ["none"],
+        ("Ada", "Grace", "Alan", "Kim"),
+    )
     made = []
     for number in range(COUNTS[split]):
         head, tail = people[number % 4], f"{split.capitalize()}{number}"
@@ -59,7 +64,9 @@ def rows(name: str, split: str) -> list[dict]:
 
 
 def answers() -> list[dict]:
-    """What the study collected: of two models, all right but the first, for which one of them had no answer."""
+    """What the study collected: of two models, all right but the first, for which one of them had
+    no answer.
+    """
     return [
         {
             "eval_dataset_name": one.name,
@@ -70,7 +77,11 @@ def answers() -> list[dict]:
             "tuned_dataset_name": "frontier",
             "model_shot": "n/a",
             "prompt_shot": 0,
-            "generated_relation": ("none" if model == "GPT-5.4" else "ERROR: max retries exceeded") if place == 0 else row["relation"],
+            "generated_relation": (
+                ("none" if model == "GPT-5.4" else "ERROR: max retries exceeded")
+                if place == 0
+                else row["relation"]
+            ),
             "input_tokens": 70,
             "output_tokens": 3,
         }
@@ -84,33 +95,62 @@ def hub(name: str, subset: str | None = None) -> datasets.DatasetDict:
     """`datasets.load_dataset`, for what is on the hub."""
     if name == FRONTIER:
         return datasets.DatasetDict({"train": datasets.Dataset.from_list(answers())})
-    assert subset == ("subsampled" if name in ("Despina/rebel-dataset", "Despina/biographical") else None)
-    return datasets.DatasetDict({split: datasets.Dataset.from_list(rows(COPIES[name].name, split)) for split in COUNTS})
+    assert subset == (
+        "subsampled" if name in ("Despina/rebel-dataset", "Despina/biographical") else None
+    )
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(rows(COPIES[name].name, split)) for split in COUNTS}
+    )
 
 
 def write_tacred(folder: Path) -> None:
     """As its holder has it."""
     folder.mkdir(parents=True)
-    for split, file in {"train": "train.json", "validation": "dev.json", "test": "test.json"}.items():
+    for split, file in {
+        "train": "train.json",
+        "validation": "dev.json",
+        "test": "test.json",
+    }.items():
         records = []
         for number, row in enumerate(rows("tacred", split)):
-            ends = {"subj_start": 0, "subj_end": 0, "subj_type": "PERSON", "obj_start": 2, "obj_end": 2, "obj_type": "ORGANIZATION"}
-            records.append({"id": f"{split}{number}", "relation": row["relation"], "token": row["text"].split(), **ends})
+            ends = {
+                "subj_start": 0,
+                "subj_end": 0,
+                "subj_type": "PERSON",
+                "obj_start": 2,
+                "obj_end": 2,
+                "obj_type": "ORGANIZATION",
+            }
+            records.append(
+                {
+                    "id": f"{split}{number}",
+                    "relation": row["relation"],
+                    "token": row["text"].split(),
+                    **ends,
+                }
+            )
         (folder / file).write_text(json.dumps(records))
 
 
 # By hand, as it takes three minutes: pytest -m "aot and slow" tests/study/test_paper.py
 @pytest.mark.aot
 @pytest.mark.slow
-def test_the_papers_study_runs_from_the_hub_to_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_papers_study_runs_from_the_hub_to_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets, "load_dataset", hub)
     monkeypatch.setenv("JAXRE_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_tacred(tmp_path / "data" / "tacred")
     (tmp_path / "data" / "litbank").mkdir()
-    words = np.random.default_rng(0).choice(["the", "sea", "was", "grey", "and", "still", "she", "said"], 6000)
+    words = np.random.default_rng(0).choice(
+        ["the", "sea", "was", "grey", "and", "still", "she", "said"], 6000
+    )
     (tmp_path / "data" / "litbank" / "novel.txt").write_text(" ".join(words))
-    paths = {"TINY": write_tiny_model(tmp_path / "tiny", max_position_embeddings=2048), "ENCODER": tmp_path / "encoder"}
+    paths = {
+        "TINY": write_tiny_model(tmp_path / "tiny", max_position_embeddings=2048),
+        "ENCODER": tmp_path / "encoder",
+    }
     write_tiny_encoder(paths["ENCODER"], "roberta, positions from 2", max_position_embeddings=300)
     changes = [f"output={tmp_path / 'runs'}", f"base.data.cache={tmp_path / 'tokens'}"]
     for change in SMALLER:
@@ -121,21 +161,43 @@ def test_the_papers_study_runs_from_the_hub_to_its_page(tmp_path: Path, monkeypa
     assert study(settings, console) == 0, console.file.getvalue()[-3000:]
 
     record = read_record(settings.folder)
-    kinds = {kind: [one for one in record.systems if one.kind == kind] for kind in ("tuned", "adapted", "encoder", "frontier")}
+    kinds = {
+        kind: [one for one in record.systems if one.kind == kind]
+        for kind in ("tuned", "adapted", "encoder", "frontier")
+    }
     assert len(record.datasets) == 9 and not record.without
     # Three regimes, and one after language modelling; each with the labels listed and not.
     assert [len(kinds[kind]) for kind in ("tuned", "adapted", "encoder")] == [3 * 2, 2, 1]
-    assert {(one.regime, len(one.predictions)) for one in kinds["tuned"]} == {("gentune", 2), ("littune", 2), ("mixtune", 9)}
+    assert {(one.regime, len(one.predictions)) for one in kinds["tuned"]} == {
+        ("gentune", 2),
+        ("littune", 2),
+        ("mixtune", 9),
+    }
     assert list(kinds["encoder"][0].predictions) == ["gids", "tacred"]
     gpt, claude = kinds["frontier"]
-    assert (gpt.model, gpt.enumerated, gpt.prompt_shots, len(gpt.predictions)) == ("GPT-5.4", True, 0, 8)
-    assert "5 of 6 test examples have a cached answer" in claude.note and len(record.rows(claude, "gids")) == 5
+    assert (gpt.model, gpt.enumerated, gpt.prompt_shots, len(gpt.predictions)) == (
+        "GPT-5.4",
+        True,
+        0,
+        8,
+    )
+    assert (
+        "5 of 6 test examples have a cached answer" in claude.note
+        and len(record.rows(claude, "gids")) == 5
+    )
     scores = measure(record, resamples=50)
     assert scores.cell("gpt-5.4", "gids").scores.accuracy == pytest.approx(5 / 6)
     findings = collect(scores)
-    assert {one.first for one in findings.comparisons} >= {"llama-3.2-3b-gentune-2shot-enumerated-2shot", "roberta-base"}
+    assert {one.first for one in findings.comparisons} >= {
+        "llama-3.2-3b-gentune-2shot-enumerated-2shot",
+        "roberta-base",
+    }
     assert {one.second for one in findings.comparisons} == {"gpt-5.4", "claude-sonnet-4.6"}
-    mixed = [one for one in findings.comparisons if one.first.startswith("llama-3.2-3b-mixtune") and one.scope == OVERALL]
+    mixed = [
+        one
+        for one in findings.comparisons
+        if one.first.startswith("llama-3.2-3b-mixtune") and one.scope == OVERALL
+    ]
     assert {len(one.datasets) for one in mixed} == {8}
     assert len(findings.published) == len(published().systems)
     written = write_report(settings.folder)

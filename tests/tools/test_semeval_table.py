@@ -18,5 +18,7 @@ def test_a_result_below_a_baseline_is_said_to_be_so() -> None:
         "marked": {"undirected": 0.78, "directed": 0.70},
         "chatgpt": {"undirected": 0.42},
     }
-    assert tool.told_ahead(result, "run") == ["run does not beat marked: direction ignored (0.760 against 0.780)"]
+    assert tool.told_ahead(result, "run") == [
+        "run does not beat marked: direction ignored (0.760 against 0.780)"
+    ]
     assert tool.told_ahead(result | {"run": {"undirected": 0.9, "directed": 0.9}}, "run") == []

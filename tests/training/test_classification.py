@@ -1,4 +1,6 @@
-"""Encoders through the same loop: packing is exact, runs resume, predictions are the softmax of the exported head."""
+"""Encoders through the same loop: packing is exact, runs resume, predictions are the softmax of the
+exported head.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,13 @@ def tokens() -> TokenSet:
     lengths = [59, *draw.integers(1, 40, EXAMPLES - 1).tolist()]
     encoded = [Encoded(draw.integers(8, 97, length).tolist(), length) for length in lengths]
     made = TokenSet.of(encoded, [f"example-{number}" for number in range(EXAMPLES)])
-    return TokenSet(made.tokens, made.starts, made.prompt_lengths, made.ids, draw.integers(0, 5, EXAMPLES).astype(np.int32))
+    return TokenSet(
+        made.tokens,
+        made.starts,
+        made.prompt_lengths,
+        made.ids,
+        draw.integers(0, 5, EXAMPLES).astype(np.int32),
+    )
 
 
 def alone(tokens: TokenSet) -> Rows:
@@ -83,7 +91,9 @@ def alone(tokens: TokenSet) -> Rows:
 def gradients(params, rows: Rows, architecture, dropout: bool, ops: Ops = ONE_DEVICE):
     def loss(params):
         keys = dropout_keys(7, jnp.int32(STEP), rows) if dropout else None
-        return classification_loss_sum(params, keys, rows, architecture, ops) / jnp.sum(rows.weights)
+        return classification_loss_sum(params, keys, rows, architecture, ops) / jnp.sum(
+            rows.weights
+        )
 
     return jax.value_and_grad(loss)(params)
 
@@ -102,26 +112,39 @@ def test_packed_loss_and_gradients_equal_one_example_a_row(
     architecture = architecture_of(fields_of(name, hidden_dropout_prob=0.3), "test")
     draw = np.random.default_rng(1)
     params = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf + 0.1 * draw.standard_normal(leaf.shape), jnp.float32), init_weights(architecture, 0)
+        lambda leaf: jnp.asarray(leaf + 0.1 * draw.standard_normal(leaf.shape), jnp.float32),
+        init_weights(architecture, 0),
     )
     reference_loss, reference = gradients(params, alone(tokens), architecture, dropout)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(reference))
     ops = ONE_DEVICE
     if kernel:
         call = pl.pallas_call
-        monkeypatch.setattr(pl, "pallas_call", lambda *given, **more: call(*given, **more | {"interpret": True}))
-        monkeypatch.setitem(kernels.HARDWARE, kernel, kernels.HARDWARE[kernel]._replace(platform="cpu"))
+        monkeypatch.setattr(
+            pl, "pallas_call", lambda *given, **more: call(*given, **more | {"interpret": True})
+        )
+        monkeypatch.setitem(
+            kernels.HARDWARE, kernel, kernels.HARDWARE[kernel]._replace(platform="cpu")
+        )
         ops = ops_of(Kernels(attention=kernel), make_mesh(Mesh(), jax.devices()[:1]))
     for seed in (0, 1):
         plan = plan_by_tokens(
-            tokens.lengths, tokens.supervised, find_prefixes(tokens), seed=seed, epochs=1, row_length=ROW, rows=EXAMPLES, accumulation=1
+            tokens.lengths,
+            tokens.supervised,
+            find_prefixes(tokens),
+            seed=seed,
+            epochs=1,
+            row_length=ROW,
+            rows=EXAMPLES,
+            accumulation=1,
         )
         (packed,) = plan.updates[0].micro
         assert max(map(len, packed)) > 2
         rows = fill_rows(tokens, find_prefixes(tokens), packed, RowShape(EXAMPLES, ROW, 8))
         loss, found = gradients(params, rows, architecture, dropout, ops)
         assert abs(float(loss / reference_loss) - 1) < TOLERANCE
-        # The bias of the keys shifts every score of a query alike: its gradient is 0 but for rounding.
+        # The bias of the keys shifts every score of a query alike: its gradient is 0 but for
+        # rounding.
         pairs = zip(*(without_key_bias(one) for one in (found, reference)), strict=True)
         assert max(relative(a, b) for a, b in pairs) < TOLERANCE
     if dropout:
@@ -130,7 +153,9 @@ def test_packed_loss_and_gradients_equal_one_example_a_row(
 
 
 def without_key_bias(tree) -> list:
-    return [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if path[-1].key != "k_bias"]
+    return [
+        leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree) if path[-1].key != "k_bias"
+    ]
 
 
 # ---- a run ------------------------------------------------------------------------------------
@@ -145,7 +170,9 @@ def said() -> Console:
 def finished(tmp_path_factory: pytest.TempPathFactory, said: Console) -> Path:
     folder = tmp_path_factory.mktemp("encoder-run")
     model = write_tiny_encoder(folder / "model")
-    return train(encoder_config(folder, model, train={"epochs": 5, "checkpoint_every": 3, "keep": 99}), said)
+    return train(
+        encoder_config(folder, model, train={"epochs": 5, "checkpoint_every": 3, "keep": 99}), said
+    )
 
 
 def losses(run: Path) -> list[float]:
@@ -156,7 +183,10 @@ def test_an_encoder_learns(finished: Path, said: Console) -> None:
     found = losses(finished)
     assert np.mean(found[-3:]) < 0.6 * np.mean(found[:3])  # 1.1 to 0.5 measured
     printed = said.file.getvalue()
-    assert "labels (drawn at random: classifier, classifier_bias)" in printed and "marker tokens; dropout 0.1" in printed
+    assert (
+        "labels (drawn at random: classifier, classifier_bias)" in printed
+        and "marker tokens; dropout 0.1" in printed
+    )
     for record in read_log(finished):
         if record["kind"] == "validation":
             assert set(record) == {"kind", "step", "loss", "f1", "accuracy", "collapsed"}
@@ -171,20 +201,49 @@ def test_a_resumed_run_continues_the_exact_loss_curve(finished: Path, tmp_path: 
             shutil.rmtree(checkpoint)
     config = load_config(finished / "config.yaml", [f"output={tmp_path / 'runs'}"])
     assert losses(train(config)) == expected and len(expected) > 12
-    assert (copy / "model" / "model.safetensors").read_bytes() == (finished / "model" / "model.safetensors").read_bytes()
+    assert (copy / "model" / "model.safetensors").read_bytes() == (
+        finished / "model" / "model.safetensors"
+    ).read_bytes()
 
 
 @pytest.mark.slow
-def test_losses_and_validation_on_several_devices_equal_those_of_one(finished: Path, tmp_path: Path) -> None:
-    """Four CPU devices, weights and rows split over two each; in a process of its own, as JAX splits the CPU once."""
-    settings = [f"output={tmp_path}", "mesh.cpu_devices=4", "mesh.fsdp=2", "train.max_steps=6", "train.batch_examples=16"]
-    command = [sys.executable, "-m", "jaxre.cli", "train", str(finished / "config.yaml"), *settings, "train.schedule=constant"]
+def test_losses_and_validation_on_several_devices_equal_those_of_one(
+    finished: Path, tmp_path: Path
+) -> None:
+    """Four CPU devices, weights and rows split over two each; in a process of its own, as JAX
+    splits the CPU once.
+    """
+    settings = [
+        f"output={tmp_path}",
+        "mesh.cpu_devices=4",
+        "mesh.fsdp=2",
+        "train.max_steps=6",
+        "train.batch_examples=16",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "jaxre.cli",
+        "train",
+        str(finished / "config.yaml"),
+        *settings,
+        "train.schedule=constant",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    config = load_config(finished / "config.yaml", [f"output={tmp_path}", "name=one", *settings[3:], "train.schedule=constant"])
+    config = load_config(
+        finished / "config.yaml",
+        [f"output={tmp_path}", "name=one", *settings[3:], "train.schedule=constant"],
+    )
     one, several = train(config), tmp_path / "run"
-    np.testing.assert_allclose(losses(several), losses(one), rtol=1e-4)  # Adam magnifies the rounding of the first gradients
-    ours, theirs = ([r for r in read_log(run) if r["kind"] == "validation"] for run in (several, one))
-    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-3) and len(ours) == len(theirs) == 1
+    # Adam magnifies the rounding of the first gradients
+    np.testing.assert_allclose(losses(several), losses(one), rtol=1e-4)
+    ours, theirs = (
+        [r for r in read_log(run) if r["kind"] == "validation"] for run in (several, one)
+    )
+    assert (
+        ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-3)
+        and len(ours) == len(theirs) == 1
+    )
 
 
 def test_predictions_are_the_softmax_of_the_exported_head_in_transformers(finished: Path) -> None:
@@ -192,40 +251,64 @@ def test_predictions_are_the_softmax_of_the_exported_head_in_transformers(finish
     torch = ground_truth("torch")
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    rows = predict_data(str(finished), None, None, "score", None, None, Console(file=io.StringIO())).rows
-    model, told = AutoModelForSequenceClassification.from_pretrained(finished / "model", output_loading_info=True)
+    rows = predict_data(
+        str(finished), None, None, "score", None, None, Console(file=io.StringIO())
+    ).rows
+    model, told = AutoModelForSequenceClassification.from_pretrained(
+        finished / "model", output_loading_info=True
+    )
     assert not any(told.values()), told
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     assert len(rows) == 24
     with torch.no_grad():
         for row in rows:
-            theirs = torch.softmax(model.eval()(**tokenizer(row.prompt, return_tensors="pt")).logits[0], -1).numpy()
-            ours = np.array([row.probabilities[model.config.id2label[number]] for number in range(len(theirs))])
+            theirs = torch.softmax(
+                model.eval()(**tokenizer(row.prompt, return_tensors="pt")).logits[0], -1
+            ).numpy()
+            ours = np.array(
+                [row.probabilities[model.config.id2label[number]] for number in range(len(theirs))]
+            )
             np.testing.assert_allclose(ours, theirs, atol=1e-6)
             assert row.generated_relation == model.config.id2label[int(theirs.argmax())]
             assert row.score == pytest.approx(np.log(theirs.max()), abs=1e-5)
 
 
 def test_one_marked_text_is_predicted(finished: Path) -> None:
-    table = predict_text(str(finished), "<e1>Paris</e1> is the capital of <e2>France</e2>.", "score", None)
+    table = predict_text(
+        str(finished), "<e1>Paris</e1> is the capital of <e2>France</e2>.", "score", None
+    )
     shares = [float(cell) for cell in table.columns[1].cells]
-    assert len(shares) == len(open_model(finished, None).architecture.labels) and abs(sum(shares) - 1) < 0.01
+    assert (
+        len(shares) == len(open_model(finished, None).architecture.labels)
+        and abs(sum(shares) - 1) < 0.01
+    )
 
 
 def test_scores_that_are_no_numbers_name_their_example(finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     weights = load_file(run / "model" / "model.safetensors")
-    save_file(weights | {"classifier.bias": weights["classifier.bias"] * np.float32(np.nan)}, run / "model" / "model.safetensors")
-    assert "NaN" in refusal(lambda: predict_data(str(run), None, None, "score", None, None, Console(file=io.StringIO())))
+    save_file(
+        weights | {"classifier.bias": weights["classifier.bias"] * np.float32(np.nan)},
+        run / "model" / "model.safetensors",
+    )
+    assert "NaN" in refusal(
+        lambda: predict_data(str(run), None, None, "score", None, None, Console(file=io.StringIO()))
+    )
 
 
 def test_types_that_training_did_not_have_are_counted(finished: Path, tmp_path: Path) -> None:
     data = tmp_path / "other.jsonl"
-    data.write_text('{"text": "Ada saw Rome.", "head": "Ada", "tail": "Rome", "head_type": "PER", "tail_type": "PLANET"}\n')
+    data.write_text(
+        '{"text": "Ada saw Rome.", "head": "Ada", "tail": "Rome", "head_type": "PER", "tail_type":'
+        ' "PLANET"}\n'
+    )
     console = Console(file=io.StringIO(), width=200)
     predict_data(str(finished), str(data), None, "score", None, None, console)
-    assert "entities of 1 of 1 examples have no type, or none that training had" in console.file.getvalue()
+    assert (
+        "entities of 1 of 1 examples have no type, or none that training had"
+        in console.file.getvalue()
+    )
 
 
 def test_a_text_without_types_is_told_to_get_untyped_markers(finished: Path) -> None:
@@ -236,9 +319,15 @@ def test_a_text_without_types_is_told_to_get_untyped_markers(finished: Path) -> 
 def test_validation_figures_are_those_of_the_predictions(finished: Path, tmp_path: Path) -> None:
     """They choose the checkpoint that is exported."""
     best = next(record["best_step"] for record in read_log(finished) if record["kind"] == "end")
-    validated = next(record for record in read_log(finished) if record["kind"] == "validation" and record["step"] == best)
+    validated = next(
+        record
+        for record in read_log(finished)
+        if record["kind"] == "validation" and record["step"] == best
+    )
     source = str(load_config(finished / "config.yaml").data.validation.dataset)
-    rows = predict_data(str(finished), source, None, "score", tmp_path / "out", None, Console(file=io.StringIO())).rows
+    rows = predict_data(
+        str(finished), source, None, "score", tmp_path / "out", None, Console(file=io.StringIO())
+    ).rows
     found = score([row.relation for row in rows], [row.generated_relation for row in rows])
     loss = -np.mean([np.log(row.probabilities[row.relation]) for row in rows])
     assert (validated["f1"], validated["accuracy"]) == (found.f1, found.accuracy) and found.f1 > 0.5
@@ -248,24 +337,40 @@ def test_validation_figures_are_those_of_the_predictions(finished: Path, tmp_pat
 def test_labels_of_a_head_may_be_in_any_order(finished: Path, tmp_path: Path) -> None:
     """A head that transformers trained has the order of its id2label, ours is sorted."""
     folder, order = shutil.copytree(finished / "model", tmp_path / "model"), [2, 0, 1]
-    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
-    tensors |= {name: np.ascontiguousarray(tensors[name][order]) for name in ("classifier.weight", "classifier.bias")}
+    tensors, config = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
+    tensors |= {
+        name: np.ascontiguousarray(tensors[name][order])
+        for name in ("classifier.weight", "classifier.bias")
+    }
     save_file(tensors, folder / "model.safetensors")
     labels = [config["id2label"][str(number)] for number in order]
     config |= {"id2label": {str(number): label for number, label in enumerate(labels)}}
     (folder / "config.json").write_text(json.dumps(config))
     console = Console(file=io.StringIO(), width=200)
     ours, theirs = (
-        predict_data(str(model), None, None, "score", tmp_path / "out", finished / "config.yaml", console).rows
+        predict_data(
+            str(model), None, None, "score", tmp_path / "out", finished / "config.yaml", console
+        ).rows
         for model in (finished, folder)
     )
     for one, other in zip(ours, theirs, strict=True):
-        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-6) and one.generated_relation == other.generated_relation
+        assert (
+            one.probabilities == pytest.approx(other.probabilities, abs=1e-6)
+            and one.generated_relation == other.generated_relation
+        )
     further = train(encoder_config(tmp_path, folder, "further", train={"epochs": 1}), console)
-    assert "labels (that of the model)" in console.file.getvalue() and losses(further)[0] < 0.9 * losses(finished)[0]
+    assert (
+        "labels (that of the model)" in console.file.getvalue()
+        and losses(further)[0] < 0.9 * losses(finished)[0]
+    )
 
 
-def test_a_run_is_trained_further_with_its_own_head_and_markers(finished: Path, tmp_path: Path) -> None:
+def test_a_run_is_trained_further_with_its_own_head_and_markers(
+    finished: Path, tmp_path: Path
+) -> None:
     console = Console(file=io.StringIO(), width=200)
     config = encoder_config(tmp_path, finished, "further", train={"epochs": 1})
     run = train(config, console)
@@ -275,9 +380,23 @@ def test_a_run_is_trained_further_with_its_own_head_and_markers(finished: Path, 
 
 
 def test_a_run_by_tokens_with_accumulation_and_one_example(tmp_path: Path) -> None:
-    model = write_tiny_encoder(tmp_path / "model", "roberta, positions from 2", num_hidden_layers=1, max_position_embeddings=100)
-    data = {"train": {"dataset": str(write_sentences(tmp_path / "one.jsonl", 1, 0))}, "validation": None, "labels": None}
-    config = encoder_config(tmp_path, model, data=data, train={"batch_examples": None, "batch_tokens": 512, "accumulation": 2, "epochs": 1})
+    model = write_tiny_encoder(
+        tmp_path / "model",
+        "roberta, positions from 2",
+        num_hidden_layers=1,
+        max_position_embeddings=100,
+    )
+    data = {
+        "train": {"dataset": str(write_sentences(tmp_path / "one.jsonl", 1, 0))},
+        "validation": None,
+        "labels": None,
+    }
+    config = encoder_config(
+        tmp_path,
+        model,
+        data=data,
+        train={"batch_examples": None, "batch_tokens": 512, "accumulation": 2, "epochs": 1},
+    )
     assert len(losses(train(config))) == 1
 
 
@@ -288,16 +407,23 @@ def test_a_run_that_predicts_one_class_is_flagged_in_its_log(tmp_path: Path) -> 
     """Weights that make all texts alike, and a learning rate that changes nothing."""
     model = write_tiny_encoder(tmp_path / "model", initializer_range=1e-6)
     console = Console(file=io.StringIO(), width=200)
-    run = train(encoder_config(tmp_path, model, train={"epochs": 1, "learning_rate": 1e-12}), console)
+    run = train(
+        encoder_config(tmp_path, model, train={"epochs": 1, "learning_rate": 1e-12}), console
+    )
     (validated,) = (record for record in read_log(run) if record["kind"] == "validation")
     assert validated["collapsed"] is True
     assert "COLLAPSED" in console.file.getvalue()
     found = predict_data(str(run), None, None, "score", None, None, console)
-    assert len({row.generated_relation for row in found.rows}) == 1 and "COLLAPSED" in str(found.summary)
+    assert len({row.generated_relation for row in found.rows}) == 1 and "COLLAPSED" in str(
+        found.summary
+    )
 
 
 def test_validation_figures_are_told_without_the_flag_where_it_is_off() -> None:
-    assert told({"loss": 1.0, "f1": 0.5, "collapsed": False}) == "validation loss 1.0000  validation f1 0.5000"
+    assert (
+        told({"loss": 1.0, "f1": 0.5, "collapsed": False})
+        == "validation loss 1.0000  validation f1 0.5000"
+    )
 
 
 # ---- what is refused --------------------------------------------------------------------------
@@ -331,16 +457,29 @@ def test_an_example_longer_than_the_model_reads_is_refused(tmp_path: Path) -> No
 
 
 def test_encoders_and_decoders_are_not_confused(tmp_path: Path, finished: Path) -> None:
-    encoder, decoder = write_tiny_encoder(tmp_path / "encoder"), write_tiny_model(tmp_path / "decoder")
-    assert "is an encoder (bert); set train.objective=classify" in refusal(lambda: tokenizer_folder(tiny_config(tmp_path, encoder)))
-    assert "is a decoder (qwen2)" in refusal(lambda: tokenizer_folder(encoder_config(tmp_path, decoder)))
+    encoder, decoder = (
+        write_tiny_encoder(tmp_path / "encoder"),
+        write_tiny_model(tmp_path / "decoder"),
+    )
+    assert "is an encoder (bert); set train.objective=classify" in refusal(
+        lambda: tokenizer_folder(tiny_config(tmp_path, encoder))
+    )
+    assert "is a decoder (qwen2)" in refusal(
+        lambda: tokenizer_folder(encoder_config(tmp_path, decoder))
+    )
 
 
-def test_prediction_without_a_head_or_with_other_labels_is_refused(finished: Path, tmp_path: Path) -> None:
+def test_prediction_without_a_head_or_with_other_labels_is_refused(
+    finished: Path, tmp_path: Path
+) -> None:
     console = Console(file=io.StringIO())
     model, config = write_tiny_encoder(tmp_path / "model"), finished / "config.yaml"
-    assert "no head yet" in refusal(lambda: predict_data(str(model), None, None, "score", tmp_path / "out", config, console))
-    assert "no generate mode" in refusal(lambda: predict_data(str(finished), None, None, "generate", None, None, console))
+    assert "no head yet" in refusal(
+        lambda: predict_data(str(model), None, None, "score", tmp_path / "out", config, console)
+    )
+    assert "no generate mode" in refusal(
+        lambda: predict_data(str(finished), None, None, "generate", None, None, console)
+    )
     assert not (tmp_path / "out.parquet").exists()
 
 
@@ -353,5 +492,7 @@ def test_prediction_without_a_head_or_with_other_labels_is_refused(finished: Pat
         ({"data": {"train": None}}, "needs data.train"),
     ],
 )
-def test_settings_that_an_encoder_does_not_have_are_refused(tmp_path: Path, changes: dict, told: str) -> None:
+def test_settings_that_an_encoder_does_not_have_are_refused(
+    tmp_path: Path, changes: dict, told: str
+) -> None:
     assert told in refusal(lambda: encoder_config(tmp_path, tmp_path, **changes))

@@ -1,4 +1,6 @@
-"""Memory policies change no result, the first that fits is taken, nothing is compiled twice, a second run reads what the first compiled."""
+"""Memory policies change no result, the first that fits is taken, nothing is compiled twice, a
+second run reads what the first compiled.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +41,27 @@ from jaxre.training.step import make_optimiser
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of many narrow layers, so that memory is what the backward pass keeps."""
-    return write_tiny_model(tmp_path_factory.mktemp("deep"), num_hidden_layers=8, hidden_size=32, intermediate_size=64)
+    return write_tiny_model(
+        tmp_path_factory.mktemp("deep"), num_hidden_layers=8, hidden_size=32, intermediate_size=64
+    )
 
 
 def prepare(config: Config, model: Path) -> tuple:
-    """What `compile_updates` takes, with LoRA factors of which none is zero, and the rows of the first update."""
-    optimiser, mesh, dataset = make_optimiser(config, 4), make_mesh(config.mesh), load_dataset(config, model)
+    """What `compile_updates` takes, with LoRA factors of which none is zero, and the rows of the
+    first update.
+    """
+    optimiser, mesh, dataset = (
+        make_optimiser(config, 4),
+        make_mesh(config.mesh),
+        load_dataset(config, model),
+    )
     plan, tokens = make_plan(config, dataset.train.tokens, shards=1), dataset.train.tokens
     initial = initial_state(config, np.dtype(np.float32), optimiser, mesh, dataset)
     if config.train.method == "lora":
         drawn = random_factors(initial.architecture, config.lora)
-        for leaf, old in zip(jax.tree.leaves(drawn), jax.tree.leaves(initial.state.trainable), strict=True):
+        for leaf, old in zip(
+            jax.tree.leaves(drawn), jax.tree.leaves(initial.state.trainable), strict=True
+        ):
             assert leaf.shape == old.shape
         initial.state.trainable.update(jax.tree.map(jnp.asarray, drawn))
     rows = put_rows(fill_update(tokens, plan.prefixes, plan.updates[0]), row_sharding(mesh))
@@ -69,68 +81,128 @@ def cache(tmp_path: Path) -> Iterator[Path]:
     compilation_cache.reset_cache()
 
 
-@pytest.mark.parametrize("kind", ["lora", *(pytest.param(one, marks=pytest.mark.once) for one in ("full", "lora, accumulated", "encoder"))])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "lora",
+        *(
+            pytest.param(one, marks=pytest.mark.once)
+            for one in ("full", "lora, accumulated", "encoder")
+        ),
+    ],
+)
 def test_loss_and_gradients_are_those_of_no_policy(deep: Path, tmp_path: Path, kind: str) -> None:
-    """The moments after one update are the clipped gradients, up to a factor; the learning rate of the first is zero."""
+    """The moments after one update are the clipped gradients, up to a factor; the learning rate of
+    the first is zero.
+    """
     found, memory = {}, []
-    model = write_tiny_encoder(tmp_path / "encoder", num_hidden_layers=6) if kind == "encoder" else deep
+    model = (
+        write_tiny_encoder(tmp_path / "encoder", num_hidden_layers=6) if kind == "encoder" else deep
+    )
     for remat in POLICIES:
-        # Norms below the bound are not clipped, so an error in one gradient cannot hide in the scale of all.
+        # Norms below the bound are not clipped, so an error in one gradient cannot hide in the
+        # scale of all.
         settings = {"remat": remat, "clip_norm": 1e6}
         if kind == "encoder":
             config = encoder_config(tmp_path, model, train=settings)
         else:
             settings |= {"row_length": 128, "batch_tokens": 512, "method": kind.partition(",")[0]}
-            config = tiny_config(tmp_path, model, train=settings | {"accumulation": 2 if "acc" in kind else 1})
+            config = tiny_config(
+                tmp_path, model, train=settings | {"accumulation": 2 if "acc" in kind else 1}
+            )
         given, rows = prepare(config, model)
         compiled = compile_updates(*given)
         assert compiled.remat == remat and list(compiled.tried) == [remat]
         memory.append(compiled.memory[1])
-        state, metrics = compiled.updates[given[1].updates[0].shape](given[2].state, given[2].base, rows)
+        state, metrics = compiled.updates[given[1].updates[0].shape](
+            given[2].state, given[2].base, rows
+        )
         found[remat] = jax.tree_util.tree_leaves_with_path((metrics, state.optimiser))
+    # f32, other fusions; 1.4e-5 measured, of small gradients of keys
     for remat in POLICIES[1:]:
         for (path, ours), (_, reference) in zip(found[remat], found["none"], strict=True):
-            # A bias of the keys moves all scores of a query alike: its gradient is zero, what is found is rounding.
+            # A bias of the keys moves all scores of a query alike: its gradient is zero, what is
+            # found is rounding.
             if np.abs(reference).max() > 0 and "k_bias" not in jax.tree_util.keystr(path):
-                assert relative(ours, reference) < 5e-5, (remat, path)  # f32, other fusions; 1.4e-5 measured, of small gradients of keys
+                assert relative(ours, reference) < 5e-5, (
+                    remat,
+                    path,
+                )
     assert memory == sorted(memory, reverse=True) and len(set(memory)) == len(POLICIES), memory
 
 
 @pytest.mark.once
-def test_the_first_policy_that_fits_is_taken_and_told(deep: Path, tmp_path: Path, cache: Path) -> None:
+def test_the_first_policy_that_fits_is_taken_and_told(
+    deep: Path, tmp_path: Path, cache: Path
+) -> None:
     use_compilation_cache(print)  # each of the programs below is compiled once
     settings = {"row_length": 128, "batch_tokens": 512}
     (config, *given), _ = prepare(tiny_config(tmp_path, deep, train=settings), deep)
 
     def compiled_with(**changes: object) -> CompiledUpdates:
-        return compile_updates(config.model_copy(update={"train": config.train.model_copy(update=changes)}), *given)
+        return compile_updates(
+            config.model_copy(update={"train": config.train.model_copy(update=changes)}), *given
+        )
 
     sizes = {remat: sum(compiled_with(remat=remat).memory) for remat in POLICIES}
     for remat in POLICIES:
         compiled = compiled_with(memory_gb=sizes[remat] / 2**30)
-        assert compiled.remat == remat and compiled.tried == {one: sizes[one] for one in list(sizes)[: len(compiled.tried)]}
-        assert list(compiled.tried)[-1] == remat and f"{remat} (of {sizes[remat] / 2**20:,.0f} MiB a device" in compiled.told_remat()
+        assert compiled.remat == remat and compiled.tried == {
+            one: sizes[one] for one in list(sizes)[: len(compiled.tried)]
+        }
+        assert (
+            list(compiled.tried)[-1] == remat
+            and f"{remat} (of {sizes[remat] / 2**20:,.0f} MiB a device" in compiled.told_remat()
+        )
 
     # Nothing fits: what is advised does, and leaves no run folder that would refuse it.
     settings |= {"max_steps": 1}
-    config = tiny_config(tmp_path, deep, data={"validation": None}, train=settings | {"memory_gb": 0.999 * sizes["block"] / 2**30})
+    config = tiny_config(
+        tmp_path,
+        deep,
+        data={"validation": None},
+        train=settings | {"memory_gb": 0.999 * sizes["block"] / 2**30},
+    )
     said = refusal(lambda: train(config))
-    assert all(f"MiB with train.remat={remat}" in said for remat in POLICIES) and "rows of 4 x 128 take" in said
+    assert (
+        all(f"MiB with train.remat={remat}" in said for remat in POLICIES)
+        and "rows of 4 x 128 take" in said
+    )
     accumulation = int(said.rpartition("set train.accumulation=")[2])
-    assert f"the largest that fits is {4 // accumulation} x 128" in said and not (tmp_path / "runs").exists()
-    train(config.model_copy(update={"train": config.train.model_copy(update={"accumulation": accumulation})}))
+    assert (
+        f"the largest that fits is {4 // accumulation} x 128" in said
+        and not (tmp_path / "runs").exists()
+    )
+    train(
+        config.model_copy(
+            update={"train": config.train.model_copy(update={"accumulation": accumulation})}
+        )
+    )
 
     config = tiny_config(tmp_path, deep, name="none", train=settings | {"memory_gb": 1e-6})
-    assert "not even 1 x 128 fits with train.remat=block: lower train.row_length" in refusal(lambda: train(config))
+    assert "not even 1 x 128 fits with train.remat=block: lower train.row_length" in refusal(
+        lambda: train(config)
+    )
     with pytest.raises(DoesNotFit):  # so that a sweep goes on
         compiled_with(memory_gb=1e-6)
 
 
-def test_a_twentieth_of_what_a_device_reports_is_left_free_and_a_setting_is_taken_as_it_is() -> None:
-    devices = [SimpleNamespace(memory_stats=lambda size=size: {"bytes_limit": size}) for size in (200 * 2**30, 100 * 2**30)]
+# a CPU
+def test_a_twentieth_of_what_a_device_reports_is_left_free_and_a_setting_is_taken_as_it_is() -> (
+    None
+):
+    devices = [
+        SimpleNamespace(memory_stats=lambda size=size: {"bytes_limit": size})
+        for size in (200 * 2**30, 100 * 2**30)
+    ]
     assert memory_limit(None, SimpleNamespace(local_devices=devices)) == 95 * 2**30
     assert memory_limit(100.0, SimpleNamespace(local_devices=devices)) == 100 * 2**30
-    assert memory_limit(None, SimpleNamespace(local_devices=[SimpleNamespace(memory_stats=lambda: None)])) is None  # a CPU
+    assert (
+        memory_limit(
+            None, SimpleNamespace(local_devices=[SimpleNamespace(memory_stats=lambda: None)])
+        )
+        is None
+    )
 
 
 def test_a_compilation_inside_the_loop_stops_the_run_and_is_named(
@@ -144,12 +216,20 @@ def test_a_compilation_inside_the_loop_stops_the_run_and_is_named(
             jax.jit(foreign)(losses[0].loss)
 
     monkeypatch.setattr(loop, "check_finite", compiles)
-    said = refusal(lambda: train(tiny_config(tmp_path, tiny_model, train={"max_steps": 4, "batch_tokens": 512, "row_length": 128})))
+    said = refusal(
+        lambda: train(
+            tiny_config(
+                tmp_path, tiny_model, train={"max_steps": 4, "batch_tokens": 512, "row_length": 128}
+            )
+        )
+    )
     assert "compiled again at step 2" in said and "foreign" in said
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_after_the_first_validation(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_compiled_after_the_first_validation(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three validations and checkpoints: the guard above lets only the first of each compile."""
     counts, run = [], loop.Validation.run
 
@@ -166,7 +246,9 @@ def test_nothing_is_compiled_after_the_first_validation(tiny_model: Path, tmp_pa
 
 @dataclasses.dataclass
 class Watched:
-    """A number on the device; `told` is called when the host asks for it, or waits for it, in whatever way."""
+    """A number on the device; `told` is called when the host asks for it, or waits for it, in
+    whatever way.
+    """
 
     value: jax.Array
     told: Callable[[], None]
@@ -186,12 +268,18 @@ class Watched:
 
 
 @pytest.mark.once
-def test_the_device_is_waited_for_at_log_steps_only(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each wait of the loop for a metric or for the state, with the number of updates that were begun before it."""
+def test_the_device_is_waited_for_at_log_steps_only(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each wait of the loop for a metric or for the state, with the number of updates that were
+    begun before it.
+    """
     waits, begun = [], 0
 
     def told() -> None:
-        if threading.current_thread() is threading.main_thread():  # others prepare rows and write checkpoints
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # others prepare rows and write checkpoints
             waits.append(begun)
 
     @dataclasses.dataclass
@@ -209,17 +297,28 @@ def test_the_device_is_waited_for_at_log_steps_only(tiny_model: Path, tmp_path: 
 
     def watched(*given: object) -> CompiledUpdates:
         compiled = compile_updates(*given)
-        return dataclasses.replace(compiled, updates={shape: Update(update) for shape, update in compiled.updates.items()})
+        return dataclasses.replace(
+            compiled, updates={shape: Update(update) for shape, update in compiled.updates.items()}
+        )
 
     ready, all_ready, value = ArrayImpl.block_until_ready, jax.block_until_ready, ArrayImpl._value
     monkeypatch.setattr(ArrayImpl, "block_until_ready", lambda array: (told(), ready(array))[1])
     monkeypatch.setattr(jax, "block_until_ready", lambda tree: (told(), all_ready(tree))[1])
     monkeypatch.setattr(ArrayImpl, "_value", property(lambda array: (told(), value.fget(array))[1]))
     monkeypatch.setattr(loop, "compile_updates", watched)
-    settings = {"epochs": 1, "batch_tokens": 512, "row_length": 128, "log_every": 4, "max_steps": 10, "evaluate_every": 99}
+    settings = {
+        "epochs": 1,
+        "batch_tokens": 512,
+        "row_length": 128,
+        "log_every": 4,
+        "max_steps": 10,
+        "evaluate_every": 99,
+    }
     run = train(tiny_config(tmp_path, tiny_model, data={"validation": None}, train=settings))
     assert begun == 10 and set(waits) - {0} == {4, 8, 10}
-    assert [record["step"] for record in read_log(run) if record["kind"] == "train"] == list(range(1, 11))
+    assert [record["step"] for record in read_log(run) if record["kind"] == "train"] == list(
+        range(1, 11)
+    )
 
 
 def test_updates_come_in_order_and_on_the_device(tiny_model: Path, tmp_path: Path) -> None:
@@ -231,7 +330,9 @@ def test_updates_come_in_order_and_on_the_device(tiny_model: Path, tmp_path: Pat
     assert len(found) == len(plan.updates) - 3 > 4
     for ours, update in zip(found, plan.updates[3:], strict=True):
         assert all(isinstance(array, jax.Array) and array.sharding == sharding for array in ours)
-        jax.tree.map(np.testing.assert_array_equal, ours, fill_update(tokens, plan.prefixes, update))
+        jax.tree.map(
+            np.testing.assert_array_equal, ours, fill_update(tokens, plan.prefixes, update)
+        )
 
 
 # ---- the persistent cache ----------------------------------------------------------------------
@@ -241,30 +342,49 @@ def short(folder: Path, model: Path, name: str) -> tuple[list[float], str]:
     """Losses of three updates, and what was printed."""
     console = Console(file=io.StringIO(), width=300)
     config = tiny_config(
-        folder, model, name, data={"validation": None}, train={"max_steps": 3, "batch_tokens": 512, "row_length": 128, "epochs": 1}
+        folder,
+        model,
+        name,
+        data={"validation": None},
+        train={"max_steps": 3, "batch_tokens": 512, "row_length": 128, "epochs": 1},
     )
     run = train(config, console)
-    return [record["loss"] for record in read_log(run) if record["kind"] == "train"], console.file.getvalue()
+    return [
+        record["loss"] for record in read_log(run) if record["kind"] == "train"
+    ], console.file.getvalue()
 
 
 @pytest.mark.slow
-def test_a_second_run_reads_what_the_first_compiled(tiny_model: Path, tmp_path: Path, cache: Path) -> None:
+def test_a_second_run_reads_what_the_first_compiled(
+    tiny_model: Path, tmp_path: Path, cache: Path
+) -> None:
     first, said = short(tmp_path, tiny_model, "first")
     assert f"{cache}: 0 read, 1 written" in said and any(cache.iterdir())
     second, said = short(tmp_path, tiny_model, "second")
     assert f"{cache}: 1 read, 0 written" in said and second == first
 
-    # Damaged, by a process that was killed while it wrote: compiled again, told once, the same losses.
+    # Damaged, by a process that was killed while it wrote: compiled again, told once, the same
+    # losses.
     for entry in cache.glob("*-cache"):
         entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
     third, said = short(tmp_path, tiny_model, "third")
-    assert third == first and said.count("has entries that cannot be read") == 1 and "remove the folder" in said
+    assert (
+        third == first
+        and said.count("has entries that cannot be read") == 1
+        and "remove the folder" in said
+    )
 
 
-def test_a_cache_that_cannot_be_written_is_told_once_and_done_without(tiny_model: Path, tmp_path: Path, cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_told_once_and_done_without(
+    tiny_model: Path, tmp_path: Path, cache: Path
+) -> None:
     cache.write_text("a file, not a folder")
     losses, said = short(tmp_path, tiny_model, "without")
-    assert len(losses) == 3 and "off (" in said and said.count("set JAX_COMPILATION_CACHE_DIR to a folder that can") == 1
+    assert (
+        len(losses) == 3
+        and "off (" in said
+        and said.count("set JAX_COMPILATION_CACHE_DIR to a folder that can") == 1
+    )
 
 
 def test_the_cache_has_one_switch_and_a_place_by_default(
@@ -275,4 +395,7 @@ def test_the_cache_has_one_switch_and_a_place_by_default(
     monkeypatch.setenv("HOME", str(tmp_path))
     assert use_compilation_cache(print) == str(tmp_path / ".cache/jaxre/xla")
     jax.config.update("jax_enable_compilation_cache", False)
-    assert use_compilation_cache(print) == "off (JAX_ENABLE_COMPILATION_CACHE=false)" and capsys.readouterr().out == ""
+    assert (
+        use_compilation_cache(print) == "off (JAX_ENABLE_COMPILATION_CACHE=false)"
+        and capsys.readouterr().out == ""
+    )

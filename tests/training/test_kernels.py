@@ -1,4 +1,6 @@
-"""Which implementation of each op a run trains with: what is asked for, told, and refused before anything runs."""
+"""Which implementation of each op a run trains with: what is asked for, told, and refused before
+anything runs.
+"""
 
 from __future__ import annotations
 
@@ -35,15 +37,24 @@ def one_device() -> jax.sharding.Mesh:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_kernel_for_another_device_is_refused_before_a_run_folder_is_made(tiny_model: Path, tmp_path: Path, op: str) -> None:
+def test_a_kernel_for_another_device_is_refused_before_a_run_folder_is_made(
+    tiny_model: Path, tmp_path: Path, op: str
+) -> None:
     config = tiny_config(tmp_path, tiny_model, kernels={op: "pallas_tpu"})
-    assert refusal(lambda: train(config)) == f"kernels.{op}=pallas_tpu: is for a TPU, this is cpu; leave it out"
+    assert (
+        refusal(lambda: train(config))
+        == f"kernels.{op}=pallas_tpu: is for a TPU, this is cpu; leave it out"
+    )
     assert not config.run_folder.exists()
 
 
 def mesh_like(platform: str, capability: str = "0.0", tensor: int = 1) -> SimpleNamespace:
-    device = SimpleNamespace(platform=platform, compute_capability=capability, device_kind=f"a {platform} {capability}")
-    return SimpleNamespace(devices=np.array([device]), shape={"data": 1, "fsdp": 1, "tensor": tensor})
+    device = SimpleNamespace(
+        platform=platform, compute_capability=capability, device_kind=f"a {platform} {capability}"
+    )
+    return SimpleNamespace(
+        devices=np.array([device]), shape={"data": 1, "fsdp": 1, "tensor": tensor}
+    )
 
 
 @pytest.mark.parametrize(
@@ -61,7 +72,9 @@ def mesh_like(platform: str, capability: str = "0.0", tensor: int = 1) -> Simple
         ("xla", mesh_like("cpu", tensor=2), None),
     ],
 )
-def test_a_kernel_runs_on_what_it_was_written_for(name: str, mesh: SimpleNamespace, said: str | None) -> None:
+def test_a_kernel_runs_on_what_it_was_written_for(
+    name: str, mesh: SimpleNamespace, said: str | None
+) -> None:
     if said is None:
         check_kernels(Kernels(attention=name), mesh)
     else:
@@ -77,7 +90,9 @@ def test_a_kernel_runs_on_what_it_was_written_for(name: str, mesh: SimpleNamespa
         ((0, 11, 2), "TPU v6 lite", True),
     ],
 )
-def test_lora_that_a_jax_cannot_compile_for_a_tpu_is_refused(version, kind, compiles, monkeypatch) -> None:
+def test_lora_that_a_jax_cannot_compile_for_a_tpu_is_refused(
+    version, kind, compiles, monkeypatch
+) -> None:
     """Other ops it compiles for all of them."""
     monkeypatch.setattr(jax, "__version_info__", version)
     mesh = mesh_like("tpu")
@@ -86,62 +101,124 @@ def test_lora_that_a_jax_cannot_compile_for_a_tpu_is_refused(version, kind, comp
     if compiles:
         check_kernels(Kernels(lora="pallas_tpu"), mesh)
     else:
-        assert f"for a TPU v5e alone, this is {kind}; take jax 0.11" in refusal(lambda: check_kernels(Kernels(lora="pallas_tpu"), mesh))
+        assert f"for a TPU v5e alone, this is {kind}; take jax 0.11" in refusal(
+            lambda: check_kernels(Kernels(lora="pallas_tpu"), mesh)
+        )
 
 
-def test_arrays_that_a_kernel_does_not_take_are_refused_when_the_update_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kernels.HARDWARE, "pallas_tpu", kernels.HARDWARE["pallas_tpu"]._replace(platform="cpu"))
-    ops = ops_of(Kernels(attention="pallas_tpu", cross_entropy="pallas_tpu", lora="pallas_tpu"), one_device())
+def test_arrays_that_a_kernel_does_not_take_are_refused_when_the_update_is_traced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(
+        kernels.HARDWARE, "pallas_tpu", kernels.HARDWARE["pallas_tpu"]._replace(platform="cpu")
+    )
+    ops = ops_of(
+        Kernels(attention="pallas_tpu", cross_entropy="pallas_tpu", lora="pallas_tpu"), one_device()
+    )
     q, until = jnp.zeros((1, 16, 2, 8), jnp.float16), jnp.zeros((1, 16), jnp.int32)
     said = refusal(lambda: ops.attention(q, q, q, until))
     assert said.startswith("kernels.attention=pallas_tpu: ") and "float16" in said
     x, table = jnp.zeros((1, 16, 8), jnp.float16), jnp.zeros((9, 8), jnp.float16)
-    assert "float16" in refusal(lambda: ops.cross_entropy(x, table, until, until.astype(jnp.float32)))
+    assert "float16" in refusal(
+        lambda: ops.cross_entropy(x, table, until, until.astype(jnp.float32))
+    )
     assert "float16" in refusal(lambda: ops.lora_group(x, [table.T], [None], None, 1.0, 0.0))
 
 
-def test_an_update_tells_what_it_runs_and_asks_the_table(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_tells_what_it_runs_and_asks_the_table(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kind = jax.devices()[0].device_kind
-    entry = Entry("attention", kind, "float32", {"heads": (8, 8)}, "xla", {"queries": 64}, "2026-11-22", 1.5, 1e-6)
+    entry = Entry(
+        "attention",
+        kind,
+        "float32",
+        {"heads": (8, 8)},
+        "xla",
+        {"queries": 64},
+        "2026-11-22",
+        1.5,
+        1e-6,
+    )
     monkeypatch.setattr(implementations, "read_table", lambda: (entry,))
     config = tiny_config(tmp_path, tiny_model, kernels={"cross_entropy": "xla"})
     mesh, dataset = one_device(), load_dataset(config, tiny_model)
     plan, optimiser = make_plan(config, dataset.train.tokens, shards=1), make_optimiser(config, 4)
-    told = compile_updates(config, plan, initial_state(config, np.dtype(np.float32), optimiser, mesh), optimiser, mesh).kernels
+    told = compile_updates(
+        config, plan, initial_state(config, np.dtype(np.float32), optimiser, mesh), optimiser, mesh
+    ).kernels
     assert set(told) == set(OPS)
-    assert told["attention"].startswith("xla (the table's: xla (queries 64), measured on cpu on 2026-11-22")
+    assert told["attention"].startswith(
+        "xla (the table's: xla (queries 64), measured on cpu on 2026-11-22"
+    )
     assert told["cross_entropy"].startswith("xla (asked for; ")
     assert told["lora"].startswith("xla (the default; opt-in, unverified: ")
 
 
-def test_encoders_and_full_fine_tuning_refuse_kernels_that_they_do_not_have(tiny_model: Path, tmp_path: Path) -> None:
-    assert "leave them out" in refusal(lambda: encoder_config(tmp_path, tiny_model, kernels={"cross_entropy": "xla"}))
-    assert encoder_config(tmp_path, tiny_model, kernels={"attention": "xla"}).kernels.attention == "xla"
-    assert "train.method=lora" in refusal(lambda: tiny_config(tmp_path, tiny_model, train={"method": "full"}, kernels={"lora": "xla"}))
-    assert "kernels.attention" in refusal(lambda: tiny_config(tmp_path, tiny_model, kernels={"attention": "cudnn"}))
+def test_encoders_and_full_fine_tuning_refuse_kernels_that_they_do_not_have(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    assert "leave them out" in refusal(
+        lambda: encoder_config(tmp_path, tiny_model, kernels={"cross_entropy": "xla"})
+    )
+    assert (
+        encoder_config(tmp_path, tiny_model, kernels={"attention": "xla"}).kernels.attention
+        == "xla"
+    )
+    assert "train.method=lora" in refusal(
+        lambda: tiny_config(tmp_path, tiny_model, train={"method": "full"}, kernels={"lora": "xla"})
+    )
+    assert "kernels.attention" in refusal(
+        lambda: tiny_config(tmp_path, tiny_model, kernels={"attention": "cudnn"})
+    )
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_config_offers_what_there_is(op: str) -> None:
-    (offered,) = (part for part in get_args(Kernels.model_fields[op].annotation) if part is not type(None))
-    assert set(get_args(offered)) == set(implementations.implementations_of(op)) <= {"xla", *kernels.HARDWARE}
+    (offered,) = (
+        part for part in get_args(Kernels.model_fields[op].annotation) if part is not type(None)
+    )
+    assert (
+        set(get_args(offered))
+        == set(implementations.implementations_of(op))
+        <= {"xla", *kernels.HARDWARE}
+    )
 
 
 def test_nf4_weights_are_brought_into_a_kernels_form_once(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(0)
     one, other = (quantise(draw.standard_normal((16, 128), np.float32)) for _ in range(2))
-    base = {"last": {"q": one, "norm": np.ones(128)}, "layers": {"q": jax.tree.map(lambda *leaves: np.stack(leaves), one, other)}}
-    assert stored_for_kernels(base, Kernels(), "TPU v5e")["last"]["q"].shape == (16, 128)  # as it was
+    base = {
+        "last": {"q": one, "norm": np.ones(128)},
+        "layers": {"q": jax.tree.map(lambda *leaves: np.stack(leaves), one, other)},
+    }
+    # as it was
+    assert stored_for_kernels(base, Kernels(), "TPU v5e")["last"]["q"].shape == (
+        16,
+        128,
+    )
     packed = stored_for_kernels(base, Kernels(lora="pallas_tpu"), None)
-    for tiles, weight in ((packed["last"]["q"], one), (jax.tree.map(lambda leaf: leaf[1], packed["layers"]["q"]), other)):
-        np.testing.assert_array_equal(dequantise_tiles(tiles, jnp.float32), dequantise(weight, jnp.float32).T)
+    for tiles, weight in (
+        (packed["last"]["q"], one),
+        (jax.tree.map(lambda leaf: leaf[1], packed["layers"]["q"]), other),
+    ):
+        np.testing.assert_array_equal(
+            dequantise_tiles(tiles, jnp.float32), dequantise(weight, jnp.float32).T
+        )
     narrow = {"last": {"q": quantise(draw.standard_normal((16, 96), np.float32))}}
     said = refusal(lambda: stored_for_kernels(narrow, Kernels(lora="pallas_tpu"), None))
     assert said.startswith("kernels.lora=pallas_tpu: NF4") and "multiple of 64" in said
-    # So they are into that of the kernel that the table has for such devices, but for those that it does not take.
+    # So they are into that of the kernel that the table has for such devices, but for those that it
+    # does not take.
     entry = Entry("nf4", "TPU v5e", "bfloat16", {}, "pallas_tpu", {}, "2026-11-23", 2.0, 1e-3)
     monkeypatch.setattr(dispatch, "read_table", lambda: (entry,))
-    assert jax.tree.structure(stored_for_kernels(base, Kernels(), "TPU v5e")) == jax.tree.structure(packed)
-    assert jax.tree.structure(stored_for_kernels(base, Kernels(), "TPU v6e")) == jax.tree.structure(base)
-    assert jax.tree.structure(stored_for_kernels(base, Kernels(lora="xla"), "TPU v5e")) == jax.tree.structure(base)
+    assert jax.tree.structure(stored_for_kernels(base, Kernels(), "TPU v5e")) == jax.tree.structure(
+        packed
+    )
+    assert jax.tree.structure(stored_for_kernels(base, Kernels(), "TPU v6e")) == jax.tree.structure(
+        base
+    )
+    assert jax.tree.structure(
+        stored_for_kernels(base, Kernels(lora="xla"), "TPU v5e")
+    ) == jax.tree.structure(base)
     assert stored_for_kernels(narrow, Kernels(), "TPU v5e")["last"]["q"] is narrow["last"]["q"]

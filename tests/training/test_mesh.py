@@ -26,8 +26,13 @@ TOLERANCE = 1e-5
 
 def environment(devices: int, **more: str) -> dict[str, str]:
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
-    # What is split how and what it gives is asked here, not how well it is compiled: that takes longer.
-    quick = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    # What is split how and what it gives is asked here, not how well it is compiled: that takes
+    # longer.
+    quick = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return inherited | quick | {"XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parent)} | more
 
@@ -39,24 +44,42 @@ def train_in_processes(config_path: Path, devices: int, processes: int = 1) -> N
         port = free.getsockname()[1]
     started = []
     for number in range(processes):
-        joined = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes), "JAX_PROCESS_ID": str(number)}
+        joined = {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_PROCESS_ID": str(number),
+        }
         command = [sys.executable, "-m", "jaxre.cli", "train", str(config_path)]
         env = environment(devices, **(joined if processes > 1 else {}))
-        started.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        started.append(
+            subprocess.Popen(
+                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
     outputs = [process.communicate(timeout=300)[0] for process in started]
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)
 
 
 def curve(run: Path) -> dict[int, tuple[float, float]]:
     """Loss and gradient norm of each step."""
-    return {record["step"]: (record["loss"], record["gradient_norm"]) for record in read_log(run) if record["kind"] == "train"}
+    return {
+        record["step"]: (record["loss"], record["gradient_norm"])
+        for record in read_log(run)
+        if record["kind"] == "train"
+    }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_on_every_mesh_equal_one_device(tiny_model: Path, tmp_path: Path, method: str) -> None:
+def test_gradients_on_every_mesh_equal_one_device(
+    tiny_model: Path, tmp_path: Path, method: str
+) -> None:
     # Kernels take NF4 in blocks of 64 inputs.
-    model = write_tiny_model(tmp_path / "model", intermediate_size=128) if method == "qlora-pallas" else tiny_model
+    model = (
+        write_tiny_model(tmp_path / "model", intermediate_size=128)
+        if method == "qlora-pallas"
+        else tiny_model
+    )
     command = [sys.executable, str(HERE / "mesh_gradients.py"), str(model), str(tmp_path), method]
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -67,14 +90,22 @@ def test_gradients_on_every_mesh_equal_one_device(tiny_model: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_two_processes_give_one_process_losses_and_gradients_and_resume_on_another_mesh(tiny_model: Path, tmp_path: Path) -> None:
+def test_two_processes_give_one_process_losses_and_gradients_and_resume_on_another_mesh(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     def write(name: str, **mesh: int) -> Path:
         path = tmp_path / f"{name}.yaml"
         save_config(config(name, **mesh), path)
         return path
 
     def config(name: str, **mesh: int) -> Config:
-        return tiny_config(tmp_path, tiny_model, name, mesh=mesh, train={"epochs": 1, "checkpoint_every": 2, "keep": 99})
+        return tiny_config(
+            tmp_path,
+            tiny_model,
+            name,
+            mesh=mesh,
+            train={"epochs": 1, "checkpoint_every": 2, "keep": 99},
+        )
 
     train(config("one"))
     train_in_processes(write("two", data=2, fsdp=2, tensor=2), devices=4, processes=2)
@@ -91,10 +122,13 @@ def test_two_processes_give_one_process_losses_and_gradients_and_resume_on_anoth
     train_in_processes(write("two", data=1, fsdp=4, tensor=1), devices=4)
     resumed = curve(run)
     assert min(resumed) == 3
-    np.testing.assert_allclose([resumed[step] for step in resumed], [expected[step] for step in resumed], rtol=TOLERANCE)
+    np.testing.assert_allclose(
+        [resumed[step] for step in resumed], [expected[step] for step in resumed], rtol=TOLERANCE
+    )
 
 
-# Rows whose tokens look back by different distances, so that each device's blocks look at keys of their own.
+# Rows whose tokens look back by different distances, so that each device's blocks look at keys of
+# their own.
 ATTENTION = """
 import sys
 import jax, numpy as np
@@ -102,22 +136,46 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxre.config import Kernels, Mesh
 from jaxre.models.ops import ONE_DEVICE
 from jaxre.training import kernels, sharding
+
 mesh = sharding.make_mesh(Mesh(tensor=int(sys.argv[1])))
 draw = np.random.default_rng(0)
 q, k, v = (draw.standard_normal((2, 512, heads, 8), np.float32) for heads in (4, 2, 2))
-until = np.stack([np.repeat(np.arange(length, 513, length), length) for length in (32, 256)]).astype(np.int32)
+until = np.stack(
+    [np.repeat(np.arange(length, 513, length), length) for length in (32, 256)]
+).astype(np.int32)
+
+
 def total(attention):
     return lambda q, k, v: (attention(q, k, v, until, span=256) ** 2).sum()
+
+
 where = NamedSharding(mesh, PartitionSpec(sharding.ROWS, None, "tensor"))
 given = jax.device_put((q, k, v), where)
-program = jax.jit(jax.grad(total(kernels.ops_of(Kernels(), mesh).attention), (0, 1, 2)), out_shardings=(where,) * 3).lower(*given).compile()
-apart = max(abs(a - b).max() for a, b in zip(program(*given), jax.grad(total(ONE_DEVICE.attention), (0, 1, 2))(q, k, v)))
-print(mesh.size, "conditional" in program.as_text(), "all-reduce" in program.as_text(), bool(apart < 1e-5))
+program = (
+    jax.jit(
+        jax.grad(total(kernels.ops_of(Kernels(), mesh).attention), (0, 1, 2)),
+        out_shardings=(where,) * 3,
+    )
+    .lower(*given)
+    .compile()
+)
+apart = max(
+    abs(a - b).max()
+    for a, b in zip(program(*given), jax.grad(total(ONE_DEVICE.attention), (0, 1, 2))(q, k, v))
+)
+print(
+    mesh.size,
+    "conditional" in program.as_text(),
+    "all-reduce" in program.as_text(),
+    bool(apart < 1e-5),
+)
 """
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_devices_do_not_wait_for_each_other_in_attention(tensor: int) -> None:
     command = [sys.executable, "-c", ATTENTION, str(tensor)]
-    done = subprocess.run(command, env=environment(2 * tensor), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, env=environment(2 * tensor), capture_output=True, text=True, timeout=120
+    )
     assert done.stdout == f"{2 * tensor} True False True\n", done.stdout + done.stderr

@@ -1,4 +1,6 @@
-"""A run on several datasets: validation scores each with its own labels, and what it leaves predicts each with its own."""
+"""A run on several datasets: validation scores each with its own labels, and what it leaves
+predicts each with its own.
+"""
 
 from __future__ import annotations
 
@@ -32,30 +34,57 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def table(folder: Path, name: str, labels: list[str], count: int) -> dict:
-    rows = [{"text": f"{name} {n} met Bob.", "head": name, "tail": "Bob", "relation": labels[n % len(labels)]} for n in range(count)]
-    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    rows = [
+        {
+            "text": f"{name} {n} met Bob.",
+            "head": name,
+            "tail": "Bob",
+            "relation": labels[n % len(labels)],
+        }
+        for n in range(count)
+    ]
+    (folder / f"{name}.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+    )
     return {"dataset": str(folder / f"{name}.jsonl")}
 
 
 def mixed(folder: Path, model: Path, *names: str) -> Config:
-    tables = {"Ada": table(folder, "Ada", ["met", "left"], 7), "Eve": table(folder, "Eve", ["saw", "none", "heard"], 5)}
-    data = {"train": {"sources": list(tables.values())}, "validation": {"sources": [tables[name] for name in names]}, "labels": None}
+    tables = {
+        "Ada": table(folder, "Ada", ["met", "left"], 7),
+        "Eve": table(folder, "Eve", ["saw", "none", "heard"], 5),
+    }
+    data = {
+        "train": {"sources": list(tables.values())},
+        "validation": {"sources": [tables[name] for name in names]},
+        "labels": None,
+    }
     return tiny_config(folder, model, data=data, train={"batch_tokens": 1024})
 
 
 def figures(config: Config, model: Path) -> dict[str, float]:
     dataset, mesh = load_dataset(config, model), make_mesh(config.mesh)
     plan = make_plan(config, dataset.train.tokens, 1)
-    initial = initial_state(config, np.dtype("float32"), make_optimiser(config, len(plan.updates)), mesh, dataset)
-    # An adapter that does something, else whichever label the base happens to prefer wins everywhere.
-    trained = jax.tree.map(
-        lambda leaf: leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape, jnp.float32), initial.state.trainable
+    initial = initial_state(
+        config, np.dtype("float32"), make_optimiser(config, len(plan.updates)), mesh, dataset
     )
-    return Validation(config, dataset, initial.architecture, np.dtype("float32"), mesh).run(trained, initial.base)
+    # An adapter that does something, else whichever label the base happens to prefer wins
+    # everywhere.
+    trained = jax.tree.map(
+        lambda leaf: (
+            leaf + 0.3 * jax.random.normal(jax.random.key(leaf.size), leaf.shape, jnp.float32)
+        ),
+        initial.state.trainable,
+    )
+    return Validation(config, dataset, initial.architecture, np.dtype("float32"), mesh).run(
+        trained, initial.base
+    )
 
 
 @pytest.mark.once
-def test_validation_scores_each_dataset_with_its_own_labels_and_reports_the_mean(model: Path, tmp_path: Path) -> None:
+def test_validation_scores_each_dataset_with_its_own_labels_and_reports_the_mean(
+    model: Path, tmp_path: Path
+) -> None:
     both = figures(mixed(tmp_path, model, "Ada", "Eve"), model)
     alone = figures(mixed(tmp_path, model, "Eve"), model)
     assert {key: both[f"{key}/Eve"] for key in ("f1", "accuracy", "collapsed")} == {
@@ -68,15 +97,28 @@ def test_validation_scores_each_dataset_with_its_own_labels_and_reports_the_mean
 
 
 def test_a_dataset_that_collapsed_is_named() -> None:
-    line = told({"loss": 1.0, "f1": 0.5, "collapsed": True, "f1/a": 0.0, "collapsed/a": True, "f1/b": 1.0, "collapsed/b": False})
+    line = told(
+        {
+            "loss": 1.0,
+            "f1": 0.5,
+            "collapsed": True,
+            "f1/a": 0.0,
+            "collapsed/a": True,
+            "f1/b": 1.0,
+            "collapsed/b": False,
+        }
+    )
     assert line.endswith("COLLAPSED: one label is predicted for every example of a")
 
 
-# ---- on the shipped base ---------------------------------------------------------------------------
+# ---- on the shipped base
+# ---------------------------------------------------------------------------
 
 
 @pytest.mark.once
-def test_a_mixture_of_benchmarks_from_data_to_predictions(shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mixture_of_benchmarks_from_data_to_predictions(
+    shared_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("JAXRE_DATA", str(shared_data))
     tree = {
         "name": "mixed",
@@ -85,7 +127,10 @@ def test_a_mixture_of_benchmarks_from_data_to_predictions(shared_data: Path, tmp
         "data": {
             "train": {
                 "name": "re_mixed",
-                "sources": [{"dataset": "facts", "split": "train", "limit": 8}, {"dataset": "conll04", "split": "train", "limit": 8}],
+                "sources": [
+                    {"dataset": "facts", "split": "train", "limit": 8},
+                    {"dataset": "conll04", "split": "train", "limit": 8},
+                ],
                 "limit": 10,
             },
             "test": {"dataset": "conll04", "split": "test", "limit": 3},
@@ -107,13 +152,23 @@ def test_a_mixture_of_benchmarks_from_data_to_predictions(shared_data: Path, tmp
     plain = predict_data(str(run), None, None, "score", None, None, console)
     styled = predict_data(str(run), None, None, "score", None, None, console, style="shots2-labels")
     assert said.getvalue().count(flag) == 3
-    assert [path.path.name for path in (plain, styled)] == ["conll04-test-score.parquet", "conll04-test-score-shots2-labels.parquet"]
+    assert [path.path.name for path in (plain, styled)] == [
+        "conll04-test-score.parquet",
+        "conll04-test-score-shots2-labels.parquet",
+    ]
     labels = {"Kill", "Live_In", "Located_In", "OrgBased_In", "Work_For", "none"}
-    for rows, shots, style in ((plain.rows, "0", ""), (read_predictions(styled.path), "2", "shots2-labels")):
-        assert {(row.model_shot, row.prompt_shot, row.prompt_style, row.gen_type) for row in rows} == {
-            ("1", shots, style, "gen_constrained")
-        }
-        assert all(set(row.probabilities) == labels for row in rows) and {row.tuned_dataset_name for row in rows} == {"re_mixed"}
+    for rows, shots, style in (
+        (plain.rows, "0", ""),
+        (read_predictions(styled.path), "2", "shots2-labels"),
+    ):
+        assert {
+            (row.model_shot, row.prompt_shot, row.prompt_style, row.gen_type) for row in rows
+        } == {("1", shots, style, "gen_constrained")}
+        assert all(set(row.probabilities) == labels for row in rows) and {
+            row.tuned_dataset_name for row in rows
+        } == {"re_mixed"}
         assert all(("- Kill: the head" in row.prompt) == bool(style) for row in rows)
     text = "<e1>Ada</e1> lives in <e2>London</e2>."
-    assert "say whose labels the text has with --data NAME" in refusal(lambda: predict_text(str(run), text, "score", None))
+    assert "say whose labels the text has with --data NAME" in refusal(
+        lambda: predict_text(str(run), text, "score", None)
+    )

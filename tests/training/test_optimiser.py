@@ -24,7 +24,9 @@ STEPS = 40
 
 def schedule_of_transformers(name: str, warm: int, rate: float) -> list[float]:
     optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=rate)
-    make = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}[name]
+    make = {"linear": get_linear_schedule_with_warmup, "cosine": get_cosine_schedule_with_warmup}[
+        name
+    ]
     schedule = make(optimiser, warm, STEPS)
     rates = []
     for _ in range(STEPS):
@@ -37,19 +39,37 @@ def schedule_of_transformers(name: str, warm: int, rate: float) -> list[float]:
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 @pytest.mark.parametrize("warmup", [0.0, 0.03, 0.26])
 def test_learning_rates_equal_transformers(tmp_path: Path, name: str, warmup: float) -> None:
-    config = tiny_config(tmp_path, tmp_path, train={"schedule": name, "warmup": warmup, "learning_rate": 1e-3})
+    config = tiny_config(
+        tmp_path, tmp_path, train={"schedule": name, "warmup": warmup, "learning_rate": 1e-3}
+    )
     warm = int(np.ceil(warmup * STEPS))  # as Trainer rounds
     schedule = make_schedule(config, STEPS)
-    np.testing.assert_allclose([float(schedule(step)) for step in range(STEPS)], schedule_of_transformers(name, warm, 1e-3), atol=1e-9)
+    np.testing.assert_allclose(
+        [float(schedule(step)) for step in range(STEPS)],
+        schedule_of_transformers(name, warm, 1e-3),
+        atol=1e-9,
+    )
 
 
 def test_adamw_with_clipping_follows_torch(tmp_path: Path) -> None:
-    """Twenty steps; gradients large enough that most are clipped. Rounding of f32 is all that may differ."""
-    config = tiny_config(tmp_path, tmp_path, train={"weight_decay": 0.1, "learning_rate": 1e-2, "warmup": 0.1, "clip_norm": 1.0})
+    """Twenty steps; gradients large enough that most are clipped. Rounding of f32 is all that may
+    differ.
+    """
+    config = tiny_config(
+        tmp_path,
+        tmp_path,
+        train={"weight_decay": 0.1, "learning_rate": 1e-2, "warmup": 0.1, "clip_norm": 1.0},
+    )
     random = np.random.default_rng(0)
-    start = {"q": random.standard_normal((5, 3)), "o_norm": random.standard_normal(4), "q_bias": random.standard_normal(3)}
+    start = {
+        "q": random.standard_normal((5, 3)),
+        "o_norm": random.standard_normal(4),
+        "q_bias": random.standard_normal(3),
+    }
     start = {name: value.astype(np.float32) for name, value in start.items()}
-    theirs = {name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in start.items()}
+    theirs = {
+        name: torch.nn.Parameter(torch.from_numpy(value.copy())) for name, value in start.items()
+    }
     groups = [
         {"params": [theirs["q"]], "weight_decay": 0.1},
         {"params": [theirs["o_norm"], theirs["q_bias"]], "weight_decay": 0.0},
@@ -61,7 +81,11 @@ def test_adamw_with_clipping_follows_torch(tmp_path: Path) -> None:
     state = optimiser.init(ours)
     for step in range(20):
         gradients = {
-            name: ((0.1 if step % 5 == 0 else 3.0) * random.standard_normal(value.shape)).astype(np.float32)
+            name: (
+                ((0.1 if step % 5 == 0 else 3.0) * random.standard_normal(value.shape)).astype(
+                    np.float32
+                )
+            )
             for name, value in start.items()
         }
         for name, parameter in theirs.items():

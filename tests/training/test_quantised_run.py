@@ -1,4 +1,6 @@
-"""QLoRA runs: the same from a model folder and from a stored base, told before step 1, predicted with what they were trained on."""
+"""QLoRA runs: the same from a model folder and from a stored base, told before step 1, predicted
+with what they were trained on.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ from jaxre.training.loop import prepared, train
 from jaxre.training.sharding import make_mesh
 from jaxre.training.step import make_optimiser
 
-# Other tests of the second jax line train on NF4 too (test_mesh) and predict with it (inference/test_quantised).
+# Other tests of the second jax line train on NF4 too (test_mesh) and predict with it
+# (inference/test_quantised).
 pytestmark = pytest.mark.once
 
 
@@ -60,15 +63,23 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, said: Consol
 def test_training_on_nf4_learns_and_is_told_before_the_first_step(run: Path, said: Console) -> None:
     found = losses(run)
     assert found[-1] < 0.8 * found[0]
-    (line,) = (line for line in said.file.getvalue().partition("validation loss")[0].splitlines() if "NF4" in line)
+    (line,) = (
+        line
+        for line in said.file.getvalue().partition("validation loss")[0].splitlines()
+        if "NF4" in line
+    )
     base = open_model(run, np.dtype(np.float32)).base
     projections = [leaf for leaf in jax.tree.leaves(base, is_leaf=is_nf4) if is_nf4(leaf)]
-    whole, part = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**20 for tree in (base, projections))
+    whole, part = (
+        sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 2**20 for tree in (base, projections)
+    )
     assert f"{whole:,.1f} MiB" in line and f"{part:,.1f} MiB" in line and "float32" in line
 
 
 @pytest.mark.once
-def test_a_stored_base_gives_the_same_run_bit_for_bit(run: Path, store: Path, tmp_path: Path) -> None:
+def test_a_stored_base_gives_the_same_run_bit_for_bit(
+    run: Path, store: Path, tmp_path: Path
+) -> None:
     """Whether model.quantise is said or not: the store is NF4."""
     assert losses(train(tiny_config(tmp_path, store, "stored"))) == losses(run)
 
@@ -79,11 +90,21 @@ def test_a_dense_base_gives_another_run(run: Path, tiny_model: Path, tmp_path: P
     assert found[0] != losses(run)[0] and abs(found[0] / losses(run)[0] - 1) < 0.1
 
 
-def test_a_run_is_predicted_with_its_quantised_base_as_its_merged_model_is(run: Path, tmp_path: Path) -> None:
+def test_a_run_is_predicted_with_its_quantised_base_as_its_merged_model_is(
+    run: Path, tmp_path: Path
+) -> None:
     console = Console(file=io.StringIO())
     ours = predict_data(str(run), None, None, "score", tmp_path / "ours", None, console).rows
     convert(run, tmp_path / "merged", "hf", merge=True)
-    merged = predict_data(str(tmp_path / "merged"), None, None, "score", tmp_path / "theirs", unquantised(run, tmp_path), console).rows
+    merged = predict_data(
+        str(tmp_path / "merged"),
+        None,
+        None,
+        "score",
+        tmp_path / "theirs",
+        unquantised(run, tmp_path),
+        console,
+    ).rows
     for one, other in zip(ours, merged, strict=True):
         assert one.generated_relation == other.generated_relation
         assert one.score == pytest.approx(other.score, abs=1e-4)
@@ -99,20 +120,30 @@ def unquantised(run: Path, folder: Path) -> Path:
 @pytest.mark.once
 def test_a_run_that_continues_another_takes_its_base(run: Path, tmp_path: Path) -> None:
     said = refusal(lambda: train(tiny_config(tmp_path, run)))
-    assert "model.quantise: None here, but the adapter of" in said and "was trained with nf4; set it to that" in said
+    assert (
+        "model.quantise: None here, but the adapter of" in said
+        and "was trained with nf4; set it to that" in said
+    )
     continued = train(qlora(tmp_path, run, train={"max_steps": 2}))
     assert losses(continued)[0] < losses(run)[0] and is_quantised(open_model(continued, None).base)
 
 
-def test_full_fine_tuning_of_a_quantised_base_is_refused(tiny_model: Path, store: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_of_a_quantised_base_is_refused(
+    tiny_model: Path, store: Path, tmp_path: Path
+) -> None:
     said = refusal(lambda: qlora(tmp_path, tiny_model, train={"method": "full"}))
     assert "model.quantise=nf4 freezes the base; set train.method=lora" in said
     said = refusal(lambda: train(tiny_config(tmp_path, store, train={"method": "full"})))
-    assert "is quantised, which full fine-tuning cannot change; name the model it was made from" in said
+    assert (
+        "is quantised, which full fine-tuning cannot change; name the model it was made from"
+        in said
+    )
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_memory_that_is_printed_counts_the_base_as_it_is_stored(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_memory_that_is_printed_counts_the_base_as_it_is_stored(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     def compiled(config: Config) -> tuple[int, int]:
         optimiser, mesh = make_optimiser(config, 4), make_mesh(config.mesh)
         dataset = load_dataset(config, tiny_model)
@@ -120,7 +151,9 @@ def test_the_memory_that_is_printed_counts_the_base_as_it_is_stored(tiny_model: 
         initial = initial_state(config, jnp.float32, optimiser, mesh)
         kept, _ = compile_updates(config, plan, initial, optimiser, mesh).memory
         rows = next(prepared(config, dataset, plan, 0, 1, lambda rows: rows))
-        return kept, sum(leaf.nbytes for leaf in jax.tree.leaves((initial.state, initial.base, rows)))
+        return kept, sum(
+            leaf.nbytes for leaf in jax.tree.leaves((initial.state, initial.base, rows))
+        )
 
     kept, held = compiled(qlora(tmp_path, tiny_model))
     assert kept == held

@@ -23,7 +23,9 @@ def difference(place: str, value: object) -> str | None:
     for parent in parents:
         node = node.setdefault(parent, {})
     node[last] = value
-    return first_difference(check_config(TREE, "").model_dump(), check_config(changed, "").model_dump())
+    return first_difference(
+        check_config(TREE, "").model_dump(), check_config(changed, "").model_dump()
+    )
 
 
 @pytest.mark.parametrize(

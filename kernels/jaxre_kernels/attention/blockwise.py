@@ -1,38 +1,45 @@
-"""Attention over packed rows in plain XLA: a block of queries looks at the keys near it and at the shared prefix.
+"""Attention over packed rows in plain XLA: a block of queries looks at the keys near it and at the
+shared prefix.
 
-Work grows with T x (prefix + back + Q), not with T x T. On a CPU the blocks of a row come one after another, so that scores and
-weights stay in the cache (prefix of 352 of rows of 2,048 tokens: 0.67 of the processor time of all blocks in one batched product, on
-two CPU cores). Few blocks begin far behind the start of an example: each looks back no further than its tokens see, in steps of 64
-(0.63 to 0.68 of the processor time of one width for all; rows of 1,024 and 2,048 tokens, spans of 144 and 208, most examples near 80
-tokens; 2026-11-21). Elsewhere as many blocks as AT_ONCE allows are one batched product: one after another they would be so many small
-programs that starting them takes longer than they do. (Compiled for an H200 with jax 0.11.2, an update of Qwen2.5-0.5B on 1,280 tokens
-starts 4,600 programs, and 12,000 with its blocks one after another; not timed.)
+Work grows with T x (prefix + back + Q), not with T x T. On a CPU the blocks of a row come one after
+another, so that scores and weights stay in the cache (prefix of 352 of rows of 2,048 tokens: 0.67
+of the processor time of all blocks in one batched product, on two CPU cores). Few blocks begin far
+behind the start of an example: each looks back no further than its tokens see, in steps of 64 (0.63
+to 0.68 of the processor time of one width for all; rows of 1,024 and 2,048 tokens, spans of 144 and
+208, most examples near 80 tokens; 2026-11-21). Elsewhere as many blocks as AT_ONCE allows are one
+batched product: one after another they would be so many small programs that starting them takes
+longer than they do. (Compiled for an H200 with jax 0.11.2, an update of Qwen2.5-0.5B on 1,280
+tokens starts 4,600 programs, and 12,000 with its blocks one after another; not timed.)
 
-The backward pass keeps q, k, v and, per query and head, the highest score m and the sum l, and forms the weights again
-(FlashAttention, Dao et al. 2022, algorithm 4). The log-sum-exp m + log l alone would do, but it is rounded as a score is,
-not as a difference of scores: in a network with large scores that doubled the f32 error of the gradients.
-With E = exp(s Q K' - m), dE = (dO / l) V' and
-dS = E (dE - rowsum(E dE) / l):
+The backward pass keeps q, k, v and, per query and head, the highest score m and the sum l, and
+forms the weights again (FlashAttention, Dao et al. 2022, algorithm 4). The log-sum-exp m + log l
+alone would do, but it is rounded as a score is, not as a difference of scores: in a network with
+large scores that doubled the f32 error of the gradients. With E = exp(s Q K' - m), dE = (dO / l) V'
+and dS = E (dE - rowsum(E dE) / l):
 
     dV = E' (dO / l),    dQ = s dS K,    dK = s dS' Q
 
-Memory: kept are q, k, v and two f32 numbers a query and head, where autodiff of dense attention keeps T weights each. At once there are
-S B H Q U scores in f32 (at least), backward their gradients too, and copies of k and v (and of dk and dv in f32) laid out for the
-blocks.
+Memory: kept are q, k, v and two f32 numbers a query and head, where autodiff of dense attention
+keeps T weights each. At once there are S B H Q U scores in f32 (at least), backward their gradients
+too, and copies of k and v (and of dk and dv in f32) laid out for the blocks.
 
-Roofline of one block of one key head, with G = H / K; in bf16, where scores and their gradients pass through memory in f32, and
-weights in bf16:
+Roofline of one block of one key head, with G = H / K; in bf16, where scores and their gradients
+pass through memory in f32, and weights in bf16:
 
-                FLOPs                                bytes of scores    bytes of q, k, v and results    FLOP a byte, C = 64, 128
-    forward      4 M U C    (S, O)                   16 M U             4 (M + U) C                     16, 32
-    backward    10 M U C    (S, dE, dQ, dK, dV)      34 M U             6 M C + 12 U C                  19, 38
+                FLOPs                                bytes of scores    bytes of q, k, v and results
+                   FLOP a byte, C = 64, 128
+    forward      4 M U C    (S, O)                   16 M U             4 (M + U) C
+       16, 32 backward    10 M U C    (S, dE, dQ, dK, dV)      34 M U             6 M C + 12 U C
+                    19, 38
 
-An H200 needs 206 by its datasheet, so there scores bound this, 6 to 13 times; a kernel keeps them on the chip. On a CPU a block's scores
-stay in the cache, and products and exponentials bound. M U is counted for all keys that are looked at, visible or not.
+An H200 needs 206 by its datasheet, so there scores bound this, 6 to 13 times; a kernel keeps them
+on the chip. On a CPU a block's scores stay in the cache, and products and exponentials bound. M U
+is counted for all keys that are looked at, visible or not.
 
-Letters: B rows, T tokens in a row, H query heads, K key/value heads, C head channels, N times S blocks of Q queries, S of them at
-once, R = S x B, M = Q x H / K queries of a block and key head, U = prefix + back + Q keys that a block looks at at most,
-L = back + N x S x Q places of keys laid out for the blocks: zeros before and behind the row.
+Letters: B rows, T tokens in a row, H query heads, K key/value heads, C head channels, N times S
+blocks of Q queries, S of them at once, R = S x B, M = Q x H / K queries of a block and key head, U
+= prefix + back + Q keys that a block looks at at most, L = back + N x S x Q places of keys laid out
+for the blocks: zeros before and behind the row.
 """
 
 from __future__ import annotations
@@ -44,11 +51,15 @@ import jax
 import jax.numpy as jnp
 
 STEP = 64
-AT_ONCE = 2**26  # scores at once where they need not stay in a cache: 256 MiB in f32, of which the backward pass has four
+# scores at once where they need not stay in a cache: 256 MiB in f32, of which the backward pass has
+# four
+AT_ONCE = 2**26
 
 
 class Blocks(NamedTuple):
-    """Queries [nQ, nQ + Q) look at keys [0, prefix) and [nQ - back, nQ + Q). One block of Q = T is dense attention."""
+    """Queries [nQ, nQ + Q) look at keys [0, prefix) and [nQ - back, nQ + Q). One block of Q = T is
+    dense attention.
+    """
 
     queries: int
     back: int = 0
@@ -61,8 +72,11 @@ class Blocks(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible_until: jax.Array, blocks: Blocks) -> jax.Array:
-    """Softmax attention in which token i sees token j exactly when `j <= i < visible_until[j]`; softmax in f32 (at least).
+def blockwise_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible_until: jax.Array, blocks: Blocks
+) -> jax.Array:
+    """Softmax attention in which token i sees token j exactly when `j <= i < visible_until[j]`;
+    softmax in f32 (at least).
 
     Args:
       q: [B, T, H, C] float; k, v: [B, T, K, C] of q's dtype; visible_until: [B, T] int32.
@@ -75,7 +89,9 @@ def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, visible_until:
 
 
 class Order(NamedTuple):
-    """How a platform goes through the blocks: how many at once, and how far back these may look, ascending."""
+    """How a platform goes through the blocks: how many at once, and how far back these may look,
+    ascending.
+    """
 
     at_once: int
     backs: tuple[int, ...]
@@ -84,7 +100,10 @@ class Order(NamedTuple):
 def _orders(q, blocks):
     """Of a CPU, and of anything else."""
     B, T, H, _ = q.shape
-    number, scores = -(-T // blocks.queries), B * H * blocks.queries * (blocks.prefix + blocks.back + blocks.queries)
+    number, scores = (
+        -(-T // blocks.queries),
+        B * H * blocks.queries * (blocks.prefix + blocks.back + blocks.queries),
+    )
     steps = -(-number // max(1, AT_ONCE // scores))
     return Order(1, blocks.backs), Order(-(-number // steps), (blocks.back,))
 
@@ -111,11 +130,17 @@ def _attend(blocks, order, q, k, v, visible_until):
     keys, values, until, widths, zero = _lay_all_out(k, v, visible_until, blocks, order)
 
     def attend(back, n, queries):
-        scores = _scores(queries, _at(keys, n, blocks, order, back), _visible(until, n, queries, blocks, order, back))
+        scores = _scores(
+            queries,
+            _at(keys, n, blocks, order, back),
+            _visible(until, n, queries, blocks, order, back),
+        )
         highest = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - highest)
         total = weights.sum(-1, keepdims=True)
-        sums = _product("rkmu,rkuc->rkmc", weights.astype(q.dtype), _at(values, n, blocks, order, back))
+        sums = _product(
+            "rkmu,rkuc->rkmc", weights.astype(q.dtype), _at(values, n, blocks, order, back)
+        )
         return (sums / total).astype(q.dtype), highest, total
 
     def step(n, one):
@@ -132,22 +157,34 @@ def _gradients(blocks, order, q, k, v, visible_until, highest, total, dout):
     def gradients(back, n, queries, dout, highest, total):
         near_keys = _at(keys, n, blocks, order, back)
         dsums = (dout / total).astype(q.dtype)  # dividing dO is less work than dividing weights
-        weights = jnp.exp(_scores(queries, near_keys, _visible(until, n, queries, blocks, order, back)) - highest)
+        weights = jnp.exp(
+            _scores(queries, near_keys, _visible(until, n, queries, blocks, order, back)) - highest
+        )
         dweights = _product("rkmc,rkuc->rkmu", dsums, _at(values, n, blocks, order, back))
         mean = (weights * dweights).sum(-1, keepdims=True) / total
         dscores = (weights * (dweights - mean) * q.shape[-1] ** -0.5).astype(q.dtype)
         dqueries = _product("rkmu,rkuc->rkmc", dscores, near_keys).astype(q.dtype)
-        return dqueries, *(_part(*pair, blocks, back) for pair in ((queries, dscores), (dsums, weights.astype(q.dtype))))
+        return dqueries, *(
+            _part(*pair, blocks, back)
+            for pair in ((queries, dscores), (dsums, weights.astype(q.dtype)))
+        )
 
     def step(carry, one):
         n, dkeys, dvalues = carry
         width, *operands = one
         dqueries, keys_part, values_part = _looking_back(gradients, width, order, n, *operands)
-        return (n + 1, _added(dkeys, keys_part, n, blocks, order), _added(dvalues, values_part, n, blocks, order)), dqueries
+        return (
+            n + 1,
+            _added(dkeys, keys_part, n, blocks, order),
+            _added(dvalues, values_part, n, blocks, order),
+        ), dqueries
 
     zeros = jnp.zeros(keys.shape, jnp.promote_types(q.dtype, jnp.float32))
     # Behind the row is no sum either, and what is divided by one there is zero.
-    cut = (_cut(array, k.shape[2], blocks, order, fill) for array, fill in ((q, 0), (dout, 0), (highest, 0), (total, 1)))
+    cut = (
+        _cut(array, k.shape[2], blocks, order, fill)
+        for array, fill in ((q, 0), (dout, 0), (highest, 0), (total, 1))
+    )
     (_, dkeys, dvalues), dqueries = jax.lax.scan(step, (zero, zeros, zeros), (widths, *cut))
     dk, dv = (
         array[:, :, blocks.back : blocks.back + k.shape[1]].transpose(0, 2, 1, 3).astype(like.dtype)
@@ -157,7 +194,9 @@ def _gradients(blocks, order, q, k, v, visible_until, highest, total, dout):
 
 
 def _widths(visible_until, blocks, order):
-    """[N] int32: which of `order.backs` holds all that a step's blocks see of any row before their own tokens and behind the prefix."""
+    """[N] int32: which of `order.backs` holds all that a step's blocks see of any row before their
+    own tokens and behind the prefix.
+    """
     T, Q = visible_until.shape[1], blocks.queries
     first, key = jnp.arange(0, T, Q)[:, None], jnp.arange(T)
     if len(order.backs) == 1:
@@ -175,7 +214,9 @@ def _looking_back(run, width, order, *operands):
 
 
 def _product(letters, one, other):
-    return jnp.einsum(letters, one, other, preferred_element_type=jnp.promote_types(one.dtype, jnp.float32))
+    return jnp.einsum(
+        letters, one, other, preferred_element_type=jnp.promote_types(one.dtype, jnp.float32)
+    )
 
 
 def _scores(queries, keys, visible):
@@ -192,8 +233,10 @@ def _visible(until, n, queries, blocks, order, back):
     within = jnp.repeat(jnp.arange(blocks.queries), queries.shape[2] // blocks.queries)  # M
     query = first[:, None, None, None] + within[:, None]  # R 1 M 1
     # Outside the row `until` is zero, and no query sees such a key.
-    key, until = (_at(array, n, blocks, order, back)[..., None, :, 0] for array in (row, until))  # R 1 1 U
-    apart = jnp.arange(key.shape[-1]) < blocks.prefix  # the copy of the prefix, before the near keys
+    # R 1 1 U
+    key, until = (_at(array, n, blocks, order, back)[..., None, :, 0] for array in (row, until))
+    # the copy of the prefix, before the near keys
+    apart = jnp.arange(key.shape[-1]) < blocks.prefix
     return ((key >= blocks.prefix) | apart) & (key <= query) & (query < until)
 
 
@@ -210,14 +253,18 @@ def _joined(array, like, blocks, order):
     """[N, R, K, M, C] -> [B, T, H, C], of `like`'s B, T and H."""
     B, T, H, _ = like.shape
     N, _, K, _, C = array.shape
-    whole = array.reshape(N, order.at_once, B, K, blocks.queries, H // K, C).transpose(2, 0, 1, 4, 3, 5, 6)
+    whole = array.reshape(N, order.at_once, B, K, blocks.queries, H // K, C).transpose(
+        2, 0, 1, 4, 3, 5, 6
+    )
     return whole.reshape(B, -1, H, C)[:, :T]
 
 
 def _lay_all_out(k, v, visible_until, blocks, order):
-    """Keys, values and `visible_until` laid out, how far back each step looks, and the number of the first.
+    """Keys, values and `visible_until` laid out, how far back each step looks, and the number of
+    the first.
 
-    A mask hangs on no layer: without the barrier JAX would form those of all blocks before a scan over layers, and keep them.
+    A mask hangs on no layer: without the barrier JAX would form those of all blocks before a scan
+    over layers, and keep them.
     """
     k, visible_until, zero = jax.lax.optimization_barrier((k, visible_until, jnp.int32(0)))
     laid_out = (_lay_out(array, blocks, order) for array in (k, v, visible_until[..., None, None]))
@@ -231,9 +278,17 @@ def _lay_out(array, blocks, order):
 
 
 def _at(laid_out, n, blocks, order, back):
-    """[B, K, L, C] -> [R, K, prefix + back + Q, C]: the prefix, then what is near each block of step n."""
+    """[B, K, L, C] -> [R, K, prefix + back + Q, C]: the prefix, then what is near each block of
+    step n.
+    """
     width = order.at_once * blocks.queries
-    near = _windows(jax.lax.dynamic_slice_in_dim(laid_out, n * width + blocks.back - back, back + width, axis=2), order, back)
+    near = _windows(
+        jax.lax.dynamic_slice_in_dim(
+            laid_out, n * width + blocks.back - back, back + width, axis=2
+        ),
+        order,
+        back,
+    )
     if not blocks.prefix:
         return near
     prefix = laid_out[:, :, blocks.back : blocks.back + blocks.prefix]
@@ -241,7 +296,9 @@ def _at(laid_out, n, blocks, order, back):
 
 
 def _windows(near, order, back):
-    """[B, K, back + S Q, C] -> [R, K, back + Q, C]: for each of S blocks its own keys and the `back` before them."""
+    """[B, K, back + S Q, C] -> [R, K, back + Q, C]: for each of S blocks its own keys and the
+    `back` before them.
+    """
     S = order.at_once
     if S == 1:
         return near
@@ -254,10 +311,14 @@ def _windows(near, order, back):
 
 
 def _part(queries, scores, blocks, back):
-    """[R, K, U, C]: scores [R, K, M, prefix + back + Q] times queries [R, K, M, C], zeros where a block did not look."""
-    # As [C, U]: on a CPU the first operand of a sum over queries is transposed in memory, and C is the narrow side. Without
-    # the barrier the compiler would turn the product around again.
-    part = jax.lax.optimization_barrier(_product("rkmc,rkmu->rkcu", queries, scores)).swapaxes(-1, -2)
+    """[R, K, U, C]: scores [R, K, M, prefix + back + Q] times queries [R, K, M, C], zeros where a
+    block did not look.
+    """
+    # As [C, U]: on a CPU the first operand of a sum over queries is transposed in memory, and C is
+    # the narrow side. Without the barrier the compiler would turn the product around again.
+    part = jax.lax.optimization_barrier(_product("rkmc,rkmu->rkcu", queries, scores)).swapaxes(
+        -1, -2
+    )
     near = jnp.pad(part[:, :, blocks.prefix :], ((0, 0), (0, 0), (blocks.back - back, 0), (0, 0)))
     return jnp.concatenate([part[:, :, : blocks.prefix], near], axis=2)
 
@@ -270,5 +331,7 @@ def _added(total, part, n, blocks, order):
         total = total.at[:, :, blocks.back : blocks.back + blocks.prefix].add(prefix)
     width = order.at_once * blocks.queries
     near = jax.lax.dynamic_slice_in_dim(total, n * width, blocks.back + width, axis=2)
-    (added,) = jax.linear_transpose(partial(_windows, order=order, back=blocks.back), near)(part[:, :, blocks.prefix :])
+    (added,) = jax.linear_transpose(partial(_windows, order=order, back=blocks.back), near)(
+        part[:, :, blocks.prefix :]
+    )
     return jax.lax.dynamic_update_slice_in_dim(total, near + added, n * width, axis=2)

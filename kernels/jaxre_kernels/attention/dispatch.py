@@ -21,15 +21,22 @@ def _xla(q, k, v, visible_until, visible_from, prefix, span, queries=None):
 
 
 def _pallas(name, q, k, v, visible_until, visible_from, prefix, span, **tiles):
-    return kernels_of("attention", name).packed_attention(q, k, v, visible_until, visible_from, prefix=prefix, span=span, **tiles)
+    return kernels_of("attention", name).packed_attention(
+        q, k, v, visible_until, visible_from, prefix=prefix, span=span, **tiles
+    )
 
 
-IMPLEMENTATIONS = {"xla": _xla, **{name: partial(_pallas, name) for name in ("pallas_tpu", "pallas_gpu", "pallas_gpu_sm80")}}
-# cuDNN's public entry, `jax.nn.dot_product_attention`, isolates packed examples only by a dense T x T bias, and the static
-# facts of a plan do not say that every row holds one example: it is left out.
+IMPLEMENTATIONS = {
+    "xla": _xla,
+    **{name: partial(_pallas, name) for name in ("pallas_tpu", "pallas_gpu", "pallas_gpu_sm80")},
+}
+# cuDNN's public entry, `jax.nn.dot_product_attention`, isolates packed examples only by a dense T x
+# T bias, and the static facts of a plan do not say that every row holds one example: it is left
+# out.
 
-# Of a block. On two CPU cores blocks of 64, 128 and 256 took 1.03, 1.00 and 1.51 (prefix 32, span 144, two rows of 1,024), and 1.04, 1.00
-# and 1.08 (prefix 352, span 208, one row of 2,048) of the processor time (9 and 3 heads of 64 channels, f32; 2026-11-21).
+# Of a block. On two CPU cores blocks of 64, 128 and 256 took 1.03, 1.00 and 1.51 (prefix 32, span
+# 144, two rows of 1,024), and 1.04, 1.00 and 1.08 (prefix 352, span 208, one row of 2,048) of the
+# processor time (9 and 3 heads of 64 channels, f32; 2026-11-21).
 QUERIES = 128
 TILES = {  # what `tools/tune_kernels.py` tries
     "xla": [{"queries": queries} for queries in (64, 128, 256, 512)],
@@ -38,8 +45,11 @@ TILES = {  # what `tools/tune_kernels.py` tries
 NEAR_MULTIPLE = 32  # keys behind a block, rounded up
 
 
-def blocks_of(length: int, prefix: int = 0, span: int | None = None, queries: int | None = None) -> Blocks:
-    """Where the queries of a row of `length` look, from the bounds of `attention`: dense where blocks would look at no fewer keys.
+def blocks_of(
+    length: int, prefix: int = 0, span: int | None = None, queries: int | None = None
+) -> Blocks:
+    """Where the queries of a row of `length` look, from the bounds of `attention`: dense where
+    blocks would look at no fewer keys.
 
     `queries` of a block are QUERIES if not given.
     """
@@ -70,10 +80,12 @@ def choose(
     device_kind: str | None = None,
     both_ways: bool = False,
 ) -> tuple[str, str]:
-    """The implementation that `attention` runs for such rows (for any, without a length), and the reason in words.
+    """The implementation that `attention` runs for such rows (for any, without a length), and the
+    reason in words.
 
-    The table is asked where rows, `heads` and `device_kind` are given (see `jaxre_kernels.implementations`). It holds measurements of
-    causal attention: never where segments are seen `both_ways`.
+    The table is asked where rows, `heads` and `device_kind` are given (see
+    `jaxre_kernels.implementations`). It holds measurements of causal attention: never where
+    segments are seen `both_ways`.
 
     Raises:
       ValueError: an implementation that does not exist, or that does not take these `heads`.
@@ -81,34 +93,62 @@ def choose(
     entry = _measured(length, prefix, span, heads, None if both_ways else device_kind)
 
     def unsupported(name: str) -> str | None:
-        return None if name == "xla" else kernels_of("attention", name).unsupported(length, prefix, span, *heads)
+        return (
+            None
+            if name == "xla"
+            else kernels_of("attention", name).unsupported(length, prefix, span, *heads)
+        )
 
     name, reason = named("attention", implementation, IMPLEMENTATIONS, entry, unsupported)
     if length is None or (name != "xla" and heads is None):
         return name, reason
     if name != "xla":
-        return name, f"{reason}; {_told(name, length, prefix, span, heads, tiles_of(entry, name).get('block'))}"
+        return (
+            name,
+            (
+                f"{reason};"
+                f" {_told(name, length, prefix, span, heads, tiles_of(entry, name).get('block'))}"
+            ),
+        )
     if both_ways:
         return name, f"{reason}; dense, both ways"
     blocks = blocks_of(length, prefix, span, **tiles_of(entry, name))
     if blocks.queries == length:
         return name, f"{reason}; dense, a token may see any of {length:,}"
     near = blocks.back + blocks.queries
-    return name, f"{reason}; {blocks.queries} queries at a time look at up to {near} near and {prefix} shared keys of {length:,}"
+    return (
+        name,
+        (
+            f"{reason}; {blocks.queries} queries at a time look at up to {near} near and {prefix}"
+            f" shared keys of {length:,}"
+        ),
+    )
 
 
-def _measured(length: int | None, prefix: int, span: int | None, heads: Heads | None, device_kind: str | None) -> Entry | None:
+def _measured(
+    length: int | None, prefix: int, span: int | None, heads: Heads | None, device_kind: str | None
+) -> Entry | None:
     if length is None or heads is None:
         return None
-    sizes = {"length": length, "prefix": prefix, "span": length if span is None else span, **heads._asdict()}
+    sizes = {
+        "length": length,
+        "prefix": prefix,
+        "span": length if span is None else span,
+        **heads._asdict(),
+    }
     return measured("attention", device_kind, sizes.pop("dtype"), sizes)
 
 
-def _told(name: str, length: int, prefix: int, span: int | None, heads: Heads, block: int | None = None) -> str:
+def _told(
+    name: str, length: int, prefix: int, span: int | None, heads: Heads, block: int | None = None
+) -> str:
     kernels = kernels_of("attention", name)
     refusal = kernels.unsupported(length, prefix, span, *heads)
     if refusal is not None:
-        raise ValueError(f"attention implementation {name!r} does not run here: {refusal}; leave it out, or ask for 'xla'")
+        raise ValueError(
+            f"attention implementation {name!r} does not run here: {refusal}; leave it out, or ask"
+            " for 'xla'"
+        )
     block = block or kernels.block_of(length, span, heads.heads // heads.kv_heads)
     return f"pairs of blocks of {block} tokens of {length:,} where one sees another"
 
@@ -126,17 +166,23 @@ def attention(
     device_kind: str | None = None,
     tiles: Mapping[str, int] | None = None,
 ) -> jax.Array:
-    """Attention in which each token sees its own ancestors and nothing else: i sees j exactly when `j <= i < visible_until[j]`.
+    """Attention in which each token sees its own ancestors and nothing else: i sees j exactly when
+    `j <= i < visible_until[j]`.
 
-    `prefix` and `span` bound where to look and change nothing else; a visible pair outside of them is not looked at.
+    `prefix` and `span` bound where to look and change nothing else; a visible pair outside of them
+    is not looked at.
 
     Args:
       q: [B, T, H, C] float; k, v: [B, T, K, C] of q's dtype; visible_until: [B, T] int32.
-      visible_from: [B, T] int32, for segments that share nothing and are seen both ways (encoders): the first token of j's segment. Then
-        i sees j exactly when `visible_from[j] <= i < visible_until[j]`.
-      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; no bound on the span if it is None.
-      device_kind: of the device that the program is for, to ask the table; "xla" runs where neither is given.
-      tiles: of the implementation that is asked for (`TILES`); the table's, else its own, if not given.
+      visible_from: [B, T] int32, for segments that share nothing and are seen both ways (encoders):
+        the first token of j's segment. Then i sees j exactly when `visible_from[j] <= i <
+        visible_until[j]`.
+      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; no bound on the span
+        if it is None.
+      device_kind: of the device that the program is for, to ask the table; "xla" runs where neither
+        is given.
+      tiles: of the implementation that is asked for (`TILES`); the table's, else its own, if not
+        given.
 
     Returns:
       [B, T, H, C] of q's dtype.
@@ -147,7 +193,17 @@ def attention(
     B, T, H, C = q.shape
     heads = Heads(B, H, k.shape[2], C, q.dtype)
     both_ways = visible_from is not None
-    name, _ = choose(T, prefix, span, heads=heads, implementation=implementation, device_kind=device_kind, both_ways=both_ways)
+    name, _ = choose(
+        T,
+        prefix,
+        span,
+        heads=heads,
+        implementation=implementation,
+        device_kind=device_kind,
+        both_ways=both_ways,
+    )
     if tiles is None:
-        tiles = tiles_of(None if both_ways else _measured(T, prefix, span, heads, device_kind), name)
+        tiles = tiles_of(
+            None if both_ways else _measured(T, prefix, span, heads, device_kind), name
+        )
     return IMPLEMENTATIONS[name](q, k, v, visible_until, visible_from, prefix, span, **tiles)

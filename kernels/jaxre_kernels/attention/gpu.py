@@ -1,27 +1,34 @@
-"""Packed-sequence attention for Hopper GPUs (Pallas Mosaic GPU), forward and backward. unverified: has not run on a GPU
+"""Packed-sequence attention for Hopper GPUs (Pallas Mosaic GPU), forward and backward. unverified:
+has not run on a GPU
 
-It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). Pallas's interpreter takes no product with a
-factor in registers: there these four are ordinary products (`gpu_kernels._added`). What is said of speed is arithmetic.
+It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). Pallas's
+interpreter takes no product with a factor in registers: there these four are ordinary products
+(`gpu_kernels._added`). What is said of speed is arithmetic.
 
-What is computed, and over which block pairs: `gpu_vjp.py`, whose letters are used here. GPUs without `wgmma` and TMA: `gpu_sm80.py`.
+What is computed, and over which block pairs: `gpu_vjp.py`, whose letters are used here. GPUs
+without `wgmma` and TMA: `gpu_sm80.py`.
 
-Layout. Arrays stay [B, S, H, C] as the caller has them: the copy engine picks [U, C] of a head out of them. Query heads
-that share a key head are thread blocks that run at a time, and find its blocks in the second-level cache.
+Layout. Arrays stay [B, S, H, C] as the caller has them: the copy engine picks [U, C] of a head out
+of them. Query heads that share a key head are thread blocks that run at a time, and find its blocks
+in the second-level cache.
 
 Memory. In shared memory a thread block holds, with C channels:
 
-    forward 640 C + 1,536 bytes        dQ 772 C + 1,536        dK, dV 768 C + 1,536        beside its barriers
+    forward 640 C + 1,536 bytes        dQ 772 C + 1,536        dK, dV 768 C + 1,536        beside
+    its barriers
 
 Roofline of one block pair and query head, in bf16, beside 4,096 exponentials each:
 
-              FLOPs                               bytes read, of the second-level cache        FLOP a byte
+              FLOPs                               bytes read, of the second-level cache        FLOP
+              a byte
     forward   4 U U C   (S, O)                    4 U C    (K, V)                              64
     dQ        6 U U C   (S, dP, dQ)               4 U C    (K, V)                              96
     dK, dV    8 U U C   (S, dP, dK, dV)           4 U C    (Q, dO~)                            128
 
-An H200 has 989 TFLOP/s and 4.8 TB/s by its datasheet, 206 FLOP a byte of its memory; a block of keys is read from memory once, and
-from the cache by the G heads and the blocks of queries that see it. With 16 and 2 heads of 128 channels, 8,192 tokens in examples of
-150 are 14, 21 and 28 GFLOP and 75, 109 and 84 MB: 16, 23 and 28 us at the least. A list of three entries is short, and starting a
+An H200 has 989 TFLOP/s and 4.8 TB/s by its datasheet, 206 FLOP a byte of its memory; a block of
+keys is read from memory once, and from the cache by the G heads and the blocks of queries that see
+it. With 16 and 2 heads of 128 channels, 8,192 tokens in examples of 150 are 14, 21 and 28 GFLOP and
+75, 109 and 84 MB: 16, 23 and 28 us at the least. A list of three entries is short, and starting a
 thread block, waiting for its first copies and leaving its results are not in that.
 """
 
@@ -34,7 +41,16 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxre_kernels.attention.gpu_kernels import dkv_kernel, dq_kernel, forward_kernel
-from jaxre_kernels.attention.gpu_vjp import BLOCK, MISSING, Kernels, attend, block_of, like, statistics_of, unsupported
+from jaxre_kernels.attention.gpu_vjp import (
+    BLOCK,
+    MISSING,
+    Kernels,
+    attend,
+    block_of,
+    like,
+    statistics_of,
+    unsupported,
+)
 
 __all__ = ["BLOCK", "MISSING", "block_of", "packed_attention", "unsupported"]
 
@@ -45,7 +61,12 @@ def _forward(call, q, k, *arrays):
         forward_kernel,
         (q, k, *arrays),
         (like(q), statistics_of(q)),
-        [*_tiles(call, q, 1, 2, 2), _numbers(call, 2, 2, dtype=jnp.int32), _numbers(call, 2), *_arrivals(1, 3)],
+        [
+            *_tiles(call, q, 1, 2, 2),
+            _numbers(call, 2, 2, dtype=jnp.int32),
+            _numbers(call, 2),
+            *_arrivals(1, 3),
+        ],
         q,
         k,
         heads=q.shape[2],
@@ -54,7 +75,10 @@ def _forward(call, q, k, *arrays):
 
 def _dq(call, q, k, *arrays):
     B, S, H, C = q.shape
-    tiles, numbers = _tiles(call, q, 1, 1, 2, 2), (_numbers(call, 2, 2, dtype=jnp.int32), _numbers(call, 2))
+    tiles, numbers = (
+        _tiles(call, q, 1, 1, 2, 2),
+        (_numbers(call, 2, 2, dtype=jnp.int32), _numbers(call, 2)),
+    )
     return call.run(
         "attention_dq",
         dq_kernel,
@@ -73,7 +97,12 @@ def _dkv(call, q, k, *arrays):
         dkv_kernel,
         (q, k, *arrays),
         (like(k), like(k)),
-        [*_tiles(call, q, 1, 1, 2, 2), _numbers(call, 2, dtype=jnp.int32), _numbers(call, 2, 2), *_arrivals(3, 3)],
+        [
+            *_tiles(call, q, 1, 1, 2, 2),
+            _numbers(call, 2, dtype=jnp.int32),
+            _numbers(call, 2, 2),
+            *_arrivals(3, 3),
+        ],
         q,
         k,
         heads=k.shape[2],
@@ -85,7 +114,10 @@ packed_attention = partial(attend, Kernels(_forward, _dq, _dkv))
 
 def _tiles(call, q, *slots):
     """[U, C] in shared memory, or [slots, U, C], for each number of slots."""
-    return [call.tile(*((call.block,) if count == 1 else (count, call.block)), like=q) for count in slots]
+    return [
+        call.tile(*((call.block,) if count == 1 else (count, call.block)), like=q)
+        for count in slots
+    ]
 
 
 def _numbers(call, *shape, dtype=jnp.float32):

@@ -1,28 +1,34 @@
-"""Packed-sequence attention for Ampere and Ada GPUs (Pallas Mosaic GPU), forward and backward. unverified: has not run on a GPU
+"""Packed-sequence attention for Ampere and Ada GPUs (Pallas Mosaic GPU), forward and backward.
+unverified: has not run on a GPU
 
-For A100, RTX 30 and RTX 40 (sm_80, sm_86, sm_89), which have neither `wgmma` nor TMA: products are `mma` of a warp, copies `cp.async`.
-It was compiled ahead of time for an A100 and an RTX 4090, and what was compiled was run on a CPU, instruction by instruction: the root
-mean square of its distance to f64 is 0.94 to 1.05 of that of the XLA implementation in bf16. Pallas's interpreter has neither `mma` nor
-`cp.async`: there the kernels run with ordinary products and with copies that arrive at barriers (`_barriers`), in the same order. What
-is said of speed is arithmetic.
+For A100, RTX 30 and RTX 40 (sm_80, sm_86, sm_89), which have neither `wgmma` nor TMA: products are
+`mma` of a warp, copies `cp.async`. It was compiled ahead of time for an A100 and an RTX 4090, and
+what was compiled was run on a CPU, instruction by instruction: the root mean square of its distance
+to f64 is 0.94 to 1.05 of that of the XLA implementation in bf16. Pallas's interpreter has neither
+`mma` nor `cp.async`: there the kernels run with ordinary products and with copies that arrive at
+barriers (`_barriers`), in the same order. What is said of speed is arithmetic.
 
 What is computed, and over which block pairs: `gpu_vjp.py`, whose letters are used here.
 
-Layout. Arrays are seen as [B, S, H C], which moves nothing: a copy takes [W, C] out of that. W tokens of what is walked over come at a
-time: 64, but with 128 channels 32 for dQ and 16 for dK and dV. So no register is spilled (with 32, four of dK and dV were), and two
-thread blocks fit a processor with 100 KiB of shared memory.
+Layout. Arrays are seen as [B, S, H C], which moves nothing: a copy takes [W, C] out of that. W
+tokens of what is walked over come at a time: 64, but with 128 channels 32 for dQ and 16 for dK and
+dV. So no register is spilled (with 32, four of dK and dV were), and two thread blocks fit a
+processor with 100 KiB of shared memory.
 
-Memory. In shared memory a thread block holds 2 (n U + 2 W) C bytes, with n = 1 block of its own forward, 2 backward:
+Memory. In shared memory a thread block holds 2 (n U + 2 W) C bytes, with n = 1 block of its own
+forward, 2 backward:
 
               C = 64        C = 128
     forward   24 KiB        48 KiB
     dQ        32 KiB        48 KiB
     dK, dV    32 KiB        40 KiB
 
-Roofline of one block pair and query head, as in `gpu.py`: 4, 6 and 8 U U C FLOPs for 4 U C bytes read of the second-level cache. An
-RTX 4090 has 165 TFLOP/s in bf16 with f32 sums, 1.0 TB/s of memory and 72 MB of that cache by its datasheet; a multiprocessor needs 4,096
-cycles for the products of a block pair forward at 128 channels, several times what the copy of a block takes to arrive: one slot
-for what comes, filled while the other is used, and a second thread block are enough. An A100 (312 TFLOP/s) needs 1,024.
+Roofline of one block pair and query head, as in `gpu.py`: 4, 6 and 8 U U C FLOPs for 4 U C bytes
+read of the second-level cache. An RTX 4090 has 165 TFLOP/s in bf16 with f32 sums, 1.0 TB/s of
+memory and 72 MB of that cache by its datasheet; a multiprocessor needs 4,096 cycles for the
+products of a block pair forward at 128 channels, several times what the copy of a block takes to
+arrive: one slot for what comes, filled while the other is used, and a second thread block are
+enough. An A100 (312 TFLOP/s) needs 1,024.
 """
 
 from __future__ import annotations
@@ -34,7 +40,17 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxre_kernels.attention.gpu_sm80_kernels import dkv_kernel, dq_kernel, forward_kernel
-from jaxre_kernels.attention.gpu_vjp import BLOCK, CHANNELS, MISSING, Kernels, attend, block_of, like, statistics_of, unsupported
+from jaxre_kernels.attention.gpu_vjp import (
+    BLOCK,
+    CHANNELS,
+    MISSING,
+    Kernels,
+    attend,
+    block_of,
+    like,
+    statistics_of,
+    unsupported,
+)
 
 __all__ = ["BLOCK", "MISSING", "block_of", "packed_attention", "unsupported"]
 
@@ -46,7 +62,12 @@ def _forward(engine, call, q, k, v, *arrays):
         forward_kernel,
         (_flat(q), _flat(k), _flat(v), *arrays),
         (like(_flat(q)), statistics_of(q)),
-        {"queries": block, "keys": block, "values": block, **_barriers(engine, call, own=1, keys=1, values=1)},
+        {
+            "queries": block,
+            "keys": block,
+            "values": block,
+            **_barriers(engine, call, own=1, keys=1, values=1),
+        },
         q,
         k,
         heads=q.shape[2],
@@ -62,7 +83,13 @@ def _dq(engine, call, q, k, v, bounds, dsums, *arrays):
         dq_kernel,
         (_flat(q), _flat(k), _flat(v), bounds, _flat(dsums), *arrays),
         (like(_flat(q)), jax.ShapeDtypeStruct((B, H, S), jnp.float32)),
-        {"queries": block, "douts": block, "keys": piece, "values": piece, **_barriers(engine, call, own=2, keys=1, values=1)},
+        {
+            "queries": block,
+            "douts": block,
+            "keys": piece,
+            "values": piece,
+            **_barriers(engine, call, own=2, keys=1, values=1),
+        },
         q,
         k,
         heads=H,
@@ -77,7 +104,13 @@ def _dkv(engine, call, q, k, v, bounds, dsums, *arrays):
         dkv_kernel,
         (_flat(q), _flat(k), _flat(v), bounds, _flat(dsums), *arrays),
         (like(_flat(k)), like(_flat(k))),
-        {"keys": block, "values": block, "queries": piece, "douts": piece, **_barriers(engine, call, own=2, queries=1, douts=1)},
+        {
+            "keys": block,
+            "values": block,
+            "queries": piece,
+            "douts": piece,
+            **_barriers(engine, call, own=2, queries=1, douts=1),
+        },
         q,
         k,
         heads=k.shape[2],
@@ -90,7 +123,8 @@ def _kernels(engine):
 
 
 packed_attention = partial(attend, _kernels(engine=False))
-# The same kernels where there is a copy engine, to be run for comparison: a later GPU takes no `cp.async` from Pallas.
+# The same kernels where there is a copy engine, to be run for comparison: a later GPU takes no
+# `cp.async` from Pallas.
 with_copy_engine = partial(attend, _kernels(engine=True))
 
 
@@ -106,4 +140,8 @@ def _wide(q):
 
 def _barriers(engine, call, **copies):
     """What copies of the copy engine arrive at, and their number; `cp.async` needs none."""
-    return {f"{name}_arrived": plgpu.Barrier(num_arrivals=count) for name, count in copies.items()} if engine or call.interpret else {}
+    return (
+        {f"{name}_arrived": plgpu.Barrier(num_arrivals=count) for name, count in copies.items()}
+        if engine or call.interpret
+        else {}
+    )

@@ -1,21 +1,26 @@
-"""The three Mosaic GPU kernels of packed attention for GPUs without `wgmma` and TMA. See `gpu_sm80.py` for what they compute.
+"""The three Mosaic GPU kernels of packed attention for GPUs without `wgmma` and TMA. See
+`gpu_sm80.py` for what they compute.
 
-One thread block is four warps. It owns a block of queries of one head (or of keys of one key head), walks over the pieces of W tokens
-of the blocks that these meet, and keeps its sums in registers until the end: nothing is added up in memory. Two arrays pass through
-shared memory, each in one slot, in such an order that either is on its way while products of the other are formed:
+One thread block is four warps. It owns a block of queries of one head (or of keys of one key head),
+walks over the pieces of W tokens of the blocks that these meet, and keeps its sums in registers
+until the end: nothing is added up in memory. Two arrays pass through shared memory, each in one
+slot, in such an order that either is on its way while products of the other are formed:
 
-    wait for the first -> ask for the second -> products of the first -> wait for the second -> ask for the next first, once nothing
-    needs this one any more -> products of the second
+    wait for the first -> ask for the second -> products of the first -> wait for the second -> ask
+    for the next first, once nothing needs this one any more -> products of the second
 
-A warp copies with `cp.async`, and Mosaic GPU puts a barrier of all warps in front of each copy and behind each wait
-(`CompilerParams.unsafe_no_auto_barriers` is off): no warp still reads what is overwritten, each sees what the others copied. All that
-is under way is waited for, so it needs no count of copies. Where there are barriers for it (`own_arrived`, `keys_arrived`, ...), copies
-are those of the copy engine instead, and all else is the same: so it runs in Pallas's interpreter, and on a later GPU.
+A warp copies with `cp.async`, and Mosaic GPU puts a barrier of all warps in front of each copy and
+behind each wait (`CompilerParams.unsafe_no_auto_barriers` is off): no warp still reads what is
+overwritten, each sees what the others copied. All that is under way is waited for, so it needs no
+count of copies. Where there are barriers for it (`own_arrived`, `keys_arrived`, ...), copies are
+those of the copy engine instead, and all else is the same: so it runs in Pallas's interpreter, and
+on a later GPU.
 
 What is read once, or is small, goes from global memory to registers: bounds, statistics, results.
 
-Arrays in global memory: q, dO~, O and dQ [B, S, H C], k, v, dK and dV [B, S, K C]: `cp.async` takes [W, C] out of the last two axes
-only. The rest is as in `gpu_kernels.py`. U is the number of tokens of a block.
+Arrays in global memory: q, dO~, O and dQ [B, S, H C], k, v, dK and dV [B, S, K C]: `cp.async` takes
+[W, C] out of the last two axes only. The rest is as in `gpu_kernels.py`. U is the number of tokens
+of a block.
 """
 
 from __future__ import annotations
@@ -66,7 +71,8 @@ def forward_kernel(
     scale,
     interpreted,
 ):
-    """Output of a block of queries, and of each query the highest score and the sum of weights (`statistics`).
+    """Output of a block of queries, and of each query the highest score and the sum of weights
+    (`statistics`).
 
     Shared memory: `queries` [U, C], `keys` and `values` [W, C].
     """
@@ -75,8 +81,18 @@ def forward_kernel(
     head = lax.axis_index("heads")
     here = row, pl.ds(start, U), _channels(head, C)
     walk = _Walk(others, own, total[own], U, keys.shape[0])
-    stream_k = _Stream(walk, lambda step: k.at[row, walk.tokens(step), _channels(quotient(head, group), C)], keys, keys_arrived)
-    stream_v = _Stream(walk, lambda step: v.at[row, walk.tokens(step), _channels(quotient(head, group), C)], values, values_arrived)
+    stream_k = _Stream(
+        walk,
+        lambda step: k.at[row, walk.tokens(step), _channels(quotient(head, group), C)],
+        keys,
+        keys_arrived,
+    )
+    stream_v = _Stream(
+        walk,
+        lambda step: v.at[row, walk.tokens(step), _channels(quotient(head, group), C)],
+        values,
+        values_arrived,
+    )
     _ask(q.at[here], queries, own_arrived)
     stream_k.ask(0)
     _wait(own_arrived)
@@ -124,10 +140,11 @@ def dq_kernel(
     scale,
     interpreted,
 ):
-    """Gradient of a block of queries, from dO~ (`dsums`) and of each query the highest score and r (`statistics`).
+    """Gradient of a block of queries, from dO~ (`dsums`) and of each query the highest score and r
+    (`statistics`).
 
-    `slack` and `rounded` as in `gpu_kernels.dq_kernel`. Values come first: they are needed once, keys twice.
-    Shared memory: `queries` and `douts` [U, C], `keys` and `values` [W, C].
+    `slack` and `rounded` as in `gpu_kernels.dq_kernel`. Values come first: they are needed once,
+    keys twice. Shared memory: `queries` and `douts` [U, C], `keys` and `values` [W, C].
     """
     U, C = queries.shape
     own, row, start = own_block(q, U)
@@ -135,8 +152,15 @@ def dq_kernel(
     key_head = quotient(head, group)
     here = row, pl.ds(start, U), _channels(head, C)
     walk = _Walk(others, own, total[own], U, keys.shape[0])
-    stream_k = _Stream(walk, lambda step: k.at[row, walk.tokens(step), _channels(key_head, C)], keys, keys_arrived)
-    stream_v = _Stream(walk, lambda step: v.at[row, walk.tokens(step), _channels(key_head, C)], values, values_arrived)
+    stream_k = _Stream(
+        walk, lambda step: k.at[row, walk.tokens(step), _channels(key_head, C)], keys, keys_arrived
+    )
+    stream_v = _Stream(
+        walk,
+        lambda step: v.at[row, walk.tokens(step), _channels(key_head, C)],
+        values,
+        values_arrived,
+    )
     _ask(q.at[here], queries, own_arrived)
     _ask(dsums.at[here], douts, own_arrived)
     stream_v.ask(0)
@@ -152,14 +176,21 @@ def dq_kernel(
         stream_v.ask_next(step)
         scores = _product(queries, keys, interpreted)
         since, until = (_loaded(bounds.at[i, row, walk.tokens(step)], 1) for i in (0, 1))
-        weights = weights_again(scores, visible(since, until, start, scores, queries=0), along(highest, 0, scores), scale)
+        weights = weights_again(
+            scores,
+            visible(since, until, start, scores, queries=0),
+            along(highest, 0, scores),
+            scale,
+        )
         dscores = weights * (dweights - along(mean, 0, scores))
         slack = slack + dscores.sum(1)
         rounded = rounded + dscores.astype(keys.dtype).astype(jnp.float32).sum(1)
         return _added(sums, dscores, keys, interpreted), slack, rounded
 
     nothing = full((U,), 0.0, TILE.reduce(1))
-    sums, slack, rounded = lax.fori_loop(0, walk.steps, compute, (full((U, C), 0.0), nothing, nothing))
+    sums, slack, rounded = lax.fori_loop(
+        0, walk.steps, compute, (full((U, C), 0.0), nothing, nothing)
+    )
     middle = _loaded(middles.at[row, quotient(start, U), key_head], 1)
     _leave((sums - along(rounded, 0, sums) * along(middle, 1, sums)) * scale, queries, dq.at[here])
     slacks.at[row, head, pl.ds(start, U)][...] = slack
@@ -188,10 +219,11 @@ def dkv_kernel(
     scale,
     interpreted,
 ):
-    """Gradients of a block of keys and values of one key head, over the queries of all heads that use it.
+    """Gradients of a block of keys and values of one key head, over the queries of all heads that
+    use it.
 
-    Scores stand the other way round, [keys, queries]: as they come out of one product they go into the next.
-    Shared memory: `keys` and `values` [U, C], `queries` and `douts` [W, C].
+    Scores stand the other way round, [keys, queries]: as they come out of one product they go into
+    the next. Shared memory: `keys` and `values` [U, C], `queries` and `douts` [W, C].
     """
     U, C = keys.shape
     own, row, start = own_block(k, U)
@@ -202,8 +234,18 @@ def dkv_kernel(
     def query_head(step):
         return head * group + walk.place(step)
 
-    stream_q = _Stream(walk, lambda step: q.at[row, walk.tokens(step), _channels(query_head(step), C)], queries, queries_arrived)
-    stream_do = _Stream(walk, lambda step: dsums.at[row, walk.tokens(step), _channels(query_head(step), C)], douts, douts_arrived)
+    stream_q = _Stream(
+        walk,
+        lambda step: q.at[row, walk.tokens(step), _channels(query_head(step), C)],
+        queries,
+        queries_arrived,
+    )
+    stream_do = _Stream(
+        walk,
+        lambda step: dsums.at[row, walk.tokens(step), _channels(query_head(step), C)],
+        douts,
+        douts_arrived,
+    )
     _ask(k.at[here], keys, own_arrived)
     _ask(v.at[here], values, own_arrived)
     stream_do.ask(0)
@@ -234,7 +276,9 @@ def dkv_kernel(
 
 
 class _Walk(NamedTuple):
-    """The steps of a thread block: blocks that it meets, for each the query heads of a key head, for each the pieces of a block."""
+    """The steps of a thread block: blocks that it meets, for each the query heads of a key head,
+    for each the pieces of a block.
+    """
 
     others: Any
     own: Any
@@ -294,9 +338,13 @@ def _wait(arrived):
 
 
 def _leave(values, slot, there):
-    """To global memory, by way of shared memory: as a product leaves them, four threads hold 16 bytes of a row."""
+    """To global memory, by way of shared memory: as a product leaves them, four threads hold 16
+    bytes of a row.
+    """
     slot[...] = values.astype(slot.dtype)
-    there[...] = plgpu.load(slot, layout=plgpu.Layout.SMEM_GMEM_COPY(slot.shape, slot.dtype, SWIZZLE))
+    there[...] = plgpu.load(
+        slot, layout=plgpu.Layout.SMEM_GMEM_COPY(slot.shape, slot.dtype, SWIZZLE)
+    )
 
 
 def _loaded(ref, axis):
@@ -312,7 +360,9 @@ def _channels(head, channels):
 
 
 def _product(one, other, interpreted):
-    """one @ other' of two blocks [_, C] in shared memory. Pallas's interpreter has no `mma`: there it is an ordinary product."""
+    """one @ other' of two blocks [_, C] in shared memory. Pallas's interpreter has no `mma`: there
+    it is an ordinary product.
+    """
     if interpreted:
         return jnp.dot(one[...], other[...].T, preferred_element_type=jnp.float32)
     result = full((one.shape[0], other.shape[0]), 0.0)
@@ -320,15 +370,21 @@ def _product(one, other, interpreted):
     for first in range(0, one.shape[1], width):
         channels = pl.ds(first, width)
         left = plgpu.load(one.at[:, channels], layout=plgpu.Layout.MMA_LHS(one.dtype))
-        right = plgpu.load(other.at[:, channels].transpose((1, 0)), layout=plgpu.Layout.MMA_RHS(one.dtype))
+        right = plgpu.load(
+            other.at[:, channels].transpose((1, 0)), layout=plgpu.Layout.MMA_RHS(one.dtype)
+        )
         result = plgpu.mma(result, left, right)
     return result
 
 
 def _added(sums, one, other, interpreted):
-    """sums + one @ other, one in registers, rounded to the dtype of the other, which is in shared memory."""
+    """sums + one @ other, one in registers, rounded to the dtype of the other, which is in shared
+    memory.
+    """
     if interpreted:
-        return sums + jnp.dot(one.astype(other.dtype), other[...], preferred_element_type=jnp.float32)
+        return sums + jnp.dot(
+            one.astype(other.dtype), other[...], preferred_element_type=jnp.float32
+        )
     one = _as_factor(one, other.dtype)
     for first in range(0, other.shape[0], DEPTH):
         right = plgpu.load(other.at[pl.ds(first, DEPTH)], layout=plgpu.Layout.MMA_RHS(other.dtype))
@@ -337,13 +393,17 @@ def _added(sums, one, other, interpreted):
 
 
 def _as_factor(array, dtype):
-    """A result of a product, rounded, as the left factor of the next: each thread has what it needs, under other numbers.
+    """A result of a product, rounded, as the left factor of the next: each thread has what it
+    needs, under other numbers.
 
-    In both, register [j, c, r] of a thread is of columns 16 j + 8 c and rows 8 r of its warp's: j and c are one axis in the result.
+    In both, register [j, c, r] of a thread is of columns 16 j + 8 c and rows 8 r of its warp's: j
+    and c are one axis in the result.
     """
     layout = plgpu.Layout.MMA_LHS(dtype)
 
-    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(array.shape, dtype, layout))
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,), return_type=plgpu.ShapeDtypeStruct(array.shape, dtype, layout)
+    )
     def renumbered(context, result):
         rounded = result.astype(mgpu.utils.dtype_to_ir_type(dtype))
         registers = rounded.registers.reshape(layout.to_mgpu().registers_shape(result.shape))

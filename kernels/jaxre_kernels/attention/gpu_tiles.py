@@ -1,7 +1,9 @@
-"""What the Mosaic GPU kernels of packed attention share: where a thread block stands, and the weights of a block of scores.
+"""What the Mosaic GPU kernels of packed attention share: where a thread block stands, and the
+weights of a block of scores.
 
-A block of scores lies in the registers of four warps as the tensor cores leave a product (`TILE`): a warp holds 16 rows. It is the
-same for `wgmma` and for `mma`. Scores carry the factor log2 e, so that exp2 is the exponential.
+A block of scores lies in the registers of four warps as the tensor cores leave a product (`TILE`):
+a warp holds 16 rows. It is the same for `wgmma` and for `mma`. Scores carry the factor log2 e, so
+that exp2 is the exponential.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ TILE = plgpu.Layout.WGMMA
 
 
 def own_block(array, block):
-    """Of the block of this thread block: its number over all rows, its row, and its first token. `array` [B, S, ...]."""
+    """Of the block of this thread block: its number over all rows, its row, and its first token.
+    `array` [B, S, ...].
+    """
     own, blocks = lax.axis_index("blocks"), array.shape[1] // block
     return own, quotient(own, blocks), remainder(own, blocks) * block
 
@@ -45,17 +49,21 @@ def full(shape, value, layout=TILE):
 def visible(since, until, start, scores, *, queries):
     """Whether a query sees a key, as `scores`.
 
-    `since` and `until` are the bounds of the keys, along the keys; `queries` is the axis of the queries, whose first is `start`.
+    `since` and `until` are the bounds of the keys, along the keys; `queries` is the axis of the
+    queries, whose first is `start`.
     """
     query = plgpu.broadcasted_iota(jnp.int32, scores.shape, queries, layout=TILE) + start
-    return (along(since, 1 - queries, scores) <= query) & (query < along(until, 1 - queries, scores))
+    return (along(since, 1 - queries, scores) <= query) & (
+        query < along(until, 1 - queries, scores)
+    )
 
 
 def online_softmax(scores, seen, highest, count, scale):
-    """Weights of a block of keys; by how much what was summed before shrinks; the highest score and the sum of weights until now.
+    """Weights of a block of keys; by how much what was summed before shrinks; the highest score and
+    the sum of weights until now.
 
-    A query that has seen no key yet has highest = HIDDEN and weights of one; the first score that it sees takes all of that times
-    exp2(HIDDEN - score) = 0.
+    A query that has seen no key yet has highest = HIDDEN and weights of one; the first score that
+    it sees takes all of that times exp2(HIDDEN - score) = 0.
     """
     scores = jnp.where(seen, scores * (scale * LOG2_E), HIDDEN)
     now = jnp.maximum(highest, scores.max(1))

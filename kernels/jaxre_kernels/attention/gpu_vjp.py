@@ -1,39 +1,48 @@
-"""What the packed attentions for GPUs share: what is computed, which blocks meet, how arrays are laid out, the custom VJP.
+"""What the packed attentions for GPUs share: what is computed, which blocks meet, how arrays are
+laid out, the custom VJP.
 
-What is computed. Query i sees key j exactly when visible_from[j] <= i < visible_until[j]. Causal rows have
-visible_from[j] = j; isolated segments that are seen both ways (encoders) have the start of j's segment. Forward (Dao et al.
-2022, algorithm 1), block of keys by block of keys, s = C**-0.5:
+What is computed. Query i sees key j exactly when visible_from[j] <= i < visible_until[j]. Causal
+rows have visible_from[j] = j; isolated segments that are seen both ways (encoders) have the start
+of j's segment. Forward (Dao et al. 2022, algorithm 1), block of keys by block of keys, s = C**-0.5:
 
     S = s Q K',    m = max S,    E = exp(S - m),    l = rowsum E,    O = E V / l
 
-Kept for backward: q, k, v, O, and m and l in f32. m and l stay apart: m + log l is rounded as a score is, which doubled the
-f32 error of gradients in a network with large scores (`blockwise.py`). With P = E / l and dO~ = dO / l:
+Kept for backward: q, k, v, O, and m and l in f32. m and l stay apart: m + log l is rounded as a
+score is, which doubled the f32 error of gradients in a network with large scores (`blockwise.py`).
+With P = E / l and dO~ = dO / l:
 
-    dV = P' dO = E' dO~,    dP = dO V',    dS = P (dP - rowsum(P dP)) = E (dO~ V' - r),    dQ = s dS K,    dK = s dS' Q
-    r = rowsum(P dP) / l = rowsum(dO~ O),  because rowsum(P (dO V')) = rowsum(dO (P V)) = rowsum(dO O)
+    dV = P' dO = E' dO~,    dP = dO V',    dS = P (dP - rowsum(P dP)) = E (dO~ V' - r),    dQ = s dS
+    K,    dK = s dS' Q r = rowsum(P dP) / l = rowsum(dO~ O),  because rowsum(P (dO V')) = rowsum(dO
+    (P V)) = rowsum(dO O)
 
-dO~ and r are formed once, outside of the kernels; one kernel sums dQ over blocks of keys, one dK and dV over those of queries and
-over the query heads of a key head. Each block of a result has one thread block that sums it, in a fixed order: no atomic additions,
-the same bits each time. The r of a bf16 O carries its rounding. A row of dS adds up to zero, so what it does add up to in the first
-kernel corrects r for the second; and any one key c may be taken from all keys in dQ = s dS (K - c): with the mean of the queries'
-own block for c, rounding dS to bf16 does no harm through what keys have in common.
+dO~ and r are formed once, outside of the kernels; one kernel sums dQ over blocks of keys, one dK
+and dV over those of queries and over the query heads of a key head. Each block of a result has one
+thread block that sums it, in a fixed order: no atomic additions, the same bits each time. The r of
+a bf16 O carries its rounding. A row of dS adds up to zero, so what it does add up to in the first
+kernel corrects r for the second; and any one key c may be taken from all keys in dQ = s dS (K - c):
+with the mean of the queries' own block for c, rounding dS to bf16 does no harm through what keys
+have in common.
 
-Which block pairs. A thread block walks over a list of exactly the blocks that hold a visible token pair with its own (`pairs.py`),
-so cost follows visible pairs. Lists and their lengths are numbers on the device, found from `visible_until`, of which they are
-all that hangs on it: a scan over layers can form them once. Blocks have 64 tokens, the least that a product of a warpgroup takes: of
-150-token examples 8,192 tokens need about 3.3 blocks a block of queries; blocks of 128 would need 2.2 that are four times as large.
+Which block pairs. A thread block walks over a list of exactly the blocks that hold a visible token
+pair with its own (`pairs.py`), so cost follows visible pairs. Lists and their lengths are numbers
+on the device, found from `visible_until`, of which they are all that hangs on it: a scan over
+layers can form them once. Blocks have 64 tokens, the least that a product of a warpgroup takes: of
+150-token examples 8,192 tokens need about 3.3 blocks a block of queries; blocks of 128 would need
+2.2 that are four times as large.
 
-Letters: B rows, T tokens, H query heads, K key heads, G = H/K, C channels, S = T padded to blocks, N = S/U, U = 64 tokens of a block.
-Where T is a multiple of 64 and C is 64 or 128 nothing is copied or padded; other widths up to 128 are padded with zeros, which
-change no score.
+Letters: B rows, T tokens, H query heads, K key heads, G = H/K, C channels, S = T padded to blocks,
+N = S/U, U = 64 tokens of a block. Where T is a multiple of 64 and C is 64 or 128 nothing is copied
+or padded; other widths up to 128 are padded with zeros, which change no score.
 
-dtypes: q, k, v, dO and results in bf16; scores, softmax, sums, m, l and r in f32; weights and dS are rounded to bf16 for their
-products, as in `blockwise.py`. f32 is refused: the tensor cores would round it to 10 bits.
+dtypes: q, k, v, dO and results in bf16; scores, softmax, sums, m, l and r in f32; weights and dS
+are rounded to bf16 for their products, as in `blockwise.py`. f32 is refused: the tensor cores would
+round it to 10 bits.
 
-Memory: 8 bytes a query and head are kept, and O, which the caller has anyway. No [T, T] array of a head exists; the lists take
-4 N bytes a block, 64 KiB for a row of 8,192 tokens.
+Memory: 8 bytes a query and head are kept, and O, which the caller has anyway. No [T, T] array of a
+head exists; the lists take 4 N bytes a block, 64 KiB for a row of 8,192 tokens.
 
-Sharding: inside `shard_map(..., check_vma=False)`, rows or heads split, not under automatic partitioning.
+Sharding: inside `shard_map(..., check_vma=False)`, rows or heads split, not under automatic
+partitioning.
 """
 
 from __future__ import annotations
@@ -49,7 +58,11 @@ from jax.typing import DTypeLike
 
 from jaxre_kernels.attention.pairs import Reach, meeting, reach_of
 
-MISSING = None if jax.__version_info__ >= (0, 11) else f"it needs jax 0.11 or later, this is {jax.__version__}"
+MISSING = (
+    None
+    if jax.__version_info__ >= (0, 11)
+    else f"it needs jax 0.11 or later, this is {jax.__version__}"
+)
 
 BLOCK = 64  # tokens: the rows of a product of a warpgroup
 SWIZZLE = 128  # bytes: a tile of shared memory is 8 rows of that many
@@ -58,11 +71,13 @@ GRID_LIMIT = 65535  # thread blocks along any but the fastest axis of a grid
 
 
 class Kernels(NamedTuple):
-    """The three calls of an implementation; U-blocks that meet are told by `others` [B x N, N] and `total` [B x N] int32.
+    """The three calls of an implementation; U-blocks that meet are told by `others` [B x N, N] and
+    `total` [B x N] int32.
 
     forward(call, q, k, v, bounds, others, total) -> O, statistics (m, l) [2, B, H, S] f32
-    dq(call, q, k, v, bounds, dO~, statistics (m, r), middles [B, N, K, C] f32, others, total) -> dQ, slack [B, H, S] f32
-    dkv(call, q, k, v, bounds, dO~, statistics (m, r), others, total) -> dK, dV
+    dq(call, q, k, v, bounds, dO~, statistics (m, r), middles [B, N, K, C] f32, others, total) ->
+    dQ, slack [B, H, S] f32 dkv(call, q, k, v, bounds, dO~, statistics (m, r), others, total) -> dK,
+    dV
     """
 
     forward: Callable
@@ -71,7 +86,9 @@ class Kernels(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Static choices of a call: the kernels, tokens of a block, what is known of the rows, factor of scores, whether Pallas interprets."""
+    """Static choices of a call: the kernels, tokens of a block, what is known of the rows, factor
+    of scores, whether Pallas interprets.
+    """
 
     kernels: Kernels
     block: int
@@ -80,9 +97,16 @@ class Call(NamedTuple):
     interpret: Any
 
     def run(self, name, kernel, arrays, out_type, scratch, q, k, heads):
-        """Heads vary fastest: thread blocks that share keys run at a time, and find them in the second-level cache."""
+        """Heads vary fastest: thread blocks that share keys run at a time, and find them in the
+        second-level cache.
+        """
         return plgpu.kernel(
-            partial(kernel, group=q.shape[2] // k.shape[2], scale=self.scale, interpreted=bool(self.interpret)),
+            partial(
+                kernel,
+                group=q.shape[2] // k.shape[2],
+                scale=self.scale,
+                interpreted=bool(self.interpret),
+            ),
             out_type=out_type,
             scratch_types=scratch,
             grid=(q.shape[0] * q.shape[1] // self.block, heads),
@@ -94,9 +118,16 @@ class Call(NamedTuple):
         )(*arrays)
 
     def tile(self, *shape, like):
-        """[..., tokens, C] in shared memory as products read it, and for Pallas's interpreter, whose blocks are smaller, as it is."""
-        transforms = plgpu.TilingTransform((8, SWIZZLE // like.dtype.itemsize)), plgpu.SwizzleTransform(SWIZZLE)
-        return plgpu.SMEM((*shape, like.shape[3]), like.dtype, transforms=() if self.interpret else transforms)
+        """[..., tokens, C] in shared memory as products read it, and for Pallas's interpreter,
+        whose blocks are smaller, as it is.
+        """
+        transforms = (
+            plgpu.TilingTransform((8, SWIZZLE // like.dtype.itemsize)),
+            plgpu.SwizzleTransform(SWIZZLE),
+        )
+        return plgpu.SMEM(
+            (*shape, like.shape[3]), like.dtype, transforms=() if self.interpret else transforms
+        )
 
 
 def like(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -121,16 +152,21 @@ def attend(
     block: int = BLOCK,
     interpret: Any = None,
 ) -> jax.Array:
-    """Softmax attention in which token i sees token j exactly when `visible_from[j] <= i < visible_until[j]`.
+    """Softmax attention in which token i sees token j exactly when `visible_from[j] <= i <
+    visible_until[j]`.
 
     Args:
-      kernels: of the kind of GPU: `packed_attention` of `gpu.py` and of `gpu_sm80.py` is this with theirs.
+      kernels: of the kind of GPU: `packed_attention` of `gpu.py` and of `gpu_sm80.py` is this with
+        theirs.
       q: [B, T, H, C] bf16; k, v: [B, T, K, C] of q's dtype.
       visible_until: [B, T] int32. Every token sees itself; a pad token nothing else.
-      visible_from: [B, T] int32, the first token of j's segment, for segments that are seen both ways; None: j, causal.
-      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; no bound on the span if it is None.
+      visible_from: [B, T] int32, the first token of j's segment, for segments that are seen both
+        ways; None: j, causal.
+      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; no bound on the span
+        if it is None.
       block: tokens of a block; a GPU takes 64 alone.
-      interpret: what `plgpu.kernel` takes: `plgpu.InterpretGPUParams` to run without a GPU. It takes f32, too.
+      interpret: what `plgpu.kernel` takes: `plgpu.InterpretGPUParams` to run without a GPU. It
+        takes f32, too.
 
     Returns:
       [B, T, H, C] of q's dtype.
@@ -139,7 +175,9 @@ def attend(
       ValueError: what `unsupported` says.
     """
     B, T, H, C = q.shape
-    refusal = unsupported(T, prefix, span, B, H, k.shape[2], C, jnp.bfloat16 if interpret else q.dtype)
+    refusal = unsupported(
+        T, prefix, span, B, H, k.shape[2], C, jnp.bfloat16 if interpret else q.dtype
+    )
     if refusal is not None:
         raise ValueError(f"packed attention for GPUs does not run here: {refusal}")
     causal = visible_from is None
@@ -154,7 +192,14 @@ def block_of(length: int, span: int | None = None, group: int = 1) -> int:
 
 
 def unsupported(
-    length: int, prefix: int, span: int | None, rows: int, heads: int, kv_heads: int, channels: int, dtype: DTypeLike
+    length: int,
+    prefix: int,
+    span: int | None,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    channels: int,
+    dtype: DTypeLike,
 ) -> str | None:
     """Why `packed_attention` does not take such arrays, in words; None if it does."""
     if MISSING is not None:
@@ -168,7 +213,10 @@ def unsupported(
         return f"it takes heads of at most {CHANNELS[-1]} channels, not {channels}"
     blocks = rows * -(-length // BLOCK)
     if blocks > GRID_LIMIT:
-        return f"{rows:,} rows of {length:,} are {blocks:,} blocks of {BLOCK} tokens, more than the {GRID_LIMIT:,} of a grid"
+        return (
+            f"{rows:,} rows of {length:,} are {blocks:,} blocks of {BLOCK} tokens, more than the"
+            f" {GRID_LIMIT:,} of a grid"
+        )
     return None
 
 
@@ -197,9 +245,13 @@ def _backward(call, kept, dout):
     mean = _lay(mean, call.block, multiples=(1,))[..., 0].swapaxes(1, 2)  # B H S
     *laid, dsums = (_lay(array, call.block) for array in (q, k, v, dsums))
     statistics = jnp.stack([highest, mean])
-    dq, slack = call.kernels.dq(call, *laid, bounds, dsums, statistics, _middles(laid[1], call.block), *_lists(bounds, call))
+    dq, slack = call.kernels.dq(
+        call, *laid, bounds, dsums, statistics, _middles(laid[1], call.block), *_lists(bounds, call)
+    )
     statistics = jnp.stack([highest, mean + slack / count])
-    dk, dv = call.kernels.dkv(call, *laid, bounds, dsums, statistics, *_lists(bounds, call, transposed=True))
+    dk, dv = call.kernels.dkv(
+        call, *laid, bounds, dsums, statistics, *_lists(bounds, call, transposed=True)
+    )
     return _brought_back(dq, q), _brought_back(dk, k), _brought_back(dv, v), None
 
 
@@ -213,7 +265,9 @@ def _middles(k, block):
 
 
 def _lists(bounds, call, transposed=False):
-    """`others` [B x N, N] and `total` [B x N]: the blocks of keys that a block of queries meets; transposed, the other way round."""
+    """`others` [B x N, N] and `total` [B x N]: the blocks of keys that a block of queries meets;
+    transposed, the other way round.
+    """
     meets = meeting(*bounds, call.block, call.reach)  # B N N
     meets = (meets.swapaxes(1, 2) if transposed else meets).reshape(-1, meets.shape[2])
     number = jnp.arange(meets.shape[1], dtype=jnp.int32)
@@ -224,7 +278,9 @@ def _lists(bounds, call, transposed=False):
 
 
 def _lay(array, block, multiples=CHANNELS):
-    """[B, T, H, C] with zeros behind each row and behind the channels; the array itself where nothing is to be added."""
+    """[B, T, H, C] with zeros behind each row and behind the channels; the array itself where
+    nothing is to be added.
+    """
     _, T, _, C = array.shape
     wide = min(width for width in multiples if width >= C)
     if T % block == 0 and wide == C:

@@ -1,20 +1,23 @@
 """Which blocks of a row have to meet: the list of block pairs that hold a visible token pair.
 
-A row is cut into N blocks of tokens, for queries and for keys alike. Key j is seen by the queries of one stretch,
-[visible_from[j], visible_until[j]), with visible_from[j] = j where attention is causal. Queries of block m and keys of block n
-have a visible pair exactly when
+A row is cut into N blocks of tokens, for queries and for keys alike. Key j is seen by the queries
+of one stretch, [visible_from[j], visible_until[j]), with visible_from[j] = j where attention is
+causal. Queries of block m and keys of block n have a visible pair exactly when
 
     least visible_from of n < end of m    and    largest visible_until of n > start of m.
 
-That two different keys could meet the two conditions does no harm, for a causal row nor for isolated segments:
+That two different keys could meet the two conditions does no harm, for a causal row nor for
+isolated segments:
 
-- m behind n: causal, every key of n starts before m, and the second condition alone decides. Segments: both bounds grow with
-  the key, so the key with the largest bound is the last one of n, and its stretch starts no later than itself, before m.
-- m ahead of n: causal, no key of n starts before the end of m. Segments: the key with the least start is the first of n, and its stretch
-  ends behind itself, behind m.
+- m behind n: causal, every key of n starts before m, and the second condition alone decides.
+  Segments: both bounds grow with the key, so the key with the largest bound is the last one of n,
+  and its stretch starts no later than itself, before m.
+- m ahead of n: causal, no key of n starts before the end of m. Segments: the key with the least
+  start is the first of n, and its stretch ends behind itself, behind m.
 - m = n: every token sees itself.
 
-The blocks of all rows are numbered through, so that a list names a row and a place in it by one number.
+The blocks of all rows are numbered through, so that a list names a row and a place in it by one
+number.
 """
 
 from __future__ import annotations
@@ -47,8 +50,12 @@ class Reach(NamedTuple):
         return near + sum(min(max(m - self.back, 0), self.prefix) for m in range(blocks))
 
 
-def reach_of(length: int, block: int, prefix: int = 0, span: int | None = None, *, causal: bool = True) -> Reach:
-    """The reach of rows of `length` whose visible pairs (i, j) have i - j < span or j < prefix; j - i < span if not causal."""
+def reach_of(
+    length: int, block: int, prefix: int = 0, span: int | None = None, *, causal: bool = True
+) -> Reach:
+    """The reach of rows of `length` whose visible pairs (i, j) have i - j < span or j < prefix; j -
+    i < span if not causal.
+    """
     blocks = -(-length // block)
     # The first query of a block sees span - 1 tokens back.
     back = blocks - 1 if span is None else min(blocks - 1, -(-(span - 1) // block))
@@ -58,8 +65,8 @@ def reach_of(length: int, block: int, prefix: int = 0, span: int | None = None, 
 class Pairs(NamedTuple):
     """Block pairs, one step of a kernel each: those of one block of the result follow one another.
 
-    own [S] int32: the block of the result; other [S] int32: the block that it meets; total [1] int32: how many there are.
-    Places from `total` on repeat a valid pair and mean nothing.
+    own [S] int32: the block of the result; other [S] int32: the block that it meets; total [1]
+    int32: how many there are. Places from `total` on repeat a valid pair and mean nothing.
     """
 
     own: jax.Array
@@ -67,7 +74,9 @@ class Pairs(NamedTuple):
     total: jax.Array
 
 
-def meeting(visible_from: jax.Array, visible_until: jax.Array, block: int, reach: Reach) -> jax.Array:
+def meeting(
+    visible_from: jax.Array, visible_until: jax.Array, block: int, reach: Reach
+) -> jax.Array:
     """[B, N, N] bool: whether queries of a block (second axis) see keys of a block (third).
 
     Args:

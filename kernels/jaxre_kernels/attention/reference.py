@@ -1,4 +1,5 @@
-"""Dense attention under a mask: the oracle of every kernel, and the attention of encoders and of decoding.
+"""Dense attention under a mask: the oracle of every kernel, and the attention of encoders and of
+decoding.
 
 A row is a forest of prefix trees laid out depth first. Each node's subtree is one stretch of
 the row, so one number per token says who sees it: token i sees token j exactly when
@@ -21,7 +22,9 @@ def visible_mask(visible_until: jax.Array) -> jax.Array:
 
 
 def both_ways_mask(visible_until: jax.Array, visible_from: jax.Array) -> jax.Array:
-    """[B, T] int32, twice -> [B, T, T] bool: token i sees token j exactly when `visible_from[j] <= i < visible_until[j]`."""
+    """[B, T] int32, twice -> [B, T, T] bool: token i sees token j exactly when `visible_from[j] <=
+    i < visible_until[j]`.
+    """
     index = jnp.arange(visible_until.shape[-1])[:, None]
     return (visible_from[:, None, :] <= index) & (index < visible_until[:, None, :])
 

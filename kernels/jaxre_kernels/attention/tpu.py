@@ -1,41 +1,50 @@
-"""Packed-sequence attention for TPUs (Pallas Mosaic), forward and backward. unverified: has not run on a TPU
+"""Packed-sequence attention for TPUs (Pallas Mosaic), forward and backward. unverified: has not run
+on a TPU
 
-It was run in Pallas's interpreters and compiled ahead of time for v5e, v5p and v6e. What is said of speed is arithmetic.
+It was run in Pallas's interpreters and compiled ahead of time for v5e, v5p and v6e. What is said of
+speed is arithmetic.
 
-What is computed. Query i sees key j exactly when visible_from[j] <= i < visible_until[j]. Causal rows have
-visible_from[j] = j; isolated segments that are seen both ways (encoders) have the start of j's segment. Forward (Dao et al.
-2022, algorithm 1), block of keys by block of keys, s = C**-0.5:
+What is computed. Query i sees key j exactly when visible_from[j] <= i < visible_until[j]. Causal
+rows have visible_from[j] = j; isolated segments that are seen both ways (encoders) have the start
+of j's segment. Forward (Dao et al. 2022, algorithm 1), block of keys by block of keys, s = C**-0.5:
 
     S = s Q K',    m = max S,    E = exp(S - m),    l = rowsum E,    O = E V / l
 
-Kept for backward: q, k, v, O, and m and l in f32. m and l stay apart: m + log l is rounded as a score is, which doubled the
-f32 error of gradients in a network with large scores (`blockwise.py`). With P = E / l and dO~ = dO / l:
+Kept for backward: q, k, v, O, and m and l in f32. m and l stay apart: m + log l is rounded as a
+score is, which doubled the f32 error of gradients in a network with large scores (`blockwise.py`).
+With P = E / l and dO~ = dO / l:
 
-    dV = P' dO = E' dO~,    dP = dO V',    dS = P (dP - rowsum(P dP)) = E (dO~ V' - r),    dQ = s dS K,    dK = s dS' Q
-    r = rowsum(P dP) / l = rowsum(dO~ O),  because rowsum(P (dO V')) = rowsum(dO (P V)) = rowsum(dO O)
+    dV = P' dO = E' dO~,    dP = dO V',    dS = P (dP - rowsum(P dP)) = E (dO~ V' - r),    dQ = s dS
+    K,    dK = s dS' Q r = rowsum(P dP) / l = rowsum(dO~ O),  because rowsum(P (dO V')) = rowsum(dO
+    (P V)) = rowsum(dO O)
 
-dO~ and r are formed once, outside of the kernels; one kernel sums dQ over blocks of keys, one dK and dV over those of queries. The
-r of a bf16 O carries its rounding. A row of dS adds up to zero, so what it does add up to in the first kernel corrects r for the
-second; and any one key c may be taken from all keys in dQ = s dS (K - c): with the mean of a near block for c, rounding dS to
-bf16 does no harm through what keys have in common (keys of noise + 4: half of the XLA implementation's distance to f32).
+dO~ and r are formed once, outside of the kernels; one kernel sums dQ over blocks of keys, one dK
+and dV over those of queries. The r of a bf16 O carries its rounding. A row of dS adds up to zero,
+so what it does add up to in the first kernel corrects r for the second; and any one key c may be
+taken from all keys in dQ = s dS (K - c): with the mean of a near block for c, rounding dS to bf16
+does no harm through what keys have in common (keys of noise + 4: half of the XLA implementation's
+distance to f32).
 
-Which block pairs. The grid of a kernel is (groups of key heads, block pairs): step s works on pair s of a list that holds
-exactly the pairs with a visible token pair (`pairs.py`). Its length is a number on the device, found from `visible_until`. A
-static grid that skips would still spend an idle step on each of the other N x N pairs: 4,096 for a row of 8,192 tokens in
-blocks of 128, of which 150-token examples need about 140. Rows lie one behind another on one axis of tokens, so an entry of
-the list is a row and a place in it at once. The lists hang on `visible_until` alone: a scan over layers can form them once.
+Which block pairs. The grid of a kernel is (groups of key heads, block pairs): step s works on pair
+s of a list that holds exactly the pairs with a visible token pair (`pairs.py`). Its length is a
+number on the device, found from `visible_until`. A static grid that skips would still spend an idle
+step on each of the other N x N pairs: 4,096 for a row of 8,192 tokens in blocks of 128, of which
+150-token examples need about 140. Rows lie one behind another on one axis of tokens, so an entry of
+the list is a row and a place in it at once. The lists hang on `visible_until` alone: a scan over
+layers can form them once.
 
-Layout. Letters: B rows, T tokens, H query heads, K key heads, G = H/K, C channels, S = B x T padded to blocks, U tokens of a
-block, M = G x U queries of a step and key head. All query heads of a key head share its block of keys, which is read once and
-never repeated. Arrays are [H, C, S], tokens along the 128 lanes: with channels there, heads of 64 would leave half of each tile
-empty, in HBM too, and m, l and r of the queries would be columns [M, 1] that are stored as [M, 128]; here they are rows [1, M].
-Channels are padded to 16 only, the sublanes of a tile of bf16.
+Layout. Letters: B rows, T tokens, H query heads, K key heads, G = H/K, C channels, S = B x T padded
+to blocks, U tokens of a block, M = G x U queries of a step and key head. All query heads of a key
+head share its block of keys, which is read once and never repeated. Arrays are [H, C, S], tokens
+along the 128 lanes: with channels there, heads of 64 would leave half of each tile empty, in HBM
+too, and m, l and r of the queries would be columns [M, 1] that are stored as [M, 128]; here they
+are rows [1, M]. Channels are padded to 16 only, the sublanes of a tile of bf16.
 
-dtypes: q, k, v, dO and results in bf16 or f32; scores, softmax, sums, m, l and r in f32; weights and dS are rounded to q's
-dtype for their products, as in `blockwise.py`.
+dtypes: q, k, v, dO and results in bf16 or f32; scores, softmax, sums, m, l and r in f32; weights
+and dS are rounded to q's dtype for their products, as in `blockwise.py`.
 
-Memory: 8 bytes a query and head are kept, and O, which the caller has anyway. No [T, T] array exists: the scores of 9 heads and
-one row of 8,192 tokens would be 2.4 GB in f32.
+Memory: 8 bytes a query and head are kept, and O, which the caller has anyway. No [T, T] array
+exists: the scores of 9 heads and one row of 8,192 tokens would be 2.4 GB in f32.
 
 Roofline, of one block pair and key head, w bytes a number, beside M x U exponentials each:
 
@@ -44,13 +53,14 @@ Roofline, of one block pair and key head, w bytes a number, beside M x U exponen
     dQ        6 M U C   (S, dP, dQ)            2 U C w               1.5 M
     dK, dV    8 M U C   (S, dP, dK, dV)        2 M C w + 8 M         2 U
 
-From 240 (v5e), 166 (v5p) and 560 (v6e) FLOP a byte on, by the datasheets, the matrix unit is what bounds: with G = 3 and blocks
-of 256 that holds for all but dK/dV on v6e. A step of a grid costs about 0.35 us whatever it does (Pallas's documentation); nine
-heads of 64 channels at 128 x 128 tokens are 38 MFLOP forward, 0.4 us on a v5e whose matrix unit is half used at 64 channels. So
-all heads that fit share a step, and blocks are larger where examples may be long.
+From 240 (v5e), 166 (v5p) and 560 (v6e) FLOP a byte on, by the datasheets, the matrix unit is what
+bounds: with G = 3 and blocks of 256 that holds for all but dK/dV on v6e. A step of a grid costs
+about 0.35 us whatever it does (Pallas's documentation); nine heads of 64 channels at 128 x 128
+tokens are 38 MFLOP forward, 0.4 us on a v5e whose matrix unit is half used at 64 channels. So all
+heads that fit share a step, and blocks are larger where examples may be long.
 
-Sharding: like every Pallas TPU kernel it runs inside `shard_map(..., check_vma=False)`, rows or heads split, not under
-automatic partitioning.
+Sharding: like every Pallas TPU kernel it runs inside `shard_map(..., check_vma=False)`, rows or
+heads split, not under automatic partitioning.
 """
 
 from __future__ import annotations
@@ -75,7 +85,9 @@ SMEM_LIMIT = 2**19  # bytes, of 2**20
 
 
 class Tiling(NamedTuple):
-    """Static choices of a call: tokens of a block, key heads of a step, what is known of the rows, whether Pallas interprets."""
+    """Static choices of a call: tokens of a block, key heads of a step, what is known of the rows,
+    whether Pallas interprets.
+    """
 
     block: int
     kv_heads: int
@@ -95,13 +107,16 @@ def packed_attention(
     block: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """Softmax attention in which token i sees token j exactly when `visible_from[j] <= i < visible_until[j]`.
+    """Softmax attention in which token i sees token j exactly when `visible_from[j] <= i <
+    visible_until[j]`.
 
     Args:
       q: [B, T, H, C] bf16 or f32; k, v: [B, T, K, C] of q's dtype.
       visible_until: [B, T] int32. Every token sees itself; a pad token nothing else.
-      visible_from: [B, T] int32, the first token of j's segment, for segments that are seen both ways; None: j, causal.
-      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; no bound on the span if it is None.
+      visible_from: [B, T] int32, the first token of j's segment, for segments that are seen both
+        ways; None: j, causal.
+      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; no bound on the span
+        if it is None.
       block: tokens of a block, a multiple of 128 on a TPU; chosen from the shape if it is None.
       interpret: what `pl.pallas_call` takes: True or `pltpu.InterpretParams` to run without a TPU.
 
@@ -119,19 +134,33 @@ def packed_attention(
     block = block or block_of(T, span, H // K)
     causal = visible_from is None
     first = jnp.broadcast_to(jnp.arange(T), (B, T)) if causal else visible_from
-    tiling = Tiling(block, _kv_heads_of_a_step(K, H // K, block), reach_of(T, block, prefix, span, causal=causal), interpret)
+    tiling = Tiling(
+        block,
+        _kv_heads_of_a_step(K, H // K, block),
+        reach_of(T, block, prefix, span, causal=causal),
+        interpret,
+    )
     return _attention(q, k, v, jnp.stack([first, visible_until]).astype(jnp.int32), tiling)
 
 
 def block_of(length: int, span: int | None = None, group: int = 1) -> int:
-    """Tokens of a block. Small where examples are short, so that most blocks without a visible pair are skipped; not measured on a TPU."""
+    """Tokens of a block. Small where examples are short, so that most blocks without a visible pair
+    are skipped; not measured on a TPU.
+    """
     if length <= 1024 or (span is not None and span <= 512) or group * 256 > STEP_QUERIES:
         return 128
     return 256
 
 
 def unsupported(
-    length: int, prefix: int, span: int | None, rows: int, heads: int, kv_heads: int, channels: int, dtype: DTypeLike
+    length: int,
+    prefix: int,
+    span: int | None,
+    rows: int,
+    heads: int,
+    kv_heads: int,
+    channels: int,
+    dtype: DTypeLike,
 ) -> str | None:
     """Why `packed_attention` does not take such arrays, in words; None if it does."""
     dtype = jnp.dtype(dtype)
@@ -143,25 +172,38 @@ def unsupported(
     block = block_of(length, span, group)
     lists = rows * reach_of(length, block, prefix, span).bound(-(-length // block)) * 2 * 4
     if lists > SMEM_LIMIT:
-        return f"the lists of block pairs of {rows:,} rows of {length:,} need {lists:,} bytes of scalar memory, of {SMEM_LIMIT:,}"
+        return (
+            f"the lists of block pairs of {rows:,} rows of {length:,} need {lists:,} bytes of"
+            f" scalar memory, of {SMEM_LIMIT:,}"
+        )
     step = _vmem_bytes(block, _kv_heads_of_a_step(kv_heads, group, block), group, channels, dtype)
     if step > VMEM_LIMIT:
-        return f"a step over {group} query heads of {channels} channels needs {step:,} bytes of vector memory, of {VMEM_LIMIT:,}"
+        return (
+            f"a step over {group} query heads of {channels} channels needs {step:,} bytes of vector"
+            f" memory, of {VMEM_LIMIT:,}"
+        )
     return None
 
 
 def _kv_heads_of_a_step(kv_heads: int, group: int, block: int) -> int:
-    fitting = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * group * block <= STEP_QUERIES]
+    fitting = [
+        n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * group * block <= STEP_QUERIES
+    ]
     return max(fitting, default=1)
 
 
 def _vmem_bytes(block: int, kv_heads: int, group: int, channels: int, dtype: jnp.dtype) -> int:
     """About what a step of the dK/dV kernel holds, the largest of the three."""
     channels = channels + -channels % CHANNEL_MULTIPLE
-    # What comes or goes has two buffers: q and dO, k and v and their gradients, statistics, mean and bounds in tiles of 8.
-    buffers = 2 * kv_heads * block * ((2 * group + 4) * channels * dtype.itemsize + group * 2 * 8 * 4) + 2 * 8 * block * 4
+    # What comes or goes has two buffers: q and dO, k and v and their gradients, statistics, mean
+    # and bounds in tiles of 8.
+    buffers = (
+        2 * kv_heads * block * ((2 * group + 4) * channels * dtype.itemsize + group * 2 * 8 * 4)
+        + 2 * 8 * block * 4
+    )
     sums = 2 * kv_heads * block * max(channels, LANES) * 4
-    scores = 6 * group * block * block * 4  # scores, weights, their gradients and the mask, of one key head
+    # scores, weights, their gradients and the mask, of one key head
+    scores = 6 * group * block * block * 4
     return buffers + sums + scores
 
 
@@ -182,7 +224,12 @@ def _forward(q, k, v, bounds, tiling):
         forward_kernel,
         _pairs(bounds, tiling),
         (*laid, _joined(bounds)),
-        [call.queries(own=True), call.keys(own=False), call.keys(own=False), call.bounds(own=False)],
+        [
+            call.queries(own=True),
+            call.keys(own=False),
+            call.keys(own=False),
+            call.bounds(own=False),
+        ],
         (call.like_queries(q.dtype), call.like_statistics(2)),
         [call.queries(own=True), call.statistics(2, own=True)],
         [call.query_sums(), call.query_numbers(), call.query_numbers()],
@@ -205,7 +252,14 @@ def _backward(tiling, kept, dout):
     def specs(own):
         """Of the arrays, for a list whose own blocks are those of queries, or of keys."""
         keys = call.keys(not own)
-        return [call.queries(own), keys, keys, call.bounds(not own), call.queries(own), call.statistics(3, own)]
+        return [
+            call.queries(own),
+            keys,
+            keys,
+            call.bounds(not own),
+            call.queries(own),
+            call.statistics(3, own),
+        ]
 
     dq, mean = call.run(
         "attention_dq",
@@ -234,14 +288,18 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Call(NamedTuple):
-    """The shapes and blocks of a call of any of the kernels. `own` arrays move with the result's blocks, others with what these meet."""
+    """The shapes and blocks of a call of any of the kernels. `own` arrays move with the result's
+    blocks, others with what these meet.
+    """
 
     group: int
     shape: tuple[int, int, int]  # H C S of the queries, laid out
     tiling: Tiling
     scale: float
 
-    def run(self, name, kernel, pairs: Pairs, arrays, in_specs, out_shape, out_specs, scratch_shapes):
+    def run(
+        self, name, kernel, pairs: Pairs, arrays, in_specs, out_shape, out_specs, scratch_shapes
+    ):
         spec = pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(pairs),
             grid=(self.shape[0] // (self.group * self.tiling.kv_heads), pairs.total[0]),
@@ -249,8 +307,11 @@ class _Call(NamedTuple):
             out_specs=out_specs,
             scratch_shapes=scratch_shapes,
         )
-        # A result is summed over the steps of its block, in their order; groups of heads have no order.
-        params = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
+        # A result is summed over the steps of its block, in their order; groups of heads have no
+        # order.
+        params = pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        )
         return pl.pallas_call(
             partial(kernel, group=self.group, scale=self.scale),
             out_shape=out_shape,
@@ -270,11 +331,17 @@ class _Call(NamedTuple):
         return self._spec(self.group * self.tiling.kv_heads, rows, own)
 
     def bounds(self, own):
-        return pl.BlockSpec((8, self.tiling.block), lambda heads, step, mine, other, total: (0, (mine if own else other)[step]))
+        return pl.BlockSpec(
+            (8, self.tiling.block),
+            lambda heads, step, mine, other, total: (0, (mine if own else other)[step]),
+        )
 
     def _spec(self, heads, rows, own):
         shape = (heads, rows, self.tiling.block)
-        return pl.BlockSpec(shape, lambda heads, step, mine, other, total: (heads, 0, (mine if own else other)[step]))
+        return pl.BlockSpec(
+            shape,
+            lambda heads, step, mine, other, total: (heads, 0, (mine if own else other)[step]),
+        )
 
     def like_queries(self, dtype):
         return jax.ShapeDtypeStruct(self.shape, dtype)

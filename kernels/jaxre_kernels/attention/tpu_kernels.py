@@ -1,8 +1,10 @@
-"""The three Pallas kernels of packed attention on TPUs, one step each: a block pair and some key heads. See `tpu.py` for what they compute.
+"""The three Pallas kernels of packed attention on TPUs, one step each: a block pair and some key
+heads. See `tpu.py` for what they compute.
 
-Every array has its tokens along the lanes: queries [C, M], keys [C, U], scores [U, M]. What softmax keeps of a query is then
-a lane of [1, M], found by sums over sublanes, and heads of 64 channels leave no lane empty.
-`own` [S], `other` [S], `total` [1]: the list of block pairs (`pairs.Pairs`), in scalar memory.
+Every array has its tokens along the lanes: queries [C, M], keys [C, U], scores [U, M]. What softmax
+keeps of a query is then a lane of [1, M], found by sums over sublanes, and heads of 64 channels
+leave no lane empty. `own` [S], `other` [S], `total` [1]: the list of block pairs (`pairs.Pairs`),
+in scalar memory.
 """
 
 from __future__ import annotations
@@ -14,12 +16,28 @@ from jax.experimental import pallas as pl
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # added to a score, it stays finite
 
 
-def forward_kernel(own, other, total, q_ref, k_ref, v_ref, bounds_ref, out_ref, statistics_ref, sums, highest, count, *, group, scale):
+def forward_kernel(
+    own,
+    other,
+    total,
+    q_ref,
+    k_ref,
+    v_ref,
+    bounds_ref,
+    out_ref,
+    statistics_ref,
+    sums,
+    highest,
+    count,
+    *,
+    group,
+    scale,
+):
     """Adds a block of keys to the running softmax of a block of queries.
 
-    `sums` [heads, C, M], `highest` and `count` [heads, 1, M]: values summed by weight, highest score and sum of weights so far.
-    A query that has seen no key yet has highest = HIDDEN and weights of one; the first score that it sees takes all of that
-    times exp(HIDDEN - score) = 0.
+    `sums` [heads, C, M], `highest` and `count` [heads, 1, M]: values summed by weight, highest
+    score and sum of weights so far. A query that has seen no key yet has highest = HIDDEN and
+    weights of one; the first score that it sees takes all of that times exp(HIDDEN - score) = 0.
     """
     step = pl.program_id(1)
     heads = range(k_ref.shape[0])
@@ -31,6 +49,7 @@ def forward_kernel(own, other, total, q_ref, k_ref, v_ref, bounds_ref, out_ref, 
         count[...] = jnp.zeros_like(count)
 
     hidden = _hidden(own, step, bounds_ref, group)
+    # C M
     for head in heads:
         scores = _product(k_ref[head], _grouped(q_ref, head, group), (0, 0)) * scale + hidden  # U M
         before = highest[head]  # 1 M
@@ -38,13 +57,17 @@ def forward_kernel(own, other, total, q_ref, k_ref, v_ref, bounds_ref, out_ref, 
         shrink, weights = jnp.exp(before - now), jnp.exp(scores - now)
         highest[head] = now
         count[head] = count[head] * shrink + weights.sum(0, keepdims=True)
-        sums[head] = sums[head] * shrink + _product(v_ref[head], weights.astype(v_ref.dtype), (1, 0))  # C M
+        sums[head] = sums[head] * shrink + _product(
+            v_ref[head], weights.astype(v_ref.dtype), (1, 0)
+        )
 
     @pl.when(_is_last(own, total, step))
     def _():
         for head in heads:
             _store_grouped(out_ref, head, group, sums[head] / count[head])
-            _store_grouped(statistics_ref, head, group, jnp.concatenate([highest[head], count[head]], axis=0))
+            _store_grouped(
+                statistics_ref, head, group, jnp.concatenate([highest[head], count[head]], axis=0)
+            )
 
 
 def dq_kernel(
@@ -69,10 +92,11 @@ def dq_kernel(
 ):
     """Adds what a block of keys gives to the gradient of a block of queries. `dq` is [heads, C, M].
 
-    The gradients of a query's scores add up to zero, but not with a `mean` from a rounded output, nor once they are rounded.
-    What they add up to is kept: `slack` [heads, 1, M], before rounding, corrects `mean` for the other kernel; `rounded`, after
-    it, takes the middle of the keys out of `dq`. `middle` [heads, C, 1] is that of the queries' own block: keys have a large
-    common part where their projection has a bias.
+    The gradients of a query's scores add up to zero, but not with a `mean` from a rounded output,
+    nor once they are rounded. What they add up to is kept: `slack` [heads, 1, M], before rounding,
+    corrects `mean` for the other kernel; `rounded`, after it, takes the middle of the keys out of
+    `dq`. `middle` [heads, C, 1] is that of the queries' own block: keys have a large common part
+    where their projection has a bias.
     """
     step = pl.program_id(1)
     heads = range(k_ref.shape[0])
@@ -92,7 +116,9 @@ def dq_kernel(
     for head in heads:
         queries, dsums = _grouped(q_ref, head, group), _grouped(dsums_ref, head, group)
         highest, _, mean = _rows(_grouped(statistics_ref, head, group))
-        _, dscores = _formed_again(queries, k_ref[head], v_ref[head], dsums, highest, mean, hidden, scale)
+        _, dscores = _formed_again(
+            queries, k_ref[head], v_ref[head], dsums, highest, mean, hidden, scale
+        )
         slack[head] += dscores.sum(0, keepdims=True)
         dscores = dscores.astype(queries.dtype)
         rounded[head] += dscores.astype(jnp.float32).sum(0, keepdims=True)
@@ -107,11 +133,29 @@ def dq_kernel(
 
 
 def dkv_kernel(
-    own, other, total, q_ref, k_ref, v_ref, bounds_ref, dsums_ref, statistics_ref, mean_ref, dk_ref, dv_ref, dk, dv, *, group, scale
+    own,
+    other,
+    total,
+    q_ref,
+    k_ref,
+    v_ref,
+    bounds_ref,
+    dsums_ref,
+    statistics_ref,
+    mean_ref,
+    dk_ref,
+    dv_ref,
+    dk,
+    dv,
+    *,
+    group,
+    scale,
 ):
-    """Adds what a block of queries, all of a group, gives to the gradients of a block of keys. `dk` and `dv` are [heads, U, C].
+    """Adds what a block of queries, all of a group, gives to the gradients of a block of keys. `dk`
+    and `dv` are [heads, U, C].
 
-    As [U, C] the large factor of their products is the one that streams through the matrix unit as it lies.
+    As [U, C] the large factor of their products is the one that streams through the matrix unit as
+    it lies.
     """
     step = pl.program_id(1)
     heads = range(k_ref.shape[0])
@@ -126,7 +170,9 @@ def dkv_kernel(
         queries, dsums = _grouped(q_ref, head, group), _grouped(dsums_ref, head, group)
         highest, _, _ = _rows(_grouped(statistics_ref, head, group))
         statistics = highest, _grouped(mean_ref, head, group)
-        weights, dscores = _formed_again(queries, k_ref[head], v_ref[head], dsums, *statistics, hidden, scale)
+        weights, dscores = _formed_again(
+            queries, k_ref[head], v_ref[head], dsums, *statistics, hidden, scale
+        )
         dk[head] += _product(dscores.astype(queries.dtype), queries, (1, 1))  # U C
         dv[head] += _product(weights.astype(queries.dtype), dsums, (1, 1))
 
@@ -138,16 +184,22 @@ def dkv_kernel(
 
 
 def _formed_again(queries, keys, values, dsums, highest, mean, hidden, scale):
-    """Weights and gradients of the scaled scores, both [U, M] f32, from highest score and mean [1, M]."""
+    """Weights and gradients of the scaled scores, both [U, M] f32, from highest score and mean [1,
+    M].
+    """
     weights = jnp.exp(_product(keys, queries, (0, 0)) * scale + hidden - highest)
     return weights, weights * (_product(values, dsums, (0, 0)) - mean)
 
 
 def _product(one, other, contracted):
-    """Sums in f32. Factors in f32 are not rounded to bf16, whatever the default of the matrix unit: who asks for f32 checks parity."""
+    """Sums in f32. Factors in f32 are not rounded to bf16, whatever the default of the matrix unit:
+    who asks for f32 checks parity.
+    """
     precision = jax.lax.Precision.HIGHEST if one.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dims = (((contracted[0],), (contracted[1],)), ((), ()))
-    return jax.lax.dot_general(one, other, dims, precision=precision, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        one, other, dims, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _is_first(own, step):
@@ -160,7 +212,9 @@ def _is_last(own, total, step):
 
 
 def _hidden(query_blocks, step, bounds_ref, group):
-    """[U, M] f32: zero where a query sees a key, else HIDDEN. Formed once a step, for all heads, it leaves them one sum a score."""
+    """[U, M] f32: zero where a query sees a key, else HIDDEN. Formed once a step, for all heads, it
+    leaves them one sum a score.
+    """
     block = bounds_ref.shape[1]
     bounds = bounds_ref[...].T  # U 8: keys lie along sublanes, as in the scores
     query = query_blocks[step] * block + jax.lax.broadcasted_iota(jnp.int32, (block, block), 1)

@@ -1,7 +1,15 @@
-"""Vocabulary head and cross-entropy as one op that never forms all logits: `linear_cross_entropy(x, head, targets, weights)`."""
+"""Vocabulary head and cross-entropy as one op that never forms all logits: `linear_cross_entropy(x,
+head, targets, weights)`.
+"""
 
 from jaxre_kernels.cross_entropy.chunked import chunked_cross_entropy
-from jaxre_kernels.cross_entropy.dispatch import IMPLEMENTATIONS, Channels, choose, linear_cross_entropy, positions_at_once
+from jaxre_kernels.cross_entropy.dispatch import (
+    IMPLEMENTATIONS,
+    Channels,
+    choose,
+    linear_cross_entropy,
+    positions_at_once,
+)
 from jaxre_kernels.cross_entropy.reference import cross_entropy, dense_cross_entropy, logits_of
 
 __all__ = [

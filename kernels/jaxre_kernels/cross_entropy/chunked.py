@@ -1,30 +1,37 @@
-"""Linear cross-entropy in plain XLA, some positions of each row at a time, with the gradients formed beside the loss.
+"""Linear cross-entropy in plain XLA, some positions of each row at a time, with the gradients
+formed beside the loss.
 
     Z = x head^T,    loss = sum_n w_n (log sum_v exp Z_nv - Z_n,target)
     dZ_nv = w_n (softmax(Z_n)_v - [v = target_n]),    dx = dZ head,    dhead = dZ^T x
 
 dx and dhead are formed in the forward pass, while a chunk's Z is there (`gradients.py`).
 
-Memory, n tokens at a time of N, in bytes of f32: 4 n V for the logits in place of 4 N V for each of logits and their gradient;
-kept for the backward pass are dx [N, D] in f32, so that g rounds once, and in place of x, and dhead [V, D].
-FLOPs: 4 N V D frozen, 6 N V D trained, as the dense op. Bytes moved per chunk: 2 readings of the head (4 V D in bf16) and about 16 n V
-of f32 logits and bf16 e between products and softmax; 4 n V D FLOPs over that, at D = 896 and n = 1,024, is 184 FLOPs a byte, where
-an H200 needs 206 to be bound by products: what is left for a kernel that keeps the logits on the chip is the traffic of 16 n V.
+Memory, n tokens at a time of N, in bytes of f32: 4 n V for the logits in place of 4 N V for each of
+logits and their gradient; kept for the backward pass are dx [N, D] in f32, so that g rounds once,
+and in place of x, and dhead [V, D]. FLOPs: 4 N V D frozen, 6 N V D trained, as the dense op. Bytes
+moved per chunk: 2 readings of the head (4 V D in bf16) and about 16 n V of f32 logits and bf16 e
+between products and softmax; 4 n V D FLOPs over that, at D = 896 and n = 1,024, is 184 FLOPs a
+byte, where an H200 needs 206 to be bound by products: what is left for a kernel that keeps the
+logits on the chip is the traffic of 16 n V.
 
-Rounding: Z, softmax and sums are f32 (f64 for f64). With e_nv = exp(Z_nv - max_v Z_n) and its sum t_n,
+Rounding: Z, softmax and sums are f32 (f64 for f64). With e_nv = exp(Z_nv - max_v Z_n) and its sum
+t_n,
 
     dx_n = w_n (e_n head / t_n - head_target)
 
-takes one exponential for loss and dx, and in bf16 only e is rounded before its product: the largest is exactly 1, so the difference keeps
-its digits where the target has nearly all of the softmax. For dhead dZ is rounded. Against f32 of inputs that were not rounded, the
-root mean square of dx's error is 1.00 of that of the dense op, which multiplies f32 dZ by bf16, and dhead's 1.1 to 1.2.
-dhead is summed in f32 over the chunks, as [D, V]: the first operand of a sum over tokens is
-transposed in memory on a CPU, and x is the narrow one (0.78 of dense autodiff's processor time in place of 0.86: 1,024
-tokens, 256 channels, 4,096 entries, 512 at a time, trained, when loss and dx still took an exponential each; two cores, f32; 2026-11-21).
+takes one exponential for loss and dx, and in bf16 only e is rounded before its product: the largest
+is exactly 1, so the difference keeps its digits where the target has nearly all of the softmax. For
+dhead dZ is rounded. Against f32 of inputs that were not rounded, the root mean square of dx's error
+is 1.00 of that of the dense op, which multiplies f32 dZ by bf16, and dhead's 1.1 to 1.2. dhead is
+summed in f32 over the chunks, as [D, V]: the first operand of a sum over tokens is transposed in
+memory on a CPU, and x is the narrow one (0.78 of dense autodiff's processor time in place of 0.86:
+1,024 tokens, 256 channels, 4,096 entries, 512 at a time, trained, when loss and dx still took an
+exponential each; two cores, f32; 2026-11-21).
 
-On a mesh nothing but a sharded head's gathering and what a sharded vocabulary has to sum crosses devices: tokens are cut along S, so rows
-that are split over devices stay where they are, and dhead is summed apart for each of the G groups of rows that lie on one
-device, and over them once, behind the last chunk.
+On a mesh nothing but a sharded head's gathering and what a sharded vocabulary has to sum crosses
+devices: tokens are cut along S, so rows that are split over devices stay where they are, and dhead
+is summed apart for each of the G groups of rows that lie on one device, and over them once, behind
+the last chunk.
 
 Letters: G groups of rows, B rows of a group, S positions in a row, D embedding, V vocabulary.
 """
@@ -42,16 +49,24 @@ from jaxre_kernels.cross_entropy.reference import logits_of
 
 
 class Chunks(NamedTuple):
-    """Positions of each row at a time, at most; over how many devices the rows are split, along the first axis."""
+    """Positions of each row at a time, at most; over how many devices the rows are split, along the
+    first axis.
+    """
 
     positions: int
     shards: int = 1
 
 
 def chunked_cross_entropy(
-    x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, positions: int, shards: int = 1
+    x: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    positions: int,
+    shards: int = 1,
 ) -> jax.Array:
-    """Weighted sum of the cross-entropy, of `positions` positions of each row at a time; differentiable in x, head and weights.
+    """Weighted sum of the cross-entropy, of `positions` positions of each row at a time;
+    differentiable in x, head and weights.
 
     Args:
       x: [..., S, D] float; head: [V, D] of x's dtype.
@@ -76,7 +91,9 @@ def _sums(x, head, targets, weights, how, wanted):
     entries = jnp.arange(V, dtype=targets.dtype)
 
     def cut(array):
-        """[..., S, ...] -> [chunks, G, B, s, ...]; what is missing at the end is zero, so of weight 0."""
+        """[..., S, ...] -> [chunks, G, B, s, ...]; what is missing at the end is zero, so of weight
+        0.
+        """
         rest = array.shape[len(shape) - 1 :]
         array = array.reshape(G, rows // G, S, *rest)
         padded = jnp.pad(array, [(0, 0), (0, 0), (0, -S % chunks), *[(0, 0)] * len(rest)])
@@ -94,20 +111,36 @@ def _sums(x, head, targets, weights, how, wanted):
         top = jnp.max(logits, axis=-1, keepdims=True)
         shares = jnp.exp(logits - top)
         total = jnp.sum(shares, axis=-1, keepdims=True)
-        losses = (top + jnp.log(total) - jnp.take_along_axis(logits, targets[..., None], axis=-1))[..., 0]
+        losses = (top + jnp.log(total) - jnp.take_along_axis(logits, targets[..., None], axis=-1))[
+            ..., 0
+        ]
         dx = None
         if want_x:
-            mean = jnp.einsum("gbsv,vd->gbsd", shares.astype(x.dtype), head, preferred_element_type=wide) / total
+            mean = (
+                jnp.einsum(
+                    "gbsv,vd->gbsd", shares.astype(x.dtype), head, preferred_element_type=wide
+                )
+                / total
+            )
             dx = weights[..., None] * (mean - head[targets])
         if want_head:
-            dlogits = (weights[..., None] * (shares / total - (entries == targets[..., None]))).astype(x.dtype)
+            dlogits = (
+                weights[..., None] * (shares / total - (entries == targets[..., None]))
+            ).astype(x.dtype)
             dhead += jnp.einsum("gbsd,gbsv->gdv", x, dlogits, preferred_element_type=wide)
         return dhead, (dx, losses)
 
     start = jnp.zeros((G, D, V), wide) if want_head else None
-    dhead, (dx, losses) = jax.lax.scan(chunk, start, (cut(x), cut(jnp.clip(targets, 0, V - 1)), cut(weights)))
+    dhead, (dx, losses) = jax.lax.scan(
+        chunk, start, (cut(x), cut(jnp.clip(targets, 0, V - 1)), cut(weights))
+    )
     losses = joined(losses)
-    return jnp.sum(weights * losses), joined(dx) if want_x else None, dhead.sum(0).T if want_head else None, losses
+    return (
+        jnp.sum(weights * losses),
+        joined(dx) if want_x else None,
+        dhead.sum(0).T if want_head else None,
+        losses,
+    )
 
 
 _op = with_gradients(_sums)

@@ -1,4 +1,6 @@
-"""Which linear cross-entropy runs, and why: decided from names and shapes, never by looking for devices."""
+"""Which linear cross-entropy runs, and why: decided from names and shapes, never by looking for
+devices.
+"""
 
 from __future__ import annotations
 
@@ -16,26 +18,34 @@ from jaxre_kernels.implementations import Entry, kernels_of, measured, named, ti
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 
-# At a time on a device: enough for a chunk's products to outweigh its reading of the head. On two CPU cores 256, 512 and 1,024 of
-# 4,096 tokens at a time took 0.75, 0.71 and 0.78 of the dense op's processor time (256 channels, 4,096 entries, frozen head, f32, with
-# one exponential more than now; 2026-11-21). Not measured on an accelerator.
+# At a time on a device: enough for a chunk's products to outweigh its reading of the head. On two
+# CPU cores 256, 512 and 1,024 of 4,096 tokens at a time took 0.75, 0.71 and 0.78 of the dense op's
+# processor time (256 channels, 4,096 entries, frozen head, f32, with one exponential more than now;
+# 2026-11-21). Not measured on an accelerator.
 TOKENS = 1024
 TILES = {  # what `tools/tune_kernels.py` tries
     "xla": [{"at_most": tokens} for tokens in (512, 1024, 2048, 4096, 8192)],
     "pallas_gpu": [{"at_most": tokens} for tokens in (1024, 2048, 4096, 8192)],
-    "pallas_tpu": [{"tokens": tokens, "entries": entries} for tokens, entries in ((512, 512), (256, 512), (256, 256), (128, 128))],
+    "pallas_tpu": [
+        {"tokens": tokens, "entries": entries}
+        for tokens, entries in ((512, 512), (256, 512), (256, 256), (128, 128))
+    ],
 }
 
 
 def positions_at_once(tokens: tuple[int, ...], shards: int = 1, at_most: int | None = None) -> int:
-    """At how many of each row's positions at a time the head runs, so that a device has `at_most` tokens; all where they are as few.
+    """At how many of each row's positions at a time the head runs, so that a device has `at_most`
+    tokens; all where they are as few.
 
     Args:
-      tokens: shape [..., S] of the targets; shards: over how many devices the rows are split, along the first axis.
+      tokens: shape [..., S] of the targets; shards: over how many devices the rows are split, along
+        the first axis.
       at_most: TOKENS if not given.
     """
     *rows, positions = tokens
-    most = max(1, min(positions, (TOKENS if at_most is None else at_most) * shards // math.prod(rows)))
+    most = max(
+        1, min(positions, (TOKENS if at_most is None else at_most) * shards // math.prod(rows))
+    )
     return -(-positions // -(-positions // most))  # in parts of equal size
 
 
@@ -55,12 +65,15 @@ def choose(
     implementation: str | None = None,
     device_kind: str | None = None,
 ) -> tuple[str, str]:
-    """The implementation that `linear_cross_entropy` runs for such targets (for any, without a shape), and the reason in words.
+    """The implementation that `linear_cross_entropy` runs for such targets (for any, without a
+    shape), and the reason in words.
 
-    The table is asked where a shape, `channels` and `device_kind` are given (see `jaxre_kernels.implementations`).
+    The table is asked where a shape, `channels` and `device_kind` are given (see
+    `jaxre_kernels.implementations`).
 
     Raises:
-      ValueError: an implementation that does not exist, or that does not take these `channels` or `shards`.
+      ValueError: an implementation that does not exist, or that does not take these `channels` or
+        `shards`.
     """
     entry = _measured(tokens, vocabulary, shards, channels, device_kind)
 
@@ -74,40 +87,73 @@ def choose(
         return name, f"{reason}; {_told(name, tokens, vocabulary, channels, tiles_of(entry, name))}"
     if tokens is None:
         return name, reason
-    at_once, size = positions_at_once(tokens, shards, **tiles_of(entry, name)), 4 * vocabulary * math.prod(tokens) / shards / 2**20
+    at_once, size = (
+        positions_at_once(tokens, shards, **tiles_of(entry, name)),
+        4 * vocabulary * math.prod(tokens) / shards / 2**20,
+    )
     if at_once == tokens[-1]:
         return name, f"{reason}; all logits at once, {size:,.1f} MiB a device"
     part = size * at_once / tokens[-1]
-    return name, f"{reason}; {at_once} of a row's {tokens[-1]:,} positions at a time, logits of {part:,.1f} of {size:,.1f} MiB a device"
+    return (
+        name,
+        (
+            f"{reason}; {at_once} of a row's {tokens[-1]:,} positions at a time, logits of"
+            f" {part:,.1f} of {size:,.1f} MiB a device"
+        ),
+    )
 
 
 def _measured(
-    tokens: tuple[int, ...] | None, vocabulary: int, shards: int, channels: Channels | None, device_kind: str | None
+    tokens: tuple[int, ...] | None,
+    vocabulary: int,
+    shards: int,
+    channels: Channels | None,
+    device_kind: str | None,
 ) -> Entry | None:
     if tokens is None or channels is None:
         return None
-    sizes = {"tokens": math.prod(tokens) // shards, "vocabulary": vocabulary, "channels": channels.channels}
+    sizes = {
+        "tokens": math.prod(tokens) // shards,
+        "vocabulary": vocabulary,
+        "channels": channels.channels,
+    }
     return measured("cross_entropy", device_kind, channels.dtype, sizes)
 
 
 def _unsupported(name: str, shards: int, channels: Channels | None) -> str | None:
     if shards > 1:
-        return f"{name} takes the tokens of one device, these are on {shards}: call it inside of shard_map"
+        return (
+            f"{name} takes the tokens of one device, these are on {shards}: call it inside of"
+            " shard_map"
+        )
     return None if channels is None else kernels_of("cross_entropy", name).unsupported(*channels)
 
 
-def _told(name: str, tokens: tuple[int, ...] | None, vocabulary: int, channels: Channels | None, tiles: dict[str, int]) -> str:
+def _told(
+    name: str,
+    tokens: tuple[int, ...] | None,
+    vocabulary: int,
+    channels: Channels | None,
+    tiles: dict[str, int],
+) -> str:
     """What of the logits a kernel leaves in memory."""
     kernels = kernels_of("cross_entropy", name)
     if name == "pallas_tpu":
-        sizes = (tiles["tokens"], tiles["entries"]) if tiles else channels and kernels.blocks_of(*channels)
+        sizes = (
+            (tiles["tokens"], tiles["entries"])
+            if tiles
+            else channels and kernels.blocks_of(*channels)
+        )
         blocks = "{} tokens and {} entries at a time, ".format(*sizes) if sizes else ""
         return f"{blocks}no logits leave the chip"
     at_once = tiles.get("at_most", kernels.TOKENS)
     if tokens is not None:
         at_once = min(at_once, math.prod(tokens))
     size = f", {2 * at_once * vocabulary / 2**20:,.1f} MiB" if vocabulary else ""
-    return f"no logits leave the chip, their exponentials do in bf16, of {at_once:,} tokens at a time{size}"
+    return (
+        f"no logits leave the chip, their exponentials do in bf16, of {at_once:,} tokens at a"
+        f" time{size}"
+    )
 
 
 def linear_cross_entropy(
@@ -121,16 +167,20 @@ def linear_cross_entropy(
     device_kind: str | None = None,
     tiles: Mapping[str, int] | None = None,
 ) -> jax.Array:
-    """sum_n weights_n (logsumexp_v(x_n . head_v) - x_n . head_target_n), products and sums in f32 (at least).
+    """sum_n weights_n (logsumexp_v(x_n . head_v) - x_n . head_target_n), products and sums in f32
+    (at least).
 
-    Differentiable in x, head and weights; the gradient of a head that is not differentiated is never formed.
+    Differentiable in x, head and weights; the gradient of a head that is not differentiated is
+    never formed.
 
     Args:
       x: [..., S, D] float; head: [V, D] of x's dtype.
       targets: [..., S] int32 in [0, V); one of weight 0 may be anything. weights: [..., S] f32.
       shards: over how many devices the rows are split, along the first axis.
-      device_kind: of the device that the program is for, to ask the table; "xla" runs where neither is given.
-      tiles: of the implementation that is asked for (`TILES`); the table's, else its own, if not given.
+      device_kind: of the device that the program is for, to ask the table; "xla" runs where neither
+        is given.
+      tiles: of the implementation that is asked for (`TILES`); the table's, else its own, if not
+        given.
 
     Returns:
       [] f32 (f64 for f64).
@@ -139,13 +189,24 @@ def linear_cross_entropy(
       ValueError: what `choose` says.
     """
     channels = Channels(x.shape[-1], x.dtype)
-    name, _ = choose(targets.shape, head.shape[0], shards, channels=channels, implementation=implementation, device_kind=device_kind)
+    name, _ = choose(
+        targets.shape,
+        head.shape[0],
+        shards,
+        channels=channels,
+        implementation=implementation,
+        device_kind=device_kind,
+    )
     if tiles is None:
-        tiles = tiles_of(_measured(targets.shape, head.shape[0], shards, channels, device_kind), name)
+        tiles = tiles_of(
+            _measured(targets.shape, head.shape[0], shards, channels, device_kind), name
+        )
     if name == "pallas_tpu" and tiles:
         tiles = {"blocks": (tiles["tokens"], tiles["entries"])}
     if name != "xla":
-        return kernels_of("cross_entropy", name).pallas_cross_entropy(x, head, targets, weights, **tiles)
+        return kernels_of("cross_entropy", name).pallas_cross_entropy(
+            x, head, targets, weights, **tiles
+        )
     positions = positions_at_once(targets.shape, shards, **tiles)
     if positions == targets.shape[-1]:
         return dense_cross_entropy(x, head, jnp.clip(targets, 0, head.shape[0] - 1), weights)

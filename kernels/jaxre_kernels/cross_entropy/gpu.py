@@ -1,28 +1,36 @@
-"""Linear cross-entropy for Hopper GPUs (Pallas Mosaic GPU): logits stay on the chip. unverified: has not run on a GPU
+"""Linear cross-entropy for Hopper GPUs (Pallas Mosaic GPU): logits stay on the chip. unverified:
+has not run on a GPU
 
-It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). What is said of speed is arithmetic.
+It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). What is said of
+speed is arithmetic.
 
-What is computed. The logit of the target is a product of two rows, known before any other: it is the reference of the exponentials,
-in place of the largest logit, which is known at the end alone. For a chunk of n tokens, with z_n = x_n . head_target,
+What is computed. The logit of the target is a product of two rows, known before any other: it is
+the reference of the exponentials, in place of the largest logit, which is known at the end alone.
+For a chunk of n tokens, with z_n = x_n . head_target,
 
     E_nv = exp(x_n . head_v - z_n),    t_n = sum_v E_nv,    loss = sum_n w_n log t_n
     G = E but G_n,target = 1 - t_n,    s_n = w_n / t_n
     dx_n = s_n (G head)_n,    dhead = G' (s x)
 
-One kernel forms tiles of logits, sums E in f32 and leaves it in memory in bf16, where one number of each token is then overwritten; the
-two wide products are XLA's. Rounding: bf16 has the exponents of f32, so each E keeps 8 bits whatever the reference is, and with t_n of
-at least 1 nothing that matters underflows. G of a target is a difference in f32: it keeps its digits where the target has nearly all
-of the softmax. Most of dx may be the target's row, so what rounding took from that factor is added in f32. For dhead s x is rounded,
-too. z_n is not summed in the order of the logits: t_n carries the difference, of the order of f32's rounding of z_n.
+One kernel forms tiles of logits, sums E in f32 and leaves it in memory in bf16, where one number of
+each token is then overwritten; the two wide products are XLA's. Rounding: bf16 has the exponents of
+f32, so each E keeps 8 bits whatever the reference is, and with t_n of at least 1 nothing that
+matters underflows. G of a target is a difference in f32: it keeps its digits where the target has
+nearly all of the softmax. Most of dx may be the target's row, so what rounding took from that
+factor is added in f32. For dhead s x is rounded, too. z_n is not summed in the order of the logits:
+t_n carries the difference, of the order of f32's rounding of z_n.
 
-Where a loss is above 66 (t_n above 2^96) a sum of E could overflow: such a chunk finds its largest logits with XLA, 128 tokens at a
-time, and runs the kernel again with these for z, at about twice the time. That is decided once a chunk, on the host.
+Where a loss is above 66 (t_n above 2^96) a sum of E could overflow: such a chunk finds its largest
+logits with XLA, 128 tokens at a time, and runs the kernel again with these for z, at about twice
+the time. That is decided once a chunk, on the host.
 
-Why E goes through memory. As in attention, one sweep could sum dx on the chip: D f32 numbers a token, 64 tokens of 896 channels fill
-the registers of a processor. Forming the logits a second time would cost 6 N V D FLOPs in place of 4 N V D.
+Why E goes through memory. As in attention, one sweep could sum dx on the chip: D f32 numbers a
+token, 64 tokens of 896 channels fill the registers of a processor. Forming the logits a second time
+would cost 6 N V D FLOPs in place of 4 N V D.
 
-Memory: E of a chunk, 2 n V bytes (n is 2,048 at most: 594 MiB with 151,936 entries, as f32 logits of 1,024 tokens), losses [N] and
-dx [N, D] in f32, and where the head is trained dhead [V, D] in f32. No array of [N, V].
+Memory: E of a chunk, 2 n V bytes (n is 2,048 at most: 594 MiB with 151,936 entries, as f32 logits
+of 1,024 tokens), losses [N] and dx [N, D] in f32, and where the head is trained dhead [V, D] in
+f32. No array of [N, V].
 
 Roofline of a chunk, in bf16:
 
@@ -31,15 +39,19 @@ Roofline of a chunk, in bf16:
     dx        2 n V D     2 V D, 2 n V                           620
     dhead     2 n V D     8 V D (added to, f32), 2 n V           330
 
-An H200 has 989 TFLOP/s and 4.8 TB/s by its datasheet, 206 FLOP a byte: products bound all three. FLOPs and bytes are those of the bare
-products with logits in bf16. Beside them stand n V exponentials, 16 a clock and processor: of a tile of 128 tokens and 256 entries 2,048
-clocks, where its product takes 16 D, 14,336 for 896 channels. One behind the other that is 14% of the kernel, 7% of a frozen head's op.
+An H200 has 989 TFLOP/s and 4.8 TB/s by its datasheet, 206 FLOP a byte: products bound all three.
+FLOPs and bytes are those of the bare products with logits in bf16. Beside them stand n V
+exponentials, 16 a clock and processor: of a tile of 128 tokens and 256 entries 2,048 clocks, where
+its product takes 16 D, 14,336 for 896 channels. One behind the other that is 14% of the kernel, 7%
+of a frozen head's op.
 
-The kernel. A thread block of 128 tokens walks over tiles of 256 entries. One of its warpgroups asks the copy engine for 64 channels of
-both at a time, four steps ahead, into a ring in shared memory; two multiply 64 tokens each, the next product under way before the last
-is waited for. The ring goes on from tile to tile, and one warpgroup begins two steps behind the other: each takes its exponentials
-while the other multiplies. Two thread blocks, a cluster, walk over the same entries and copy half of them each for both: a step brings
-32 KiB of the second-level cache for 4.2 MFLOP, 128 FLOP a byte.
+The kernel. A thread block of 128 tokens walks over tiles of 256 entries. One of its warpgroups asks
+the copy engine for 64 channels of both at a time, four steps ahead, into a ring in shared memory;
+two multiply 64 tokens each, the next product under way before the last is waited for. The ring goes
+on from tile to tile, and one warpgroup begins two steps behind the other: each takes its
+exponentials while the other multiplies. Two thread blocks, a cluster, walk over the same entries
+and copy half of them each for both: a step brings 32 KiB of the second-level cache for 4.2 MFLOP,
+128 FLOP a byte.
 
 Sharding: inside `shard_map(..., check_vma=False)`, tokens split, not under automatic partitioning.
 """
@@ -61,7 +73,11 @@ from jax.typing import DTypeLike
 from jaxre_kernels.cross_entropy.gradients import with_gradients
 from jaxre_kernels.cross_entropy.reference import logits_of
 
-MISSING = None if jax.__version_info__ >= (0, 11) else f"it needs jax 0.11 or later, this is {jax.__version__}"
+MISSING = (
+    None
+    if jax.__version_info__ >= (0, 11)
+    else f"it needs jax 0.11 or later, this is {jax.__version__}"
+)
 
 TOKENS = 2048  # at a time, at most; not measured on a GPU
 MULTIPLIERS = 2  # warpgroups that multiply; one more copies
@@ -75,7 +91,9 @@ TILE = plgpu.Layout.WGMMA  # how a product lies in the registers of a warpgroup
 
 
 class Tiling(NamedTuple):
-    """Static choices: tokens at a time; of a tile the tokens of a warpgroup, entries and channels; what there is of a device."""
+    """Static choices: tokens at a time; of a tile the tokens of a warpgroup, entries and channels;
+    what there is of a device.
+    """
 
     at_most: int = TOKENS
     tokens: int = 64
@@ -96,15 +114,24 @@ class Tiling(NamedTuple):
 
 
 def pallas_cross_entropy(
-    x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, at_most: int = TOKENS, tiling: Tiling | None = None
+    x: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    at_most: int = TOKENS,
+    tiling: Tiling | None = None,
 ) -> jax.Array:
-    """Weighted sum of the cross-entropy of the tokens on one device; differentiable in x, head and weights.
+    """Weighted sum of the cross-entropy of the tokens on one device; differentiable in x, head and
+    weights.
 
     Args:
-      x: [..., D] bf16; head: [V, D] of x's dtype. Copied where D is no multiple of 64 or V none of 8.
+      x: [..., D] bf16; head: [V, D] of x's dtype. Copied where D is no multiple of 64 or V none of
+        8.
       targets: [...] int32 in [0, V); one of weight 0 may be anything. weights: [...] f32.
       at_most: tokens at a time, whose V exponentials are in memory as bf16.
-      tiling: of the kernel, for Pallas's interpreter: a GPU takes what is there if it is None. The interpreter takes f32, too.
+      tiling: of the kernel, for Pallas's interpreter: a GPU takes what is there if it is None. The
+        interpreter takes f32, too.
 
     Returns:
       [] f32.
@@ -140,7 +167,9 @@ def _sums(x, head, targets, weights, tiling, wanted):
 
     def cut(array):
         """[N, ...] -> [chunks, n, ...]; what is missing at the end is zero, so of weight 0."""
-        return jnp.pad(array, ((0, -N % n), *[(0, 0)] * (array.ndim - 1))).reshape(-1, n, *array.shape[1:])
+        return jnp.pad(array, ((0, -N % n), *[(0, 0)] * (array.ndim - 1))).reshape(
+            -1, n, *array.shape[1:]
+        )
 
     def chunk(dhead, part):
         x, targets, weights = part  # n D, n, n
@@ -153,29 +182,43 @@ def _sums(x, head, targets, weights, tiling, wanted):
         if shares is not None:
             of_targets = jnp.exp(own - reference) - total
             rounded = of_targets.astype(shares.dtype)
-            shares = shares.at[jnp.arange(n), targets].set(rounded, indices_are_sorted=True, unique_indices=True)
+            shares = shares.at[jnp.arange(n), targets].set(
+                rounded, indices_are_sorted=True, unique_indices=True
+            )
         if want_x:
             # Most of dx may be the target's row: what rounding took from its factor is added.
             left = (of_targets - rounded.astype(jnp.float32))[:, None] * rows
             dx = scale * (jnp.dot(shares, entries, preferred_element_type=jnp.float32) + left)
         if want_head:
-            dhead += jnp.einsum("nv,nd->vd", shares, (scale * x).astype(x.dtype), preferred_element_type=jnp.float32)
+            dhead += jnp.einsum(
+                "nv,nd->vd", shares, (scale * x).astype(x.dtype), preferred_element_type=jnp.float32
+            )
         return dhead, (dx, jnp.log(total) + (reference - own))
 
     start = jnp.zeros(entries.shape, jnp.float32) if want_head else None
-    flat_targets, flat_weights = jnp.clip(targets, 0, V - 1).reshape(N), weights.reshape(N).astype(jnp.float32)
+    flat_targets, flat_weights = (
+        jnp.clip(targets, 0, V - 1).reshape(N),
+        weights.reshape(N).astype(jnp.float32),
+    )
     flat = jnp.pad(x.reshape(N, D), ((0, 0), channels))
     dhead, (dx, losses) = lax.scan(chunk, start, (cut(flat), cut(flat_targets), cut(flat_weights)))
     losses = losses.reshape(-1)[:N]
     dx = dx.reshape(-1, entries.shape[1])[:N, :D].reshape(shape) if want_x else None
-    return jnp.sum(flat_weights * losses), dx, dhead[:V, :D] if want_head else None, losses.reshape(shape[:-1])
+    return (
+        jnp.sum(flat_weights * losses),
+        dx,
+        dhead[:V, :D] if want_head else None,
+        losses.reshape(shape[:-1]),
+    )
 
 
 _op = with_gradients(_sums)
 
 
 def _finite(own, run, largest):
-    """`reference` [n], and what `run` makes of it: with `own`, or where that overflows with the largest logits."""
+    """`reference` [n], and what `run` makes of it: with `own`, or where that overflows with the
+    largest logits.
+    """
     total, shares = run(own)
 
     def again():
@@ -201,22 +244,37 @@ def _whole(number: int, of: int) -> int:
 def _exponentials(
     x: jax.Array, head: jax.Array, entries: int, tiling: Tiling, kept: bool, reference: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """t [n] f32 and E [n, V] of x's dtype (None if it is not kept); rows of the head behind `entries` do not count."""
+    """t [n] f32 and E [n, V] of x's dtype (None if it is not kept); rows of the head behind
+    `entries` do not count.
+    """
     n, V = x.shape[0], head.shape[0]
     blocks, tiles = n // tiling.block, pl.cdiv(V, tiling.entries)
     each = tiles_of_a_split(blocks, tiles, tiling.processors)
     splits = pl.cdiv(tiles, each)
     # Tiles of shared memory are 8 rows of the channels of a step: 128 bytes on a GPU.
-    transforms = plgpu.TilingTransform((8, tiling.channels)), plgpu.SwizzleTransform(tiling.channels * x.dtype.itemsize)
-    ring = [plgpu.SMEM((SLOTS, rows, tiling.channels), x.dtype, transforms=transforms) for rows in (tiling.block, tiling.entries)]
+    transforms = (
+        plgpu.TilingTransform((8, tiling.channels)),
+        plgpu.SwizzleTransform(tiling.channels * x.dtype.itemsize),
+    )
+    ring = [
+        plgpu.SMEM((SLOTS, rows, tiling.channels), x.dtype, transforms=transforms)
+        for rows in (tiling.block, tiling.entries)
+    ]
     sums, *shares = plgpu.kernel(
         partial(_kernel, entries=entries, each=each, tiling=tiling, kept=kept),
-        out_type=[jax.ShapeDtypeStruct((splits, n), jnp.float32), *[jax.ShapeDtypeStruct((n, V), x.dtype)] * kept],
+        out_type=[
+            jax.ShapeDtypeStruct((splits, n), jnp.float32),
+            *[jax.ShapeDtypeStruct((n, V), x.dtype)] * kept,
+        ],
         scratch_types=[
             *ring,
-            plgpu.SMEM((MULTIPLIERS, 2, tiling.tokens, tiling.channels), x.dtype, transforms=transforms),
+            plgpu.SMEM(
+                (MULTIPLIERS, 2, tiling.tokens, tiling.channels), x.dtype, transforms=transforms
+            ),
             plgpu.Barrier(num_arrivals=len(ring), num_barriers=SLOTS),
-            plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=MULTIPLIERS, num_barriers=SLOTS),
+            plgpu.ClusterBarrier(
+                collective_axes=("pair",), num_arrivals=MULTIPLIERS, num_barriers=SLOTS
+            ),
             plgpu.Barrier(),
         ],
         grid=(splits, blocks // PAIR),
@@ -233,18 +291,24 @@ def _exponentials(
 
 
 def tiles_of_a_split(blocks: int, tiles: int, processors: int = PROCESSORS) -> int:
-    """How many tiles of entries a thread block walks over, so that `blocks` of tokens leave few processors without work at the end."""
+    """How many tiles of entries a thread block walks over, so that `blocks` of tokens leave few
+    processors without work at the end.
+    """
 
     def rounds(each: int) -> int:
         """Tiles that a processor sees one after another."""
         return each * pl.cdiv(blocks * pl.cdiv(tiles, each), processors)
 
     # Several thread blocks one after another on a processor even out what does not divide.
-    return min((pl.cdiv(tiles, max(1, processors * waves // blocks)) for waves in range(1, 5)), key=rounds)
+    return min(
+        (pl.cdiv(tiles, max(1, processors * waves // blocks)) for waves in range(1, 5)), key=rounds
+    )
 
 
 class _Walk(NamedTuple):
-    """Of a thread block: its first token and tile of entries, the number of its tiles, and of the steps of each, by channels."""
+    """Of a thread block: its first token and tile of entries, the number of its tiles, and of the
+    steps of each, by channels.
+    """
 
     start: jax.Array
     first: jax.Array
@@ -260,10 +324,13 @@ class _Walk(NamedTuple):
 def _kernel(x, head, reference, sums, *refs, entries, each, tiling, kept):
     """Sums [splits, n] of the exponentials of a split of the entries, and these (`shares` [n, V]).
 
-    Shared memory: `tokens` [SLOTS, 128, 64] and `rows` [SLOTS, 256, 64] of the head, the ring; `leaving` [2, 2, 64, 64], two slots of
-    each warpgroup that multiplies. A slot of the ring `arrived`, and is `free` when all of the pair have multiplied it.
+    Shared memory: `tokens` [SLOTS, 128, 64] and `rows` [SLOTS, 256, 64] of the head, the ring;
+    `leaving` [2, 2, 64, 64], two slots of each warpgroup that multiplies. A slot of the ring
+    `arrived`, and is `free` when all of the pair have multiplied it.
     """
-    shares, (tokens, rows, leaving, arrived, free, ahead) = (refs[0], refs[1:]) if kept else (None, refs)
+    shares, (tokens, rows, leaving, arrived, free, ahead) = (
+        (refs[0], refs[1:]) if kept else (None, refs)
+    )
     split, warpgroup = lax.axis_index("splits"), lax.axis_index("warpgroup")
     walk = _Walk(
         start=lax.axis_index("pairs") * tiling.pair + lax.axis_index("pair") * tiling.block,
@@ -281,12 +348,17 @@ def _kernel(x, head, reference, sums, *refs, entries, each, tiling, kept):
     @pl.when(warpgroup < MULTIPLIERS)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        mine, here = pl.ds(warpgroup * tiling.tokens, tiling.tokens), pl.ds(walk.start + warpgroup * tiling.tokens, tiling.tokens)
+        mine, here = (
+            pl.ds(warpgroup * tiling.tokens, tiling.tokens),
+            pl.ds(walk.start + warpgroup * tiling.tokens, tiling.tokens),
+        )
         base = plgpu.load(reference.at[here], layout=TILE.reduce(1), optimized=False) * LOG2_E
         pl.when(warpgroup > 0)(lambda: plgpu.barrier_wait(ahead))
 
         def tile_of(tile, total):
-            logits = _logits(walk, tile, tokens.at[:, mine], rows, arrived, free, ahead, warpgroup == 0)
+            logits = _logits(
+                walk, tile, tokens.at[:, mine], rows, arrived, free, ahead, warpgroup == 0
+            )
             found = jnp.exp2(logits * LOG2_E - lax.broadcast_in_dim(base, logits.shape, [0]))
             start = (walk.first + tile) * tiling.entries
             if entries % tiling.entries:
@@ -301,7 +373,9 @@ def _kernel(x, head, reference, sums, *refs, entries, each, tiling, kept):
 
 
 def _bring(walk, x, head, tokens, rows, arrived, free):
-    """Asks for what each step needs, as soon as its slot is free, until all that was brought is multiplied."""
+    """Asks for what each step needs, as soon as its slot is free, until all that was brought is
+    multiplied.
+    """
     E, C = walk.tiling.entries, walk.tiling.channels
 
     def fetch(step, _):
@@ -311,14 +385,22 @@ def _bring(walk, x, head, tokens, rows, arrived, free):
         @pl.when(step < walk.all_steps)
         def _():
             entries = pl.ds((walk.first + _quotient(step, walk.steps)) * E, E)
-            plgpu.copy_gmem_to_smem(x.at[pl.ds(walk.start, walk.tiling.block), channels], tokens.at[slot], arrived.at[slot])
-            plgpu.copy_gmem_to_smem(head.at[entries, channels], rows.at[slot], arrived.at[slot], collective_axes="pair")
+            plgpu.copy_gmem_to_smem(
+                x.at[pl.ds(walk.start, walk.tiling.block), channels],
+                tokens.at[slot],
+                arrived.at[slot],
+            )
+            plgpu.copy_gmem_to_smem(
+                head.at[entries, channels], rows.at[slot], arrived.at[slot], collective_axes="pair"
+            )
 
     lax.fori_loop(0, walk.all_steps + SLOTS, fetch, None)
 
 
 def _logits(walk, tile, tokens, rows, arrived, free, ahead, leads):
-    """[64, 256] of a warpgroup. A slot is free when the product after its own is under way; one that leads says so to the other."""
+    """[64, 256] of a warpgroup. A slot is free when the product after its own is under way; one
+    that leads says so to the other.
+    """
     before = tile * walk.steps
     lead = jnp.minimum(LEAD, walk.all_steps) - 1
 
@@ -328,19 +410,25 @@ def _logits(walk, tile, tokens, rows, arrived, free, ahead, leads):
             plgpu.barrier_wait(arrived.at[slot])
             plgpu.wgmma(sums, tokens.at[slot], rows.at[slot].transpose((1, 0)))
             plgpu.wgmma_wait(1)  # all but this one
-            pl.when(step > 0)(lambda: plgpu.barrier_arrive(free.at[_remainder(before + step - 1, SLOTS)]))
+            pl.when(step > 0)(
+                lambda: plgpu.barrier_arrive(free.at[_remainder(before + step - 1, SLOTS)])
+            )
             pl.when(leads & (before + step == lead))(lambda: plgpu.barrier_arrive(ahead))
 
         lax.fori_loop(0, walk.steps, step_of, None)
         return sums[...]
 
-    logits = pl.run_scoped(multiply, plgpu.ACC((walk.tiling.tokens, walk.tiling.entries), jnp.float32))
+    logits = pl.run_scoped(
+        multiply, plgpu.ACC((walk.tiling.tokens, walk.tiling.entries), jnp.float32)
+    )
     plgpu.barrier_arrive(free.at[_remainder(before + walk.steps - 1, SLOTS)])
     return logits
 
 
 def _within(found, left):
-    """Zeros from column `left` on: behind the last entry the copy engine brings zeros, whose exponentials do not count."""
+    """Zeros from column `left` on: behind the last entry the copy engine brings zeros, whose
+    exponentials do not count.
+    """
 
     def cut():
         column = plgpu.broadcasted_iota(jnp.int32, found.shape, 1, layout=TILE)
@@ -354,7 +442,8 @@ def _leave(found, slots, shares, here, start):
     C = slots.shape[2]
     for i in range(found.shape[1] // C):
         slot = slots.at[i % 2]
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # of the copy before the last the slot is read
+        # of the copy before the last the slot is read
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
         slot[...] = found[:, i * C : (i + 1) * C]
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(slot, shares.at[here, pl.ds(start + i * C, C)])

@@ -1,4 +1,6 @@
-"""Cross-entropy from the logits, and from hidden states by way of all logits: the oracle of every kernel."""
+"""Cross-entropy from the logits, and from hidden states by way of all logits: the oracle of every
+kernel.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +9,24 @@ import jax.numpy as jnp
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """Weighted sum of -log softmax(logits)[target]: [..., V] f32, [...] int32, [...] f32 -> [] f32."""
+    """Weighted sum of -log softmax(logits)[target]: [..., V] f32, [...] int32, [...] f32 -> []
+    f32.
+    """
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - chosen))
 
 
 def logits_of(x: jax.Array, head: jax.Array) -> jax.Array:
     """The vocabulary head: [..., D], [V, D] of one dtype -> [..., V], f32 (at least)."""
-    return jnp.einsum("...d,vd->...v", x, head, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.einsum(
+        "...d,vd->...v", x, head, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
+    )
 
 
-def dense_cross_entropy(x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-    """`linear_cross_entropy` as it is written down; autodiff keeps the logits and forms a gradient of their size."""
+def dense_cross_entropy(
+    x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """`linear_cross_entropy` as it is written down; autodiff keeps the logits and forms a gradient
+    of their size.
+    """
     return cross_entropy(logits_of(x, head), targets, weights)

@@ -1,20 +1,25 @@
-"""Linear cross-entropy for TPUs in Pallas: no logits leave the chip. Unverified: has not run on a TPU.
+"""Linear cross-entropy for TPUs in Pallas: no logits leave the chip. Unverified: has not run on a
+TPU.
 
-A head that is not trained makes this attention over the vocabulary, with the head as keys and as values:
+A head that is not trained makes this attention over the vocabulary, with the head as keys and as
+values:
 
-    lse_n = log sum_v exp(x_n . head_v),    mean_n = sum_v softmax(x head^T)_nv head_v,    dx_n = w_n (mean_n - head_target)
+    lse_n = log sum_v exp(x_n . head_v),    mean_n = sum_v softmax(x head^T)_nv head_v,    dx_n =
+    w_n (mean_n - head_target)
 
-so one sweep over blocks of the vocabulary, its softmax rescaled when a larger logit comes (Milakov & Gimelshein 2018, Dao et al. 2022),
-gives loss and dx in two products. The target's logit and row are a gather of N rows outside of the kernel, not a comparison in each block.
-In bf16 the weights of the mean are rounded before they are divided by their sum: the largest is exactly 1, so mean - head_target
-keeps its digits where the target has nearly all of the softmax. dhead is a sweep of its own, over blocks of tokens for
-each block of the vocabulary, which forms the logits again:
+so one sweep over blocks of the vocabulary, its softmax rescaled when a larger logit comes (Milakov
+& Gimelshein 2018, Dao et al. 2022), gives loss and dx in two products. The target's logit and row
+are a gather of N rows outside of the kernel, not a comparison in each block. In bf16 the weights of
+the mean are rounded before they are divided by their sum: the largest is exactly 1, so mean -
+head_target keeps its digits where the target has nearly all of the softmax. dhead is a sweep of its
+own, over blocks of tokens for each block of the vocabulary, which forms the logits again:
 
     dhead_v = sum_n w_n (exp(x_n . head_v - lse_n) - [v = target_n]) x_n
 
-Memory: lse [N], dx [N, D] and, where trained, dhead [V, D], f32; no array of [N, V]. FLOPs: 4 N V D frozen, 8 N V D trained (the
-chunked op: 6). Bytes: each block of n tokens reads the head once, 2 V D in bf16, for 4 n V D FLOPs: 2 n FLOPs a byte, 1,024 at n = 512,
-where v5e needs 240, v5p 166 and v6e 560 to be bound by products.
+Memory: lse [N], dx [N, D] and, where trained, dhead [V, D], f32; no array of [N, V]. FLOPs: 4 N V D
+frozen, 8 N V D trained (the chunked op: 6). Bytes: each block of n tokens reads the head once, 2 V
+D in bf16, for 4 n V D FLOPs: 2 n FLOPs a byte, 1,024 at n = 512, where v5e needs 240, v5p 166 and
+v6e 560 to be bound by products.
 """
 
 from __future__ import annotations
@@ -51,12 +56,14 @@ def pallas_cross_entropy(
     blocks: tuple[int, int] | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """Weighted sum of the cross-entropy of the tokens on one device; differentiable in x, head and weights.
+    """Weighted sum of the cross-entropy of the tokens on one device; differentiable in x, head and
+    weights.
 
     Args:
       x: [..., D] bf16 or f32; head: [V, D] of x's dtype.
       targets: [...] int32 in [0, V); one of weight 0 may be anything. weights: [...] f32.
-      blocks: tokens and entries of a block, multiples of 128 on a TPU; chosen from the shape if it is None.
+      blocks: tokens and entries of a block, multiples of 128 on a TPU; chosen from the shape if it
+        is None.
       interpret: what `pl.pallas_call` takes: True or `pltpu.InterpretParams` to run without a TPU.
 
     Returns:
@@ -68,12 +75,21 @@ def pallas_cross_entropy(
     refusal = unsupported(x.shape[-1], x.dtype)
     if refusal is not None:
         raise ValueError(f"linear cross-entropy for TPUs does not run here: {refusal}")
-    return _op(x, head, targets, weights, Tiling(*(blocks or blocks_of(x.shape[-1], x.dtype)), interpret))
+    return _op(
+        x, head, targets, weights, Tiling(*(blocks or blocks_of(x.shape[-1], x.dtype)), interpret)
+    )
 
 
 def blocks_of(channels: int, dtype: DTypeLike) -> tuple[int, int] | None:
     """The largest tokens and entries of a block that fit; None if none do."""
-    return next((blocks for blocks in BLOCKS if _vmem_bytes(*blocks, channels, jnp.dtype(dtype)) <= VMEM_LIMIT), None)
+    return next(
+        (
+            blocks
+            for blocks in BLOCKS
+            if _vmem_bytes(*blocks, channels, jnp.dtype(dtype)) <= VMEM_LIMIT
+        ),
+        None,
+    )
 
 
 def unsupported(channels: int, dtype: DTypeLike) -> str | None:
@@ -81,20 +97,30 @@ def unsupported(channels: int, dtype: DTypeLike) -> str | None:
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         return f"it takes float32 and bfloat16, not {jnp.dtype(dtype).name}"
     if blocks_of(channels, dtype) is None:
-        return f"a block of {channels:,} channels does not fit {VMEM_LIMIT:,} bytes of vector memory"
+        return (
+            f"a block of {channels:,} channels does not fit {VMEM_LIMIT:,} bytes of vector memory"
+        )
     return None
 
 
 def _vmem_bytes(tokens: int, entries: int, channels: int, dtype: jnp.dtype) -> int:
-    """About what a step holds: two buffers of all that comes and goes, and logits, shares and what they are made of."""
+    """About what a step holds: two buffers of all that comes and goes, and logits, shares and what
+    they are made of.
+    """
     channels += -channels % 128
-    return 2 * channels * ((tokens + entries) * dtype.itemsize + max(tokens, entries) * 4) + 5 * tokens * entries * 4
+    return (
+        2 * channels * ((tokens + entries) * dtype.itemsize + max(tokens, entries) * 4)
+        + 5 * tokens * entries * 4
+    )
 
 
 def _sums(x, head, targets, weights, tiling, wanted):
     """See `with_gradients`."""
     shape, (V, D) = x.shape, head.shape
-    targets, flat_weights = jnp.clip(targets, 0, V - 1).reshape(-1), weights.reshape(-1).astype(jnp.float32)
+    targets, flat_weights = (
+        jnp.clip(targets, 0, V - 1).reshape(-1),
+        weights.reshape(-1).astype(jnp.float32),
+    )
     flat = x.reshape(-1, D)
     N = flat.shape[0]
     missing = -N % tiling.tokens
@@ -105,7 +131,10 @@ def _sums(x, head, targets, weights, tiling, wanted):
     dx = (flat_weights[:, None] * (mean[:N] - rows)).reshape(shape) if wanted[0] else None
     dhead = None
     if wanted[1]:
-        padded_targets, padded_weights = jnp.pad(targets, (0, missing)), jnp.pad(flat_weights, (0, missing))
+        padded_targets, padded_weights = (
+            jnp.pad(targets, (0, missing)),
+            jnp.pad(flat_weights, (0, missing)),
+        )
         dhead = _dhead(padded, head, lse, padded_targets, padded_weights, tiling)
     return jnp.sum(flat_weights * losses), dx, dhead, losses.reshape(shape[:-1])
 
@@ -113,7 +142,9 @@ def _sums(x, head, targets, weights, tiling, wanted):
 _op = with_gradients(_sums)
 
 
-def _softmax(x: jax.Array, head: jax.Array, tiling: Tiling, with_mean: bool) -> tuple[jax.Array, jax.Array | None]:
+def _softmax(
+    x: jax.Array, head: jax.Array, tiling: Tiling, with_mean: bool
+) -> tuple[jax.Array, jax.Array | None]:
     """lse [N, 1] and mean [N, D] (None if not asked for), f32, of whole blocks of tokens."""
     (N, D), V = x.shape, head.shape[0]
     n, v = tiling.tokens, tiling.entries
@@ -126,7 +157,9 @@ def _softmax(x: jax.Array, head: jax.Array, tiling: Tiling, with_mean: bool) -> 
         out_specs=[of_tokens(width) for width in widths],
         out_shape=[jax.ShapeDtypeStruct((N, width), jnp.float32) for width in widths],
         scratch_shapes=[pltpu.VMEM((n, 1), jnp.float32)] * 2,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
         interpret=tiling.interpret,
         name="cross_entropy_softmax",
     )(x, head)
@@ -149,8 +182,12 @@ def _softmax_kernel(x_ref, head_ref, lse_ref, *refs, entries, block, with_mean):
     if entries % block:
         # What the last block has beyond the vocabulary may be anything, NaN too.
         left = entries - j * block
-        logits = jnp.where(jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) < left, logits, -jnp.inf)
-        head = jnp.where(jax.lax.broadcasted_iota(jnp.int32, head.shape, 0) < left, head, jnp.zeros_like(head))
+        logits = jnp.where(
+            jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) < left, logits, -jnp.inf
+        )
+        head = jnp.where(
+            jax.lax.broadcasted_iota(jnp.int32, head.shape, 0) < left, head, jnp.zeros_like(head)
+        )
     before = top_ref[...]
     top = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
     shares, scale = jnp.exp(logits - top), jnp.exp(before - top)
@@ -166,25 +203,45 @@ def _softmax_kernel(x_ref, head_ref, lse_ref, *refs, entries, block, with_mean):
             mean_ref[...] = mean_ref[...] / total
 
 
-def _dhead(x: jax.Array, head: jax.Array, lse: jax.Array, targets: jax.Array, weights: jax.Array, tiling: Tiling) -> jax.Array:
+def _dhead(
+    x: jax.Array,
+    head: jax.Array,
+    lse: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    tiling: Tiling,
+) -> jax.Array:
     """[V, D] f32 of whole blocks of tokens."""
     (N, D), V = x.shape, head.shape[0]
     n, v = tiling.tokens, tiling.entries
-    of_entries, of_tokens = pl.BlockSpec((v, D), lambda i, j: (i, 0)), pl.BlockSpec((1, n), lambda i, j: (0, j))
+    of_entries, of_tokens = (
+        pl.BlockSpec((v, D), lambda i, j: (i, 0)),
+        pl.BlockSpec((1, n), lambda i, j: (0, j)),
+    )
     return pl.pallas_call(
         _dhead_kernel,
         grid=(pl.cdiv(V, v), N // n),
-        in_specs=[of_entries, pl.BlockSpec((n, D), lambda i, j: (j, 0)), of_tokens, of_tokens, of_tokens],
+        in_specs=[
+            of_entries,
+            pl.BlockSpec((n, D), lambda i, j: (j, 0)),
+            of_tokens,
+            of_tokens,
+            of_tokens,
+        ],
         out_specs=of_entries,
         out_shape=jax.ShapeDtypeStruct((V, D), jnp.float32),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
         interpret=tiling.interpret,
         name="cross_entropy_dhead",
     )(head, x, lse.reshape(1, N), targets.reshape(1, N), weights.reshape(1, N))
 
 
 def _dhead_kernel(head_ref, x_ref, lse_ref, targets_ref, weights_ref, dhead_ref):
-    """Entries stand in rows, so what the last block has beyond the vocabulary stays in rows that are not written back."""
+    """Entries stand in rows, so what the last block has beyond the vocabulary stays in rows that
+    are not written back.
+    """
     i, j = pl.program_id(0), pl.program_id(1)
 
     @pl.when(j == 0)
@@ -202,4 +259,10 @@ def _dhead_kernel(head_ref, x_ref, lse_ref, targets_ref, weights_ref, dhead_ref)
 def _product(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
     """x y over an axis of each, f32; f32 inputs are not rounded to bf16 on the way."""
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=exact, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((x_axis,), (y_axis,)), ((), ())),
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )

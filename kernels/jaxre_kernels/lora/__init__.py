@@ -1,4 +1,6 @@
-"""LoRA projections of one input as one op, `lora_group(x, weights, factors, ...)`, and their counter-based dropout."""
+"""LoRA projections of one input as one op, `lora_group(x, weights, factors, ...)`, and their
+counter-based dropout.
+"""
 
 from jaxre_kernels.lora.dispatch import choose, lora_group, nf4_form, stored
 from jaxre_kernels.lora.dropout import group_words, hash_words, keep_mask, token_keys

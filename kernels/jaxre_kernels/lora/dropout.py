@@ -1,4 +1,5 @@
-"""Dropout as a pure function of counters, so that packing, sharding and recomputation cannot change it.
+"""Dropout as a pure function of counters, so that packing, sharding and recomputation cannot change
+it.
 
 The mask of one channel of one token depends on (seed, step, layer, input group, owner,
 position, channel) and nothing else. Words are mixed with the 32-bit finaliser of
@@ -65,10 +66,14 @@ def keep_channels(words: jax.Array, channels: int, rate: float) -> jax.Array:
 
 
 def is_kept(words: jax.Array, channel: jax.Array, rate: float) -> jax.Array:
-    """Whether a channel of a token is kept; `words` and `channel` are uint32 and broadcast. Pallas kernels call it too."""
+    """Whether a channel of a token is kept; `words` and `channel` are uint32 and broadcast. Pallas
+    kernels call it too.
+    """
     return _mix(words + channel * np.uint32(_GOLDEN)) >= np.uint32(int(rate * 2**32))
 
 
-def keep_mask(keys: jax.Array, layer: jax.Array | int, group: int, channels: int, rate: float) -> jax.Array:
+def keep_mask(
+    keys: jax.Array, layer: jax.Array | int, group: int, channels: int, rate: float
+) -> jax.Array:
     """`keep_channels` of `group_words`."""
     return keep_channels(group_words(keys, layer, group), channels, rate)

@@ -1,45 +1,58 @@
-"""The LoRA projections of one input for Hopper GPUs (Pallas Mosaic GPU), forward and backward. unverified: has not run on a GPU
+"""The LoRA projections of one input for Hopper GPUs (Pallas Mosaic GPU), forward and backward.
+unverified: has not run on a GPU
 
-Weights are dense or NF4. It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). What is said of speed is
-arithmetic.
+Weights are dense or NF4. It was run in Pallas's interpreter and compiled ahead of time for an H200
+(sm_90a). What is said of speed is arithmetic.
 
-What is computed is what `group.py` derives; with c = scale / (1 - rate), x' = x where its channel is kept and else 0:
+What is computed is what `group.py` derives; with c = scale / (1 - rate), x' = x where its channel
+is kept and else 0:
 
     forward    L = c x' [A1 A2 ...],    Yi = x Wi + Li Bi
-    backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,    [dA1 dA2 ...] = x'^T dL,    dx = sum_i dYi Wi^T + mask (dL [A1 A2 ...]^T)
+    backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,    [dA1 dA2 ...] = x'^T dL,    dx = sum_i dYi
+    Wi^T + mask (dL [A1 A2 ...]^T)
 
-One kernel forms all Yi, one dx. A sum of base and low-rank product is formed in f32 registers, and rounded and written once. A step of
-a sum is 64 channels; ranks are padded to 64 and are more steps of the same sum: [x, Li] [Wi; Bi] with no copy of either. Backwards
-dropout lies behind the low-rank product: that is formed when the rest is summed, and masked in registers by the counters. A
-tile of any projection is a thread block of the one grid, so narrow projections (k and v) fill the processors together with wide ones.
+One kernel forms all Yi, one dx. A sum of base and low-rank product is formed in f32 registers, and
+rounded and written once. A step of a sum is 64 channels; ranks are padded to 64 and are more steps
+of the same sum: [x, Li] [Wi; Bi] with no copy of either. Backwards dropout lies behind the low-rank
+product: that is formed when the rest is summed, and masked in registers by the counters. A tile of
+any projection is a thread block of the one grid, so narrow projections (k and v) fill the
+processors together with wide ones.
 
-L has a kernel of its own where there is dropout, which drops channels of x in shared memory. dLi and dBi come from one read of dYi
-(`gpu_narrow.py`) where that moves fewer bytes than two products of XLA, which is decided from the shapes: for wide projections and
-ranks of at most 32. It reads dY apart from the kernel of dx, whose tiles have too few registers left for dB. dA is XLA's: a sum over all
-tokens of dL, which is complete only after all outputs. In bf16 these products move, a token, beside 2 (I + O) bytes of each of the
-wide kernels:
+L has a kernel of its own where there is dropout, which drops channels of x in shared memory. dLi
+and dBi come from one read of dYi (`gpu_narrow.py`) where that moves fewer bytes than two products
+of XLA, which is decided from the shapes: for wide projections and ranks of at most 32. It reads dY
+apart from the kernel of dx, whose tiles have too few registers left for dB. dA is XLA's: a sum over
+all tokens of dL, which is complete only after all outputs. In bf16 these products move, a token,
+beside 2 (I + O) bytes of each of the wide kernels:
 
     L: 2 I        dL and dB: 2.2 O to 4 O        dA: 2 I, and 4 I where the compiler writes x' down
 
-At 16,384 tokens and the 4.8 TB/s of an H200 that is 6 us forwards and at most 34 us backwards for q, k and v of Qwen2.5-0.5B, and 14 and
-at most 342 us for gate and up of 3B (with rank 32, 237); at its 989 TFLOP/s the wide product takes 34 us and 1.49 ms each way.
+At 16,384 tokens and the 4.8 TB/s of an H200 that is 6 us forwards and at most 34 us backwards for
+q, k and v of Qwen2.5-0.5B, and 14 and at most 342 us for gate and up of 3B (with rank 32, 237); at
+its 989 TFLOP/s the wide product takes 34 us and 1.49 ms each way.
 
-NF4. The feeding warpgroup decodes codes to bf16 in shared memory, by 15 selections a parameter, while the other two multiply: the
-product reads them there, forwards as they are and backwards transposed. Weights lie as `NF4Tiles` with halves of 64 rows, the tile of a
-warpgroup; other forms are brought into that one on every call. Decoding takes about 25 operations a parameter and 256
-tokens; a processor does 128 of these in the time of 2,048 multiplications, so decoding takes at least 1.6 times as long as the product
-and bounds it. For many tokens decoding once to memory and a dense product is faster: 4.6 bytes a parameter, 1 ps, beside the 33 ps
-that 16,384 tokens take to multiply by it. What this saves is memory (2 bytes a parameter of the group), and time where tokens are few.
+NF4. The feeding warpgroup decodes codes to bf16 in shared memory, by 15 selections a parameter,
+while the other two multiply: the product reads them there, forwards as they are and backwards
+transposed. Weights lie as `NF4Tiles` with halves of 64 rows, the tile of a warpgroup; other forms
+are brought into that one on every call. Decoding takes about 25 operations a parameter and 256
+tokens; a processor does 128 of these in the time of 2,048 multiplications, so decoding takes at
+least 1.6 times as long as the product and bounds it. For many tokens decoding once to memory and a
+dense product is faster: 4.6 bytes a parameter, 1 ps, beside the 33 ps that 16,384 tokens take to
+multiply by it. What this saves is memory (2 bytes a parameter of the group), and time where tokens
+are few.
 
-Layout. N tokens, padded to tiles of 256 by a copy where they are none; I and O multiples of 64, I of 128 with NF4. Tiles have 128 channels,
-or 64 where a width is no multiple of 128: 960 channels are 15 such.
+Layout. N tokens, padded to tiles of 256 by a copy where they are none; I and O multiples of 64, I
+of 128 with NF4. Tiles have 128 channels, or 64 where a width is no multiple of 128: 960 channels
+are 15 such.
 
-dtypes: x, W, dY and results bf16, A and B cast to it; sums, dA and dB f32; L and dL rounded to bf16, as in `group.py`. f32
-is refused: the tensor cores would round it to 10 bits.
+dtypes: x, W, dY and results bf16, A and B cast to it; sums, dA and dB f32; L and dL rounded to
+bf16, as in `group.py`. f32 is refused: the tensor cores would round it to 10 bits.
 
-Memory: kept for the backward pass are x and L, of which each projection has 64 numbers a token or a multiple. Neither x', the mask, Li Bi
-nor a decoded W is kept, and the latter two are nowhere in memory. In shared memory a thread block has 4 slots, 229,376 bytes, with
-NF4 3 slots and codes, 198,656 forwards and 189,440 backwards. So one thread block runs on a processor, and writing its tile is not hidden.
+Memory: kept for the backward pass are x and L, of which each projection has 64 numbers a token or a
+multiple. Neither x', the mask, Li Bi nor a decoded W is kept, and the latter two are nowhere in
+memory. In shared memory a thread block has 4 slots, 229,376 bytes, with NF4 3 slots and codes,
+198,656 forwards and 189,440 backwards. So one thread block runs on a processor, and writing its
+tile is not hidden.
 
 Roofline of one step of a tile of 256 x 128, 4.2 MFLOP:
 
@@ -47,8 +60,9 @@ Roofline of one step of a tile of 256 x 128, 4.2 MFLOP:
     dense       2 (256 + 128) 64                                85
     NF4         2 x 256 x 64 + 9/16 x 128 x 64                  112
 
-Of memory, what runs at a time (132 processors: 11 x 12 tiles of tokens and channels) reads 2 (2,816 + 1,536) bytes a channel for
-2 x 2,816 x 1,536 FLOP, 994 FLOP a byte; an H200 has 206 of them to a byte.
+Of memory, what runs at a time (132 processors: 11 x 12 tiles of tokens and channels) reads 2 (2,816
++ 1,536) bytes a channel for 2 x 2,816 x 1,536 FLOP, 994 FLOP a byte; an H200 has 206 of them to a
+byte.
 
 Sharding: inside `shard_map(..., check_vma=False)`, tokens split, not under automatic partitioning.
 """
@@ -63,17 +77,42 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxre_kernels.lora.gpu_kernels import CHUNK, STEP, Packed, Ring, backward_kernel, forward_kernel, low_kernel
+from jaxre_kernels.lora.gpu_kernels import (
+    CHUNK,
+    STEP,
+    Packed,
+    Ring,
+    backward_kernel,
+    forward_kernel,
+    low_kernel,
+)
 from jaxre_kernels.lora.gpu_narrow import narrow_gradients, panel_of
-from jaxre_kernels.lora.group import Factors, Projections, b_gradient, dlow_of, joined_a, low_of, projections_of, with_a_gradients
+from jaxre_kernels.lora.group import (
+    Factors,
+    Projections,
+    b_gradient,
+    dlow_of,
+    joined_a,
+    low_of,
+    projections_of,
+    with_a_gradients,
+)
 from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, tiled
 
-MISSING = None if jax.__version_info__ >= (0, 11) else f"it needs jax 0.11 or later, this is {jax.__version__}"
+MISSING = (
+    None
+    if jax.__version_info__ >= (0, 11)
+    else f"it needs jax 0.11 or later, this is {jax.__version__}"
+)
 
 NF4_HALF = STEP  # rows of a half of `NF4Tiles`
 TOKENS = 256  # of a tile
 WIDTHS = (128, 64)  # channels of a tile
-SLOTS = {False: 4, True: 3}  # steps on the way, by whether a weight is NF4: then codes need room too
+# steps on the way, by whether a weight is NF4: then codes need room too
+SLOTS = {
+    False: 4,
+    True: 3,
+}
 
 
 def pallas_lora_group(
@@ -86,10 +125,12 @@ def pallas_lora_group(
     *,
     interpret: Any = None,
 ) -> list[jax.Array]:
-    """x W + scale (dropout(x) A) B of every projection of one input on one device; differentiable in x and the factors.
+    """x W + scale (dropout(x) A) B of every projection of one input on one device; differentiable
+    in x and the factors.
 
     Args: as of `lora_group`; x is bf16.
-      interpret: what `plgpu.kernel` takes: `plgpu.InterpretGPUParams` to run without a GPU. It takes f32, too.
+      interpret: what `plgpu.kernel` takes: `plgpu.InterpretGPUParams` to run without a GPU. It
+      takes f32, too.
 
     Raises:
       ValueError: what `unsupported` says.
@@ -115,7 +156,10 @@ def unsupported(projections: Projections) -> str | None:
         return f"NF4 for GPUs takes a multiple of {2 * STEP} inputs, not {projections.inputs:,}"
     steps, slots = sum(-(-rank // STEP) for rank in projections.ranks), SLOTS[any(projections.nf4)]
     if steps > slots:
-        return f"ranks of {' and '.join(map(str, projections.ranks))}, each padded to {STEP}, are more than {slots * STEP} together"
+        return (
+            f"ranks of {' and '.join(map(str, projections.ranks))}, each padded to {STEP}, are more"
+            f" than {slots * STEP} together"
+        )
     return None
 
 
@@ -143,11 +187,20 @@ def _forward(x, weights, factors, words, scale, rate, interpret):
     outputs = projections_of(x, weights, factors).outputs
     width, laid, rows, low = _width(*outputs), _laid(weights), _rows(x), None
     if trained:
-        low = _low(x, padded, words, scale, rate, interpret) if rate else low_of(x, padded, words, scale, rate)
+        low = (
+            _low(x, padded, words, scale, rate, interpret)
+            if rate
+            else low_of(x, padded, words, scale, rate)
+        )
     ys = _run(
         "lora_forward",
         forward_kernel,
-        (rows, None if low is None else _rows(low), laid, [None if factor is None else factor.b.astype(x.dtype) for factor in padded]),
+        (
+            rows,
+            None if low is None else _rows(low),
+            laid,
+            [None if factor is None else factor.b.astype(x.dtype) for factor in padded],
+        ),
         [jax.ShapeDtypeStruct((rows.shape[0], channels), x.dtype) for channels in outputs],
         (TOKENS, sum(outputs) // width),
         (STEP, width),
@@ -181,14 +234,21 @@ def _backward(scale, rate, interpret, kept, dys):
     if low is None:
         return dx, None, None, None
     gradients = with_a_gradients(x, _brought_back(dlow, x), dbs, padded, words, rate)
-    return dx, None, [_cut(gradient, factor) for gradient, factor in zip(gradients, factors, strict=True)], None
+    return (
+        dx,
+        None,
+        [_cut(gradient, factor) for gradient, factor in zip(gradients, factors, strict=True)],
+        None,
+    )
 
 
 _op.defvjp(_forward, _backward)
 
 
 def _dlow_and_dbs(rows, low, padded, factors, scale, interpret):
-    """dL [N, sum of R], and dB [R, O] of each projection or None: by one read of dY where `panel_of` says so, else by two of XLA's."""
+    """dL [N, sum of R], and dB [R, O] of each projection or None: by one read of dY where
+    `panel_of` says so, else by two of XLA's.
+    """
     dlows, dbs, first = [], [], 0
     for dy, wide, factor in zip(rows, padded, factors, strict=True):
         if factor is None:
@@ -197,10 +257,18 @@ def _dlow_and_dbs(rows, low, padded, factors, scale, interpret):
         (rank, outputs), ranks = factor.b.shape, wide.b.shape[0]
         panel = panel_of(dy.shape[0], outputs, rank)
         if panel is None:
-            dlow, db = dlow_of([dy], [wide], scale, 0.0), b_gradient(low[:, first : first + ranks], dy)
+            dlow, db = (
+                dlow_of([dy], [wide], scale, 0.0),
+                b_gradient(low[:, first : first + ranks], dy),
+            )
         else:
-            dlow, db = narrow_gradients(dy, low[:, first : first + rank], factor.b.astype(dy.dtype), panel, scale, interpret)
-            dlow, db = jnp.pad(dlow, ((0, 0), (0, ranks - rank))), jnp.pad(db, ((0, ranks - rank), (0, 0)))
+            dlow, db = narrow_gradients(
+                dy, low[:, first : first + rank], factor.b.astype(dy.dtype), panel, scale, interpret
+            )
+            dlow, db = (
+                jnp.pad(dlow, ((0, 0), (0, ranks - rank))),
+                jnp.pad(db, ((0, ranks - rank), (0, 0))),
+            )
         dlows.append(dlow)
         dbs.append(db)
         first += ranks
@@ -226,16 +294,27 @@ def _run(name, kernel, arrays, out_type, tiles, rhs, interpret, packed=None):
     """A kernel over all tiles.
 
     Args:
-      tiles: tokens of a tile, and how many tiles of channels there are; rhs: shape of a step of weights.
+      tiles: tokens of a tile, and how many tiles of channels there are; rhs: shape of a step of
+        weights.
       packed: columns of a tile of codes, for a kernel of weights that may be NF4.
     """
     dtype, tokens = out_type[0].dtype, out_type[0].shape[0]
-    nf4 = any(isinstance(leaf, NF4Tiles) for leaf in jax.tree.leaves(arrays, is_leaf=lambda leaf: isinstance(leaf, NF4Tiles)))
+    nf4 = any(
+        isinstance(leaf, NF4Tiles)
+        for leaf in jax.tree.leaves(arrays, is_leaf=lambda leaf: isinstance(leaf, NF4Tiles))
+    )
     slots, (height, columns) = SLOTS[nf4], tiles
 
     def shared(swizzle, *shape):
         """In shared memory as products read it: rows of `swizzle` bytes."""
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, swizzle // dtype.itemsize)), plgpu.SwizzleTransform(swizzle)))
+        return plgpu.SMEM(
+            shape,
+            dtype,
+            transforms=(
+                plgpu.TilingTransform((8, swizzle // dtype.itemsize)),
+                plgpu.SwizzleTransform(swizzle),
+            ),
+        )
 
     ring = Ring(
         shared(128, slots, height, STEP),
@@ -261,14 +340,18 @@ def _run(name, kernel, arrays, out_type, tiles, rhs, interpret, packed=None):
 
 def _packed(columns):
     came = plgpu.Barrier(num_arrivals=2, num_barriers=2)
-    return Packed(plgpu.SMEM((2, STEP, columns), jnp.uint8), plgpu.SMEM((2, 2, columns), jnp.float32), came)
+    return Packed(
+        plgpu.SMEM((2, STEP, columns), jnp.uint8), plgpu.SMEM((2, 2, columns), jnp.float32), came
+    )
 
 
 # ---- layout -----------------------------------------------------------------------------------
 
 
 def _rows(array):
-    """[..., I] -> [N, I], with zeros behind up to whole tiles; the same memory where there are none."""
+    """[..., I] -> [N, I], with zeros behind up to whole tiles; the same memory where there are
+    none.
+    """
     flat = array.reshape(-1, array.shape[-1])
     return jnp.pad(flat, ((0, -flat.shape[0] % TOKENS), (0, 0)))
 
@@ -284,7 +367,10 @@ def _brought_back(rows, like):
 
 
 def _laid(weights):
-    return [tiled(weight, NF4_HALF) if isinstance(weight, NF4Weight | NF4Tiles) else weight for weight in weights]
+    return [
+        tiled(weight, NF4_HALF) if isinstance(weight, NF4Weight | NF4Tiles) else weight
+        for weight in weights
+    ]
 
 
 def _inputs(weight):
@@ -293,7 +379,10 @@ def _inputs(weight):
 
 def _padded(factors):
     """With ranks that are multiples of 64."""
-    return [None if factor is None else Factors(_wide(factor.a, 1), _wide(factor.b, 0)) for factor in factors]
+    return [
+        None if factor is None else Factors(_wide(factor.a, 1), _wide(factor.b, 0))
+        for factor in factors
+    ]
 
 
 def _wide(array, axis):

@@ -1,16 +1,19 @@
 """The Mosaic GPU kernels of a LoRA group for Hopper. See `gpu.py` for what they compute.
 
-A thread block forms one tile of a result, tokens and `width` channels, in three warpgroups. One feeds: it keeps a ring of slots
-filled, each with a step of the sum, 64 channels of both factors. Two compute, for half of the tokens each, with the sums in registers
-until the end:
+A thread block forms one tile of a result, tokens and `width` channels, in three warpgroups. One
+feeds: it keeps a ring of slots filled, each with a step of the sum, 64 channels of both factors.
+Two compute, for half of the tokens each, with the sums in registers until the end:
 
-    feeding      wait until the slot is free -> ask the copy engine (TMA) for both factors; decode the weight itself if it is NF4
-    computing    wait until the slot is full -> start its product -> wait for the product before that -> say that its slot is free
+    feeding      wait until the slot is free -> ask the copy engine (TMA) for both factors; decode
+    the weight itself if it is NF4 computing    wait until the slot is full -> start its product ->
+    wait for the product before that -> say that its slot is free
 
-So copies, decoding and products overlap. A slot is full after two arrivals: two copies, or one and the decoder's own.
+So copies, decoding and products overlap. A slot is full after two arrivals: two copies, or one and
+the decoder's own.
 
-Where dropout lies behind the low-rank product, in the gradient of x, that product cannot go into the sum: its steps stay in the ring
-until the sum is done. Then it is formed 32 channels at a time, masked and added, while these are rounded and written.
+Where dropout lies behind the low-rank product, in the gradient of x, that product cannot go into
+the sum: its steps stay in the ring until the sum is done. Then it is formed 32 channels at a time,
+masked and added, while these are rounded and written.
 
 Letters: N tokens, I inputs, O outputs, R the ranks side by side, each padded to 64, S slots.
 """
@@ -33,12 +36,16 @@ from jaxre_kernels.nf4.tiles import levels
 STEP = 64  # channels of a step of a sum, what a rank is padded to, and the rows of a half of NF4
 FEEDER = 2  # the warpgroup that feeds; those before it compute
 CHUNK = 32  # channels that are written at a time
-SNAKE = 11  # tiles of tokens that pass by the same weights: with 12 tiles of weights, what the 132 processors have at a time
+# tiles of tokens that pass by the same weights: with 12 tiles of weights, what the 132 processors
+# have at a time
+SNAKE = 11
 TILE = plgpu.Layout.WGMMA  # how a product lies in the registers of a warpgroup
 
 
 class Ring(NamedTuple):
-    """Slots in shared memory: lhs [S, tokens, 64] and rhs [S, 64, width] or [S, width, 64]; their barriers, full and free."""
+    """Slots in shared memory: lhs [S, tokens, 64] and rhs [S, 64, width] or [S, width, 64]; their
+    barriers, full and free.
+    """
 
     lhs: Any
     rhs: Any
@@ -47,7 +54,9 @@ class Ring(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Two slots for NF4: codes [2, 64, n], absmax [2, 2, n] of their two halves, and the barrier of what came."""
+    """Two slots for NF4: codes [2, 64, n], absmax [2, 2, n] of their two halves, and the barrier of
+    what came.
+    """
 
     codes: Any
     absmax: Any
@@ -70,7 +79,9 @@ def low_kernel(x, a, words, low, *, ring, staged, scale, rate):
 
         def drop(step, taken):
             kept = _kept(token_words, step * STEP, taken.shape, rate)
-            taken[...] = jnp.where(kept, plgpu.load(taken, layout=TILE).astype(jnp.float32), 0.0).astype(taken.dtype)
+            taken[...] = jnp.where(
+                kept, plgpu.load(taken, layout=TILE).astype(jnp.float32), 0.0
+            ).astype(taken.dtype)
             plgpu.commit_smem()
 
         total = _summed(ring, steps, 0, lambda rhs: rhs, drop)
@@ -80,7 +91,8 @@ def low_kernel(x, a, words, low, *, ring, staged, scale, rate):
 
 
 def forward_kernel(x, low, weights, bs, *ys, ring, staged, packed):
-    """Yi = x Wi + Li Bi. x [N, I], low [N, R] or None, weights [I, O] or `NF4Tiles`, bs [Ri, O] or None -> ys [N, O].
+    """Yi = x Wi + Li Bi. x [N, I], low [N, R] or None, weights [I, O] or `NF4Tiles`, bs [Ri, O] or
+    None -> ys [N, O].
 
     A thread block finds the projection that its tile belongs to; all tiles are of one grid.
     """
@@ -88,7 +100,9 @@ def forward_kernel(x, low, weights, bs, *ys, ring, staged, packed):
     rows, column = _place(ring, x, sum(y.shape[1] for y in ys) // width)
 
     def part(weight, b, y, first, rank):
-        """Of one projection, whose tiles begin at `first`, and whose rank begins at the step `rank`."""
+        """Of one projection, whose tiles begin at `first`, and whose rank begins at the step
+        `rank`.
+        """
         own, ranks = _tile(column - first, width), _ranks(b)
 
         def feed():
@@ -103,7 +117,13 @@ def forward_kernel(x, low, weights, bs, *ys, ring, staged, packed):
             else:
                 _feed(ring, 0, steps, x_at, lambda step: weight.at[_step(step), own])
             if ranks:
-                _feed(ring, steps, ranks, lambda step: low.at[rows, _step(rank + step)], lambda step: b.at[_step(step), own])
+                _feed(
+                    ring,
+                    steps,
+                    ranks,
+                    lambda step: low.at[rows, _step(rank + step)],
+                    lambda step: b.at[_step(step), own],
+                )
 
         def compute():
             total = _summed(ring, steps + ranks, 0, lambda rhs: rhs)
@@ -121,7 +141,8 @@ def forward_kernel(x, low, weights, bs, *ys, ring, staged, packed):
 def backward_kernel(dys, dlow, a, words, weights, dx, *, ring, staged, packed, rate):
     """dx = sum_i dYi Wi^T + mask (dL A^T).
 
-    dys [N, O], dlow [N, R] and a [I, R] or None, words [N] uint32 or None without dropout, weights as forwards -> dx [N, I].
+    dys [N, O], dlow [N, R] and a [I, R] or None, words [N] uint32 or None without dropout, weights
+    as forwards -> dx [N, I].
     """
     width = ring.rhs.shape[1]
     rows, column = _place(ring, dx, dx.shape[1] // width)
@@ -134,7 +155,13 @@ def backward_kernel(dys, dlow, a, words, weights, dx, *, ring, staged, packed, r
             _feed_outputs(ring, packed, first, dy, weight, rows, column)
             first += dy.shape[1] // STEP
         if ranks:
-            _feed(ring, first, ranks, lambda step: dlow.at[rows, _step(step)], lambda step: a.at[own, _step(step)])
+            _feed(
+                ring,
+                first,
+                ranks,
+                lambda step: dlow.at[rows, _step(step)],
+                lambda step: a.at[own, _step(step)],
+            )
 
     def compute():
         if words is None:
@@ -144,7 +171,14 @@ def backward_kernel(dys, dlow, a, words, weights, dx, *, ring, staged, packed, r
         token_words = _own_words(words, ring, rows)
         for step in range(steps, steps + ranks):
             plgpu.barrier_wait(ring.full.at[step % ring.lhs.shape[0]])
-        _leave(total, staged, dx, rows, own, partial(_masked, ring, steps, ranks, token_words, column * width, rate))
+        _leave(
+            total,
+            staged,
+            dx,
+            rows,
+            own,
+            partial(_masked, ring, steps, ranks, token_words, column * width, rate),
+        )
 
     _in_roles([(True, feed, compute)], packed)
 
@@ -155,14 +189,17 @@ def backward_kernel(dys, dlow, a, words, weights, dx, *, ring, staged, packed, r
 def _place(ring, like, columns):
     """The tokens of a thread block's tile, and the number of its tile of channels."""
     tokens = ring.lhs.shape[1]
-    row, column = plgpu.planar_snake(lax.axis_index("tiles"), (like.shape[0] // tokens, columns), 0, SNAKE)
+    row, column = plgpu.planar_snake(
+        lax.axis_index("tiles"), (like.shape[0] // tokens, columns), 0, SNAKE
+    )
     return _tile(row, tokens), column
 
 
 def _in_roles(parts, packed):
     """Each part is whether it is this thread block's, how it is fed, and how it is computed.
 
-    Threads start with 168 registers each, a third of a processor's 504 for three warpgroups; who computes takes from who feeds.
+    Threads start with 168 registers each, a third of a processor's 504 for three warpgroups; who
+    computes takes from who feeds.
     """
     warpgroup = lax.axis_index("warpgroup")
     feeding, computing = (24, 240) if packed is None else (88, 208)
@@ -225,7 +262,10 @@ def _feed_outputs(ring, packed, first, dy, weight, rows, column):
         return dy.at[rows, _step(step)]
 
     def codes_at(tile):
-        return weight.codes.at[_step(column), _step(tile)], weight.absmax.at[_tile(column, 2), _step(tile)]
+        return (
+            weight.codes.at[_step(column), _step(tile)],
+            weight.absmax.at[_tile(column, 2), _step(tile)],
+        )
 
     if isinstance(weight, NF4Tiles):
         _feed_packed(ring, packed, first, steps, dy_at, codes_at)
@@ -234,9 +274,11 @@ def _feed_outputs(ring, packed, first, dy, weight, rows, column):
 
 
 def _feed_packed(ring, packed, first, steps, lhs_at, packed_at):
-    """The same with a weight in NF4, `packed_at(tile)` -> codes, absmax. Its next tile comes while this one is decoded.
+    """The same with a weight in NF4, `packed_at(tile)` -> codes, absmax. Its next tile comes while
+    this one is decoded.
 
-    A tile holds two halves of 64 inputs: the weights of two steps forwards, where a step is of inputs, both of one step backwards.
+    A tile holds two halves of 64 inputs: the weights of two steps forwards, where a step is of
+    inputs, both of one step backwards.
     """
     apart = 2 * STEP // ring.rhs.shape[1]  # steps of a tile
 
@@ -254,8 +296,12 @@ def _feed_packed(ring, packed, first, steps, lhs_at, packed_at):
             plgpu.copy_gmem_to_smem(lhs_at(apart * tile + at), ring.lhs.at[to], ring.full.at[to])
             for half in range(at, 2, apart):
                 values = ring.rhs.at[to, pl.ds((half - at) * STEP, STEP)]
-                _decode(packed.codes.at[slot], packed.absmax.at[slot, half], values, shift=4 - 4 * half)
-            plgpu.commit_smem()  # before a product reads what was written, and before the copy engine writes over what was read
+                _decode(
+                    packed.codes.at[slot], packed.absmax.at[slot, half], values, shift=4 - 4 * half
+                )
+            # before a product reads what was written, and before the copy engine writes over what
+            # was read
+            plgpu.commit_smem()
             plgpu.barrier_arrive(ring.full.at[to])
         return carry
 
@@ -264,13 +310,22 @@ def _feed_packed(ring, packed, first, steps, lhs_at, packed_at):
 
 
 def _decode(codes, absmax, values, shift):
-    """codes [64, n] uint8, absmax [n] f32 -> values [64, n], each rounded once from f32; eight columns at a time, for few registers."""
+    """codes [64, n] uint8, absmax [n] f32 -> values [64, n], each rounded once from f32; eight
+    columns at a time, for few registers.
+    """
     for start in range(0, values.shape[1], STEP):
         decoded = []
         for column in range(start, start + STEP, 8):
-            taken = plgpu.load(codes.at[:, pl.ds(column, 8)], layout=TILE, optimized=False).astype(jnp.int32) >> shift
+            taken = (
+                plgpu.load(codes.at[:, pl.ds(column, 8)], layout=TILE, optimized=False).astype(
+                    jnp.int32
+                )
+                >> shift
+            )
             scale = plgpu.load(absmax.at[pl.ds(column, 8)], layout=TILE.reduce(0))
-            decoded.append((levels(taken) * lax.broadcast_in_dim(scale, taken.shape, [1])).astype(values.dtype))
+            decoded.append(
+                (levels(taken) * lax.broadcast_in_dim(scale, taken.shape, [1])).astype(values.dtype)
+            )
         values.at[:, pl.ds(start, STEP)][...] = jnp.concatenate(decoded, axis=1)
 
 
@@ -286,7 +341,8 @@ def _freed(ring, number):
 
 
 def _summed(ring, steps, behind, as_factor, prepare=None):
-    """[tokens of a warpgroup, width] f32, the sum of the products of the first `steps` steps; `behind` more are fed.
+    """[tokens of a warpgroup, width] f32, the sum of the products of the first `steps` steps;
+    `behind` more are fed.
 
     `as_factor` turns rhs as it must be, `prepare(step, lhs)` changes lhs in its slot.
     """
@@ -318,7 +374,9 @@ def _summed(ring, steps, behind, as_factor, prepare=None):
 
 
 def _masked(ring, steps, ranks, words, first, rate, channels):
-    """mask (dL A^T) of some channels of the tile, [tokens of a warpgroup, n] f32. `first` is the first channel of the tile."""
+    """mask (dL A^T) of some channels of the tile, [tokens of a warpgroup, n] f32. `first` is the
+    first channel of the tile.
+    """
     tokens = _own_tokens(ring)
 
     def form(sums):
@@ -332,7 +390,9 @@ def _masked(ring, steps, ranks, words, first, rate, channels):
 
 
 def _own_words(words, ring, rows):
-    return plgpu.load(words.at[_within(rows, _own_tokens(ring))], layout=TILE.reduce(1), optimized=False)
+    return plgpu.load(
+        words.at[_within(rows, _own_tokens(ring))], layout=TILE.reduce(1), optimized=False
+    )
 
 
 def _kept(words, first, shape, rate):
@@ -342,7 +402,9 @@ def _kept(words, first, shape, rate):
 
 
 def _leave(total, staged, out, rows, columns, added=None):
-    """Rounds and writes a tile, 32 channels at a time: while one part is copied the next one is formed. `added(channels)` is added."""
+    """Rounds and writes a tile, 32 channels at a time: while one part is copied the next one is
+    formed. `added(channels)` is added.
+    """
     warpgroup = lax.axis_index("warpgroup")
     tokens = _tile(warpgroup, total.shape[0])
     for number, start in enumerate(range(0, total.shape[1], CHUNK)):

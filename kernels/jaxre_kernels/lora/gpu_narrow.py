@@ -1,21 +1,28 @@
-"""dL and dB of a LoRA projection for Hopper GPUs, by one read of dY (Pallas Mosaic GPU). unverified: has not run on a GPU
+"""dL and dB of a LoRA projection for Hopper GPUs, by one read of dY (Pallas Mosaic GPU).
+unverified: has not run on a GPU
 
-It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). What is said of speed is arithmetic.
+It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). What is said of
+speed is arithmetic.
 
     dL = c dY B^T,    dB = L^T dY        (see `group.py`)
 
-One is a sum over outputs, the other over tokens. A thread block has a range of outputs and a span of tokens: B of its range lies in
-shared memory, dB of its range in f32 registers until the span is over, dL of 128 tokens until they are done. So every range leaves
-partial sums of dL, every span of dB, in f32, which XLA adds up. (dL of a single range is complete, but registers hold 16 bytes of a row of
-bf16 together, half of what memory takes at once.) Sums have an order: nothing is added atomically.
+One is a sum over outputs, the other over tokens. A thread block has a range of outputs and a span
+of tokens: B of its range lies in shared memory, dB of its range in f32 registers until the span is
+over, dL of 128 tokens until they are done. So every range leaves partial sums of dL, every span of
+dB, in f32, which XLA adds up. (dL of a single range is complete, but registers hold 16 bytes of a
+row of bf16 together, half of what memory takes at once.) Sums have an order: nothing is added
+atomically.
 
-Roofline. Bytes of memory, for N tokens, O outputs, ranks padded to r of 16 or 32, k ranges and s spans:
+Roofline. Bytes of memory, for N tokens, O outputs, ranks padded to r of 16 or 32, k ranges and s
+spans:
 
     two products of XLA    4 N O, at least
-    this kernel            2 N O + 4 r N (L is transposed first) + 8 r N k (dL written and read) + 8 r O s (dB, s > 1)
+    this kernel            2 N O + 4 r N (L is transposed first) + 8 r N k (dL written and read) + 8
+    r O s (dB, s > 1)
 
-Of up to 132 thread blocks, the processors of an H200, and ranges that the registers hold, `panel_of` takes the cut that moves least, and
-none where XLA's products move less. For 16,384 tokens that is, as a share of 4 N O,
+Of up to 132 thread blocks, the processors of an H200, and ranges that the registers hold,
+`panel_of` takes the cut that moves least, and none where XLA's products move less. For 16,384
+tokens that is, as a share of 4 N O,
 
     rank                                16      32
     0.5B   q, o, down of 896            0.72    0.94
@@ -24,14 +31,17 @@ none where XLA's products move less. For 16,384 tokens that is, as a share of 4 
            q, o, down of 2,048          0.63    0.77
            gate, up of 11,008           0.58    0.65
 
-Rank 64 is left to XLA: dB of 512 outputs spills, and with ranges of 256 the partial sums of dL move as much as a read of dY.
-Each pair of bytes of dY takes 4 r FLOPs: 64 a byte with r of 32, below the 206 of an H200, so memory bounds all of these.
+Rank 64 is left to XLA: dB of 512 outputs spills, and with ranges of 256 the partial sums of dL move
+as much as a read of dY. Each pair of bytes of dY takes 4 r FLOPs: 64 a byte with r of 32, below the
+206 of an H200, so memory bounds all of these.
 
-Memory: nothing is kept for longer; the partial sums are there for a while. In shared memory 98,304 + 512 r + 256 r pairs bytes.
+Memory: nothing is kept for longer; the partial sums are there for a while. In shared memory 98,304
++ 512 r + 256 r pairs bytes.
 
-The kernel. A step is 128 tokens and 128 outputs, two slabs of 64. One warpgroup asks the copy engine for steps, three slots ahead; two
-multiply. Of dL each has 64 tokens and both slabs, of dB all 128 tokens and its own slab. Ranks are the narrow side of both products,
-so few of them take few registers. What a range or B has beyond the last output is the last slab again, with zeros for B.
+The kernel. A step is 128 tokens and 128 outputs, two slabs of 64. One warpgroup asks the copy
+engine for steps, three slots ahead; two multiply. Of dL each has 64 tokens and both slabs, of dB
+all 128 tokens and its own slab. Ranks are the narrow side of both products, so few of them take few
+registers. What a range or B has beyond the last output is the last slab again, with zeros for B.
 """
 
 from __future__ import annotations
@@ -49,15 +59,18 @@ SLAB = 64  # outputs of which a warpgroup sums dB
 PAIR = 2 * SLAB  # outputs of a step
 TOKENS = 128  # of a step
 SLOTS = 3  # steps on the way
-# Pairs of a range, by ranks: what was compiled without spills. 8 pairs of 16 ranks spill 656 bytes, 4 of 64 ranks 768, and fewer pairs of
-# 64 move as much as XLA. No multiple of `SLOTS`: slots of pairs would be constants, their addresses kept in registers.
+# Pairs of a range, by ranks: what was compiled without spills. 8 pairs of 16 ranks spill 656 bytes,
+# 4 of 64 ranks 768, and fewer pairs of 64 move as much as XLA. No multiple of `SLOTS`: slots of
+# pairs would be constants, their addresses kept in registers.
 PAIRS = {16: (1, 2, 4), 32: (1, 2, 4)}
 PROCESSORS = 132  # of an H100 or H200
 FEEDER = 2  # the warpgroup that feeds; those before it multiply
 
 
 class Panel(NamedTuple):
-    """How a projection is cut: pairs of slabs of a range, ranges of outputs, spans of tokens. A thread block has one range and span."""
+    """How a projection is cut: pairs of slabs of a range, ranges of outputs, spans of tokens. A
+    thread block has one range and span.
+    """
 
     pairs: int
     ranges: int
@@ -65,7 +78,9 @@ class Panel(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """In shared memory, with r ranks: dys [S, 2, TOKENS, SLAB], lows [2, r, TOKENS], bs [pairs, 2, r, SLAB]; and their barriers."""
+    """In shared memory, with r ranks: dys [S, 2, TOKENS, SLAB], lows [2, r, TOKENS], bs [pairs, 2,
+    r, SLAB]; and their barriers.
+    """
 
     dys: Any
     lows: Any
@@ -78,7 +93,9 @@ class Ring(NamedTuple):
 
 
 def panel_of(tokens: int, outputs: int, rank: int) -> Panel | None:
-    """The cut of a projection that moves the fewest bytes; None where two products of XLA move fewer."""
+    """The cut of a projection that moves the fewest bytes; None where two products of XLA move
+    fewer.
+    """
     r, steps, pairs = _width(rank), tokens // TOKENS, pl.cdiv(outputs, PAIR)
 
     def cut(of_range):
@@ -86,7 +103,9 @@ def panel_of(tokens: int, outputs: int, rank: int) -> Panel | None:
         return Panel(of_range, ranges, max(1, min(steps, PROCESSORS // ranges)))
 
     def moved(panel):
-        partial_sums = 8 * r * tokens * panel.ranges + 8 * r * outputs * panel.spans * (panel.spans > 1)
+        partial_sums = 8 * r * tokens * panel.ranges + 8 * r * outputs * panel.spans * (
+            panel.spans > 1
+        )
         return 2 * tokens * outputs + 4 * r * tokens + partial_sums
 
     best = min(map(cut, PAIRS.get(r, ())), key=moved, default=None)
@@ -99,7 +118,8 @@ def narrow_gradients(
     """dL = scale dY B^T and dB = L^T dY of one projection.
 
     Args:
-      dy: [N, O] bf16, N a multiple of 128, O of 64; low: [N, R] and b: [R, O] of its dtype, R up to 32.
+      dy: [N, O] bf16, N a multiple of 128, O of 64; low: [N, R] and b: [R, O] of its dtype, R up to
+        32.
       interpret: as of `pallas_lora_group`.
 
     Returns:
@@ -111,7 +131,11 @@ def narrow_gradients(
     def shared(*shape):
         """In shared memory as products read it."""
         columns = 128 // dtype.itemsize
-        return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
+        return plgpu.SMEM(
+            shape,
+            dtype,
+            transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)),
+        )
 
     dlow, db = plgpu.kernel(
         partial(_kernel, panel=panel, scale=scale),
@@ -153,11 +177,16 @@ def _width(rank):
 def _kernel(dy, low, b, dlow, db, *, ring, panel, scale):
     """dy [N, O], low [r, N], b [r, O padded] -> dlow [ranges, N, r], db [spans, O padded, r]."""
     block, warpgroup = lax.axis_index("blocks"), lax.axis_index("warpgroup")
-    own, span, all_steps = lax.rem(block, jnp.int32(panel.ranges)), lax.div(block, jnp.int32(panel.ranges)), dy.shape[0] // TOKENS
+    own, span, all_steps = (
+        lax.rem(block, jnp.int32(panel.ranges)),
+        lax.div(block, jnp.int32(panel.ranges)),
+        dy.shape[0] // TOKENS,
+    )
     first, end = (lax.div((span + i) * all_steps, jnp.int32(panel.spans)) for i in (0, 1))
     steps, pairs, r = end - first, panel.pairs, low.shape[0]
 
-    # Feeding is given more than 24 registers, as in `gpu_kernels.py`: with those its addresses spill.
+    # Feeding is given more than 24 registers, as in `gpu_kernels.py`: with those its addresses
+    # spill.
     @pl.when(warpgroup == FEEDER)
     def _():
         plgpu.set_max_registers(56, action="decrease")
@@ -166,7 +195,9 @@ def _kernel(dy, low, b, dlow, db, *, ring, panel, scale):
         def feed_b(pair, carry):
             for half in range(2):
                 columns = pl.ds((slab + 2 * pair + half) * SLAB, SLAB)
-                plgpu.copy_gmem_to_smem(b.at[:, columns], ring.bs.at[pair, half], ring.b_full.at[pair])
+                plgpu.copy_gmem_to_smem(
+                    b.at[:, columns], ring.bs.at[pair, half], ring.b_full.at[pair]
+                )
             return carry
 
         def feed_step(step, carry):
@@ -180,7 +211,9 @@ def _kernel(dy, low, b, dlow, db, *, ring, panel, scale):
                 pl.when(number >= SLOTS)(lambda: plgpu.barrier_wait(ring.free.at[slot]))
                 for half in range(2):
                     columns = pl.ds(jnp.minimum(slab + 2 * pair + half, last) * SLAB, SLAB)
-                    plgpu.copy_gmem_to_smem(dy.at[rows, columns], ring.dys.at[slot, half], ring.full.at[slot])
+                    plgpu.copy_gmem_to_smem(
+                        dy.at[rows, columns], ring.dys.at[slot, half], ring.full.at[slot]
+                    )
                 return carry
 
             return lax.fori_loop(0, pairs, feed_pair, carry)
@@ -199,7 +232,8 @@ def _kernel(dy, low, b, dlow, db, *, ring, panel, scale):
 
             def some(step, carry):
                 at = lax.rem(step, jnp.int32(2))
-                # Zero, but the compiler cannot know: it would keep the addresses of all of B in registers.
+                # Zero, but the compiler cannot know: it would keep the addresses of all of B in
+                # registers.
                 zero = step * lax.div(block, jnp.int32(2**20))
                 plgpu.barrier_wait(ring.low_full.at[at])
 
@@ -209,11 +243,22 @@ def _kernel(dy, low, b, dlow, db, *, ring, panel, scale):
                         slot = lax.rem(number, jnp.int32(SLOTS))
                         plgpu.barrier_wait(ring.full.at[slot])
                         for half in range(2):
-                            plgpu.wgmma(total, ring.dys.at[slot, half, half_tokens], _transposed(ring.bs.at[pair + zero, half]))
-                        plgpu.wgmma(sums, _transposed(ring.dys.at[slot, warpgroup]), _transposed(ring.lows.at[at]))
-                        plgpu.wgmma_wait(0)  # the other warpgroup multiplies meanwhile, and memory is slower than both
+                            plgpu.wgmma(
+                                total,
+                                ring.dys.at[slot, half, half_tokens],
+                                _transposed(ring.bs.at[pair + zero, half]),
+                            )
+                        plgpu.wgmma(
+                            sums,
+                            _transposed(ring.dys.at[slot, warpgroup]),
+                            _transposed(ring.lows.at[at]),
+                        )
+                        # the other warpgroup multiplies meanwhile, and memory is slower than both
+                        plgpu.wgmma_wait(0)
                         # The slot is free, if it is used again.
-                        pl.when(number + SLOTS < steps * pairs)(lambda slot=slot: plgpu.barrier_arrive(ring.free.at[slot]))
+                        pl.when(number + SLOTS < steps * pairs)(
+                            lambda slot=slot: plgpu.barrier_arrive(ring.free.at[slot])
+                        )
                     pl.when(step + 2 < steps)(lambda: plgpu.barrier_arrive(ring.low_free.at[at]))
                     return total[...]
 
@@ -225,7 +270,9 @@ def _kernel(dy, low, b, dlow, db, *, ring, panel, scale):
             lax.fori_loop(0, steps, some, ())
             return [sums[...] for sums in dbs]
 
-        for pair, sums in enumerate(pl.run_scoped(form, *[plgpu.ACC((SLAB, r), jnp.float32)] * pairs)):
+        for pair, sums in enumerate(
+            pl.run_scoped(form, *[plgpu.ACC((SLAB, r), jnp.float32)] * pairs)
+        ):
             db.at[span, pl.ds((own * pairs + pair) * PAIR + warpgroup * SLAB, SLAB)][...] = sums
 
 

@@ -1,34 +1,39 @@
-"""The LoRA projections of one input (q, k and v, say) as one op in plain XLA, with its own backward pass.
+"""The LoRA projections of one input (q, k and v, say) as one op in plain XLA, with its own backward
+pass.
 
-    L = c x' [A1 A2 ...]        one narrow product; x' is x where its channel is kept and else 0, c = scale / (1 - rate)
-    Yi = x Wi + Li Bi
+    L = c x' [A1 A2 ...]        one narrow product; x' is x where its channel is kept and else 0, c
+    = scale / (1 - rate) Yi = x Wi + Li Bi
 
-W is frozen: its gradient is never formed, and an NF4 weight is dequantised again in the backward pass. Kept for
-that are x and the narrow L; autodiff would keep x' and its mask too, which are drawn again from their
-counters. With dLi = c dYi Bi^T, side by side in dL:
+W is frozen: its gradient is never formed, and an NF4 weight is dequantised again in the backward
+pass. Kept for that are x and the narrow L; autodiff would keep x' and its mask too, which are drawn
+again from their counters. With dLi = c dYi Bi^T, side by side in dL:
 
     dBi = Li^T dYi,    [dA1 dA2 ...] = x'^T dL,    dx = sum_i dYi Wi^T + mask (dL [A1 A2 ...]^T)
 
-On two CPU cores this takes 0.67 of the processor time of autodiff, projection by projection (the seven projections of
-a layer of 576 channels and 1,536 in the MLP, rank 16, 2 x 1,024 tokens, f32, dropout 0.05; 2026-11-21). So does
-[x, Li] [Wi; Bi] as one product, forwards and backwards or backwards alone (0.67 to 0.68), which would copy every W.
+On two CPU cores this takes 0.67 of the processor time of autodiff, projection by projection (the
+seven projections of a layer of 576 channels and 1,536 in the MLP, rank 16, 2 x 1,024 tokens, f32,
+dropout 0.05; 2026-11-21). So does [x, Li] [Wi; Bi] as one product, forwards and backwards or
+backwards alone (0.67 to 0.68), which would copy every W.
 
-dtypes: x, W, dY and results of one, A and B cast to it; products that give L, dL, dA and dB are summed in f32 (at least), L and dL
-then rounded to x's dtype, dA and dB to that of the masters, f32.
+dtypes: x, W, dY and results of one, A and B cast to it; products that give L, dL, dA and dB are
+summed in f32 (at least), L and dL then rounded to x's dtype, dA and dB to that of the masters, f32.
 
-Memory: kept for the backward pass are x and L, of the sum of the ranks R numbers a token. x' and its mask, I numbers a token each, are
-there for one product, a dequantised W for one projection.
+Memory: kept for the backward pass are x and L, of the sum of the ranks R numbers a token. x' and
+its mask, I numbers a token each, are there for one product, a dequantised W for one projection.
 
-Roofline for N tokens, I inputs, O outputs and ranks R of all projections together, in bf16; bytes are the least that XLA moves:
+Roofline for N tokens, I inputs, O outputs and ranks R of all projections together, in bf16; bytes
+are the least that XLA moves:
 
-                FLOPs                          bytes                          FLOP a byte, N much larger than I and O, these than R
+                FLOPs                          bytes                          FLOP a byte, N much
+                larger than I and O, these than R
     forward     2 N I O + 2 N R (I + O)        2 N (2 I + 3 O) + 2 I O        I O / (2 I + 3 O)
     backward    2 N I O + 4 N R (I + O)        2 N (4 I + 3 O) + 2 I O        I O / (4 I + 3 O)
 
-Y is written by the base product, then read and written again for its low-rank term, as dx is; x is read twice forwards, dY three
-times backwards. Where the compiler writes x' down that is 4 N I more each way, and an NF4 weight is 2.5 I O more (`nf4/reference.py`). For
-q, k and v of Qwen2.5-0.5B and 3B that is 197 and 445 FLOPs a byte forwards, 147 and 330 backwards; an H200 needs 206 by its datasheet,
-a bare product has I O / (I + O): 504 and 1,138.
+Y is written by the base product, then read and written again for its low-rank term, as dx is; x is
+read twice forwards, dY three times backwards. Where the compiler writes x' down that is 4 N I more
+each way, and an NF4 weight is 2.5 I O more (`nf4/reference.py`). For q, k and v of Qwen2.5-0.5B and
+3B that is 197 and 445 FLOPs a byte forwards, 147 and 330 backwards; an H200 needs 206 by its
+datasheet, a bare product has I O / (I + O): 504 and 1,138.
 """
 
 from __future__ import annotations
@@ -53,7 +58,9 @@ class Factors(NamedTuple):
 
 
 class Projections(NamedTuple):
-    """What an implementation has to know of a call; of each projection its outputs, its rank (0: no LoRA), and whether it is NF4."""
+    """What an implementation has to know of a call; of each projection its outputs, its rank (0: no
+    LoRA), and whether it is NF4.
+    """
 
     tokens: int
     inputs: int
@@ -63,10 +70,16 @@ class Projections(NamedTuple):
     dtype: DTypeLike
 
 
-def projections_of(x: jax.Array, weights: Sequence[jax.Array | NF4Weight | NF4Tiles], factors: Sequence[Factors | None]) -> Projections:
+def projections_of(
+    x: jax.Array,
+    weights: Sequence[jax.Array | NF4Weight | NF4Tiles],
+    factors: Sequence[Factors | None],
+) -> Projections:
     ranks = tuple(0 if factor is None else factor.a.shape[-1] for factor in factors)
     nf4 = tuple(isinstance(weight, NF4Weight | NF4Tiles) for weight in weights)
-    return Projections(x.size // x.shape[-1], x.shape[-1], tuple(map(_outputs, weights)), ranks, nf4, x.dtype)
+    return Projections(
+        x.size // x.shape[-1], x.shape[-1], tuple(map(_outputs, weights)), ranks, nf4, x.dtype
+    )
 
 
 def _outputs(weight: jax.Array | NF4Weight | NF4Tiles) -> int:
@@ -116,14 +129,28 @@ joined_lora_group.defvjp(_forward, _backward)
 # ---- narrow products, for other implementations too -------------------------------------------
 
 
-def low_of(x: jax.Array, factors: Sequence[Factors | None], words: jax.Array | None, scale: float, rate: float) -> jax.Array:
+def low_of(
+    x: jax.Array,
+    factors: Sequence[Factors | None],
+    words: jax.Array | None,
+    scale: float,
+    rate: float,
+) -> jax.Array:
     """L [..., sum of R] of x's dtype; at least one projection has factors."""
-    return (_product(_dropped(x, words, rate), joined_a(factors, x.dtype)) * (scale / (1 - rate))).astype(x.dtype)
+    return (
+        _product(_dropped(x, words, rate), joined_a(factors, x.dtype)) * (scale / (1 - rate))
+    ).astype(x.dtype)
 
 
-def dlow_of(dys: Sequence[jax.Array], factors: Sequence[Factors | None], scale: float, rate: float) -> jax.Array:
+def dlow_of(
+    dys: Sequence[jax.Array], factors: Sequence[Factors | None], scale: float, rate: float
+) -> jax.Array:
     """dL [..., sum of R] of the dtype of the dys."""
-    parts = [_product(dy, factor.b.astype(dy.dtype).T) for dy, factor in zip(dys, factors, strict=True) if factor is not None]
+    parts = [
+        _product(dy, factor.b.astype(dy.dtype).T)
+        for dy, factor in zip(dys, factors, strict=True)
+        if factor is not None
+    ]
     return (jnp.concatenate(parts, axis=-1) * (scale / (1 - rate))).astype(dys[0].dtype)
 
 
@@ -138,7 +165,10 @@ def factor_gradients(
 ) -> list[Factors | None]:
     """dA and dB of each projection, summed in f32."""
     lows = iter(_split(low, factors))
-    dbs = [None if factor is None else b_gradient(next(lows), dy) for factor, dy in zip(factors, dys, strict=True)]
+    dbs = [
+        None if factor is None else b_gradient(next(lows), dy)
+        for factor, dy in zip(factors, dys, strict=True)
+    ]
     return with_a_gradients(x, dlow, dbs, factors, words, rate)
 
 
@@ -156,29 +186,45 @@ def with_a_gradients(
     rate: float,
 ) -> list[Factors | None]:
     """dA of each projection, summed in f32, beside the dB that is there."""
-    # As [R, I]: on a CPU the first operand of a sum over tokens is transposed in memory, and dL is the narrow one. Without
-    # the barrier the compiler would turn the product around again.
-    das = iter(_split(jax.lax.optimization_barrier(_over_tokens(dlow, _dropped(x, words, rate))).T, factors))
+    # As [R, I]: on a CPU the first operand of a sum over tokens is transposed in memory, and dL is
+    # the narrow one. Without the barrier the compiler would turn the product around again.
+    das = iter(
+        _split(
+            jax.lax.optimization_barrier(_over_tokens(dlow, _dropped(x, words, rate))).T, factors
+        )
+    )
     return [
-        None if factor is None else Factors(next(das).astype(factor.a.dtype), db.astype(factor.b.dtype))
+        (
+            None
+            if factor is None
+            else Factors(next(das).astype(factor.a.dtype), db.astype(factor.b.dtype))
+        )
         for factor, db in zip(factors, dbs, strict=True)
     ]
 
 
 def joined_a(factors: Sequence[Factors | None], dtype: jnp.dtype) -> jax.Array:
     """[I, sum of R]."""
-    return jnp.concatenate([factor.a for factor in factors if factor is not None], axis=-1).astype(dtype)
+    return jnp.concatenate([factor.a for factor in factors if factor is not None], axis=-1).astype(
+        dtype
+    )
 
 
 # ---- products ---------------------------------------------------------------------------------
 
 
 def _times(x: jax.Array, weight: jax.Array | NF4Weight | NF4Tiles) -> jax.Array:
-    return x @ (dequantise(weight, x.dtype).T if isinstance(weight, NF4Weight) else _dense(weight, x.dtype))
+    return x @ (
+        dequantise(weight, x.dtype).T if isinstance(weight, NF4Weight) else _dense(weight, x.dtype)
+    )
 
 
 def _times_transposed(dy: jax.Array, weight: jax.Array | NF4Weight | NF4Tiles) -> jax.Array:
-    return dy @ (dequantise(weight, dy.dtype) if isinstance(weight, NF4Weight) else _dense(weight, dy.dtype).T)
+    return dy @ (
+        dequantise(weight, dy.dtype)
+        if isinstance(weight, NF4Weight)
+        else _dense(weight, dy.dtype).T
+    )
 
 
 def _dense(weight: jax.Array | NF4Tiles, dtype: jnp.dtype) -> jax.Array:
@@ -202,4 +248,6 @@ def _product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 def _over_tokens(x: jax.Array, y: jax.Array) -> jax.Array:
     """[..., I], [..., R] -> [I, R] summed over tokens, in f32 (at least)."""
-    return jnp.einsum("...i,...r->ir", x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.einsum(
+        "...i,...r->ir", x, y, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
+    )

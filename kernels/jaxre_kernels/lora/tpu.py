@@ -1,46 +1,58 @@
-"""The LoRA projections of one input for TPUs (Pallas Mosaic), forward and backward, dense or NF4. Unverified: has not run on a TPU.
+"""The LoRA projections of one input for TPUs (Pallas Mosaic), forward and backward, dense or NF4.
+Unverified: has not run on a TPU.
 
-It was run in Pallas's interpreters and compiled ahead of time for v5e, v5p and v6e with jax 0.12.0.1, for v5e
-alone with 0.10.2 (of the other two, one runs out of vector memory there). What is said of speed is arithmetic.
+It was run in Pallas's interpreters and compiled ahead of time for v5e, v5p and v6e with jax
+0.12.0.1, for v5e alone with 0.10.2 (of the other two, one runs out of vector memory there). What is
+said of speed is arithmetic.
 
-What is computed is what `group.py` derives; with c = scale / (1 - rate), x' = x where its channel is kept and else 0:
+What is computed is what `group.py` derives; with c = scale / (1 - rate), x' = x where its channel
+is kept and else 0:
 
     forward    L = c x' [A1 A2 ...],    Yi = x Wi + Li Bi
-    backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,    dx = sum_i dYi Wi^T + mask (dL [A1 A2 ...]^T),    [dA1 dA2 ...] = x'^T dL
+    backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,    dx = sum_i dYi Wi^T + mask (dL [A1 A2
+    ...]^T),    [dA1 dA2 ...] = x'^T dL
 
-in one kernel each. A sum of base and low-rank product is formed in f32 and rounded and written once; x' and the mask never leave the chip,
-and a mask is drawn once forwards and once backwards, where dx and dA share it. The read of dYi that gives dLi and dBi also gives dx.
+in one kernel each. A sum of base and low-rank product is formed in f32 and rounded and written
+once; x' and the mask never leave the chip, and a mask is drawn once forwards and once backwards,
+where dx and dA share it. The read of dYi that gives dLi and dBi also gives dx.
 
-Grid: (spans of tokens, parts of the wide axis, blocks of a span). A part of W, of all projections at once, stays in vector memory
-while the tokens of a span pass by: an NF4 weight is decoded once a span, whatever the number of its blocks. Forwards
-a part is some outputs of every projection and all inputs, backwards some inputs and all outputs, so no sum goes over parts. The narrow L or
-dL of a span is formed with its first part and kept for the others. Spans have no order (v5p has two cores) and
-leave sums of their own of dA and dB, which are added up outside.
+Grid: (spans of tokens, parts of the wide axis, blocks of a span). A part of W, of all projections
+at once, stays in vector memory while the tokens of a span pass by: an NF4 weight is decoded once a
+span, whatever the number of its blocks. Forwards a part is some outputs of every projection and all
+inputs, backwards some inputs and all outputs, so no sum goes over parts. The narrow L or dL of a
+span is formed with its first part and kept for the others. Spans have no order (v5p has two cores)
+and leave sums of their own of dA and dB, which are added up outside.
 
-Layout. Letters: N tokens, n of a block, I inputs, O outputs, o and i of a part, R the sum of the ranks, each padded to 16, the
-sublanes of a tile of bf16. A, B and L are [R, I], [R, O] and [R, N]: with a rank of 32 along the 128 lanes three quarters of each
-tile would be empty, in HBM too. NF4 weights lie as `NF4Tiles`; an `NF4Weight` is brought into that form on every call. What the last
-part has beyond the end of its axis is whatever the memory holds; it stays in columns of the result that are not written. Tokens
-that fill no span are zeros.
+Layout. Letters: N tokens, n of a block, I inputs, O outputs, o and i of a part, R the sum of the
+ranks, each padded to 16, the sublanes of a tile of bf16. A, B and L are [R, I], [R, O] and [R, N]:
+with a rank of 32 along the 128 lanes three quarters of each tile would be empty, in HBM too. NF4
+weights lie as `NF4Tiles`; an `NF4Weight` is brought into that form on every call. What the last
+part has beyond the end of its axis is whatever the memory holds; it stays in columns of the result
+that are not written. Tokens that fill no span are zeros.
 
-dtypes: x, W, dY and results bf16 or f32, A and B cast to it; sums, dA and dB f32; L and dL rounded to x's dtype, as in `group.py`.
+dtypes: x, W, dY and results bf16 or f32, A and B cast to it; sums, dA and dB f32; L and dL rounded
+to x's dtype, as in `group.py`.
 
-Memory: kept for the backward pass are x and L, R numbers a token. Neither x', the mask, Li Bi nor a decoded W is ever in HBM. Packing an
-`NF4Weight` takes up to 9 bytes a parameter for a while. Refused is what does not fit vector memory: the f32 sums of dB of all outputs
-do not at rank 128 for gate and up of 11,008 (64 fits), nor, in f32, any rank of these.
+Memory: kept for the backward pass are x and L, R numbers a token. Neither x', the mask, Li Bi nor a
+decoded W is ever in HBM. Packing an `NF4Weight` takes up to 9 bytes a parameter for a while.
+Refused is what does not fit vector memory: the f32 sums of dB of all outputs do not at rank 128 for
+gate and up of 11,008 (64 fits), nor, in f32, any rank of these.
 
-Roofline, of one part and block, w bytes a number; W is read once a span, 2,048 tokens: 1,024 FLOPs a byte read in f32, more in less.
+Roofline, of one part and block, w bytes a number; W is read once a span, 2,048 tokens: 1,024 FLOPs
+a byte read in f32, more in less.
 
                  FLOPs                 bytes that pass                FLOP a byte, bf16
     forward      2 n I o (+ 2 n I R)   n (I + o) w                    o, where I is much larger
     backward     2 n i O (+ 4 n i R)   n (O + 2 i) w                  i, where O is much larger
 
-From 240 (v5e), 166 (v5p) and 560 (v6e) FLOP a byte on, by the datasheets, the matrix unit is what bounds. Decoding is about 30 vector
-operations a parameter and span, of 2,048 multiplications; a v5e does 16 of these in the time of one of those, so that is a quarter
-of the products' time where the two do not overlap. A mask is about 12 operations a channel and token, beside a multiplication for
+From 240 (v5e), 166 (v5p) and 560 (v6e) FLOP a byte on, by the datasheets, the matrix unit is what
+bounds. Decoding is about 30 vector operations a parameter and span, of 2,048 multiplications; a v5e
+does 16 of these in the time of one of those, so that is a quarter of the products' time where the
+two do not overlap. A mask is about 12 operations a channel and token, beside a multiplication for
 each of the outputs.
 
-Sharding: like every Pallas TPU kernel it runs inside `shard_map(..., check_vma=False)`, tokens split, not under automatic partitioning.
+Sharding: like every Pallas TPU kernel it runs inside `shard_map(..., check_vma=False)`, tokens
+split, not under automatic partitioning.
 """
 
 from __future__ import annotations
@@ -78,7 +90,9 @@ class Blocks(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """Static choices of a call; the lanes that a part is a multiple of, and whether Pallas interprets, differ in tests."""
+    """Static choices of a call; the lanes that a part is a multiple of, and whether Pallas
+    interprets, differ in tests.
+    """
 
     forward: Blocks
     backward: Blocks
@@ -98,7 +112,8 @@ def pallas_lora_group(
     *,
     tiling: Tiling | None = None,
 ) -> list[jax.Array]:
-    """x W + scale (dropout(x) A) B of every projection of one input on one device; differentiable in x and the factors.
+    """x W + scale (dropout(x) A) B of every projection of one input on one device; differentiable
+    in x and the factors.
 
     Args: as of `lora_group`; x is bf16 or f32.
       tiling: chosen from the shapes if it is None.
@@ -125,7 +140,10 @@ def unsupported(projections: Projections) -> str | None:
         return f"NF4 for TPUs takes a multiple of {BLOCK} inputs, not {projections.inputs:,}"
     if tiling_of(projections) is None:
         of = " and ".join(f"{width:,}" for width in projections.outputs)
-        return f"no part of {projections.inputs:,} inputs and {of} outputs fits {VMEM_LIMIT:,} bytes of vector memory"
+        return (
+            f"no part of {projections.inputs:,} inputs and {of} outputs fits {VMEM_LIMIT:,} bytes"
+            " of vector memory"
+        )
     return None
 
 
@@ -136,19 +154,37 @@ def told(projections: Projections) -> str:
 
 
 def _told(blocks: Blocks, axis: str) -> str:
-    return f"{blocks.tokens} tokens and " + (f"1/{blocks.parts} of the {axis}" if blocks.parts > 1 else f"all {axis}") + " at a time"
+    return (
+        f"{blocks.tokens} tokens and "
+        + (f"1/{blocks.parts} of the {axis}" if blocks.parts > 1 else f"all {axis}")
+        + " at a time"
+    )
 
 
 @cache
 def tiling_of(projections: Projections) -> Tiling | None:
-    """The parts and blocks of the highest estimated share of the peak; None if none fit. Not measured on a TPU."""
-    forward = _best(projections, partial(_output_parts, projections, lanes=LANES), sum(projections.outputs), _forward_bytes)
-    backward = _best(projections, partial(_input_parts, projections, lanes=LANES), projections.inputs, _backward_bytes)
+    """The parts and blocks of the highest estimated share of the peak; None if none fit. Not
+    measured on a TPU.
+    """
+    forward = _best(
+        projections,
+        partial(_output_parts, projections, lanes=LANES),
+        sum(projections.outputs),
+        _forward_bytes,
+    )
+    backward = _best(
+        projections,
+        partial(_input_parts, projections, lanes=LANES),
+        projections.inputs,
+        _backward_bytes,
+    )
     return Tiling(forward, backward) if forward and backward else None
 
 
 def _best(projections, widths_of, total, bytes_of) -> Blocks | None:
-    """The most FLOPs a byte up to ENOUGH, least beyond the end of the axis, most tokens to an entry of W in the matrix unit."""
+    """The most FLOPs a byte up to ENOUGH, least beyond the end of the axis, most tokens to an entry
+    of W in the matrix unit.
+    """
     best, highest = None, 0.0
     for parts in range(1, -(-total // LANES) + 1):
         widths = widths_of(parts)
@@ -156,14 +192,18 @@ def _best(projections, widths_of, total, bytes_of) -> Blocks | None:
             continue
         for tokens in TOKENS:
             few = tokens > max(TOKENS[-1], projections.tokens + -projections.tokens % TOKENS[-1])
-            share = min(sum(widths), ENOUGH) * total / (parts * sum(widths)) * tokens / (tokens + 64)
+            share = (
+                min(sum(widths), ENOUGH) * total / (parts * sum(widths)) * tokens / (tokens + 64)
+            )
             if share > highest and not few and bytes_of(projections, tokens, widths) <= VMEM_LIMIT:
                 best, highest = Blocks(tokens, parts), share
     return best
 
 
 def _output_parts(projections: Projections, parts: int, lanes: int) -> list[int] | None:
-    """The outputs of each projection in one part, or None where one of them has fewer blocks than parts."""
+    """The outputs of each projection in one part, or None where one of them has fewer blocks than
+    parts.
+    """
     widths = [_width(outputs, parts, lanes) for outputs in projections.outputs]
     return None if None in widths else widths
 
@@ -181,11 +221,22 @@ def _width(size: int, parts: int, multiple: int) -> int | None:
 
 
 def _forward_bytes(projections: Projections, tokens: int, widths: list[int]) -> int:
-    """About what a step of the forward kernel holds: two buffers of all that comes and goes, what it keeps, sums in f32."""
+    """About what a step of the forward kernel holds: two buffers of all that comes and goes, what
+    it keeps, sums in f32.
+    """
     size = jnp.dtype(projections.dtype).itemsize
-    inputs, widths, ranks = _lanes(projections.inputs), list(map(_lanes, widths)), list(map(_padded_rank, projections.ranks))
-    weights = sum(_weight_bytes(inputs, width, inputs, nf4, size) for width, nf4 in zip(widths, projections.nf4, strict=True))
-    narrow = 2 * sum(rank * width for rank, width in zip(ranks, widths, strict=True)) + sum(ranks) * (2 * inputs + 2 * tokens + SPAN)
+    inputs, widths, ranks = (
+        _lanes(projections.inputs),
+        list(map(_lanes, widths)),
+        list(map(_padded_rank, projections.ranks)),
+    )
+    weights = sum(
+        _weight_bytes(inputs, width, inputs, nf4, size)
+        for width, nf4 in zip(widths, projections.nf4, strict=True)
+    )
+    narrow = 2 * sum(rank * width for rank, width in zip(ranks, widths, strict=True)) + sum(
+        ranks
+    ) * (2 * inputs + 2 * tokens + SPAN)
     sums = 4 * tokens * (2 * max(widths) + (8 * CHUNK if sum(ranks) else 0))
     return 2 * tokens * (inputs + sum(widths)) * size + weights + narrow * size + sums
 
@@ -193,15 +244,40 @@ def _forward_bytes(projections: Projections, tokens: int, widths: list[int]) -> 
 def _backward_bytes(projections: Projections, tokens: int, widths: list[int]) -> int:
     """The same of the backward kernel."""
     size = jnp.dtype(projections.dtype).itemsize
-    inputs, outputs, ranks = _lanes(widths[0]), list(map(_lanes, projections.outputs)), list(map(_padded_rank, projections.ranks))
-    weights = sum(_weight_bytes(inputs, width, projections.inputs, nf4, size) for width, nf4 in zip(outputs, projections.nf4, strict=True))
-    gradients = 2 * (size + 4) * (sum(rank * width for rank, width in zip(ranks, outputs, strict=True)) + sum(ranks) * inputs)
-    sums = 4 * max(rank * width for rank, width in zip(ranks, outputs, strict=True)) + 4 * tokens * 10 * CHUNK
-    return 2 * tokens * (2 * inputs + sum(outputs)) * size + weights + gradients + sum(ranks) * (2 * tokens + SPAN) * size + sums
+    inputs, outputs, ranks = (
+        _lanes(widths[0]),
+        list(map(_lanes, projections.outputs)),
+        list(map(_padded_rank, projections.ranks)),
+    )
+    weights = sum(
+        _weight_bytes(inputs, width, projections.inputs, nf4, size)
+        for width, nf4 in zip(outputs, projections.nf4, strict=True)
+    )
+    gradients = (
+        2
+        * (size + 4)
+        * (
+            sum(rank * width for rank, width in zip(ranks, outputs, strict=True))
+            + sum(ranks) * inputs
+        )
+    )
+    sums = (
+        4 * max(rank * width for rank, width in zip(ranks, outputs, strict=True))
+        + 4 * tokens * 10 * CHUNK
+    )
+    return (
+        2 * tokens * (2 * inputs + sum(outputs)) * size
+        + weights
+        + gradients
+        + sum(ranks) * (2 * tokens + SPAN) * size
+        + sums
+    )
 
 
 def _weight_bytes(inputs: int, outputs: int, all_inputs: int, nf4: bool, size: int) -> int:
-    """Two buffers of a part; of NF4 two of codes and of the absmax of all inputs, and one of values."""
+    """Two buffers of a part; of NF4 two of codes and of the absmax of all inputs, and one of
+    values.
+    """
     return outputs * (inputs * (size + 1) + all_inputs // 8 if nf4 else 2 * inputs * size)
 
 
@@ -222,10 +298,17 @@ def _op(x, weights, factors, words, scale, rate, tiling):
 
 
 def _forward(x, weights, factors, words, scale, rate, tiling):
-    projections, trained = projections_of(x, weights, factors), any(factor is not None for factor in factors)
+    projections, trained = (
+        projections_of(x, weights, factors),
+        any(factor is not None for factor in factors),
+    )
     call = _Call(projections, tiling, tiling.forward)
     widths = _output_parts(projections, tiling.forward.parts, tiling.lanes)
-    a, bs, words_of_lanes = _joined_a(factors, x.dtype), _padded_bs(factors, x.dtype), call.words(words, rate if trained else 0)
+    a, bs, words_of_lanes = (
+        _joined_a(factors, x.dtype),
+        _padded_bs(factors, x.dtype),
+        call.words(words, rate if trained else 0),
+    )
     laid, shapes = _laid(weights), [(projections.inputs, width) for width in widths]
     ys, low = call.run(
         "lora_forward",
@@ -237,7 +320,12 @@ def _forward(x, weights, factors, words, scale, rate, tiling):
             _if(a, lambda a: pl.BlockSpec(a.shape, lambda t, j, s: (0, 0))),
             _weight_specs(laid, shapes, lambda t, j, s: (0, j)),
             [
-                _if(b, lambda b, width=width: pl.BlockSpec((b.shape[0], width), lambda t, j, s: (0, j)))
+                _if(
+                    b,
+                    lambda b, width=width: pl.BlockSpec(
+                        (b.shape[0], width), lambda t, j, s: (0, j)
+                    ),
+                )
                 for b, width in zip(bs, widths, strict=True)
             ],
         ),
@@ -246,17 +334,29 @@ def _forward(x, weights, factors, words, scale, rate, tiling):
         (_values(laid, shapes, x.dtype), _if(a, call.lows)),
     )
     outputs = [y[: projections.tokens].reshape(*x.shape[:-1], -1) for y in ys]
-    return outputs, (x if trained else None, weights, factors, words, low[:, : projections.tokens] if trained else None)
+    return outputs, (
+        x if trained else None,
+        weights,
+        factors,
+        words,
+        low[:, : projections.tokens] if trained else None,
+    )
 
 
 def _backward(scale, rate, tiling, kept, dys):
     x, weights, factors, words, low = kept
     like, laid = dys[0], _laid(weights)
     inputs = _inputs(laid[0])
-    projections = projections_of(jax.ShapeDtypeStruct((*like.shape[:-1], inputs), like.dtype), weights, factors)
+    projections = projections_of(
+        jax.ShapeDtypeStruct((*like.shape[:-1], inputs), like.dtype), weights, factors
+    )
     call = _Call(projections, tiling, tiling.backward)
     (width,) = _input_parts(projections, tiling.backward.parts, tiling.lanes)
-    a, bs, words_of_lanes = _joined_a(factors, like.dtype), _padded_bs(factors, like.dtype), call.words(words, 0 if low is None else rate)
+    a, bs, words_of_lanes = (
+        _joined_a(factors, like.dtype),
+        _padded_bs(factors, like.dtype),
+        call.words(words, 0 if low is None else rate),
+    )
     low, shapes = _if(low, call.lanes), [(width, outputs) for outputs in projections.outputs]
     dx, da, dbs = call.run(
         "lora_backward",
@@ -306,8 +406,11 @@ class _Call(NamedTuple):
         return spans * steps * self.blocks.tokens
 
     def run(self, name, kernel, arrays, in_specs, out_shape, out_specs, scratch_shapes):
-        # Spans have no order; in a span, what is kept comes from its first part, and sums go over its blocks.
-        params = pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT)
+        # Spans have no order; in a span, what is kept comes from its first part, and sums go over
+        # its blocks.
+        params = pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        )
         return pl.pallas_call(
             kernel,
             grid=self.grid,
@@ -331,20 +434,30 @@ class _Call(NamedTuple):
 
     def words(self, words, rate):
         """[1, padded] int32, or None without dropout."""
-        return self.lanes(jax.lax.bitcast_convert_type(words.reshape(1, -1), jnp.int32)) if rate else None
+        return (
+            self.lanes(jax.lax.bitcast_convert_type(words.reshape(1, -1), jnp.int32))
+            if rate
+            else None
+        )
 
     def block(self, width, moves=False):
         """Of [padded, channels]: all channels, or those of the part."""
         steps = self.grid[2]
-        return pl.BlockSpec((self.blocks.tokens, width), lambda t, part, s: (t * steps + s, part if moves else 0))
+        return pl.BlockSpec(
+            (self.blocks.tokens, width), lambda t, part, s: (t * steps + s, part if moves else 0)
+        )
 
     def lanes_block(self, array):
         """Of [R, padded], for all rows of `array`."""
         steps = self.grid[2]
-        return pl.BlockSpec((array.shape[0], self.blocks.tokens), lambda t, part, s: (0, t * steps + s))
+        return pl.BlockSpec(
+            (array.shape[0], self.blocks.tokens), lambda t, part, s: (0, t * steps + s)
+        )
 
     def once(self, array):
-        """Of [R, padded], each written with the first part: then it stays at the last one, for no block may be visited twice."""
+        """Of [R, padded], each written with the first part: then it stays at the last one, for no
+        block may be visited twice.
+        """
         steps = self.grid[2]
         at = lambda t, part, s: (0, t * steps + jnp.where(part == 0, s, steps - 1))  # noqa: E731
         return pl.BlockSpec((array.shape[0], self.blocks.tokens), at)
@@ -364,7 +477,9 @@ class _Call(NamedTuple):
 
 
 def _if(array, made):
-    """`made(array)`, or None where there is no array: kernels without LoRA or dropout have no such argument."""
+    """`made(array)`, or None where there is no array: kernels without LoRA or dropout have no such
+    argument.
+    """
     return None if array is None else made(array)
 
 
@@ -372,7 +487,9 @@ def _if(array, made):
 
 
 def _laid(weights):
-    return [tiled(weight) if isinstance(weight, NF4Weight | NF4Tiles) else weight for weight in weights]
+    return [
+        tiled(weight) if isinstance(weight, NF4Weight | NF4Tiles) else weight for weight in weights
+    ]
 
 
 def _inputs(laid):
@@ -382,20 +499,27 @@ def _inputs(laid):
 def _weight_specs(laid, shapes, index):
     """Blocks of weights [I, O] in the given shapes."""
     return [
-        NF4Tiles(
-            pl.BlockSpec((inputs // 2, outputs), index),
-            # Of all inputs: those of a part need not fill the sublanes of a tile.
-            pl.BlockSpec((weight.absmax.shape[0], outputs), lambda t, part, s: (0, index(t, part, s)[1])),
+        (
+            NF4Tiles(
+                pl.BlockSpec((inputs // 2, outputs), index),
+                # Of all inputs: those of a part need not fill the sublanes of a tile.
+                pl.BlockSpec(
+                    (weight.absmax.shape[0], outputs), lambda t, part, s: (0, index(t, part, s)[1])
+                ),
+            )
+            if isinstance(weight, NF4Tiles)
+            else pl.BlockSpec((inputs, outputs), index)
         )
-        if isinstance(weight, NF4Tiles)
-        else pl.BlockSpec((inputs, outputs), index)
         for weight, (inputs, outputs) in zip(laid, shapes, strict=True)
     ]
 
 
 def _values(laid, shapes, dtype):
     """Where NF4 weights are decoded to."""
-    return [pltpu.VMEM(shape, dtype) if isinstance(weight, NF4Tiles) else None for weight, shape in zip(laid, shapes, strict=True)]
+    return [
+        pltpu.VMEM(shape, dtype) if isinstance(weight, NF4Tiles) else None
+        for weight, shape in zip(laid, shapes, strict=True)
+    ]
 
 
 def _joined_a(factors, dtype):
@@ -421,6 +545,8 @@ def _gradients(da, dbs, factors):
             continue
         rank = factor.a.shape[-1]
         rows = da[:, first : first + rank].sum(0).T
-        gradients.append(Factors(rows.astype(factor.a.dtype), db[:, :rank].sum(0).astype(factor.b.dtype)))
+        gradients.append(
+            Factors(rows.astype(factor.a.dtype), db[:, :rank].sum(0).astype(factor.b.dtype))
+        )
         first += _padded_rank(rank)
     return gradients

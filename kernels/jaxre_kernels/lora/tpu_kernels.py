@@ -1,7 +1,9 @@
-"""The two Pallas kernels of a LoRA group on TPUs, one step each: a block of tokens and a part of the wide axis. See `tpu.py`.
+"""The two Pallas kernels of a LoRA group on TPUs, one step each: a block of tokens and a part of
+the wide axis. See `tpu.py`.
 
-The grid is (spans of tokens, parts, blocks of a span). Ranks are padded to 16 and stand in rows: a [R, I], b [R, O], low [R, tokens].
-Lists have an entry for each projection, None in `bs` and `dbs` where LoRA does not target it and in `values` where it is dense.
+The grid is (spans of tokens, parts, blocks of a span). Ranks are padded to 16 and stand in rows: a
+[R, I], b [R, O], low [R, tokens]. Lists have an entry for each projection, None in `bs` and `dbs`
+where LoRA does not target it and in `values` where it is dense.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ from jaxre_kernels.nf4.tpu_kernels import decode
 from jaxre_kernels.nf4.weight import BLOCK
 
 
-def forward_kernel(words_ref, x_ref, a_ref, weights, bs, ys, low_ref, values, lows, *, scale, rate, chunk):
-    """x [n, I], weights [I, o], bs [r, o] -> ys [n, o] of a part of the outputs; low [R, n] of all of them.
+def forward_kernel(
+    words_ref, x_ref, a_ref, weights, bs, ys, low_ref, values, lows, *, scale, rate, chunk
+):
+    """x [n, I], weights [I, o], bs [r, o] -> ys [n, o] of a part of the outputs; low [R, n] of all
+    of them.
 
-    `lows` [blocks of a span, R, n] keeps the narrow product of the span's tokens: it is formed with the first part of the
-    outputs, dropout and all. `values` [I, o] keeps the decoded part of an NF4 weight, formed with the first tokens.
+    `lows` [blocks of a span, R, n] keeps the narrow product of the span's tokens: it is formed with
+    the first part of the outputs, dropout and all. `values` [I, o] keeps the decoded part of an NF4
+    weight, formed with the first tokens.
     """
     part, step = pl.program_id(1), pl.program_id(2)
     _decode_all(step == 0, weights, values)
@@ -29,7 +35,9 @@ def forward_kernel(words_ref, x_ref, a_ref, weights, bs, ys, low_ref, values, lo
 
         @pl.when(part == 0)
         def _():
-            low_ref[...] = (_low(words_ref, x_ref, a_ref, rate, chunk) * scale).astype(low_ref.dtype)
+            low_ref[...] = (_low(words_ref, x_ref, a_ref, rate, chunk) * scale).astype(
+                low_ref.dtype
+            )
             lows[step] = low_ref[...]
 
         low = lows[step]
@@ -42,10 +50,29 @@ def forward_kernel(words_ref, x_ref, a_ref, weights, bs, ys, low_ref, values, lo
         y[...] = total.astype(y.dtype)
 
 
-def backward_kernel(words_ref, x_ref, a_ref, low_ref, weights, bs, dys, dx_ref, da_ref, dbs, values, dlows, *, scale, rate, chunk):
-    """dys [n, O], weights [i, O], bs [r, O], x [n, i] -> dx [n, i] and da [1, R, i] of a part of the inputs, dbs [1, r, O].
+def backward_kernel(
+    words_ref,
+    x_ref,
+    a_ref,
+    low_ref,
+    weights,
+    bs,
+    dys,
+    dx_ref,
+    da_ref,
+    dbs,
+    values,
+    dlows,
+    *,
+    scale,
+    rate,
+    chunk,
+):
+    """dys [n, O], weights [i, O], bs [r, O], x [n, i] -> dx [n, i] and da [1, R, i] of a part of
+    the inputs, dbs [1, r, O].
 
-    da and dbs are summed over the tokens of a span, dbs with its first part. `dlows` and `values` are kept as in the forward kernel.
+    da and dbs are summed over the tokens of a span, dbs with its first part. `dlows` and `values`
+    are kept as in the forward kernel.
     """
     part, step = pl.program_id(1), pl.program_id(2)
     _decode_all(step == 0, weights, values, part)
@@ -62,7 +89,8 @@ def backward_kernel(words_ref, x_ref, a_ref, low_ref, weights, bs, dys, dx_ref, 
             first = 0
             for b, dy, db in targeted:
                 rows = slice(first, first + b.shape[0])
-                dlows[step, rows] = (_product(b[...], dy[...], 1, 1) * scale).astype(dlows.dtype)  # r n
+                # r n
+                dlows[step, rows] = (_product(b[...], dy[...], 1, 1) * scale).astype(dlows.dtype)
                 db[0] += _product(low_ref[rows], dy[...], 1, 0)
                 first += b.shape[0]
 
@@ -98,9 +126,13 @@ def _low(words_ref, x_ref, a_ref, rate, chunk):
 
     def add(at, start, total):
         x = x_ref[:, at]
-        return total + _product(a_ref[:, at], _where(_kept(words, start, x.shape[1], rate), x), 1, 1)
+        return total + _product(
+            a_ref[:, at], _where(_kept(words, start, x.shape[1], rate), x), 1, 1
+        )
 
-    return _over_chunks(x_ref.shape[1], chunk, add, jnp.zeros((a_ref.shape[0], x_ref.shape[0]), jnp.float32))
+    return _over_chunks(
+        x_ref.shape[1], chunk, add, jnp.zeros((a_ref.shape[0], x_ref.shape[0]), jnp.float32)
+    )
 
 
 def _over_chunks(width, chunk, body, carry):
@@ -117,7 +149,9 @@ def _over_chunks(width, chunk, body, carry):
 
 
 def _decode_all(now, weights, values, part=0):
-    """What is NF4, where it is time. `part` is that of the inputs: absmax are those of all inputs."""
+    """What is NF4, where it is time. `part` is that of the inputs: absmax are those of all
+    inputs.
+    """
     for weight, value in zip(weights, values, strict=True):
         if value is not None:
             first = part * (value.shape[0] // BLOCK)
@@ -125,7 +159,9 @@ def _decode_all(now, weights, values, part=0):
 
 
 def _column(words_ref):
-    """[1, n] int32 -> [n, 1] uint32. Tokens lie along the lanes in memory: a column would be stored as [n, 128]."""
+    """[1, n] int32 -> [n, 1] uint32. Tokens lie along the lanes in memory: a column would be stored
+    as [n, 128].
+    """
     words = words_ref[...]
     return jnp.broadcast_to(words, (8, words.shape[1])).T[:, :1].astype(jnp.uint32)
 
@@ -144,4 +180,10 @@ def _where(kept, x):
 def _product(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
     """x y over an axis of each, f32; f32 inputs are not rounded to bf16 on the way."""
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((), ())), precision=exact, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(
+        x,
+        y,
+        (((x_axis,), (y_axis,)), ((), ())),
+        precision=exact,
+        preferred_element_type=jnp.float32,
+    )

@@ -23,7 +23,9 @@ def _nearest_dynamic() -> np.ndarray:
     """[65536] uint8: the nearest level of DYNAMIC to each of 65,536 even steps of [-1, 1]."""
     steps = (np.arange(65536) / 65535 * 2 - 1).astype(np.float32)
     above = np.clip(np.searchsorted(DYNAMIC, steps), 1, 255)
-    return (above - (np.abs(steps - DYNAMIC[above - 1]) <= np.abs(steps - DYNAMIC[above]))).astype(np.uint8)
+    return (above - (np.abs(steps - DYNAMIC[above - 1]) <= np.abs(steps - DYNAMIC[above]))).astype(
+        np.uint8
+    )
 
 
 _NEAREST = _nearest_dynamic()
@@ -56,15 +58,20 @@ def quantise(matrix: np.ndarray) -> NF4Weight:
 
 
 def quantise_blocks(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[n] f32 -> packed codes [n / 2] uint8, absmax [n / 64] f32; only the last block may be short."""
+    """[n] f32 -> packed codes [n / 2] uint8, absmax [n / 64] f32; only the last block may be
+    short.
+    """
     whole = flat.size // BLOCK * BLOCK
     blocks, rest = flat[:whole].reshape(-1, BLOCK), flat[whole:]
     absmax = np.abs(blocks).max(axis=1)
     scaled = (blocks * (np.float32(1) / np.maximum(absmax, TINY))[:, None]).reshape(-1)
-    if rest.size:  # the short block is divided, not multiplied by a reciprocal, and its absmax is never 0
+    if (
+        rest.size
+    ):  # the short block is divided, not multiplied by a reciprocal, and its absmax is never 0
         last = np.maximum(np.abs(rest).max(), TINY)
         absmax, scaled = np.append(absmax, last), np.append(scaled, rest / last)
-    # The number of midpoints below; a value on a midpoint takes the lower level. Ten times as fast as a binary search.
+    # The number of midpoints below; a value on a midpoint takes the lower level. Ten times as fast
+    # as a binary search.
     codes = np.zeros(scaled.size, np.uint8)
     for midpoint in _BETWEEN:
         codes += scaled > midpoint
@@ -78,7 +85,9 @@ def quantise_absmax(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     short = -centred.size % NESTED_BLOCK
     blocks = np.append(centred, np.zeros(short, np.float32)).reshape(-1, NESTED_BLOCK)
     largest = np.abs(blocks).max(axis=1)
-    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):  # a block of zeros, 0 x inf, has code 0
+    with np.errstate(
+        divide="ignore", over="ignore", invalid="ignore"
+    ):  # a block of zeros, 0 x inf, has code 0
         scaled = np.nan_to_num(blocks * (np.float32(1) / largest)[:, None], nan=-1.0).clip(-1, 1)
     step = (scaled + np.float32(1)) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)
     codes = _NEAREST[step.astype(np.int64)]
@@ -88,8 +97,9 @@ def quantise_absmax(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def torch_sum(values: np.ndarray) -> np.float32:
     """The f32 sum of a vector [n] in the order torch takes on one thread of an x86 processor.
 
-    Four vectors of 8 lanes (of one, where there are fewer values) are summed side by side, each in a cascade
-    (`_cascade`); then the vectors that are left, the four, the values that are left, the lanes.
+    Four vectors of 8 lanes (of one, where there are fewer values) are summed side by side, each in
+    a cascade (`_cascade`); then the vectors that are left, the four, the values that are left, the
+    lanes.
     """
     width = 8 if values.size >= 8 else 1
     rows = values[: values.size // width * width].reshape(-1, width)
@@ -100,13 +110,17 @@ def torch_sum(values: np.ndarray) -> np.float32:
 
 
 def _cascade(rows: np.ndarray) -> np.ndarray:
-    """Sums [n, ...] over its first axis: in groups of 2^p, the groups in groups of 2^p, and once more."""
+    """Sums [n, ...] over its first axis: in groups of 2^p, the groups in groups of 2^p, and once
+    more.
+    """
     group = 1 << max(4, (len(rows) - 1).bit_length() // 4)
     zero, levels = np.zeros(rows.shape[1:], np.float32), []
     for _ in range(3):
         whole = len(rows) // group * group
         levels.append(_in_order(zero, rows[whole:]))
-        rows = _in_order(np.float32(0), rows[:whole].reshape(-1, group, *rows.shape[1:]).swapaxes(0, 1))
+        rows = _in_order(
+            np.float32(0), rows[:whole].reshape(-1, group, *rows.shape[1:]).swapaxes(0, 1)
+        )
     return _in_order(zero, [*levels, _in_order(zero, rows)])
 
 

@@ -2,19 +2,22 @@
 
     y = x W^T,    dx = dy W
 
-W is frozen and has no gradient, so the backward pass needs neither x nor y: what is kept for it is the quantised weight, which is
-there anyway. W is dequantised to memory for each product and again for its transpose.
+W is frozen and has no gradient, so the backward pass needs neither x nor y: what is kept for it is
+the quantised weight, which is there anyway. W is dequantised to memory for each product and again
+for its transpose.
 
-dtypes: codes and their absmax uint8, the rest of the statistics f32; a value of W is formed in f32 and rounded once, to x's dtype
-(bf16, f32 or f64), which is that of y and dx.
+dtypes: codes and their absmax uint8, the rest of the statistics f32; a value of W is formed in f32
+and rounded once, to x's dtype (bf16, f32 or f64), which is that of y and dx.
 
-Memory, in bytes: 0.516 a parameter for what is stored, in place of 2 (bf16) or 4 (f32); of one matrix at a time 2 or 4 a parameter
-for W, and up to 4 more where the compiler writes the f32 values down. Autodiff would keep W of every layer.
+Memory, in bytes: 0.516 a parameter for what is stored, in place of 2 (bf16) or 4 (f32); of one
+matrix at a time 2 or 4 a parameter for W, and up to 4 more where the compiler writes the f32 values
+down. Autodiff would keep W of every layer.
 
-Roofline of y or dx, for n tokens, I inputs and O outputs, in bf16: 2 n I O FLOPs; 0.52 bytes a parameter read, 2 written and 2 read
-again, so 4.5 I O + 2 n (I + O) bytes. For few tokens that is 0.44 n FLOPs a byte, and a dense weight has n. An H200 needs 206 by its
-datasheet: 580 tokens where I = O = 2,048, a dense weight 260. Below, a kernel that decodes on the chip (`lora`) has 8.8 times less of a
-weight to move; above, products bound, and dequantising is 1 ps a parameter beside them.
+Roofline of y or dx, for n tokens, I inputs and O outputs, in bf16: 2 n I O FLOPs; 0.52 bytes a
+parameter read, 2 written and 2 read again, so 4.5 I O + 2 n (I + O) bytes. For few tokens that is
+0.44 n FLOPs a byte, and a dense weight has n. An H200 needs 206 by its datasheet: 580 tokens where
+I = O = 2,048, a dense weight 260. Below, a kernel that decodes on the chip (`lora`) has 8.8 times
+less of a weight to move; above, products bound, and dequantising is 1 ps a parameter beside them.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ from jaxre_kernels.nf4.weight import BLOCK, DYNAMIC, NESTED_BLOCK, NF4, NF4Weigh
 def dequantise(weight: NF4Weight, dtype: jnp.dtype) -> jax.Array:
     """[O, I] of `dtype`: formed in f32, bit for bit as bitsandbytes does, then rounded once."""
     outputs, inputs = weight.shape
-    codes = jnp.stack([weight.codes >> 4, weight.codes & 15], axis=-1).reshape(-1)[: outputs * inputs]
+    codes = jnp.stack([weight.codes >> 4, weight.codes & 15], axis=-1).reshape(-1)[
+        : outputs * inputs
+    ]
     values = _blocks(jnp.asarray(NF4)[codes], BLOCK) * block_absmax(weight)[:, None]
     return values.reshape(-1)[: outputs * inputs].reshape(outputs, inputs).astype(dtype)
 
@@ -36,8 +41,9 @@ def dequantise(weight: NF4Weight, dtype: jnp.dtype) -> jax.Array:
 def block_absmax(weight: NF4Weight) -> jax.Array:
     """[M] f32, the absmax of each block, bit for bit as bitsandbytes dequantises it."""
     nested, levels = weight.nested_absmax[:, None], _blocks(weight.absmax, NESTED_BLOCK)
-    # The highest level is 1. Choosing it apart keeps XLA from contracting product and sum into a fused
-    # multiply-add, which rounds once where bitsandbytes rounds twice (an optimization barrier does not: CPU, jax 0.10).
+    # The highest level is 1. Choosing it apart keeps XLA from contracting product and sum into a
+    # fused multiply-add, which rounds once where bitsandbytes rounds twice (an optimization barrier
+    # does not: CPU, jax 0.10).
     absmax = jnp.where(levels == DYNAMIC.size - 1, nested, jnp.asarray(DYNAMIC)[levels] * nested)
     return absmax.reshape(-1)[: weight.absmax.size] + weight.offset
 
@@ -51,8 +57,8 @@ def _blocks(values: jax.Array, length: int) -> jax.Array:
 def nf4_linear(x: jax.Array, weight: NF4Weight) -> jax.Array:
     """y = x W^T, W dequantised to x's dtype; the gradient is that of x alone.
 
-    W is frozen, so its gradient is never formed. What the backward pass keeps is the quantised weight:
-    autodiff would keep W itself, of every layer at once. dX = dY W, dequantised again.
+    W is frozen, so its gradient is never formed. What the backward pass keeps is the quantised
+    weight: autodiff would keep W itself, of every layer at once. dX = dY W, dequantised again.
 
     Args:
       x: [..., I]; weight: of one matrix [O, I].

@@ -1,7 +1,8 @@
-"""Decoding NF4 in a TPU's vector memory, as a step of a Pallas kernel. Unverified: has not run on a TPU.
+"""Decoding NF4 in a TPU's vector memory, as a step of a Pallas kernel. Unverified: has not run on a
+TPU.
 
-About 30 vector operations a parameter (two shifts and masks, four comparisons, 15 selections, a product, a rounding), so a kernel does
-it once for as many tokens as it can.
+About 30 vector operations a parameter (two shifts and masks, four comparisons, 15 selections, a
+product, a rounding), so a kernel does it once for as many tokens as it can.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from jaxre_kernels.nf4.weight import BLOCK
 
 
 def decode(codes_ref, absmax_ref, values_ref, first: jax.Array | int = 0) -> None:
-    """Writes values of `NF4Tiles`, each rounded once from f32: codes [I / 2, O] uint8, absmax [>= I / 64, O] f32 -> values [I, O].
+    """Writes values of `NF4Tiles`, each rounded once from f32: codes [I / 2, O] uint8, absmax [>= I
+    / 64, O] f32 -> values [I, O].
 
-    `first` is the row of absmax that belongs to the first block of codes. Blocks beyond the last row get the last one's: they are
-    beyond the end of the matrix.
+    `first` is the row of absmax that belongs to the first block of codes. Blocks beyond the last
+    row get the last one's: they are beyond the end of the matrix.
     """
 
     def block(g, carry):

@@ -3,7 +3,8 @@
 A matrix is flattened row by row and cut into blocks of 64. A block keeps its largest magnitude
 (absmax) and 16 levels between minus and plus that, the quantiles of a normal distribution (QLoRA,
 section 3). The absmax of all blocks, minus their mean, are quantised again: blocks of 256, 8 bits
-each with a dynamic exponent (Dettmers et al. 2021, arXiv:2110.02861). 4.127 bits a parameter in all.
+each with a dynamic exponent (Dettmers et al. 2021, arXiv:2110.02861). 4.127 bits a parameter in
+all.
 
     value = NF4[code] * (DYNAMIC[absmax code] * nested absmax + offset)
 
@@ -47,15 +48,18 @@ NF4 = np.array(
 def _dynamic() -> np.ndarray:
     """The 256 levels of the dynamic 8-bit type, ascending, f32.
 
-    Seven exponents; below the highest, 10^0, each halves the number of levels, which are the centres of
-    equal parts of [0.1, 1]. With both signs that is 254; 0 and 1 make it 256 (there is no -1).
+    Seven exponents; below the highest, 10^0, each halves the number of levels, which are the
+    centres of equal parts of [0.1, 1]. With both signs that is 254; 0 and 1 make it 256 (there is
+    no -1).
     """
     levels = [0.0, 1.0]
     for exponent in range(7):
         parts = 2**exponent
         # As torch.linspace does: an f32 step, counted from the nearer end, each edge rounded once.
         index, step = np.arange(parts + 1), np.float64(np.float32(0.9) / np.float32(parts))
-        edges = np.where(index <= parts // 2, np.float32(0.1) + step * index, 1 - step * (parts - index)).astype(np.float32)
+        edges = np.where(
+            index <= parts // 2, np.float32(0.1) + step * index, 1 - step * (parts - index)
+        ).astype(np.float32)
         centres = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (exponent - 6))
         levels += [*centres, *-centres]
     return np.sort(np.array(levels, np.float32))
@@ -70,7 +74,8 @@ class NF4Weight:
     """One quantised matrix [O, I], or a stack of them with one more axis in front of each array.
 
     codes: [N / 2] uint8, two a byte, the first in the high half; absmax: [M] uint8;
-    nested_absmax: [M / 256] f32; offset: [] f32 (lengths rounded up). shape: (O, I), Hugging Face's order.
+    nested_absmax: [M / 256] f32; offset: [] f32 (lengths rounded up). shape: (O, I), Hugging Face's
+    order.
     """
 
     codes: Any
@@ -80,8 +85,12 @@ class NF4Weight:
     shape: tuple[int, int] = field(metadata={"static": True})
 
 
-def forms(shape: tuple[int, int], stack: tuple[int, ...] = ()) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Name -> (shape, dtype) of the arrays of a weight [O, I]; `stack` is the axis in front, if there is one."""
+def forms(
+    shape: tuple[int, int], stack: tuple[int, ...] = ()
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Name -> (shape, dtype) of the arrays of a weight [O, I]; `stack` is the axis in front, if
+    there is one.
+    """
     size = shape[0] * shape[1]
     blocks = -(-size // BLOCK)
     return {
@@ -94,4 +103,6 @@ def forms(shape: tuple[int, int], stack: tuple[int, ...] = ()) -> dict[str, tupl
 
 def empty(shape: tuple[int, int], stack: tuple[int, ...] = ()) -> NF4Weight:
     """A weight of numpy arrays to be filled."""
-    return NF4Weight(**{name: np.empty(*form) for name, form in forms(shape, stack).items()}, shape=shape)
+    return NF4Weight(
+        **{name: np.empty(*form) for name, form in forms(shape, stack).items()}, shape=shape
+    )
