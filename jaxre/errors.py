@@ -14,5 +14,10 @@ class InputError(Exception):
         super().__init__("".join(one if one.isprintable() else repr(one)[1:-1] for one in message))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its name."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class DoesNotFit(InputError):
     """A run that takes more memory than a device has; the message says what would fit."""

@@ -294,7 +294,6 @@ def example_of(help_text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("command", PAGES)
-# a path that was wrapped at its hyphen
 def test_help_shows_an_example_that_can_be_pasted(run: Callable, command: str) -> None:
     words = command.split()
     code, out, _ = run(*words, "--help")
@@ -308,6 +307,7 @@ def test_help_shows_an_example_that_can_be_pasted(run: Callable, command: str) -
     assert all(
         (ROOT / argument).is_file() for argument in arguments if argument.startswith("configs/")
     )
+    # a path that was wrapped at its hyphen
     assert not any(argument.endswith("-") for argument in arguments)
 
 

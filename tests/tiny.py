@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from jaxre.checkpoints.huggingface import hf_tensors
 from jaxre.config import Config, Source, check_config
@@ -45,9 +45,9 @@ ARCHITECTURE = {
 
 def write_tiny_model(folder: Path, **fields: object) -> Path:
     """A model folder with random weights; `fields` change its config.json."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    # What transformers builds for a Qwen2 folder, whatever tokenizer.json says.
+    tokenizer = Qwen2Tokenizer().backend_tokenizer
+    tokenizer.model = models.BPE()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
         vocab_size=500,

@@ -77,7 +77,8 @@ def bench_data(work: Path, model: Path, count: int) -> Phases:
     from jaxre.config import check_config
     from jaxre.data.cache import cached_tokens
     from jaxre.data.dataset import ask, make_plan
-    from jaxre.data.template import ChatTemplate, load_tokenizer
+    from jaxre.data.template import ChatTemplate
+    from jaxre.data.tokenizer import load_tokenizer
     from jaxre.data.tokens import encode_examples, examples_digest
     from jaxre.relations import mixtures
     from jaxre.relations.labels import schemas_of

@@ -145,7 +145,8 @@ def prepared(settings: argparse.Namespace) -> tuple[Any, dict, list, list, set[i
     from jaxre.checkpoints.huggingface import read_json
     from jaxre.checkpoints.source import open_model
     from jaxre.config import Prompt, Source
-    from jaxre.data.template import ChatTemplate, load_tokenizer
+    from jaxre.data.template import ChatTemplate
+    from jaxre.data.tokenizer import load_tokenizer
     from jaxre.data.tokens import demonstrator, questions_of
     from jaxre.inference.answers import label_answers
     from jaxre.inference.predict import stop_ids

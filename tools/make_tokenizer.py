@@ -8,11 +8,12 @@ which mark head and tail in a prompt, are tokens of their own.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, models, pre_tokenizers, trainers
+from transformers import Qwen2Tokenizer
 
 from jaxre.config import Prompt, load_config
 from jaxre.data.tokens import read_texts
@@ -38,12 +39,11 @@ def main(config_path: str, target: str, vocabulary: str = "8192") -> None:
     )
     # What every prompt repeats (roles, fields, labels) would else be spelled in pieces.
     texts += [f"system {PROMPT.system} user {PROMPT.user} assistant {' '.join(labels)}"] * 200
-    # A mark takes the space before it, and what follows is spelled as after a space: a marked word
-    # keeps its token.
-    marks = [AddedToken(mark, normalized=False, lstrip=True) for mark in MARKS]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
+    # Plain: a mark that takes the space before it (lstrip) cannot be written to GGUF.
+    marks = [AddedToken(mark, normalized=False) for mark in MARKS]
+    # The normaliser and pre-tokenizer that transformers builds for every Qwen2 folder.
+    tokenizer = Qwen2Tokenizer().backend_tokenizer
+    tokenizer.model = models.BPE()
     tokenizer.add_tokens(marks)
     trainer = trainers.BpeTrainer(
         vocab_size=int(vocabulary) - len(MARKS),
@@ -53,12 +53,15 @@ def main(config_path: str, target: str, vocabulary: str = "8192") -> None:
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens(marks)
-    wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+    model = json.loads(tokenizer.to_str())["model"]
+    wrapped = Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=["<|im_start|>"],
     )
+    wrapped.add_tokens(marks)
     wrapped.chat_template = TEMPLATE
     wrapped.save_pretrained(target)
     sample = "The <e1>River Thames</e1> flows through <e2>London</e2> in 1895."

@@ -22,7 +22,8 @@ from jaxre.data.cache import cached_tokens, read_note, stored_tokens, write_note
 from jaxre.data.markers import add_markers, encode_marked, marked_digest, marked_text, markers_in
 from jaxre.data.packing import Plan, plan_by_examples, plan_by_tokens
 from jaxre.data.prefixes import find_prefixes
-from jaxre.data.template import ChatTemplate, Turn, load_tokenizer
+from jaxre.data.template import ChatTemplate, Turn
+from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import (
     TokenSet,
     Truncation,

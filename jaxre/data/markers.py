@@ -18,7 +18,8 @@ from collections.abc import Iterable, Sequence
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from jaxre.data.template import Encoded, tokenizer_digest
+from jaxre.data.template import Encoded
+from jaxre.data.tokenizer import add_tokens, token_ids, tokenizer_digest
 from jaxre.data.tokens import FORMAT, TokenSet
 from jaxre.errors import InputError
 from jaxre.relations.marks import insert_marks, locate
@@ -54,11 +55,9 @@ def add_markers(
     names = [*markers("E1"), *markers("E2"), *sorted(typed - {*markers("E1"), *markers("E2")})]
     new = [name for name in names if name not in tokenizer.added_tokens_encoder]
     taken = set(tokenizer.get_vocab().values())
-    described = [
-        tokenizer(_description(name), add_special_tokens=False)["input_ids"] for name in new
-    ]
-    tokenizer.add_tokens(
-        [AddedToken(name, lstrip=True, normalized=False, special=True) for name in new]
+    described = token_ids(tokenizer, [_description(name) for name in new])
+    add_tokens(
+        tokenizer, [AddedToken(name, lstrip=True, normalized=False, special=True) for name in new]
     )
     ids = tokenizer.convert_tokens_to_ids(new)
     if taken.intersection(ids):
@@ -131,9 +130,7 @@ def encode_marked(
             "the tokenizer has no entity markers ([E1], [E2]); take an encoder that `jaxre train`"
             " wrote"
         )
-    ids = tokenizer(
-        list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False
-    )["input_ids"]
+    ids = token_ids(tokenizer, texts, special=True)
     first = tokenizer.cls_token_id
     if first is None or any(tokens[0] != first for tokens in ids):
         raise InputError(

@@ -16,12 +16,12 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import jinja2
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from jaxre.errors import InputError
+from jaxre.data.tokenizer import token_ids, tokenizer_digest
+from jaxre.errors import InputError, first_line
 
 Turn = dict[str, str]
 
@@ -39,32 +39,6 @@ class Encoded:
 
     tokens: list[int]
     prompt_length: int
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder. Raises InputError if there is none."""
-    if not (folder / "tokenizer.json").is_file():
-        raise InputError(f"{folder}: no tokenizer.json; a model folder carries its tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception)
-        raise InputError(
-            f"{folder}: the tokenizer does not load ({_line(error)}); download it again"
-        ) from None
-
-
-def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of a tokenizer, but for its truncation and padding, which a call switches on and
-    off.
-    """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
-
-
-def _line(error: BaseException) -> str:
-    """The first line of an error's message, or its name."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class ChatTemplate:
@@ -120,7 +94,7 @@ class ChatTemplate:
             )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
             raise InputError(
-                f"{self.place}: the chat template refuses these turns ({_line(error)}); change"
+                f"{self.place}: the chat template refuses these turns ({first_line(error)}); change"
                 " prompt.system or prompt.shots"
             ) from None
 
@@ -278,14 +252,10 @@ class ChatTemplate:
         return self._continued[key]
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of texts that already carry their special tokens."""
-        return (
-            self.tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)[
-                "input_ids"
-            ]
-            if texts
-            else []
-        )
+        """Token ids of texts that already carry their special tokens. Raises InputError where the
+        tokenizer's files disagree.
+        """
+        return token_ids(self.tokenizer, texts)
 
     def end_of_turn(self, supervised: Sequence[int]) -> int:
         """How many of the supervised tokens go up to and including the end-of-turn token; all if

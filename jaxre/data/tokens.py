@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxre.config import Prompt, Text, data_root
-from jaxre.data.template import ChatTemplate, Encoded, tokenizer_digest
+from jaxre.data.template import ChatTemplate, Encoded
+from jaxre.data.tokenizer import token_ids, tokenizer_digest
 from jaxre.errors import InputError
 from jaxre.relations import sources
 from jaxre.relations.marks import squeezed
@@ -281,11 +282,7 @@ def encode_texts(documents: Sequence[tuple[str, str]], tokenizer, row_length: in
         raise InputError(
             "the tokenizer has no end-of-text token; set eos_token in tokenizer_config.json"
         )
-    all_ids = tokenizer(
-        [document for _, document in documents],
-        add_special_tokens=False,
-        return_attention_mask=False,
-    )["input_ids"]
+    all_ids = token_ids(tokenizer, [document for _, document in documents])
     encoded, ids = [], []
     for (name, _), tokens in zip(documents, all_ids, strict=True):
         tokens = [*tokens, end]

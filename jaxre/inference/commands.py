@@ -16,7 +16,7 @@ from jaxre.checkpoints.huggingface import resolve_model
 from jaxre.checkpoints.source import Loaded, compute_dtype, kind_of, open_model
 from jaxre.config import Config, Prompt, Source, load_config
 from jaxre.data.markers import markers_in, unknown_types
-from jaxre.data.template import load_tokenizer
+from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import demonstrator
 from jaxre.errors import InputError
 from jaxre.evaluation.evaluate import evaluate_rows

@@ -21,7 +21,8 @@ from jaxre.checkpoints.huggingface import read_json
 from jaxre.checkpoints.source import Loaded
 from jaxre.config import Predict, Prompt
 from jaxre.data.markers import encode_marked, marked_text, markers_in
-from jaxre.data.template import ChatTemplate, Turn, load_tokenizer
+from jaxre.data.template import ChatTemplate, Turn
+from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import questions_of
 from jaxre.errors import InputError
 from jaxre.evaluation.predictions import Prediction

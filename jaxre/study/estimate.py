@@ -23,7 +23,8 @@ from jaxre.config import Config, Mixture, Prompt, Source
 from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.data.markers import add_markers, encode_marked, marked_text, markers_in
 from jaxre.data.rows import fill_update
-from jaxre.data.template import ChatTemplate, load_tokenizer
+from jaxre.data.template import ChatTemplate
+from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import demonstrator, questions_of
 from jaxre.inference.answers import label_answers
 from jaxre.models.architecture import EncoderArchitecture, architecture_of, read_architecture

@@ -242,7 +242,6 @@ def test_weight_that_the_dtype_cannot_hold_is_refused(tmp_path, value, dtype):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-# the first has nothing before it
 def test_what_is_still_written_is_waited_for_before_the_folder_of_a_refused_conversion_is_removed(
     tiny_base, tmp_path, monkeypatch
 ):
@@ -266,6 +265,7 @@ def test_what_is_still_written_is_waited_for_before_the_folder_of_a_refused_conv
         )
         == "the fourth is refused"
     )
+    # the first has nothing before it
     assert len(waited) == 4 and all(one.done() for one in jax.tree.leaves(waited[1:]))
 
 

@@ -178,7 +178,6 @@ def flipped(folder: Path) -> None:
     [("hf", "write_base"), ("jaxre", "write_native"), ("peft", "save_adapter")],
     ids=["hf", "jaxre", "peft"],
 )
-# and without --verify it would have passed
 def test_folder_that_does_not_read_back_is_refused_and_removed(
     run, tmp_path, monkeypatch, to, writer, damage
 ):
@@ -202,4 +201,5 @@ def test_folder_that_does_not_read_back_is_refused_and_removed(
         )
         assert "do not read back as written" in message
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    # and without --verify it would have passed
     convert(run, tmp_path / "target", to, merge=to != "peft")

@@ -159,7 +159,6 @@ def test_an_nf4_base_takes_half_a_byte_a_parameter(tmp_path):
     )
 
 
-# rounded once
 def test_to_hugging_face_an_nf4_base_is_dequantised(store, tiny_base, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -185,6 +184,7 @@ def test_to_hugging_face_an_nf4_base_is_dequantised(store, tiny_base, tmp_path):
     half = convert(store, tmp_path / "half", "hf", dtype="bfloat16")
     assert half.dtype == "bfloat16"
     rounded = load_file(tmp_path / "half/model.safetensors")
+    # rounded once
     assert all(np.array_equal(rounded[name], after[name].astype(BFLOAT16)) for name in after)
 
 

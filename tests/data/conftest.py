@@ -8,7 +8,7 @@ import pytest
 from tiny import write_tiny_model
 from transformers import PreTrainedTokenizerBase
 
-from jaxre.data.template import load_tokenizer
+from jaxre.data.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="session")

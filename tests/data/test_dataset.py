@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from jaxre.config import Config, Prompt, Source, Text
 from jaxre.data.dataset import ask, load_dataset, make_plan
 from jaxre.data.preview import preview, told_leaks
-from jaxre.data.template import ChatTemplate, Encoded, load_tokenizer
+from jaxre.data.template import ChatTemplate, Encoded
+from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import (
     TokenSet,
     Truncation,

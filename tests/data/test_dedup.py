@@ -36,7 +36,6 @@ def run_on(folder: Path, model: Path, dedup: bool, train: list[str], held_out: l
 TEXTS = [f"Ada met Bob on day {day}." for day in range(4)]
 
 
-# what a prediction draws demonstrations from
 def test_a_run_with_dedup_trains_on_no_held_out_text(tiny_model: Path, tmp_path: Path) -> None:
     plain = load_dataset(run_on(tmp_path, tiny_model, False, TEXTS, TEXTS[:1]), tiny_model)
     config = run_on(tmp_path, tiny_model, True, TEXTS, TEXTS[:1])
@@ -45,6 +44,7 @@ def test_a_run_with_dedup_trains_on_no_held_out_text(tiny_model: Path, tmp_path:
     assert (len(plain.train.tokens), len(found.train.tokens)) == (4, 3)
     assert not sources.overlap(found.train.examples, found.validation.examples)
     assert load_dataset(config, tiny_model).train.from_cache
+    # what a prediction draws demonstrations from
     assert task_of(config, config.data.validation).train == found.train.examples
 
 

@@ -15,7 +15,7 @@ from jaxre.data.dataset import load_dataset
 from jaxre.data.markers import add_markers, encode_marked, marked_text, markers_in, unknown_types
 from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import fill_rows
-from jaxre.data.template import load_tokenizer
+from jaxre.data.tokenizer import load_tokenizer
 from jaxre.relations.schema import Example
 
 TEXT = "In 1843, Ada Lovelace wrote her Notes (on the engine)."

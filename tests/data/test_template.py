@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from jaxre.config import Prompt, Source
 from jaxre.data import template as template_module
-from jaxre.data.template import ChatTemplate, load_tokenizer, pin_date
+from jaxre.data.template import ChatTemplate, pin_date
+from jaxre.data.tokenizer import load_tokenizer
 from jaxre.relations.prompts import turns
 from jaxre.relations.sources import load
 
@@ -253,7 +254,6 @@ def test_what_all_prompts_begin_with_is_tokenised_once_and_exactly(
         assert read[0] < 0.5 * sum(map(len, prompts[:-4]))
 
 
-# it does eat it
 def test_a_token_that_takes_the_space_before_it_is_not_cut_from_it(
     tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -275,6 +275,7 @@ def test_a_token_that_takes_the_space_before_it_is_not_cut_from_it(
     ]
     assert chat.tokenize_prompts(prompts) == chat.tokenize(prompts)
     start = prompts[0][: prompts[0].index("<|im_start|>user")]
+    # it does eat it
     # it does eat it
     assert chat.tokenize([start])[0] != chat.tokenize(prompts)[0][: len(chat.tokenize([start])[0])]
 

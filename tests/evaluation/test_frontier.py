@@ -49,7 +49,6 @@ def scores(cache):
 # Joining
 
 
-# other counts: no proof
 def test_equal_keys_join_by_position_only_when_the_lists_are_proven_one():
     keys = [("a",), ("b",), ("b",), ("c",)]
     joined = join_cached(keys, keys, "1234", agree=lambda i, j: keys[i] == keys[j])
@@ -59,6 +58,7 @@ def test_equal_keys_join_by_position_only_when_the_lists_are_proven_one():
     turned = keys[::-1]
     # a unique key stands elsewhere: no proof
     assert set(join_cached(keys, turned, "1234", agree=lambda i, j: True)) == {0, 3}
+    # other counts: no proof
     # other counts: no proof
     assert set(join_cached(keys, keys[:3], "123", agree=lambda i, j: True)) == {0}
 

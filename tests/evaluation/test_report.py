@@ -98,7 +98,6 @@ def test_every_section_stands_with_its_heading_and_how_to_read_it(findings):
     assert set(targets) <= set(ids)
 
 
-# broken answers have no mean
 def test_the_figures_shown_are_those_of_the_statistics(findings):
     page = render(findings)
     for row in findings.measured:
@@ -107,6 +106,7 @@ def test_the_figures_shown_are_those_of_the_statistics(findings):
     points = Page(page).data["charts"]["scaling"]
     tuned = next(one for one in points if one["name"] == SOME[0] and one["group"] == "general")
     assert tuned["y"] == findings.study.average(SOME[0], "general").value
+    # broken answers have no mean
     assert not [one for one in points if one["name"] == "left thinking"]
 
 
@@ -369,7 +369,6 @@ def test_what_is_no_fair_comparison_has_no_star_and_no_rank(tmp_path):
     draw_figures(findings, tmp_path / "figures")
 
 
-# as text, not as an element
 def test_steps_without_a_result_are_listed(tmp_path):
     record = make_study(tmp_path, systems=SOME[:2])
     assert "without a result" not in Page(render(found(tmp_path))).sections["results"]
@@ -380,6 +379,7 @@ def test_steps_without_a_result_are_listed(tmp_path):
     )
     page = Page(render(found(tmp_path)))
     assert "1 step of the study without a result" in page.sections["results"]
+    # as text, not as an element
     assert (
         "predict.other.facts: needs <b>other</b>, which has no result" in page.sections["results"]
     )

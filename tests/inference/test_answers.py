@@ -2,7 +2,8 @@
 
 import pytest
 
-from jaxre.data.template import ChatTemplate, load_tokenizer
+from jaxre.data.template import ChatTemplate
+from jaxre.data.tokenizer import load_tokenizer
 from jaxre.errors import InputError
 from jaxre.inference.answers import label_answers
 from jaxre.inference.scoring import score_labels

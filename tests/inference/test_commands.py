@@ -111,7 +111,6 @@ def test_a_file_with_the_usual_columns_needs_no_mapping(tmp_path: Path) -> None:
     assert (example.head, example.tail, source.columns) == ("Ada", "Bob", {})
 
 
-# the config that was told of
 def test_a_file_with_other_columns_is_told_what_predict_can_do(tmp_path: Path) -> None:
     path = tmp_path / "new.jsonl"
     path.write_text('{"words": "Ada saw Bob.", "from": "Ada", "to": "Bob"}\n')
@@ -121,6 +120,7 @@ def test_a_file_with_other_columns_is_told_what_predict_can_do(tmp_path: Path) -
         and "map it with --config CONFIG, in it data.test.columns.text=NAME" in message
     )
     mapped = {"dataset": str(path), "columns": {"text": "words", "head": "from", "tail": "to"}}
+    # the config that was told of
     assert load_source(run_on(tmp_path, test=mapped), str(path), None)[1][0].head == "Ada"
 
 

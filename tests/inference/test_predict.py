@@ -11,7 +11,8 @@ from refusals import refusal
 from jaxre.checkpoints.huggingface import save_base
 from jaxre.checkpoints.source import Loaded, open_model
 from jaxre.config import Predict, Prompt
-from jaxre.data.template import ChatTemplate, load_tokenizer
+from jaxre.data.template import ChatTemplate
+from jaxre.data.tokenizer import load_tokenizer
 from jaxre.errors import InputError
 from jaxre.evaluation.predictions import read_predictions, write_predictions
 from jaxre.inference.decoding import clean_answer, generate

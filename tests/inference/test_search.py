@@ -153,7 +153,6 @@ def test_what_is_settled_is_not_kept(models, monkeypatch):
     assert len(begun) == len(prompts) and max(at_once) < len(prompts) / 2
 
 
-# which have a place for each target of the root at each of 1,800 nodes
 def test_a_tree_of_many_labels_takes_memory_by_its_nodes():
     random = np.random.default_rng(0)
     tree = answer_tree(
@@ -163,6 +162,7 @@ def test_a_tree_of_many_labels_takes_memory_by_its_nodes():
     Branches.of(tree)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
+    # which have a place for each target of the root at each of 1,800 nodes
     assert peak < tree.targets.nbytes
 
 

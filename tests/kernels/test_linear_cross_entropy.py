@@ -257,7 +257,6 @@ chunked = partial(chunked_cross_entropy, positions=AT_ONCE)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
-# what the walk would have seen
 def test_no_more_than_a_chunk_of_logits_is_formed(trained):
     """The program's arrays, and the memory of the compiled one: a few arrays of a chunk's logits,
     of x and of the head.
@@ -271,6 +270,7 @@ def test_no_more_than_a_chunk_of_logits_is_formed(trained):
     spent = jax.jit(run).lower(*given).compile().memory_analysis().temp_size_in_bytes
     assert spent < 3 * logits + 6 * (4 * ROWS * S * D) + 5 * (4 * V * D)
     dense_run, _ = update(dense_cross_entropy, trained)
+    # what the walk would have seen
     assert 4 * largest_with(V, formed(jax.make_jaxpr(dense_run)(*given))) == logits * S // AT_ONCE
 
 

@@ -103,7 +103,6 @@ def test_a_target_that_has_nearly_all_of_the_softmax_keeps_its_gradient():
 
 
 @needs_interpreter
-# for the head's gradient what is summed over tokens is rounded
 def test_bfloat16_is_as_near_to_float32_as_the_dense_formula():
     inputs = draws((32,), 64, 200, scale=0.5)
     half = [jnp.asarray(array, jnp.bfloat16) for array in inputs[:2]] + inputs[2:]
@@ -112,6 +111,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_dense_formula():
     for one, other, true, most in zip(
         found, plain, exact(*inputs), (1.01, 1.02, 1.25, 1.01), strict=True
     ):
+        # for the head's gradient what is summed over tokens is rounded
         assert distance(one, true) < most * distance(other, true)
 
 

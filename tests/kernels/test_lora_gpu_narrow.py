@@ -45,10 +45,10 @@ CASES = {
 
 @needs_interpreter
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-# f32, sums of at most 448 products
 def test_both_gradients_equal_f64(case):
     *shapes, panel = case
     arrays = draws(*shapes)
+    # f32, sums of at most 448 products
     assert largest(kernel(*arrays, panel), exact(*arrays)) < 1e-6
 
 

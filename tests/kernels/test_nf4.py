@@ -281,10 +281,10 @@ def test_no_gradient_of_the_frozen_weight_is_formed_and_no_matrix_is_kept():
     assert (96, 64) not in kept and (64, 96) not in kept
 
 
-# bf16 keeps 8 bits
 def test_the_product_runs_in_the_dtype_of_its_input():
     weight, x = quantise(draw(shape=(96, 64))), draw(1, (5, 64))
     half = nf4_linear(jnp.asarray(x, jnp.bfloat16), weight)
     exact = nf4_linear(jnp.asarray(x), weight)
     assert half.dtype == jnp.bfloat16
+    # bf16 keeps 8 bits
     assert np.abs(np.asarray(half, np.float32) - exact).max() / np.abs(exact).max() < 0.02

@@ -264,7 +264,6 @@ def test_savings_lead_from_the_padded_run_to_what_is_needed() -> None:
     assert all(0 < one.removed < 1 for one in savings)
 
 
-# all weights are trained
 def test_the_last_two_savings_are_the_gradients_of_frozen_weights_and_the_invisible_pairs() -> None:
     architecture, lora = architecture_of(ARCHITECTURE, "tiny"), Lora(rank=2)
     work = work_of(tree_rows(), both_ways=False)
@@ -276,4 +275,5 @@ def test_the_last_two_savings_are_the_gradients_of_frozen_weights_and_the_invisi
         dataclasses.replace(work, pairs=17 * 24, last_pairs=4 * 24), architecture, lora
     )
     assert pairs.before - pairs.after == every["attention"] - parts["attention"] > 0
+    # all weights are trained
     assert savings_of(work, [5, 8, 9, 5], 24, architecture, None)[4].removed == 0

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from refusals import refusal
 
-from jaxre.data.template import load_tokenizer
+from jaxre.data.tokenizer import load_tokenizer
 from jaxre.relations.re_docred import GAP, RELATIONS, WORDS, read_re_docred
 
 SPLITS = {"validation": "dev_revised.json", "test": "test_revised.json"}

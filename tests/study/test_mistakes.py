@@ -12,7 +12,8 @@ from tiny_encoders import write_sentences
 
 from jaxre.config import Source, shipped
 from jaxre.data.dataset import load_dataset
-from jaxre.data.template import ChatTemplate, load_tokenizer
+from jaxre.data.template import ChatTemplate
+from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import demonstrator, questions_of
 from jaxre.evaluation.metrics import score
 from jaxre.inference.answers import label_answers
@@ -69,7 +70,6 @@ def test_smollm3_does_not_reason(paper, shared_models: Path, tmp_path: Path, sho
     )
 
 
-# what runs on is no label, and is counted as such
 def test_no_answer_runs_on(shared_models: Path) -> None:
     """Theirs did (`no_relation because ...`): 0.277. Ours learn to end the turn after the label,
     and writing stops at that token.
@@ -86,6 +86,7 @@ def test_no_answer_runs_on(shared_models: Path) -> None:
         " are related to each other"
     )
     scores = score(["no_relation", "spouse"], [said, "spouse"], schema=["no_relation", "spouse"])
+    # what runs on is no label, and is counted as such
     assert scores.accuracy == 0.5 and scores.malformed == 0.5
 
 

@@ -320,7 +320,6 @@ def flops(run) -> float:
 
 
 @pytest.mark.parametrize("form", ["nf4", "tiles"])
-# sums of 64 products in another order
 def test_lora_as_it_is_written_down_takes_a_base_in_nf4(sides: ModuleType, form: str) -> None:
     draw = np.random.default_rng(0)
     weights = [
@@ -337,6 +336,7 @@ def test_lora_as_it_is_written_down_takes_a_base_in_nf4(sides: ModuleType, form:
     for ours, theirs in zip(
         sides.written_down(*given), lora_group(*given, implementation="xla"), strict=True
     ):
+        # sums of 64 products in another order
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-4)
 
 

@@ -29,7 +29,8 @@ from jaxre.config import Kernels, Mesh, load_config
 from jaxre.data.packing import RowShape, plan_by_tokens
 from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import Rows, fill_rows
-from jaxre.data.template import Encoded, load_tokenizer
+from jaxre.data.template import Encoded
+from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import TokenSet
 from jaxre.evaluation.metrics import score
 from jaxre.inference.commands import predict_data, predict_text

@@ -187,7 +187,6 @@ def test_the_first_policy_that_fits_is_taken_and_told(
         compiled_with(memory_gb=1e-6)
 
 
-# a CPU
 def test_a_twentieth_of_what_a_device_reports_is_left_free_and_a_setting_is_taken_as_it_is() -> (
     None
 ):
@@ -197,6 +196,7 @@ def test_a_twentieth_of_what_a_device_reports_is_left_free_and_a_setting_is_take
     ]
     assert memory_limit(None, SimpleNamespace(local_devices=devices)) == 95 * 2**30
     assert memory_limit(100.0, SimpleNamespace(local_devices=devices)) == 100 * 2**30
+    # a CPU
     assert (
         memory_limit(
             None, SimpleNamespace(local_devices=[SimpleNamespace(memory_stats=lambda: None)])
