@@ -74,48 +74,6 @@ class Tensors:
     left_out: tuple[str, ...] = ()
 
 
-def resolve_model(path: str) -> Path:
-    """The local folder of a model: a folder, what the project ships by name, or a hub snapshot.
-
-    Raises:
-      InputError: neither a folder nor a model that the hub (or its local cache) has.
-    """
-    from jaxre.config import shipped
-
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if shipped(path).is_dir() and "/" not in path:
-        return shipped(path)
-    if folder.is_file():
-        why = (
-            f"holds pickled weights, which are never read; {MEND_PICKLED}"
-            if is_pickled(folder.name)
-            else "is a file; give its folder"
-        )
-        raise InputError(f"{path}: {why}")
-    if path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):
-        raise InputError(
-            f"{path}: no such run or model folder; give a folder, a hub id OWNER/NAME, or the"
-            " shipped facts-base"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise InputError(
-            f"{path}: not a folder, and the hub did not give it ({reason}); download it and give"
-            " the folder"
-        ) from None
-
-
 def folder_tensors(folder: Path) -> dict[str, Stored | str]:
     """Hugging Face name -> tensor, from `model.safetensors` or, where there is none, the sharded
     index (transformers' order).
@@ -206,7 +164,7 @@ def open_base(folder: Path) -> Tensors:
         )
         stored = {ours: stored[own] for ours, own in names.items()}
         architecture = with_head_of(architecture, stored)
-    _check_tensors(folder, architecture, stored)
+    check_tensors(folder, architecture, stored)
     head = stored.get("lm_head.weight") if architecture.tied_head else None
     if head is not None and not np.array_equal(
         head.read(), stored["model.embed_tokens.weight"].read()
@@ -568,9 +526,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _check_tensors(
-    folder: Path, architecture: AnyArchitecture, stored: dict[str, Stored | str]
-) -> None:
+def check_tensors(folder: Path, architecture: AnyArchitecture, stored: dict[str, Any]) -> None:
     """Raises InputError listing every tensor that is missing, misshapen, of no floating-point type,
     or not known.
     """
@@ -587,7 +543,7 @@ def _check_tensors(
             continue
         elif found.shape != expected:
             problems.append(f"{name} has shape {list(found.shape)}, expected {list(expected)}")
-        elif found.kind not in STORED_DTYPES:
+        elif isinstance(found, Stored) and found.kind not in STORED_DTYPES:
             problems.append(
                 f"{name} is stored as {found.kind}, which is not one of {', '.join(STORED_DTYPES)}"
             )

@@ -252,8 +252,8 @@ def _unsupported(settings: dict[str, Any]) -> list[str]:
     return [f"{field}={json.dumps(settings[field])}" for field in found]
 
 
-# not 0, which may be the number of a layer
 def _is_off(value: Any) -> bool:
+    # not 0, which may be the number of a layer
     return value is None or value is False or value in ("", [], {})
 
 

@@ -2,9 +2,9 @@
 
     loaded = open_model("runs/quickstart", compute_dtype("auto"))
 
-What a folder is, is decided in this order: `jaxre.json` (our own folder), `adapter_config.json` (a
-PEFT adapter), `config.json` (Hugging Face), `config.yaml` (a run). What is no folder is a shipped
-name or a hub id.
+What a folder is, is decided in this order: `jaxre.json` (our own folder), `gguf.json` (what a GGUF
+file unpacks to), `adapter_config.json` (a PEFT adapter), `config.json` (Hugging Face),
+`config.yaml` (a run). What is no folder is a GGUF file, a named base or a hub id.
 """
 
 from __future__ import annotations
@@ -17,22 +17,18 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from jaxre.checkpoints.huggingface import (
-    Tensors,
-    load_base,
-    open_base,
-    quantised,
-    read_json,
-    resolve_model,
-)
+from jaxre.checkpoints.gguf import file_of, is_gguf, is_gguf_file, open_gguf, unpacked
+from jaxre.checkpoints.huggingface import Tensors, gathered, open_base, quantised, read_json
 from jaxre.checkpoints.native import is_native, load_native, open_native
+from jaxre.checkpoints.packaged import PACKAGED, check_packaged, packaged_file
 from jaxre.checkpoints.peft import CONFIG_FILE, base_name_of, load_adapter
-from jaxre.config import Config, Lora, load_config
+from jaxre.checkpoints.shards import MEND_PICKLED, is_pickled
+from jaxre.config import Config, Lora, load_config, shipped
 from jaxre.errors import InputError
 from jaxre.models.architecture import ENCODERS, KINDS
 from jaxre.models.weights import AnyArchitecture
 
-Kind = Literal["jaxre", "peft", "hf", "run"]
+Kind = Literal["jaxre", "gguf", "peft", "hf", "run"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,52 @@ class Loaded:
     kind: Kind = "hf"
     base_name: str | None = None
     quantise: str | None = None
+
+
+def resolve_model(path: str) -> Path:
+    """The local folder of a model: a folder, what the project ships or a package carries by name,
+    what a GGUF file unpacks to, or a hub snapshot.
+
+    Raises:
+      InputError: none of these, or a file that does not open.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if path in PACKAGED:
+        file = packaged_file(path)
+        return unpacked(file, lambda: check_packaged(path, file))
+    if shipped(path).is_dir() and "/" not in path:
+        return shipped(path)
+    if folder.is_file() and is_gguf_file(folder):
+        return unpacked(folder)
+    if folder.is_file():
+        why = (
+            f"holds pickled weights, which are never read; {MEND_PICKLED}"
+            if is_pickled(folder.name)
+            else "is a file; give its folder"
+        )
+        raise InputError(f"{path}: {why}")
+    if path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):
+        raise InputError(
+            f"{path}: no such run or model folder; give a folder, a GGUF file, a hub id OWNER/NAME,"
+            f" {', '.join(PACKAGED)}, or the shipped facts-base"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise InputError(
+            f"{path}: not a folder, and the hub did not give it ({reason}); download it and give"
+            " the folder"
+        ) from None
 
 
 def compute_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> np.dtype:
@@ -83,8 +125,8 @@ def locate(path: str | Path, quantise: str | None = None) -> Located:
     """The parts of a model, of which nothing is read yet.
 
     Args:
-      path: a Hugging Face folder, a jaxre folder, a PEFT adapter, a run folder, a shipped name or a
-        hub id.
+      path: a Hugging Face folder, a jaxre folder, a GGUF file, a PEFT adapter, a run folder, the
+        name of a base or a hub id.
       quantise: "nf4" for a base with NF4 projections; a run with an adapter takes its own setting,
         for its adapter belongs to that base.
 
@@ -106,10 +148,11 @@ def locate(path: str | Path, quantise: str | None = None) -> Located:
 
 
 def open_weights(folder: Path, quantise: str | None = None) -> Tensors:
-    """The base weights of a Hugging Face or jaxre folder, to be read one at a time. Raises
+    """The base weights of a folder, to be read one at a time. Raises
     InputError for weights that do not fit.
     """
-    tensors = open_native(folder) if is_native(folder) else open_base(folder)
+    opened = open_native if is_native(folder) else open_gguf if is_gguf(folder) else open_base
+    tensors = opened(folder)
     return quantised(tensors, folder) if quantise else tensors
 
 
@@ -124,9 +167,11 @@ def open_model(path: str | Path, dtype: np.dtype | None, quantise: str | None = 
       InputError: nothing of the kind, an unfinished run, or weights that do not fit.
     """
     found = locate(path, quantise)
-    architecture, base = (load_native if is_native(found.folder) else load_base)(
-        found.folder, dtype, found.quantise
-    )
+    if is_native(found.folder):
+        architecture, base = load_native(found.folder, dtype, found.quantise)
+    else:
+        tensors = open_weights(found.folder, found.quantise)
+        architecture, base = gathered(tensors, dtype, found.folder)
     lora, factors = (
         (None, None) if found.adapter is None else load_adapter(found.adapter, architecture)
     )
@@ -147,6 +192,8 @@ def kind_of(folder: Path) -> Kind:
     """What a folder is. Raises InputError if it is none of the kinds we know."""
     if is_native(folder):
         return "jaxre"
+    if is_gguf(folder):
+        return "gguf"
     if (folder / CONFIG_FILE).is_file():
         return "peft"
     if (folder / "config.json").is_file():
@@ -219,6 +266,8 @@ def base_of(
         )
     seen = seen | {folder.resolve()}
     kind = kind_of(folder)
+    if kind == "gguf":
+        return name if name in PACKAGED else str(file_of(folder)), folder
     if kind in ("hf", "jaxre"):
         # PEFT would take a shipped name for a hub id.
         return (

@@ -98,7 +98,9 @@ def _pipeline(tokenizer: Tokenizer) -> dict[str, Any]:
     parts = json.loads(tokenizer.to_str())
     for name in ("version", "truncation", "padding", "decoder"):
         parts.pop(name, None)
-    if (parts["post_processor"] or {}).get("type") == "ByteLevel":  # moves offsets only
+    after = parts["post_processor"] or {}
+    # Moves offsets, or puts no token anywhere.
+    if after.get("type") == "ByteLevel" or after.get("special_tokens") == {}:
         parts["post_processor"] = None
     model = parts["model"]
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):

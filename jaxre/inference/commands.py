@@ -12,8 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from jaxre.checkpoints.huggingface import resolve_model
-from jaxre.checkpoints.source import Loaded, compute_dtype, kind_of, open_model
+from jaxre.checkpoints.source import Loaded, compute_dtype, kind_of, open_model, resolve_model
 from jaxre.config import Config, Prompt, Source, load_config
 from jaxre.data.markers import markers_in, unknown_types
 from jaxre.data.tokenizer import load_tokenizer

@@ -21,7 +21,7 @@ from typing import Any
 
 import jaxre_kernels
 
-from jaxre.checkpoints.huggingface import resolve_model
+from jaxre.checkpoints.source import resolve_model
 from jaxre.config import Config, Mixture, Source
 from jaxre.errors import InputError
 from jaxre.evaluation.cache import Cache

@@ -24,7 +24,8 @@ from tiny_decoders import (
 )
 
 from jaxre.checkpoints import huggingface, shards
-from jaxre.checkpoints.huggingface import atomic_folder, load_base, resolve_model, save_base
+from jaxre.checkpoints.huggingface import atomic_folder, load_base, save_base
+from jaxre.checkpoints.source import resolve_model
 from jaxre.errors import InputError
 
 torch = ground_truth("torch")

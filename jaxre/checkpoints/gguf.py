@@ -1,0 +1,408 @@
+"""GGUF files, llama.cpp's form of a model: weights, config, tokenizer and template in one file.
+
+    folder = unpacked(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))  # config.json, tokenizer, no weights
+    tensors = open_gguf(folder)  # dequantised, one tensor at a time
+
+Whatever opens a Hugging Face folder opens `unpacked`'s. It lies in jaxre's cache, holds what the
+file's fields say, and names the file that has the weights. Names and layout are translated by the
+weight table; two architectures store values of another form:
+
+  llama, smollm3   rows of q and k, head by head, in pairs: channel c and c + C/2 lie side by side.
+  gemma3           norms as 1 + w, the factor itself.
+
+A quantised tensor is dequantised to f32 by the `gguf` package. The field and tensor names are those
+of the GGUF specification (ggml's docs/gguf.md) and of llama.cpp's converters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxre.checkpoints.gguf_tokenizer import tokenizer_files
+from jaxre.checkpoints.huggingface import (
+    Tensors,
+    atomic_folder,
+    check_tensors,
+    hf_shapes,
+    positions,
+    read_json,
+)
+from jaxre.errors import InputError, first_line
+from jaxre.models.architecture import Architecture, architecture_of, read_architecture
+from jaxre.models.decoder import rotary_frequencies
+
+MARKER, FORMAT = "gguf.json", 1
+CACHE = "~/.cache/jaxre/gguf"
+
+# Our name of a weight -> its name in a file, after `blk.N.` where it belongs to a layer.
+NAMES = {
+    "embed": "token_embd.weight",
+    "norm": "output_norm.weight",
+    "head": "output.weight",
+    "attention_norm": "attn_norm.weight",
+    "q": "attn_q.weight",
+    "k": "attn_k.weight",
+    "v": "attn_v.weight",
+    "q_bias": "attn_q.bias",
+    "k_bias": "attn_k.bias",
+    "v_bias": "attn_v.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "o": "attn_output.weight",
+    "mlp_norm": "ffn_norm.weight",
+    "gate": "ffn_gate.weight",
+    "up": "ffn_up.weight",
+    "down": "ffn_down.weight",
+}
+# Factors of the rotary frequencies: what a file has of Llama-3 scaling, in place of its parameters.
+ROPE_FACTORS = "rope_freqs.weight"
+# The parameters that Llama 3.1 and 3.2 were trained with (their config.json).
+LLAMA3_SCALINGS = tuple(
+    {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    for factor in (8.0, 32.0)
+)
+PLAIN = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a `general.architecture` is called by transformers, and what it does to weights."""
+
+    model_type: str
+    class_name: str
+    paired: bool = False
+    fields: tuple[tuple[str, Any], ...] = ()
+
+
+FAMILIES = {
+    "llama": Family("llama", "LlamaForCausalLM", paired=True),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", fields=(("use_sliding_window", False),)),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", fields=(("use_sliding_window", False),)),
+    # llama.cpp knows no other interval.
+    "smollm3": Family(
+        "smollm3", "SmolLM3ForCausalLM", paired=True, fields=(("no_rope_layer_interval", 4),)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class StoredGGUF:
+    """One tensor of a file, of which only the header was read. `kind` is GGUF's word for its type,
+    `shape` is in numpy's order.
+    """
+
+    path: Path
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    bytes: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of the values: a quantised tensor is dequantised to f32."""
+        return PLAIN.get(self.kind, PLAIN["F32"])
+
+    def read(self) -> np.ndarray:
+        """The values. Raises InputError where the disk does not give them."""
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        try:
+            data = np.fromfile(self.path, np.uint8, self.bytes, offset=self.start)
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: cannot be read ({error.strerror}); give a file that may be read"
+            ) from None
+        if data.size < self.bytes:
+            raise InputError(f"{self.path}: became shorter while it was read; download it again")
+        if self.kind in PLAIN:
+            return data.view(self.dtype).reshape(self.shape)
+        blocks = data.reshape(*self.shape[:-1], -1)
+        return dequantize(blocks, GGMLQuantizationType[self.kind]).reshape(self.shape)
+
+
+def is_gguf_file(path: Path) -> bool:
+    """Whether a file begins as GGUF does."""
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
+
+
+def is_gguf(folder: Path) -> bool:
+    """Whether a folder is what `unpacked` made of a file."""
+    return (folder / MARKER).is_file()
+
+
+def file_of(folder: Path) -> Path:
+    """The file that an unpacked folder was made from."""
+    return Path(read_json(folder / MARKER)["file"])
+
+
+def unpacked(path: Path, check: Callable[[], None] = lambda: None) -> Path:
+    """The folder in jaxre's cache with all of a file but its weights; made where it is not there.
+
+    Args:
+      check: called before a file is read for the first time.
+
+    Raises:
+      InputError: a file that is damaged, of an architecture, tensor type or tokenizer that is not
+        known, or of several parts.
+    """
+    path = Path(path).resolve()
+    stat = path.stat()
+    key = hashlib.sha256(f"{FORMAT} {path} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
+    folder = Path(CACHE).expanduser() / f"{path.stem}-{key[:12]}"
+    if is_gguf(folder):
+        return folder
+    check()
+    fields, tensors = read_gguf(path)
+    family = family_of(fields, path)
+    config = config_of(fields, tensors, family, path)
+    files = tokenizer_files(fields, config["vocab_size"], path)
+    ids = {name: config[name] for name in config if name.endswith("_token_id")}
+    files |= {"config.json": config, "generation_config.json": ids}
+    files[MARKER] = {
+        "format": FORMAT,
+        "file": str(path),
+        "size": stat.st_size,
+        "modified": stat.st_mtime_ns,
+        "tensors": {
+            name: [one.kind, list(one.shape), one.start, one.bytes] for name, one in tensors.items()
+        },
+    }
+    with atomic_folder(folder, replace=True) as place:
+        for name, content in files.items():
+            text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+            (place / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredGGUF]]:
+    """The fields and the tensors of a file; no weight is read.
+
+    Raises:
+      InputError: a damaged or truncated file, a tensor of a type that is not known.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        fields = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, KeyError, IndexError, OverflowError, OSError, TypeError) as error:
+        raise InputError(
+            f"{path}: not a GGUF file that can be read ({first_line(error)}); download it again"
+        ) from None
+    if int(fields.get("split.count", 1)) > 1:
+        raise InputError(
+            f"{path}: is one of {fields['split.count']} parts; join them with llama.cpp's"
+            " llama-gguf-split --merge"
+        )
+    known, tensors, size = (*PLAIN, *QUANTISED), {}, path.stat().st_size
+    for one in reader.tensors:
+        if one.tensor_type.name not in known:
+            raise InputError(
+                f"{path}: {one.name} is stored as {one.tensor_type.name}, which is not one of"
+                f" {', '.join(known)}; take another file of the model"
+            )
+        shape = tuple(int(length) for length in reversed(one.shape))
+        found = StoredGGUF(
+            path, one.tensor_type.name, shape, int(one.data_offset), int(one.n_bytes)
+        )
+        if found.start + found.bytes > size:
+            raise InputError(f"{path}: ends inside {one.name}; download it again")
+        tensors[one.name] = found
+    return fields, tensors
+
+
+def family_of(fields: dict[str, Any], place: Path) -> Family:
+    """Raises InputError for an architecture that is not known."""
+    name = fields.get("general.architecture")
+    if name not in FAMILIES:
+        raise InputError(
+            f"{place}: general.architecture {name!r} is not known; known are {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[name]
+
+
+def config_of(
+    fields: dict[str, Any], tensors: dict[str, StoredGGUF], family: Family, place: Path
+) -> dict[str, Any]:
+    """The fields of config.json that a file's fields and tensors say.
+
+    Raises:
+      InputError: a missing field, or a feature that is not known.
+    """
+    prefix = fields["general.architecture"]
+
+    def given(name: str, default: Any = None) -> Any:
+        value = fields.get(f"{prefix}.{name}", default)
+        if value is None:
+            raise InputError(f"{place}: the field {prefix}.{name} is missing; download it again")
+        return value
+
+    if "token_embd.weight" not in tensors:
+        raise InputError(f"{place}: token_embd.weight is missing; download it again")
+    heads, width = given("attention.head_count"), given("embedding_length")
+    channels = given("attention.key_length", width // heads)
+    for name, value in (("value_length", channels), ("rope.dimension_count", channels)):
+        name = name if name.startswith("rope") else f"attention.{name}"
+        if given(name, value) != channels:
+            raise InputError(
+                f"{place}: {prefix}.{name} is {given(name)}, the heads have {channels} channels;"
+                " that is not supported, take another model"
+            )
+    scaling = given("rope.scaling.type", "none")
+    if scaling != "none" or fields.get(f"{prefix}.expert_count"):
+        raise InputError(
+            f"{place}: rope scaling {scaling!r} or experts"
+            f" ({fields.get(f'{prefix}.expert_count', 0)}) are set, which is not supported; take"
+            " another model"
+        )
+    config = {
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "intermediate_size": given("feed_forward_length"),
+        "num_hidden_layers": given("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": given("attention.head_count_kv", heads),
+        "head_dim": channels,
+        "max_position_embeddings": given("context_length"),
+        "rms_norm_eps": _decimal(given("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _decimal(given("rope.freq_base", 10000.0)),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        **dict(family.fields),
+    }
+    for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        found = fields.get(f"tokenizer.ggml.{field}_token_id")
+        if found is not None:
+            config[f"{name}_token_id"] = found
+    stops = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
+    stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
+    if len(stops) > 1:
+        config["eos_token_id"] = stops
+    config["dtype"] = tensors["token_embd.weight"].dtype.name
+    if ROPE_FACTORS in tensors:
+        config["rope_scaling"] = _llama3_of(config, tensors[ROPE_FACTORS].read(), place)
+    return config
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that rounds to an f32: 1e-05 for 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _llama3_of(config: dict[str, Any], factors: np.ndarray, place: Path) -> dict[str, Any]:
+    """The parameters of Llama-3 scaling that give these factors. Raises InputError for others."""
+    for scaling in LLAMA3_SCALINGS:
+        architecture = architecture_of({**config, "rope_scaling": scaling}, str(place))
+        plain = dataclasses.replace(architecture, rope_scaling=None)
+        expected = rotary_frequencies(plain) / rotary_frequencies(architecture)
+        if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-5, atol=0):
+            return scaling
+    raise InputError(
+        f"{place}: {ROPE_FACTORS} are not those of Llama 3.1 or 3.2, and a file does not have their"
+        " parameters; take the Hugging Face folder of the model"
+    )
+
+
+def open_gguf(folder: Path) -> Tensors:
+    """The weights behind an unpacked folder; no data is read yet.
+
+    Raises:
+      InputError: a file that is gone or changed, listing every missing, misshapen and unknown
+        tensor.
+    """
+    marker = read_json(folder / MARKER)
+    path = Path(marker["file"])
+    stat = path.stat() if path.is_file() else None
+    if stat is None or [stat.st_size, stat.st_mtime_ns] != [marker["size"], marker["modified"]]:
+        raise InputError(f"{path}: is not there any more, or has changed; give the file again")
+    architecture = read_architecture(folder)
+    stored = {
+        name: StoredGGUF(path, kind, tuple(shape), start, count)
+        for name, (kind, shape, start, count) in marker["tensors"].items()
+        if name != ROPE_FACTORS
+    }
+    own = names_of(architecture)
+    found = {hf: stored.pop(name) for hf, name in own.items() if name in stored}
+    check_tensors(path, architecture, {**found, **stored})
+    # One stack holds all layers of a weight: the wider type where they differ.
+    at, dtypes = positions(architecture), {}
+    for name in hf_shapes(architecture):
+        members = {other.dtype for hf, other in found.items() if at[hf][0].name == at[name][0].name}
+        dtypes[name] = members.pop() if len(members) == 1 else PLAIN["F32"]
+    form = form_of(architecture)
+
+    def read(name: str) -> np.ndarray:
+        return form.to_hf(name, found[name].read()).astype(dtypes[name], copy=False)
+
+    return Tensors(architecture, dtypes, read)
+
+
+def names_of(architecture: Architecture) -> dict[str, str]:
+    """Hugging Face name -> name in a GGUF file, of each tensor."""
+    return {
+        hf: f"blk.{layer.group(1)}.{NAMES[weight.name]}"
+        if (layer := re.search(r"\.layers\.(\d+)\.", hf))
+        else NAMES[weight.name]
+        for hf, (weight, _, _) in positions(architecture).items()
+    }
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the values of a file differ from Hugging Face's. `heads` is name -> heads of the q and k
+    weights whose rows lie in pairs.
+    """
+
+    heads: dict[str, int]
+
+    def to_hf(self, name: str, value: np.ndarray) -> np.ndarray:
+        if name in self.heads:
+            rows = value.reshape(self.heads[name], -1, 2, *value.shape[1:])
+            return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(value.shape)
+        return value
+
+    def to_gguf(self, name: str, value: np.ndarray) -> np.ndarray:
+        if name in self.heads:
+            rows = value.reshape(self.heads[name], 2, -1, *value.shape[1:])
+            return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(value.shape)
+        return value
+
+
+def form_of(architecture: Architecture) -> Form:
+    """The form of an architecture's values in a file."""
+    paired = next(
+        family.paired for family in FAMILIES.values() if family.model_type == architecture.kind
+    )
+    heads = {"q": architecture.query_heads, "k": architecture.kv_heads} if paired else {}
+    return Form(
+        {
+            name: heads[weight.name]
+            for name, (weight, _, _) in positions(architecture).items()
+            if weight.name in heads
+        }
+    )

@@ -1,0 +1,261 @@
+"""The tokenizer of a GGUF file as the files of a Hugging Face folder, and back.
+
+GGUF has the vocabulary, the merges and the name of a pre-tokenizer (`tokenizer.ggml.pre`); what the
+name means is llama.cpp's code (`src/llama-vocab.cpp`). Here it is a table of what tokenizer.json
+says for it. Two kinds are known: byte-level BPE (`gpt2`), and Gemma's SentencePiece (`llama` in a
+gemma file), whose merges follow from the scores.
+
+llama.cpp knows neither normalisers nor added tokens that take white space: text that is not in
+Unicode's form C gives other tokens there than Qwen's own tokenizer, and a tokenizer with such added
+tokens is not written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxre.errors import InputError
+
+# Values of tokenizer.ggml.token_type.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORD = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+
+
+def _byte_level(use_regex: bool) -> dict[str, Any]:
+    return {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": use_regex,
+    }
+
+
+def _split(pattern: str) -> dict[str, Any]:
+    return {
+        "type": "Sequence",
+        "pretokenizers": [
+            {
+                "type": "Split",
+                "pattern": {"Regex": pattern},
+                "behavior": "Isolated",
+                "invert": False,
+            },
+            _byte_level(use_regex=False),
+        ],
+    }
+
+
+@dataclass(frozen=True)
+class Pre:
+    """What a name of `tokenizer.ggml.pre` stands for in tokenizer.json, and the class of
+    transformers that builds the same.
+    """
+
+    pre_tokenizer: dict[str, Any]
+    class_name: str
+    normalizer: dict[str, Any] | None = None
+    ignore_merges: bool = False
+
+
+PRES = {
+    "qwen2": Pre(
+        _split(_CONTRACTIONS + _WORD + r"|\p{N}" + _REST), "Qwen2Tokenizer", {"type": "NFC"}
+    ),
+    "smollm": Pre(
+        {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                _byte_level(use_regex=True),
+            ],
+        },
+        "TokenizersBackend",
+    ),
+    "llama-bpe": Pre(
+        _split(_CONTRACTIONS + _WORD + r"|\p{N}{1,3}" + _REST),
+        "TokenizersBackend",
+        ignore_merges=True,
+    ),
+    "gpt-2": Pre(_byte_level(use_regex=True), "TokenizersBackend"),
+}
+SYNONYMS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+
+_SPACE = "▁"
+GEMMA = {
+    "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+    "pre_tokenizer": {
+        "type": "Split",
+        "pattern": {"String": " "},
+        "behavior": "MergedWithPrevious",
+        "invert": False,
+    },
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
+            {"type": "ByteFallback"},
+            {"type": "Fuse"},
+        ],
+    },
+}
+# Gemma's turns (its model card), for a pretrained file that has no template. A system turn is
+# refused, as by Google's own; its text then goes into the first user turn.
+GEMMA_TEMPLATE = (
+    "{{ bos_token }}{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}"
+    "{{ raise_exception('System role not supported') }}{%- endif -%}"
+    "{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role'])"
+    " + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}"
+)
+
+
+def tokenizer_files(
+    fields: dict[str, Any], vocabulary: int, place: Path
+) -> dict[str, dict[str, Any] | str]:
+    """Name -> content of tokenizer.json, tokenizer_config.json and chat_template.jinja.
+
+    Args:
+      fields: of the file; vocabulary: rows of its embeddings.
+
+    Raises:
+      InputError: a tokenizer that is not known, or one with more tokens than embeddings.
+    """
+    model = fields.get("tokenizer.ggml.model")
+    tokens, types = (fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
+    if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
+        raise InputError(f"{place}: has no whole vocabulary; download it again")
+    if len(tokens) > vocabulary:
+        raise InputError(
+            f"{place}: {len(tokens)} tokens, but {vocabulary} embeddings; download it again"
+        )
+    gemma = model == "llama" and fields["general.architecture"] == "gemma3"
+    if gemma:
+        built, class_name = _gemma(fields, tokens), "GemmaTokenizer"
+    elif model == "gpt2":
+        built, class_name = _byte_level_bpe(fields, tokens, types, place)
+    else:
+        raise InputError(
+            f"{place}: tokenizer.ggml.model {model!r} is not supported, byte-level BPE (gpt2) and"
+            " Gemma's are; take the Hugging Face folder of the model"
+        )
+    kinds = (CONTROL, USER_DEFINED, UNKNOWN) if gemma else (CONTROL, USER_DEFINED)
+    built["added_tokens"] = [
+        {
+            "id": number,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind != USER_DEFINED,
+        }
+        for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind in kinds
+    ]
+    config: dict[str, Any] = {
+        "tokenizer_class": class_name,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": fields.get(f"{fields['general.architecture']}.context_length"),
+    }
+    names = (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown"))
+    for name, field in names:
+        number = fields.get(f"tokenizer.ggml.{field}_token_id")
+        if number is not None and 0 <= number < len(tokens):
+            config[f"{name}_token"] = tokens[number]
+    files: dict[str, dict[str, Any] | str] = {
+        "tokenizer.json": built,
+        "tokenizer_config.json": config,
+    }
+    template = fields.get("tokenizer.chat_template") or (GEMMA_TEMPLATE if gemma else None)
+    if template:
+        files["chat_template.jinja"] = template
+    return files
+
+
+def _byte_level_bpe(
+    fields: dict[str, Any], tokens: list[str], types: list[int], place: Path
+) -> tuple[dict[str, Any], str]:
+    name = fields.get("tokenizer.ggml.pre")
+    pre = PRES.get(SYNONYMS.get(name, name))
+    if pre is None:
+        raise InputError(
+            f"{place}: tokenizer.ggml.pre {name!r} is not known; known are"
+            f" {', '.join((*PRES, *SYNONYMS))}"
+        )
+    merges = fields.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list):
+        raise InputError(f"{place}: has no tokenizer.ggml.merges; download it again")
+    # With the added tokens: one that the vocabulary lacks is numbered anew when it is read.
+    vocabulary = {
+        token: number
+        for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
+        if kind != UNUSED
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": pre.normalizer,
+        "pre_tokenizer": pre.pre_tokenizer,
+        "post_processor": None,
+        "decoder": _byte_level(use_regex=True),
+        "model": _bpe(
+            vocabulary,
+            [merge.split(" ", 1) for merge in merges],
+            ignore_merges=pre.ignore_merges,
+        ),
+    }, pre.class_name
+
+
+def _bpe(vocabulary: dict[str, int], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": False,
+        "vocab": vocabulary,
+        "merges": merges,
+        **settings,
+    }
+
+
+def _gemma(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+    """SentencePiece's BPE as merges: every pair of pieces that spells a piece, the piece with the
+    best score first (as transformers converts Gemma's tokenizer.model).
+    """
+    ids = {token: number for number, token in enumerate(tokens)}
+    scores = fields["tokenizer.ggml.scores"]
+    merges = []
+    for piece, number in ids.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in ids and right in ids:
+                merges.append((-scores[number], number, ids[left], ids[right], left, right))
+    merges.sort(key=lambda merge: (merge[0], -len(merge[4]), -len(merge[5]), merge[1:4]))
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        **GEMMA,
+        "post_processor": None,
+        "model": _bpe(
+            ids,
+            [[left, right] for *_, left, right in merges],
+            unk_token=tokens[fields["tokenizer.ggml.unknown_token_id"]],
+            fuse_unk=True,
+            byte_fallback=True,
+        ),
+    }
