@@ -472,16 +472,22 @@ def report(
 @app.command()
 def convert(
     source: Annotated[
-        str, typer.Argument(help="run, adapter or model folder, or hub id", metavar="SOURCE")
+        str,
+        typer.Argument(
+            help="run, adapter or model folder, GGUF file, base's name or hub id", metavar="SOURCE"
+        ),
     ],
     target: Annotated[Path, typer.Argument(help="folder to write", metavar="TARGET")],
     to: Annotated[
-        Literal["jaxre", "hf", "peft"],
-        typer.Option(help="hf: Hugging Face; peft: adapter; jaxre: our store"),
+        Literal["jaxre", "hf", "peft", "gguf"],
+        typer.Option(
+            help="hf: Hugging Face; peft: adapter; gguf: llama.cpp and Ollama; jaxre: our store"
+        ),
     ],
     merge: Annotated[bool, typer.Option("--merge", help="merge the adapter into the base")] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; as stored if not given")
+        str | None,
+        typer.Option(help="f32, bf16 or f16 (q8_0 too, of GGUF); as stored if not given"),
     ] = None,
     quantise: Annotated[
         Literal["nf4"] | None, typer.Option(help="nf4: projections as NF4, in a jaxre folder")
@@ -491,7 +497,7 @@ def convert(
     ] = False,
     json: JsonFile = None,
 ) -> None:
-    """Converts weights from and to Hugging Face and PEFT.
+    """Converts weights from and to Hugging Face, PEFT and GGUF.
 
     \b
     Example: jaxre convert runs/quickstart exported --to hf --merge --verify

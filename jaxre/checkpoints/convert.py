@@ -26,6 +26,16 @@ from rich.table import Table
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
+from jaxre.checkpoints.gguf import is_gguf, read_gguf, tensors_of
+from jaxre.checkpoints.gguf_write import (
+    check_writable,
+    kinds_of,
+    modelfile,
+    speech_of,
+    through_q8_0,
+    value_dtype,
+    write_gguf,
+)
 from jaxre.checkpoints.huggingface import (
     atomic_folder,
     check_free,
@@ -38,7 +48,8 @@ from jaxre.checkpoints.huggingface import (
 )
 from jaxre.checkpoints.native import is_native, write_native
 from jaxre.checkpoints.peft import load_adapter, save_adapter
-from jaxre.checkpoints.source import Located, locate, open_weights
+from jaxre.checkpoints.source import Located, locate, open_weights, resolve_model
+from jaxre.config import Config, Prompt, load_config
 from jaxre.errors import InputError
 from jaxre.models.architecture import check_vocabulary, read_architecture
 from jaxre.models.lora import merge_one, scale_of
@@ -50,9 +61,13 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
+# llama.cpp's words for them, and Q8_0: blocks of 32 values that share a scale, in GGUF only.
+KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
+SHORT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 NAMES = {
     "hf": "a Hugging Face folder",
     "jaxre": "a jaxre folder",
+    "gguf": "a GGUF file",
     "peft": "a PEFT adapter",
     "run": "a run",
 }
@@ -104,7 +119,7 @@ class Conversion:
         if self.left_out:
             line += f"; left out, for no classifier has them: {', '.join(self.left_out)}"
         if self.unreadable:
-            base = f"its base {self.unreadable}, a jaxre folder"
+            base = f"its base {self.unreadable}, which is no Hugging Face folder"
             line += (
                 f"; peft cannot open {base}: convert that --to hf and name the new folder in"
                 " adapter_config.json"
@@ -121,7 +136,8 @@ class _Plan:
     a folder is written and read.
 
     A form is (shape, dtype), with None for the dtype of an NF4 weight. `recast` and `left_out` are
-    Conversion's.
+    Conversion's. `rounded` (name, values, dtype) is what is meant to be read back, where that is
+    not the cast.
     """
 
     forms: dict[str, tuple[tuple[int, ...], np.dtype | None]]
@@ -130,12 +146,13 @@ class _Plan:
     reader: Callable[[Path], Callable[[str], np.ndarray | NF4Weight]]
     recast: bool = False
     left_out: tuple[str, ...] = ()
+    rounded: Callable[[str, np.ndarray, np.dtype], np.ndarray] | None = None
 
 
 def convert(
     source: str | Path,
     target: Path,
-    to: Literal["jaxre", "hf", "peft"],
+    to: Literal["jaxre", "hf", "peft", "gguf"],
     merge: bool = False,
     dtype: str | None = None,
     quantise: str | None = None,
@@ -148,8 +165,9 @@ def convert(
       merge: adds the adapter into the base: formed in f32, cast once to the base's dtype. An NF4
         base is dequantised: a run's adapter goes into the values that it was trained on, and the
         merged model predicts as the run does.
-      dtype: "float32", "bfloat16" or "float16" of the written dense weights; the stored one is kept
-        if not given, the embeddings' for what was NF4.
+      dtype: "float32", "bfloat16" or "float16" (or f32, bf16, f16) of the written dense weights;
+        the stored one is kept if not given, the embeddings' for what was NF4. "q8_0" for the
+        matrices of a GGUF file.
       quantise: "nf4" for NF4 projections in a jaxre folder. From there to Hugging Face they are
         dequantised.
       verify: reads back what was written, as the source's tensors, before the folder appears. Each
@@ -162,15 +180,22 @@ def convert(
         written.
     """
     target = Path(target)
-    if to not in ("jaxre", "hf", "peft"):
-        raise InputError(f"{to}: not a form of a model; --to takes jaxre, hf or peft")
+    if to not in ("jaxre", "hf", "peft", "gguf"):
+        raise InputError(f"{to}: not a form of a model; --to takes jaxre, hf, peft or gguf")
+    dtype = SHORT.get(dtype, dtype)
     found = locate(source)
     _check(str(source), found, to, merge, dtype, quantise)
     check_free(target)
     _check_tokenizer(found)
-    plan = (
-        _plan_adapter(found) if to == "peft" else _plan_weights(found, to, merge, dtype, quantise)
-    )
+    if to == "peft":
+        plan = _plan_adapter(found)
+    elif to == "gguf":
+        config = None
+        if found.kind == "run":
+            config = load_config(resolve_model(str(source)) / "config.yaml")
+        plan = _plan_gguf(found, merge, dtype, f"{target.resolve().name}.gguf", config)
+    else:
+        plan = _plan_weights(found, to, merge, dtype, quantise)
     _check_space(target, sum(_bytes(*form) for form in plan.forms.values()))
     try:
         with atomic_folder(target) as folder:
@@ -195,7 +220,11 @@ def convert(
         differences=differences,
         recast=plan.recast,
         left_out=plan.left_out,
-        unreadable=found.base_name if to == "peft" and is_native(found.folder) else None,
+        unreadable=(
+            found.base_name
+            if to == "peft" and (is_native(found.folder) or is_gguf(found.folder))
+            else None
+        ),
     )
 
 
@@ -279,6 +308,40 @@ def _plan_weights(
         dtypes != tensors.dtypes,
         tensors.left_out,
     )
+
+
+def _plan_gguf(
+    found: Located, merge: bool, dtype: str | None, name: str, config: Config | None
+) -> _Plan:
+    """As `_plan_weights`, for one file and a Modelfile beside it; what is merged is the same."""
+    plan = _plan_weights(found, "hf", merge, None if dtype == "q8_0" else dtype, None)
+    architecture = open_weights(found.folder, found.quantise).architecture
+    check_writable(architecture, found.name)
+    dtypes = {tensor: dtype for tensor, (_, dtype) in plan.forms.items()}
+    kinds = kinds_of(architecture, dtypes, KINDS[dtype] if dtype else None)
+    prompt = config.prediction_prompt if config else Prompt()
+    side_files = side_files_of(found.folder, found.adapter)
+    speech = speech_of(architecture, side_files, found.folder, prompt.date)
+    forms = {tensor: (plan.forms[tensor][0], value_dtype(kind)) for tensor, kind in kinds.items()}
+
+    def write(folder: Path) -> None:
+        cast = _ahead(
+            (tensor, _cast(tensor, plan.exact(tensor), forms[tensor][1])) for tensor in kinds
+        )
+        write_gguf(folder / name, architecture, kinds, cast, speech, found.name)
+        system = prompt.system if config else None
+        (folder / "Modelfile").write_text(modelfile(name, speech, system), encoding="utf-8")
+
+    def rounded(tensor: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        value = _cast(tensor, value, dtype)
+        return through_q8_0(value) if kinds[tensor] == "Q8_0" else value
+
+    def reader(folder: Path) -> Callable[[str], np.ndarray]:
+        return tensors_of(folder / name, architecture, read_gguf(folder / name)[1]).read
+
+    recast = any(dtypes[tensor] != dtype for tensor, (_, dtype) in forms.items())
+    recast = recast or "Q8_0" in kinds.values()
+    return _Plan(forms, plan.exact, write, reader, recast, plan.left_out, rounded)
 
 
 def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -369,9 +432,9 @@ def _verify(plan: _Plan, folder: Path, target: Path) -> dict[str, float]:
         for start in range(0, exact.size, BLOCK):
             one, other = exact[start : start + BLOCK], back[start : start + BLOCK]
             same = other.dtype == dtype and np.array_equal(
-                _cast(name, one, dtype).view(np.uint8), other.view(np.uint8)
+                (plan.rounded or _cast)(name, one, dtype).view(np.uint8), other.view(np.uint8)
             )
-            if not same or one.dtype != dtype:
+            if not same or one.dtype != dtype or plan.rounded:
                 differences[name] = max(differences[name], _gap(one, other))
             if not same:
                 wrong[name] = differences[name]
@@ -402,8 +465,10 @@ def _check(
     """Refuses what cannot be, before any weight is read."""
     if dtype is not None and to == "peft":
         raise InputError(f"--dtype {dtype}: an adapter is stored in float32; leave it out")
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: no such type; choose one of {', '.join(DTYPES)}")
+    if dtype is not None and dtype not in KINDS:
+        raise InputError(f"--dtype {dtype}: no such type; choose one of {', '.join(KINDS)}")
+    if dtype == "q8_0" and to != "gguf":
+        raise InputError(f"--dtype {dtype}: only a GGUF file holds such weights; use --to gguf")
     if quantise not in (None, "nf4"):
         raise InputError(f"--quantise {quantise}: not a form of weights that is known; nf4 is")
     if quantise and to != "jaxre":

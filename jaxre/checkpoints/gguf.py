@@ -212,11 +212,6 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredGGUF]]:
         raise InputError(
             f"{path}: not a GGUF file that can be read ({first_line(error)}); download it again"
         ) from None
-    if int(fields.get("split.count", 1)) > 1:
-        raise InputError(
-            f"{path}: is one of {fields['split.count']} parts; join them with llama.cpp's"
-            " llama-gguf-split --merge"
-        )
     known, tensors, size = (*PLAIN, *QUANTISED), {}, path.stat().st_size
     for one in reader.tensors:
         if one.tensor_type.name not in known:
@@ -235,7 +230,12 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredGGUF]]:
 
 
 def family_of(fields: dict[str, Any], place: Path) -> Family:
-    """Raises InputError for an architecture that is not known."""
+    """Raises InputError for an architecture that is not known, or a part of a file."""
+    if int(fields.get("split.count", 1)) > 1:
+        raise InputError(
+            f"{place}: is one of {fields['split.count']} parts; join them with llama.cpp's"
+            " llama-gguf-split --merge"
+        )
     name = fields.get("general.architecture")
     if name not in FAMILIES:
         raise InputError(
@@ -318,14 +318,21 @@ def _llama3_of(config: dict[str, Any], factors: np.ndarray, place: Path) -> dict
     """The parameters of Llama-3 scaling that give these factors. Raises InputError for others."""
     for scaling in LLAMA3_SCALINGS:
         architecture = architecture_of({**config, "rope_scaling": scaling}, str(place))
-        plain = dataclasses.replace(architecture, rope_scaling=None)
-        expected = rotary_frequencies(plain) / rotary_frequencies(architecture)
+        expected = rope_factors(architecture)
         if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-5, atol=0):
             return scaling
     raise InputError(
         f"{place}: {ROPE_FACTORS} are not those of Llama 3.1 or 3.2, and a file does not have their"
         " parameters; take the Hugging Face folder of the model"
     )
+
+
+def rope_factors(architecture: Architecture) -> np.ndarray | None:
+    """[C/2] f32 that the plain frequencies are divided by; None without scaling."""
+    if architecture.rope_scaling is None:
+        return None
+    plain = dataclasses.replace(architecture, rope_scaling=None)
+    return rotary_frequencies(plain) / rotary_frequencies(architecture)
 
 
 def open_gguf(folder: Path) -> Tensors:
@@ -340,13 +347,17 @@ def open_gguf(folder: Path) -> Tensors:
     stat = path.stat() if path.is_file() else None
     if stat is None or [stat.st_size, stat.st_mtime_ns] != [marker["size"], marker["modified"]]:
         raise InputError(f"{path}: is not there any more, or has changed; give the file again")
-    architecture = read_architecture(folder)
     stored = {
         name: StoredGGUF(path, kind, tuple(shape), start, count)
         for name, (kind, shape, start, count) in marker["tensors"].items()
-        if name != ROPE_FACTORS
     }
+    return tensors_of(path, read_architecture(folder), stored)
+
+
+def tensors_of(path: Path, architecture: Architecture, stored: dict[str, StoredGGUF]) -> Tensors:
+    """The tensors of a file under Hugging Face's names. Raises InputError as `open_gguf`."""
     own = names_of(architecture)
+    stored = {name: one for name, one in stored.items() if name != ROPE_FACTORS}
     found = {hf: stored.pop(name) for hf, name in own.items() if name in stored}
     check_tensors(path, architecture, {**found, **stored})
     # One stack holds all layers of a weight: the wider type where they differ.

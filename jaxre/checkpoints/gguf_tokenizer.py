@@ -12,10 +12,16 @@ tokens is not written.
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from jaxre.data.tokenizer import without
 from jaxre.errors import InputError
 
 # Values of tokenizer.ggml.token_type.
@@ -85,7 +91,7 @@ PRES = {
 }
 SYNONYMS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 
-_SPACE = "▁"
+_SPACE, _BYTE = "▁", re.compile("<0x[0-9A-F]{2}>")
 GEMMA = {
     "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
     "pre_tokenizer": {
@@ -259,3 +265,87 @@ def _gemma(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
             byte_fallback=True,
         ),
     }
+
+
+def tokenizer_fields(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int, place: str
+) -> dict[str, Any]:
+    """The fields of a file that say a folder's tokenizer.
+
+    Args:
+      tokenizer: what transformers makes of the folder; vocabulary: rows of the embeddings.
+
+    Raises:
+      InputError: a tokenizer that GGUF or llama.cpp has no word for, with `place` in front.
+    """
+    parts = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    model, gemma = parts["model"], _same(parts, GEMMA, ("normalizer", "pre_tokenizer"))
+    names = [
+        name
+        for name, pre in PRES.items()
+        if _same(parts, {"normalizer": pre.normalizer, "pre_tokenizer": pre.pre_tokenizer})
+        and bool(model.get("ignore_merges")) == pre.ignore_merges
+    ]
+    if model.get("type") != "BPE" or not (gemma or names):
+        raise InputError(
+            f"{place}: its pre-tokenizer is none of {', '.join(PRES)} and Gemma's, which llama.cpp"
+            " has a name for; use --to hf"
+        )
+    ids = dict(model["vocab"])
+    kinds = dict.fromkeys(ids, NORMAL)
+    for token in parts["added_tokens"]:
+        eats = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
+        if eats or (token["normalized"] and parts["normalizer"] is not None):
+            raise InputError(
+                f"{place}: the added token {token['content']!r} has"
+                f" {', '.join(eats) or 'normalized'} set, which llama.cpp does not know; use --to"
+                " hf"
+            )
+        ids[token["content"]] = token["id"]
+        kinds[token["content"]] = CONTROL if token["special"] else USER_DEFINED
+    if gemma:
+        kinds |= {token: BYTE for token in ids if _BYTE.fullmatch(token)}
+        kinds[model["unk_token"]] = UNKNOWN
+    tokens = [f"[PAD{number}]" for number in range(vocabulary)]
+    types = [UNUSED] * vocabulary
+    for token, number in ids.items():
+        tokens[number], types[number] = token, kinds[token]
+    merges = [one.split(" ", 1) if isinstance(one, str) else one for one in model["merges"]]
+    fields: dict[str, Any] = {
+        "tokenizer.ggml.model": "llama" if gemma else "gpt2",
+        "tokenizer.ggml.pre": "default" if gemma else names[0],
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+    }
+    if gemma:
+        fields["tokenizer.ggml.scores"] = _scores(tokens, types, merges)
+        fields["tokenizer.ggml.add_space_prefix"] = False
+    else:
+        fields["tokenizer.ggml.merges"] = [f"{left} {right}" for left, right in merges]
+    for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        number = getattr(tokenizer, f"{name}_token_id")
+        if number is not None:
+            fields[f"tokenizer.ggml.{field}_token_id"] = number
+    return fields
+
+
+def _same(parts: dict[str, Any], wanted: dict[str, Any], names: Sequence[str] = ()) -> bool:
+    return all(
+        without(parts.get(name), "trim_offsets") == without(wanted[name], "trim_offsets")
+        for name in names or wanted
+    )
+
+
+def _scores(tokens: list[str], types: list[int], merges: list[list[str]]) -> list[float]:
+    """SentencePiece's scores: the piece that is merged first has the best one."""
+    first: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        first.setdefault(left + right, rank)
+    return [
+        -1000.0
+        if kind in (CONTROL, USER_DEFINED, UNUSED, UNKNOWN) and token not in first
+        else 0.0
+        if kind == BYTE
+        else -float(first.get(token, len(merges)))
+        for token, kind in zip(tokens, types, strict=True)
+    ]

@@ -61,7 +61,9 @@ def resolve_model(path: str) -> Path:
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        return folder
+        files = list(folder.glob("*.gguf"))
+        alone = len(files) == 1 and not (folder / "config.json").is_file()
+        return unpacked(files[0]) if alone else folder
     if path in PACKAGED:
         file = packaged_file(path)
         return unpacked(file, lambda: check_packaged(path, file))

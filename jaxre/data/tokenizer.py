@@ -106,15 +106,16 @@ def _pipeline(tokenizer: Tokenizer) -> dict[str, Any]:
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         model[name] = model.get(name) or None
     parts["added_tokens"] = [{**token, "special": None} for token in parts["added_tokens"]]
-    return _without(parts, "trim_offsets")
+    return without(parts, "trim_offsets")
 
 
-def _without(value: Any, name: str) -> Any:
+def without(value: Any, name: str) -> Any:
+    """Nested dictionaries without one key, wherever it stands."""
     if isinstance(value, dict):
-        return {key: _without(one, name) for key, one in value.items() if key != name}
+        return {key: without(one, name) for key, one in value.items() if key != name}
     # Merges are lists of lists, 150,000 of them, and hold no settings.
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [_without(one, name) for one in value]
+        return [without(one, name) for one in value]
     return value
 
 
