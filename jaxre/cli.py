@@ -91,16 +91,19 @@ def main() -> None:
 @app.command()
 def quickstart(
     output: Annotated[Path, typer.Option(help="folder of the run")] = Path("runs/quickstart"),
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="the tiny base that jaxre ships, not SmolLM2-135M")
+    ] = False,
 ) -> None:
-    """The whole main job on what the project ships: train, predict, evaluate, compare, export.
+    """The whole main job on a small real model: train, predict, evaluate, compare, export.
 
     \b
     Example: jaxre quickstart
     """
     keep_freed_memory()
-    from jaxre.quickstart import quickstart
+    from jaxre.quickstart import chosen_config, quickstart
 
-    quickstart(output, console)
+    quickstart(output, console, chosen_config(tiny, console))
 
 
 @app.command()
@@ -233,8 +236,7 @@ def predict(
     """Predicts relations, with exact label probabilities.
 
     \b
-    Example: jaxre predict runs/quickstart --text "<e1>Paris</e1> is the capital of
-    <e2>France</e2>."
+    Example: jaxre predict runs/quickstart --text "<e1>Paris</e1>, capital of <e2>France</e2>"
     """
     keep_freed_memory()
     from jaxre.compilation_cache import use_compilation_cache
@@ -382,9 +384,8 @@ def frontier_import(
     counted and have no row.
 
     \b
-    Example: jaxre frontier import requests/facts.manifest.json output.jsonl errors.jsonl --output
-    caches/facts \
-      --price 0.2 0.8
+    Example: jaxre frontier import requests/facts.manifest.json output.jsonl errors.jsonl \
+      --output caches/facts --price 0.2 0.8
     """
     from jaxre.inference.frontier import import_results, import_table
 

@@ -1,9 +1,8 @@
-"""`jaxre quickstart`: the whole main job on what the project ships, with a report a newcomer can
-read.
+"""`jaxre quickstart`: the whole main job on a small real model, with a report a newcomer can read.
 
-Fine-tunes the shipped base on the shipped corpus, predicts the test split, evaluates it beside
-three baselines, compares example by example with the strongest, and exports for transformers and
-PEFT.
+Fine-tunes SmolLM2-135M (or the tiny base that jaxre ships) on the shipped corpus, predicts the test
+split, evaluates it beside three baselines, compares example by example with the strongest, and
+exports for transformers and PEFT.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from jaxre.checkpoints.convert import convert
+from jaxre.checkpoints.packaged import PACKAGED, packaged_file
 from jaxre.config import Config, load_config
 from jaxre.errors import InputError
 from jaxre.evaluation.baselines import majority, tfidf_marked, tfidf_sentence
@@ -31,7 +31,7 @@ from jaxre.relations.schema import Example
 from jaxre.training.log import read_log
 from jaxre.training.loop import train
 
-CONFIG = Path("configs/quickstart.yaml")
+CONFIG, TINY = Path("configs/quickstart.yaml"), Path("configs/quickstart-tiny.yaml")
 BASELINES = {
     "majority label": (majority, "always the most frequent label"),
     "TF-IDF + logistic regression": (tfidf_sentence, "words of the sentence"),
@@ -42,13 +42,33 @@ BASELINES = {
 }
 
 
-def quickstart(run: Path, console: Console, config_path: Path = CONFIG) -> dict:
+def chosen_config(tiny: bool, console: Console) -> Path:
+    """The config of the real base, or of the tiny one where that is asked for or the real one is
+    not installed, which is said.
+    """
+    if tiny:
+        return TINY
+    try:
+        packaged_file(load_config(CONFIG).model.path)
+    except InputError as error:
+        console.print(
+            f"{error}\nuntil then this fine-tunes the tiny base that jaxre ships (as --tiny does)",
+            markup=False,
+            soft_wrap=True,
+        )
+        return TINY
+    return CONFIG
+
+
+def quickstart(run: Path, console: Console, config_path: Path) -> dict:
     """Runs it all and returns what `report/summary.json` holds.
 
     Raises:
       InputError: not started in a clone of the project, or `run` is a folder of something else.
     """
     config = load_config(config_path, [f"output={run.parent}", f"name={run.name}"])
+    known = PACKAGED.get(config.model.path)
+    base = known.about if known else f"base {config.model.path}"
     clear(run, config, console)
 
     console.rule("1 of 5: fine-tune")
@@ -68,9 +88,7 @@ def quickstart(run: Path, console: Console, config_path: Path = CONFIG) -> dict:
 
     console.rule("3 of 5: evaluate, beside the baselines")
     examples, test = mixtures.load(config.data.train, "data.train"), sources.load(config.data.test)
-    systems = [
-        System("fine-tuned (LoRA)", evaluate_rows(ours.rows, "test"), ours=True, note="this run")
-    ]
+    systems = [System("fine-tuned (LoRA)", evaluate_rows(ours.rows, "test"), ours=True, note=base)]
     cached = {}
     for name, (baseline, note) in BASELINES.items():
         rows = baseline_rows(name, baseline(examples, test).labels, test)

