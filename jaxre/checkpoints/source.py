@@ -37,8 +37,8 @@ class Loaded:
 
     `folder` carries its tokenizer and config.json; `name` is what to call it; `base` its weights
     (numpy, our layout) without the adapter; `lora` and `factors` (numpy f32) the adapter, if it has
-    one. `kind` is what was opened; `base_name` what an adapter on it names as its base; `quantise`
-    how a dense base was quantised.
+    one, and `adapter` its folder. `kind` is what was opened; `base_name` what an adapter on it
+    names as its base; `quantise` how a dense base was quantised.
     """
 
     folder: Path
@@ -50,6 +50,7 @@ class Loaded:
     kind: Kind = "hf"
     base_name: str | None = None
     quantise: str | None = None
+    adapter: Path | None = None
 
 
 def resolve_model(path: str) -> Path:
@@ -187,6 +188,7 @@ def open_model(path: str | Path, dtype: np.dtype | None, quantise: str | None = 
         found.kind,
         found.base_name,
         found.quantise,
+        found.adapter,
     )
 
 

@@ -99,12 +99,12 @@ def run_classification(
     params: Tree,
     architecture: EncoderArchitecture,
     plan: ClassificationPlan,
-    advance: Callable[[int], None] = lambda examples: None,
+    settled: Callable[[dict[int, np.ndarray]], None] = lambda scores: None,
 ) -> np.ndarray:
     """Log-probability of every label for every example, [n, N] f64.
 
     Args:
-      advance: told how many examples each finished batch had.
+      settled: called with example -> [N] log-probabilities after each batch.
     """
     scores = np.zeros((len(plan.tokens), len(architecture.labels)))
     for batch in plan.batches:
@@ -116,7 +116,7 @@ def run_classification(
         )
         for b, row in enumerate(packed):
             scores[list(row)] = found[b, : len(row)]
-        advance(sum(map(len, packed)))
+        settled({example: scores[example] for row in packed for example in row})
     return scores
 
 

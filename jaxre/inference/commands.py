@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +18,9 @@ from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import demonstrator
 from jaxre.errors import InputError
 from jaxre.evaluation.evaluate import evaluate_rows
-from jaxre.evaluation.predictions import Prediction, write_predictions
+from jaxre.evaluation.predictions import Prediction, stem_of, write_predictions
+from jaxre.inference.counter import Counter
+from jaxre.inference.journal import Journal, identity_of
 from jaxre.inference.predict import Mode, predict_examples
 from jaxre.models.architecture import EncoderArchitecture
 from jaxre.relations import sources
@@ -58,7 +59,8 @@ class Task:
         self,
         examples: list[Example],
         mode: Mode,
-        advance: Callable[[int], None] = lambda examples: None,
+        answered: Mapping[str, Prediction] | None = None,
+        record: Callable[[list[Prediction]], None] = lambda rows: None,
     ) -> list[Prediction]:
         config = self.config
         return predict_examples(
@@ -75,7 +77,8 @@ class Task:
                 else "none"
             ),
             model_shot=str(config.prompt.shots),
-            advance=advance,
+            answered=answered,
+            record=record,
         )
 
 
@@ -188,14 +191,30 @@ def predict_data(
     )
     for line in [*told, *filter(None, [untyped_notice(task.loaded, examples)])]:
         console.print(line, markup=False)
-    with Progress(console=console, transient=True) as bar:
-        waiting = bar.add_task(f"predicting {len(examples):,} examples", total=len(examples))
-        rows = task.predict(examples, mode, lambda done: bar.advance(waiting, done))
-    if style:
-        rows = [replace(row, prompt_style=style) for row in rows]
     dataset = Path(source.dataset).stem.replace("/", "_").replace(":", "_")
     name = "-".join(part for part in (dataset, source.split, mode, style) if part)
-    path, _ = write_predictions(output or (folder or Path()) / "predictions" / name, rows)
+    target = output or (folder or Path()) / "predictions" / name
+    asked = [mode, asked.schema.labels, prompt.model_dump(), config.predict.model_dump()]
+    dtype = compute_dtype(config.model.dtype).name
+    parts = filter(None, (task.loaded.folder, task.loaded.adapter))
+    journal = Journal(stem_of(Path(target)), identity_of(parts, [*asked, dtype]))
+    known = {one.id for one in examples} & journal.rows.keys()
+    if known:
+        console.print(f"{len(known):,} of {len(examples):,} were answered before", markup=False)
+    try:
+        with Counter(console, len(examples), len(known)) as counter:
+            rows = task.predict(
+                examples,
+                mode,
+                journal.rows,
+                lambda rows: (journal.add(rows), counter.advance(len(rows))),
+            )
+    finally:
+        journal.close()
+    if style:
+        rows = [replace(row, prompt_style=style) for row in rows]
+    path, _ = write_predictions(target, rows)
+    journal.remove()
     if not labelled:
         return Predicted(
             rows,

@@ -94,14 +94,14 @@ def decode(
     *,
     batch_tokens: int = 8192,
     names: Sequence[str] | None = None,
-    advance: Callable[[int], None] = lambda examples: None,
+    settled: Callable[[dict[int, Generation]], None] = lambda answers: None,
 ) -> list[Generation]:
     """Greedy decoding of n prompts.
 
     Args:
       batch_tokens: about the tokens that all slots hold, new ones included.
       names: of the prompts, for messages; their numbers if not given.
-      advance: told how many prompts have been answered since.
+      settled: called with prompt -> answer of those that have just ended.
 
     Raises:
       InputError: no prompt, an empty one, or one that leaves no room for the new tokens.
@@ -147,11 +147,15 @@ def decode(
                     for array in (state.new, state.counts, state.scores, state.running)
                 )
                 done = [slot for slot in at_work if not running[slot]]
-                for slot in done:
-                    results[at_work.pop(slot)] = Generation(
+                answers = {
+                    at_work.pop(slot): Generation(
                         new[slot, : counts[slot]].tolist(), float(scores[slot])
                     )
-                advance(len(done))
+                    for slot in done
+                }
+                for prompt, answer in answers.items():
+                    results[prompt] = answer
+                settled(answers)
     return results
 
 

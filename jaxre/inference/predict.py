@@ -9,7 +9,7 @@ write_predictions("runs/quickstart/predictions/test", rows)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,7 +28,7 @@ from jaxre.errors import InputError
 from jaxre.evaluation.predictions import Prediction
 from jaxre.inference.answers import label_answers
 from jaxre.inference.classification import plan_classification, run_classification
-from jaxre.inference.decoding import clean_answer, decode
+from jaxre.inference.decoding import Generation, clean_answer, decode
 from jaxre.inference.model import Model
 from jaxre.inference.scoring import plan_scoring, probabilities, run_scoring
 from jaxre.inference.search import best_labels, no_number
@@ -60,7 +60,8 @@ def predict_examples(
     demonstrations: Callable[[Example], list[Example]] = lambda example: [],
     tuned_dataset_name: str = "",
     model_shot: str = "0",
-    advance: Callable[[int], None] = lambda examples: None,
+    answered: Mapping[str, Prediction] | None = None,
+    record: Callable[[list[Prediction]], None] = lambda rows: None,
 ) -> list[Prediction]:
     """One row per example, in order.
 
@@ -71,7 +72,9 @@ def predict_examples(
         label alone; "generate" what the model writes, cleaned, whether or not it is a label.
       tuned_dataset_name, model_shot: what the model was tuned on and with how many shots, for the
         study's columns.
-      advance: told how many examples each finished batch had.
+      answered: example id -> row of an earlier, unfinished call; it is taken where its prompt is
+        the same.
+      record: called with the rows of each batch that has been answered.
 
     Returns:
       Rows whose `score` is the log-probability of the predicted label (or text) with its
@@ -85,82 +88,140 @@ def predict_examples(
         raise InputError("there is no example to predict; is the split empty?")
     if isinstance(loaded.architecture, EncoderArchitecture):
         return _predict_labels(
-            loaded, examples, labels, settings, mode, tuned_dataset_name, advance
+            loaded, examples, labels, settings, mode, tuned_dataset_name, answered, record
         )
     template = ChatTemplate(load_tokenizer(loaded.folder), prompt.date, str(loaded.folder))
     questions = questions_of(examples, prompt, labels, demonstrations)
     texts = [template.render(question, generation=True) for question in questions]
-    names = [example.id for example in examples]
-    model = model_of(loaded)
     if mode != "generate":
         tokens, answers = label_answers(template, questions, labels)
         check_vocabulary(
             max(max(ids) for one in (tokens, *answers) for ids in one), loaded.architecture
         )
-        run = {"batch_tokens": settings.batch_tokens, "names": names}
-        if mode == "best":
-            best, scores = best_labels(model, tokens, answers, **run, advance=advance)
-            shares = None
-        else:
-            every = run_scoring(
-                model, plan_scoring(tokens, answers, loaded.architecture, **run), advance=advance
-            )
-            _check_numbers(every.max(axis=1), names)
-            best, scores, shares = every.argmax(axis=1), every.max(axis=1), probabilities(every)
-        found = [
-            {
-                "generated_relation": labels[choice],
-                "score": score,
-                "probabilities": (
-                    None if shares is None else dict(zip(labels, shares[i].tolist(), strict=True))
-                ),
-                "output_tokens": len(answers[i][choice]),
-            }
-            for i, (choice, score) in enumerate(zip(best.tolist(), scores.tolist(), strict=True))
-        ]
     else:
-        tokens = template.tokenize(texts)
+        tokens, answers = template.tokenize(texts), []
         check_vocabulary(max(map(max, tokens)), loaded.architecture)
+    rows = _Rows(examples, texts, answered or {}, record)
+    rows.common = {
+        "gen_type": "gen_constrained" if prompt.enumerate else "gen_open",
+        "model_id": loaded.name,
+        "tuned_dataset_name": tuned_dataset_name,
+        "model_shot": model_shot,
+        "prompt_shot": str(prompt.shots),
+    }
+    rows.lengths = [len(ids) for ids in tokens]
+    if not rows.asked:
+        return rows.all()
+    model = model_of(loaded)
+    asked = [tokens[i] for i in rows.asked]
+    names = [examples[i].id for i in rows.asked]
+    run = {"batch_tokens": settings.batch_tokens, "names": names}
+    if mode == "generate":
         stops = stop_ids(template, questions[0], loaded.folder)
-        written = decode(
-            model,
-            tokens,
-            stops,
-            settings.max_new_tokens,
-            batch_tokens=settings.batch_tokens,
-            names=names,
-            advance=advance,
-        )
-        _check_numbers([one.score for one in written], names)
-        plain = template.tokenizer.batch_decode(
-            [one.tokens for one in written], skip_special_tokens=True
-        )
-        found = [
+
+        def written(found: Mapping[int, Generation]) -> None:
+            plain = template.tokenizer.batch_decode(
+                [one.tokens for one in found.values()], skip_special_tokens=True
+            )
+            rows.settle(
+                {
+                    number: {
+                        "generated_relation": clean_answer(text),
+                        "score": one.score,
+                        "output_tokens": len(one.tokens),
+                        "status": "" if one.tokens[-1] in stops else "truncated",
+                    }
+                    for (number, one), text in zip(found.items(), plain, strict=True)
+                }
+            )
+
+        decode(model, asked, stops, settings.max_new_tokens, **run, settled=written)
+        return rows.all()
+    answers = [answers[i] for i in rows.asked]
+
+    def label(number: int, choice: int, score: float, shares: np.ndarray | None) -> dict:
+        return {
+            "generated_relation": labels[choice],
+            "score": score,
+            "probabilities": (
+                None if shares is None else dict(zip(labels, shares.tolist(), strict=True))
+            ),
+            "output_tokens": len(answers[number][choice]),
+        }
+
+    def best(found: Mapping[int, tuple[int, float]]) -> None:
+        rows.settle({number: label(number, *one, None) for number, one in found.items()})
+
+    def scored(found: Mapping[int, np.ndarray]) -> None:
+        rows.settle(
             {
-                "generated_relation": clean_answer(text),
-                "score": one.score,
-                "output_tokens": len(one.tokens),
-                "status": "" if one.tokens[-1] in stops else "truncated",
+                number: label(
+                    number, int(one.argmax()), float(one.max()), probabilities(one[None])[0]
+                )
+                for number, one in found.items()
             }
-            for text, one in zip(plain, written, strict=True)
-        ]
-    return [
-        Prediction(
-            example_id=example.id,
-            relation=example.relation,
-            eval_dataset_name=example.dataset,
-            gen_type="gen_constrained" if prompt.enumerate else "gen_open",
-            model_id=loaded.name,
-            tuned_dataset_name=tuned_dataset_name,
-            model_shot=model_shot,
-            prompt_shot=str(prompt.shots),
-            prompt=text,
-            prompt_hash=example.prompt_hash or hash_prompt(text),
-            input_tokens=len(ids),
-            **row,
         )
-        for example, text, ids, row in zip(examples, texts, tokens, found, strict=True)
-    ]
+
+    if mode == "best":
+        best_labels(model, asked, answers, **run, settled=best)
+    else:
+        plan = plan_scoring(asked, answers, loaded.architecture, **run)
+        run_scoring(model, plan, settled=scored)
+    return rows.all()
+
+
+class _Rows:
+    """The rows of a prediction as they come. `asked` numbers the examples that no earlier call has
+    answered; results are numbered by their place in it.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        texts: Sequence[str],
+        answered: Mapping[str, Prediction],
+        record: Callable[[list[Prediction]], None],
+    ):
+        self.examples, self.texts, self.record = examples, texts, record
+        self.hashes = [
+            example.prompt_hash or hash_prompt(text)
+            for example, text in zip(examples, texts, strict=True)
+        ]
+        self.rows: dict[int, Prediction] = {}
+        for i, example in enumerate(examples):
+            row = answered.get(example.id)
+            if row and (row.prompt_hash, row.prompt) == (self.hashes[i], texts[i]):
+                self.rows[i] = dataclasses.replace(row, relation=example.relation)
+        self.asked = [i for i in range(len(examples)) if i not in self.rows]
+        self.common: dict[str, str] = {}
+        self.lengths: Sequence[int] = ()
+
+    def settle(self, found: Mapping[int, dict]) -> None:
+        """Raises InputError, as the search does, for a score that is no number: its label would be
+        that of the first place.
+        """
+        fresh = {}
+        for number, row in found.items():
+            i = self.asked[number]
+            example = self.examples[i]
+            if row["score"] != row["score"]:
+                raise InputError(no_number(example.id))
+            fresh[i] = Prediction(
+                example_id=example.id,
+                relation=example.relation,
+                eval_dataset_name=example.dataset,
+                prompt=self.texts[i],
+                prompt_hash=self.hashes[i],
+                input_tokens=self.lengths[i],
+                **self.common,
+                **row,
+            )
+        self.rows |= fresh
+        self.record(list(fresh.values()))
+
+    def all(self) -> list[Prediction]:
+        """One row per example, in order."""
+        return [self.rows[i] for i in range(len(self.examples))]
 
 
 def _predict_labels(
@@ -170,7 +231,8 @@ def _predict_labels(
     settings: Predict,
     mode: str,
     tuned_dataset_name: str,
-    advance: Callable[[int], None],
+    answered: Mapping[str, Prediction] | None,
+    record: Callable[[list[Prediction]], None],
 ) -> list[Prediction]:
     """`predict_examples` of an encoder: probabilities are the softmax of its head."""
     architecture = loaded.architecture
@@ -190,46 +252,32 @@ def _predict_labels(
     texts = [marked_text(example, known) for example in examples]
     tokens = encode_marked(examples, texts, tokenizer)
     check_vocabulary(max(tokenizer.get_vocab().values()), architecture)
+    rows = _Rows(examples, texts, answered or {}, record)
+    rows.common = {"model_id": loaded.name, "tuned_dataset_name": tuned_dataset_name}
+    rows.lengths = tokens.lengths.tolist()
+    if not rows.asked:
+        return rows.all()
+    chosen = np.zeros(len(examples), bool)
+    chosen[rows.asked] = True
     # whatever the gold labels
-    asked = dataclasses.replace(tokens, labels=np.zeros(len(tokens), np.int32))
+    asked = dataclasses.replace(tokens, labels=np.zeros(len(tokens), np.int32)).subset(chosen)
     plan = plan_classification(asked, architecture, batch_tokens=settings.batch_tokens)
-    scores = run_classification(jax.tree.map(jnp.asarray, loaded.base), architecture, plan, advance)
-    _check_numbers(scores.max(axis=1), tokens.ids)
-    scores = scores[:, [architecture.labels.index(label) for label in labels]]
-    shares = probabilities(scores)
-    return [
-        Prediction(
-            example_id=example.id,
-            relation=example.relation,
-            eval_dataset_name=example.dataset,
-            model_id=loaded.name,
-            tuned_dataset_name=tuned_dataset_name,
-            prompt=text,
-            prompt_hash=example.prompt_hash or hash_prompt(text),
-            generated_relation=labels[best],
-            score=float(score[best]),
-            probabilities=dict(zip(labels, share.tolist(), strict=True)),
-            input_tokens=int(length),
-        )
-        for example, text, score, share, best, length in zip(
-            examples,
-            texts,
-            scores,
-            shares,
-            scores.argmax(axis=1).tolist(),
-            tokens.lengths,
-            strict=True,
-        )
-    ]
+    columns = [architecture.labels.index(label) for label in labels]
 
+    def settle(found: Mapping[int, np.ndarray]) -> None:
+        settled = {}
+        for number, every in found.items():
+            scores = every[columns]
+            choice, shares = int(scores.argmax()), probabilities(scores[None])[0]
+            settled[number] = {
+                "generated_relation": labels[choice],
+                "score": float(scores[choice]),
+                "probabilities": dict(zip(labels, shares.tolist(), strict=True)),
+            }
+        rows.settle(settled)
 
-def _check_numbers(scores: Sequence[float], names: Sequence[str]) -> None:
-    """Raises InputError, as the search does, for a score that is no number: its label would be that
-    of the first place.
-    """
-    for name, score in zip(names, scores, strict=True):
-        if score != score:
-            raise InputError(no_number(name))
+    run_classification(jax.tree.map(jnp.asarray, loaded.base), architecture, plan, settle)
+    return rows.all()
 
 
 def stop_ids(template: ChatTemplate, question: Sequence[Turn], folder: Path) -> set[int]:

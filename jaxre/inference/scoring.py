@@ -85,13 +85,16 @@ def probabilities(scores: np.ndarray) -> np.ndarray:
 
 
 def run_scoring(
-    model: Model, plan: ScoringPlan, *, advance: Callable[[int], None] = lambda examples: None
+    model: Model,
+    plan: ScoringPlan,
+    *,
+    settled: Callable[[dict[int, np.ndarray]], None] = lambda scores: None,
 ) -> np.ndarray:
     """Runs a plan: [N, labels] f64 log-probabilities. One compilation serves every batch and every
     later run.
 
     Args:
-      advance: told how many examples each finished batch had.
+      settled: called with example -> [labels] log-probabilities after each batch.
     """
     params, factors = on_device(model)
     scores = np.zeros((len(plan.prompts), len(plan.trees[0].valid)))
@@ -104,7 +107,7 @@ def run_scoring(
                 tree = plan.trees[example]
                 scores[example] = tree.scores(values[b, first : first + len(tree.targets)])
                 first += len(tree.targets)
-        advance(sum(map(len, batch)))
+        settled({example: scores[example] for row in batch for example in row})
 
     waiting = None
     computed = prefixes_of(

@@ -149,7 +149,7 @@ def best_labels(
     *,
     batch_tokens: int = 8192,
     names: Sequence[str] | None = None,
-    advance: Callable[[int], None] = lambda examples: None,
+    settled: Callable[[dict[int, tuple[int, float]]], None] = lambda found: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The label with the highest score of each example, and that score.
 
@@ -157,7 +157,7 @@ def best_labels(
       prompts, answers: as those of `score_labels`.
       batch_tokens: about the tokens that all slots hold.
       names: of the examples, for messages; their numbers if not given.
-      advance: told how many examples have been settled since.
+      settled: called with example -> (label, log-probability) of those that have just ended.
 
     Returns:
       [n] int64 numbers of labels, [n] f64 log-probabilities.
@@ -198,7 +198,8 @@ def best_labels(
                     )
                 else:
                     unsettled.append(search.example)
-            advance(sum(search.found for search in done))
+            ended = [search.example for search in done if search.found]
+            settled({one: (int(best[one]), float(scores[one])) for one in ended})
     if unsettled:
         some = sorted(unsettled)
         plan = plan_scoring(
@@ -208,8 +209,9 @@ def best_labels(
             batch_tokens=batch_tokens,
             names=names and [names[example] for example in some],
         )
-        found = run_scoring(model, plan, advance=advance)
+        found = run_scoring(model, plan)
         best[some], scores[some] = found.argmax(axis=1), found.max(axis=1)
+        settled({one: (int(best[one]), float(scores[one])) for one in some})
     return best, scores
 
 

@@ -271,7 +271,7 @@ class Execution:
                     else "none"
                 ),
                 model_shot="n/a" if system.train_shots is None else str(system.train_shots),
-                advance=lambda done: bar.advance(task, done),
+                record=lambda rows: bar.advance(task, len(rows)),
             )
         return [dataclasses.replace(row, prompt_style=system.style) for row in rows], {}
 

@@ -132,8 +132,8 @@ def test_few_compilations_whatever_the_lengths(models):
     prompts = some_prompts(range(1, 300, 11))
     before = fill._cache_size(), decode_until._cache_size()
     counts = []
-    decode(model, prompts, {3}, 5, batch_tokens=1024, advance=counts.append)
-    assert sum(counts) == len(prompts) and len(counts) > 3
+    decode(model, prompts, {3}, 5, batch_tokens=1024, settled=counts.append)
+    assert sum(map(len, counts)) == len(prompts) and len(counts) > 3
     assert max(fill._cache_size() - before[0], decode_until._cache_size() - before[1]) <= 3
     after = fill._cache_size(), decode_until._cache_size()
     decode(model, prompts[::-1], {4}, 5, batch_tokens=1024)

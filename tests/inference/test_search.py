@@ -36,13 +36,15 @@ def some_prompts(shared, lengths, seed=0):
 def check(model, prompts, labels, **settings):
     done = []
     best, scores = best_labels(
-        model, prompts, [labels] * len(prompts), **settings, advance=done.append
+        model, prompts, [labels] * len(prompts), **settings, settled=done.append
     )
     truth = score_labels(model, prompts, [labels] * len(prompts))
     assert best.tolist() == truth.argmax(axis=1).tolist()
     # f32 sums of up to 7 tokens in another order
     np.testing.assert_allclose(scores, truth.max(axis=1), atol=2e-5)
-    assert sum(done) == len(prompts)
+    assert sum(map(len, done)) == len(prompts)
+    everyone = {example: found for part in done for example, found in part.items()}
+    assert everyone == {i: (int(best[i]), float(scores[i])) for i in range(len(prompts))}
     return best
 
 
@@ -79,7 +81,7 @@ def test_what_the_columns_do_not_settle_is_scored_in_full(models, monkeypatch):
     monkeypatch.setattr(
         search,
         "run_scoring",
-        lambda model, plan, advance: asked.append(plan) or search_run(model, plan, advance=advance),
+        lambda model, plan: asked.append(plan) or search_run(model, plan),
     )
     check(model, some_prompts(70, range(5, 25)), random_labels(12, 5))
     assert 0 < len(asked[0].prompts) <= 20
@@ -148,7 +150,7 @@ def test_what_is_settled_is_not_kept(models, monkeypatch):
         prompts,
         [labels] * len(prompts),
         batch_tokens=256,
-        advance=lambda done: at_once.append(sum(one() is not None for one in begun)),
+        settled=lambda done: at_once.append(sum(one() is not None for one in begun)),
     )
     assert len(begun) == len(prompts) and max(at_once) < len(prompts) / 2
 
