@@ -144,7 +144,7 @@ def run_layers(
     with jax.named_scope("embed"):
         x = params["embed"][tokens]  # B T D
         if architecture.embedding_scale is not None:  # rounded before it multiplies, as it is there
-            x = x * jnp.asarray(np.float32(architecture.embedding_scale), x.dtype)
+            x = x * jnp.asarray(architecture.embedding_scale, x.dtype)
         x = ops.constrain(x)
     angles = rotary_angles(positions, architecture)
     factors = adapter.factors if adapter else {"layers": {}, "last": {}}
