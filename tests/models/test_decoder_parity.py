@@ -116,10 +116,11 @@ def test_real_pretrained_weights_tell_their_story(stories):
         "qwen2 tied, biases, grouped heads",
         "llama-3 scaled rope",
         "smollm3, every fourth layer unrotated",
+        "gemma3, sliding and global layers",
     ],
 )
 def test_bfloat16_is_no_further_from_float32_than_transformers(name, tmp_path):
-    """Judged over three draws of weights together: ours was 0.84 to 0.89 of theirs in the mean,
+    """Judged over three draws of weights together: ours was 0.84 to 0.94 of theirs in the mean,
     0.80 to 1.01 for a single draw.
 
     test_studied_decoders.py judges wider models.
