@@ -56,8 +56,13 @@ def random_model(vocabulary: int, *, adapter: bool, kind: str = "qwen2", seed: i
     architecture = architecture_of(config, "test")
     random = np.random.default_rng(seed)
     means = {"ones": 1.0, "zeros": 0.0, "normal": 0.0}
+
+    def mean(weight: Weight) -> float:
+        # Gemma 3's scaled embeddings would outweigh its layers: each token would predict itself.
+        return 5.0 if weight.name.endswith("_out_norm") else means[weight.initial]
+
     params = tree_of(
-        (path, (means[weight.initial] + 0.3 * random.standard_normal(shape)).astype(np.float32))
+        (path, (mean(weight) + 0.3 * random.standard_normal(shape)).astype(np.float32))
         for weight, path, shape, _ in places(architecture)
     )
     return Model(params, architecture, *(random_factors(architecture, seed) if adapter else ()))
