@@ -234,7 +234,7 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
         {
             "rope_parameters": {
                 "full_attention": {"rope_type": "default"},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 9.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 9000.0},
             },
             "rope_scaling": LINEAR,
         },
@@ -264,7 +264,8 @@ def test_gemma3_fields_mean_what_they_mean_to_transformers(fields, tmp_path):
     ):
         if kind in theirs.layer_types:
             frequencies = getattr(rotary, f"{kind}_inv_freq").numpy()
-            np.testing.assert_allclose(ours, frequencies, rtol=1.2e-7)
+            # torch's own power is up to two units in the last place off in a channel or two.
+            np.testing.assert_allclose(ours, frequencies, rtol=2.4e-7)
     assert architecture_of(json.loads(theirs.to_json_string()), "again") == architecture
 
 

@@ -72,7 +72,7 @@ CASES = {
     "some targets, scaled rope of global layers": (
         "gemma3, last layer global, scaled",
         Lora(rank=2, alpha=3.0, dropout=0.0, targets=("q", "down")),
-        0.5,
+        0.25,
     ),
 }
 MODULES = {name: f"{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj" for name in LORA_TARGETS}
