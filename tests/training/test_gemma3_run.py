@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from refusals import refusal
@@ -110,13 +111,12 @@ def test_kernels_without_windows_are_refused_by_name(
     config = configured(tmp_path, model, kernels={"attention": "pallas_tpu"})
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     loaded, chosen = open_model(model, np.dtype(np.float32)), {}
+    params = jax.tree.map(jnp.asarray, loaded.base)
     rows = jax.ShapeDtypeStruct((1, 32), np.int32)
 
     def traced(ops: Ops) -> None:
         jax.eval_shape(
-            lambda rows: decoder.forward(
-                loaded.base, rows, rows, rows, loaded.architecture, ops=ops
-            ),
+            lambda rows: decoder.forward(params, rows, rows, rows, loaded.architecture, ops=ops),
             rows,
         )
 
