@@ -246,7 +246,8 @@ def test_shared_beginnings_take_one_place():
 
 
 @pytest.mark.slow
-def test_scores_on_a_mesh_equal_one_device():
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
+def test_scores_on_a_mesh_equal_one_device(kind):
     code = """
 import sys
 
@@ -259,7 +260,7 @@ from jaxre.inference.scoring import score_labels
 from jaxre.models.weights import places, tree_of
 
 assert jax.device_count() == 8
-model = random_model(96, adapter=True)
+model = random_model(96, adapter=True, kind=sys.argv[1])
 random = np.random.default_rng(0)
 start = random.integers(0, 95, 40).tolist()
 prompts = [
@@ -288,7 +289,7 @@ for shape in ((2, 2, 2),):  # every axis at once
     assert largest_difference(found, truth) < 1e-5, shape
 """
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, kind],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],
