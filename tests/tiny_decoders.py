@@ -41,8 +41,8 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
 }
 
-# What each stands for: the switches of the five studied decoders and of Qwen3, and the corners of
-# our layout.
+# What each stands for: the switches of the five studied decoders, of Qwen3 and of Gemma 3, and the
+# corners of our layout.
 CONFIGS = {
     "qwen2 tied, biases, grouped heads": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2 untied": {"model_type": "qwen2", "tie_word_embeddings": False},
@@ -69,6 +69,28 @@ CONFIGS = {
         "no_rope_layers": [0, 1, 0],
     },
     "qwen3, norms of q and k": {"model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True},
+    # Seven layers: both kinds among those that are scanned, a global one among them, the last
+    # sliding; the window is shorter than any example.
+    "gemma3, sliding and global layers": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 7,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+    },
+    "gemma3, last layer global, scaled": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 3,
+        "head_dim": 12,
+        "query_pre_attn_scalar": 21,
+        "sliding_window": 5,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+        },
+    },
     "one layer": {"model_type": "qwen2", "num_hidden_layers": 1, "tie_word_embeddings": True},
 }
 
@@ -103,7 +125,8 @@ def build(fields: dict, folder: Path, seed: int = 0, dtype: str = "float32", **s
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name.endswith("norm.weight"):
-                parameter.copy_(1 + 0.3 * noise)
+                centre = 0 if fields["model_type"].startswith("gemma3") else 1
+                parameter.copy_(centre + 0.3 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.5 * noise)
             elif "embed" in name:

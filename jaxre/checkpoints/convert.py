@@ -73,17 +73,26 @@ NAMES = {
 }
 BLOCK = 1 << 22  # elements compared at once
 # Every file that may give a token its id; tokenizers differ in which of them they read.
-TOKEN_IDS: dict[str, Callable[[Path], Iterable[int | str]]] = {
+TOKEN_IDS: dict[str, Callable[[Path], Iterable[tuple[str, int | str]]]] = {
     "tokenizer.json": lambda path: (
-        Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).values()
+        Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).items()
     ),
-    "vocab.json": lambda path: read_json(path).values(),
-    "added_tokens.json": lambda path: read_json(path).values(),
-    "tokenizer_config.json": lambda path: read_json(path).get("added_tokens_decoder") or (),
-    "vocab.txt": lambda path: range(
-        len(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))
+    "vocab.json": lambda path: read_json(path).items(),
+    "added_tokens.json": lambda path: read_json(path).items(),
+    "tokenizer_config.json": lambda path: (
+        (token["content"], number)
+        for number, token in (read_json(path).get("added_tokens_decoder") or {}).items()
+    ),
+    "vocab.txt": lambda path: (
+        (token, number)
+        for number, token in enumerate(
+            path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        )
     ),
 }
+# Gemma 3's models of text alone have the tokenizer of those that read images, whose token stands
+# one behind their embeddings. Text that holds it is refused where it is read.
+WITHOUT_EMBEDDING = {"gemma3_text": ("<image_soft_token>",)}
 
 
 @dataclass(frozen=True)
@@ -514,15 +523,17 @@ def _changes(found: Located, dtype: str | None, quantise: str | None) -> bool:
 
 
 def _check_tokenizer(found: Located) -> None:
-    """Raises InputError for a tokenizer with tokens that the embeddings lack; a folder may have
-    none.
+    """Raises InputError for a tokenizer with tokens that the embeddings lack, but for those that
+    models of this kind are published without; a folder may have none.
     """
     architecture = read_architecture(found.folder)
+    allowed = WITHOUT_EMBEDDING.get(architecture.kind, ())
     for name, path in side_files_of(found.folder, found.adapter).items():
         if name not in TOKEN_IDS:
             continue
         try:
-            highest = max(map(int, TOKEN_IDS[name](path)), default=0)
+            ids = (int(number) for token, number in TOKEN_IDS[name](path) if token not in allowed)
+            highest = max(ids, default=0)
         except InputError:
             raise
         except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception)

@@ -3,7 +3,8 @@ generation prompt.
 
 A template is foreign code, so each of its known faults is caught here by name: no assistant
 text, a supervised prompt, an empty `<think>` block in the target, prompt tokens that are not a
-prefix of all tokens, today's date in the prompt.
+prefix of all tokens, today's date in the prompt. Where it has no system turn (Gemma's), the system
+text goes before that of the first user turn.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +33,12 @@ CHUNK = 2048
 
 # Characters of a prompt's end that other prompts may share; one longer holds text of the example.
 TAIL = 64
+
+# Turns that show whether a template renders a system turn.
+PROBE_SYSTEM = {"role": "system", "content": "Instructions of the system turn."}
+PROBE_USER = {"role": "user", "content": "Text of the user turn."}
+FAULTS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
+_reported: set[str] = set()  # templates without a system turn, by place
 
 
 @dataclass(frozen=True)
@@ -73,26 +81,65 @@ class ChatTemplate:
     @functools.cached_property
     def digest(self) -> str:
         """Digest of the tokenizer, its template and the pinned date."""
-        parts = (
+        parts = [
             tokenizer_digest(self.tokenizer),
             self.template,
             str(self.tokenizer.special_tokens_map),
             self.date,
-        )
+        ]
+        if not self.has_system_turn:
+            parts.append("system text in the first user turn")
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    @functools.cached_property
+    def has_system_turn(self) -> bool:
+        """Whether the template renders a system turn; false where it refuses or leaves out one but
+        renders the conversation without it.
+        """
+        try:
+            self._apply([PROBE_USER], generation=True)
+        except FAULTS:
+            return True  # it refuses more than that: `render` says what
+        try:
+            text = self._apply([PROBE_SYSTEM, PROBE_USER], generation=True)
+        except FAULTS:
+            return False
+        return PROBE_SYSTEM["content"] in text
+
+    def placed(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns that the template is given: the system text stands before the first user text,
+        with an empty line between them, where the template has no system turn. That is reported
+        once.
+        """
+        turns = list(turns)
+        roles = [turn["role"] for turn in turns[:2]]
+        if roles != ["system", "user"] or self.has_system_turn:
+            return turns
+        if self.place not in _reported:
+            _reported.add(self.place)
+            print(
+                f"{self.place}: the chat template has no system turn; the system text goes before"
+                " the first user turn",
+                file=sys.stderr,
+            )
+        system, user, *rest = turns
+        return [{**user, "content": f"{system['content']}\n\n{user['content']}"}, *rest]
+
+    def _apply(self, turns: list[Turn], generation: bool) -> str:
+        return self.tokenizer.apply_chat_template(
+            turns,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=generation,
+            enable_thinking=False,
+            date_string=datetime.date.fromisoformat(self.date).strftime("%d %b %Y"),
+        )
 
     def render(self, turns: Sequence[Turn], generation: bool) -> str:
         """The text of a conversation, with the generation prompt at its end if asked for."""
         try:
-            return self.tokenizer.apply_chat_template(
-                list(turns),
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=generation,
-                enable_thinking=False,
-                date_string=datetime.date.fromisoformat(self.date).strftime("%d %b %Y"),
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            return self._apply(self.placed(turns), generation)
+        except FAULTS as error:
             raise InputError(
                 f"{self.place}: the chat template refuses these turns ({first_line(error)}); change"
                 " prompt.system or prompt.shots"

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxre_kernels.attention import Window
 
 QUERIES = 128  # of a block of a row
 NEAR_MULTIPLE = 32  # keys behind a block, rounded up
@@ -23,18 +24,26 @@ NEAR_MULTIPLE = 32  # keys behind a block, rounded up
 
 class Part(NamedTuple):
     """Keys and values [B, K, U, C], or [K, U, C] where all rows share them, and which queries see
-    them: to [B, K, M, U] broadcast.
+    them: to [B, K, M, U] broadcast. A sliding layer asks for their positions too, [B, U] or [U].
     """
 
     keys: jax.Array
     values: jax.Array
     visible: jax.Array
+    positions: jax.Array | None = None
 
 
-def joint_attention(queries: jax.Array, parts: Sequence[Part]) -> jax.Array:
+def joint_attention(
+    queries: jax.Array, parts: Sequence[Part], window: Window | None = None
+) -> jax.Array:
     """[B, K, M, C] queries -> [B, K, M, C] context, of the queries' dtype. Every query must see a
     key of some part.
+
+    Args:
+      window: of a sliding layer: the positions of the queries, [B, M], and how many they see.
     """
+    if window is not None:
+        parts = [_within(part, window) for part in parts]
     wide = jnp.promote_types(queries.dtype, jnp.float32)
     scores = []
     for part in parts:
@@ -56,6 +65,13 @@ def joint_attention(queries: jax.Array, parts: Sequence[Part]) -> jax.Array:
     return (context / total).astype(queries.dtype)
 
 
+def _within(part: Part, window: Window) -> Part:
+    """The part without the keys that a window hides from each query."""
+    keys = part.positions if part.positions.ndim == 2 else part.positions[None]  # B U
+    near = window.positions[:, None, :, None] - keys[:, None, None] < window.length  # B 1 M U
+    return part._replace(visible=part.visible & near)
+
+
 def prefix_parts(prefix: tuple[jax.Array, jax.Array] | None, length: jax.Array | int) -> list[Part]:
     """The part [K, P, C] that all see, of which the first `length` places count; none without a
     prefix.
@@ -63,7 +79,8 @@ def prefix_parts(prefix: tuple[jax.Array, jax.Array] | None, length: jax.Array |
     if prefix is None:
         return []
     keys, values = prefix
-    return [Part(keys, values, jnp.arange(keys.shape[1]) < length)]
+    place = jnp.arange(keys.shape[1])
+    return [Part(keys, values, place < length, place)]
 
 
 def row_attention(
@@ -73,6 +90,7 @@ def row_attention(
     visible_until: jax.Array,
     before: Sequence[Part],
     span: int,
+    window: Window | None = None,
 ) -> jax.Array:
     """Attention of packed rows: token i sees `before`, and token j of its row exactly when `j <= i
     < visible_until[j]`.
@@ -80,6 +98,7 @@ def row_attention(
     Args:
       q: [B, T, H, C]; k, v: [B, T, K, C]; visible_until: [B, T] int32.
       span: every visible pair of a row has i - j < span; a block of queries looks no further back.
+      window: of a sliding layer, with the positions of the row's tokens; `before` has its own.
 
     Returns:
       [B, T, H, C].
@@ -92,6 +111,8 @@ def row_attention(
         for array in (k, v)
     )
     until = jnp.pad(visible_until, ((0, 0), (back, 0)))  # zero before the row: seen by none
+    if window is not None:
+        positions = jnp.pad(window.positions, ((0, 0), (back, 0)))
     blocks = jnp.moveaxis(q.reshape(q.shape[0], -1, block, *q.shape[2:]), 1, 0)  # N B block H C
 
     def attend(one: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -102,8 +123,13 @@ def row_attention(
 
         query, key = first + jnp.arange(block)[:, None], first - back + jnp.arange(back + block)
         visible = (key <= query) & (query < near(until, 1)[:, None])  # B block back+block
-        own = Part(near(k, 2), near(v, 2), _for_heads(visible, queries.shape[2] // K))
-        return _ungrouped(joint_attention(_grouped(queries, K), [*before, own]), queries.shape)
+        G = queries.shape[2] // K
+        own, own_window = Part(near(k, 2), near(v, 2), _for_heads(visible, G)), None
+        if window is not None:
+            own = own._replace(positions=near(positions, 1))
+            own_window = Window(jnp.repeat(own.positions[:, back:], G, axis=1), window.length)
+        context = joint_attention(_grouped(queries, K), [*before, own], own_window)
+        return _ungrouped(context, queries.shape)
 
     if blocks.shape[0] == 1:
         return attend((jnp.int32(0), blocks[0]))
@@ -118,14 +144,25 @@ def chosen_attention(
     positions: jax.Array,
     visible_until: jax.Array,
     before: Sequence[Part],
+    window: Window | None = None,
 ) -> jax.Array:
     """`row_attention` of the queries [B, S, H, C] at row positions [B, S] alone."""
     key = jnp.arange(visible_until.shape[1])
     # B S T
     visible = (key <= positions[..., None]) & (positions[..., None] < visible_until[:, None])
     keys, values = (array.transpose(0, 2, 1, 3) for array in (k, v))
-    own = Part(keys, values, _for_heads(visible, q.shape[2] // k.shape[2]))
-    return _ungrouped(joint_attention(_grouped(q, k.shape[2]), [*before, own]), q.shape)
+    G = q.shape[2] // k.shape[2]
+    own = Part(keys, values, _for_heads(visible, G))
+    if window is not None:
+        own = own._replace(positions=window.positions)
+        asked = jnp.take_along_axis(window.positions, positions, axis=1)
+        window = window._replace(positions=jnp.repeat(asked, G, axis=1))
+    return _ungrouped(joint_attention(_grouped(q, k.shape[2]), [*before, own], window), q.shape)
+
+
+def window_of(positions: jax.Array, length: jax.Array | int | None) -> Window | None:
+    """The window of a layer over positions [B, T]; None for a layer without one."""
+    return None if length is None else Window(positions, length)
 
 
 def block_of(length: int, span: int) -> tuple[int, int]:

@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxre.errors import InputError
-from jaxre.inference.attention import row_attention
+from jaxre.inference.attention import row_attention, window_of
 from jaxre.inference.model import adapter_of
 from jaxre.models.architecture import Architecture
 from jaxre.models.decoder import Tree, run_layers
@@ -193,8 +193,9 @@ def _prefix_caches(
     """
     P = tokens.shape[1]
 
-    def attend(q, k, v, _):
-        context = row_attention(q, k, v, jnp.full((1, P), P), (), P)
+    def attend(q, k, v, _, window):
+        near = window_of(jnp.arange(P)[None], window)
+        context = row_attention(q, k, v, jnp.full((1, P), P), (), P, near)
         return context, tuple(array[0].transpose(1, 0, 2) for array in (k, v))
 
     with jax.named_scope("prefix"):

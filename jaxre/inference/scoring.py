@@ -26,7 +26,13 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxre.inference.answers import label_answers
-from jaxre.inference.attention import Part, chosen_attention, prefix_parts, row_attention
+from jaxre.inference.attention import (
+    Part,
+    chosen_attention,
+    prefix_parts,
+    row_attention,
+    window_of,
+)
 from jaxre.inference.model import Model, adapter_of, on_device, on_mesh
 from jaxre.inference.prefix import Prefix, prefixes_of
 from jaxre.inference.tree_rows import ScoringPlan, TreeRows, fill_trees, plan_scoring
@@ -166,11 +172,14 @@ def target_log_probabilities(
     def before(cache: tuple[jax.Array, jax.Array] | None) -> list[Part]:
         return prefix_parts(cache, prefix.length) if prefix else []
 
-    def attend(q, k, v, cache):
-        return row_attention(q, k, v, rows.visible_until, before(cache), span), None
+    def attend(q, k, v, cache, window):
+        near = window_of(rows.positions, window)
+        return row_attention(q, k, v, rows.visible_until, before(cache), span, near), None
 
-    def attend_last(q, k, v, cache):
-        return chosen_attention(q, k, v, rows.supervised, rows.visible_until, before(cache)), None
+    def attend_last(q, k, v, cache, window):
+        asked = (rows.supervised, rows.visible_until)
+        near = window_of(rows.positions, window)
+        return chosen_attention(q, k, v, *asked, before(cache), near), None
 
     # The last layer is needed where a token is predicted; its attention there is dense, so it pays
     # where those are few.

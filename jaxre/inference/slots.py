@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxre_kernels.attention import Window
 
 from jaxre.data.packing import choose_lengths
 from jaxre.inference.attention import (
@@ -29,6 +30,7 @@ from jaxre.inference.attention import (
     joint_attention,
     prefix_parts,
     row_attention,
+    window_of,
 )
 from jaxre.inference.prefix import Prefix
 from jaxre.models.architecture import Architecture
@@ -47,11 +49,14 @@ class Slots(NamedTuple):
     the same with W in place of U.
 
     lengths: [S] int32, own tokens of each.
+    positions: [S, W] int32, of the tokens in the ring, where sliding layers ask for them; else
+    None.
     """
 
     own: dict[str, Any]
     ring: dict[str, Any]
     lengths: jax.Array
+    positions: jax.Array | None = None
 
 
 class Arrivals(NamedTuple):
@@ -137,7 +142,11 @@ def empty_slots(sizes: Sizes, architecture: Architecture, dtype: np.dtype) -> Sl
         )
         return {"layers": stacked, "last": tuple(jnp.zeros(shape, dtype) for _ in "kv")}
 
-    return Slots(caches(sizes.own), caches(sizes.columns), jnp.zeros(sizes.slots, jnp.int32))
+    positions = None
+    if architecture.window is not None:
+        positions = jnp.zeros((sizes.slots, sizes.columns), jnp.int32)
+    lengths = jnp.zeros(sizes.slots, jnp.int32)
+    return Slots(caches(sizes.own), caches(sizes.columns), lengths, positions)
 
 
 def arrivals_of(
@@ -194,15 +203,15 @@ def fill_slots(
     def kept(k, v):
         return tuple(array[0, place].transpose(0, 2, 1, 3) for array in (k, v))  # R K U C
 
-    def attend(q, k, v, cache):
-        return row_attention(
-            q, k, v, arrivals.visible_until, _before(cache, prefix), min(U, T)
-        ), kept(k, v)
+    def attend(q, k, v, cache, window):
+        before, near = _before(cache, prefix), window_of(arrivals.positions, window)
+        context = row_attention(q, k, v, arrivals.visible_until, before, min(U, T), near)
+        return context, kept(k, v)
 
-    def attend_last(q, k, v, cache):
-        return chosen_attention(
-            q, k, v, last, arrivals.visible_until, _before(cache, prefix)
-        ), kept(k, v)
+    def attend_last(q, k, v, cache, window):
+        before, near = _before(cache, prefix), window_of(arrivals.positions, window)
+        context = chosen_attention(q, k, v, last, arrivals.visible_until, before, near)
+        return context, kept(k, v)
 
     with jax.named_scope("fill"):
         caches = prefix and prefix.caches
@@ -222,7 +231,7 @@ def fill_slots(
             return old.at[..., arrivals.slots, :, :, :].set(new, mode="drop")
 
         lengths = slots.lengths.at[arrivals.slots].set(arrivals.lengths, mode="drop")
-        return Slots(jax.tree.map(put, slots.own, fresh), slots.ring, lengths), x[0]
+        return slots._replace(own=jax.tree.map(put, slots.own, fresh), lengths=lengths), x[0]
 
 
 def step_slots(
@@ -250,7 +259,7 @@ def step_slots(
     own_seen = (jnp.arange(U) < slots.lengths[:, None])[:, None, None]  # S 1 1 U
     ring_seen = seen[:, None, None]
 
-    def attend(q, k, v, cache):
+    def attend(q, k, v, cache, window):
         before, own, ring = cache
         S, _, H, C = q.shape
         fresh = tuple(array.transpose(0, 2, 1, 3) for array in (k, v))  # S K 1 C
@@ -260,7 +269,16 @@ def step_slots(
             Part(*ring, ring_seen),
             Part(*fresh, jnp.bool_(True)),
         ]
-        context = joint_attention(q.reshape(S, k.shape[2], -1, C), parts)  # S K G C
+        near = None
+        if window is not None:
+            own_positions = jnp.arange(U) if prefix is None else prefix.length + jnp.arange(U)
+            known = (own_positions, slots.positions, positions[:, None])
+            parts[-3:] = [
+                part._replace(positions=where)
+                for part, where in zip(parts[-3:], known, strict=True)
+            ]
+            near = Window(jnp.repeat(positions[:, None], H // k.shape[2], axis=1), window)
+        context = joint_attention(q.reshape(S, k.shape[2], -1, C), parts, near)  # S K G C
         return context.reshape(S, 1, H, C), fresh
 
     with jax.named_scope("step"):
@@ -281,7 +299,13 @@ def step_slots(
             slots.ring,
             fresh,
         )
-        return Slots(slots.own, ring, slots.lengths), x[:, 0]
+        slots = slots._replace(ring=ring)
+        if slots.positions is not None:
+            columns = jax.lax.dynamic_update_slice_in_dim(
+                slots.positions, positions[:, None], column, axis=1
+            )
+            slots = slots._replace(positions=columns)
+        return slots, x[:, 0]
 
 
 def _before(cache: tuple[jax.Array, jax.Array] | None, prefix: Prefix | None) -> list[Part]:

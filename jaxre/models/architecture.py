@@ -24,14 +24,27 @@ class Kind:
     qk_norm: bool = False
     head_channels: int | None = None  # the embedding over the query heads
     rotary_pauses: int | None = None  # every so many layers one does not rotate
+    activation: str = "silu"
 
 
+# A gate is multiplied by the activation of the other product: SwiGLU or GeGLU (Shazeer 2020).
+ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 KINDS = {
     "llama": Kind(),
     "qwen2": Kind(qkv_bias=True),
     "qwen3": Kind(qk_norm=True, head_channels=128),
     "smollm3": Kind(tied_head=True, rope_theta=2_000_000.0, rotary_pauses=4),
+    "gemma3_text": Kind(
+        tied_head=True,
+        rope_theta=1_000_000.0,
+        qk_norm=True,
+        head_channels=256,
+        activation="gelu_pytorch_tanh",
+    ),
 }
+GEMMA3 = "gemma3_text"
+GEMMA3_LOCAL_THETA = 10_000.0
+GEMMA3_PATTERN = 6  # of so many layers the last one is global
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,24 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LinearScaling:
+    """All rotary frequencies divided by one factor (`rope_type: linear`; Gemma 3 from 4B on)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Sizes and switches of a decoder.
 
     `qk_norm` is whether each head's query and key pass an RMSNorm before they rotate (Qwen3).
     `rotary[l]` is whether layer l rotates queries and keys (SmolLM3 leaves every fourth out).
+
+    The rest is Gemma 3's. `sliding[l]` is whether a token of layer l sees only the `window`
+    positions that end with its own; such layers rotate with `local_rope_theta`, unscaled.
+    `unit_offset_norms`: a norm multiplies by 1 + w, not by w. `norms_after`: attention and MLP have
+    a norm behind them too. `embedding_scale` multiplies embeddings that enter the first layer.
+    `score_scale` multiplies scores in place of C^-1/2.
     """
 
     kind: str
@@ -67,12 +93,24 @@ class Architecture:
     qkv_bias: bool
     qk_norm: bool
     rotary: tuple[bool, ...]
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling | LinearScaling | None = None
     initializer_range: float = 0.02
+    activation: str = "silu"
+    sliding: tuple[bool, ...] = ()
+    window: int | None = None
+    local_rope_theta: float | None = None
+    unit_offset_norms: bool = False
+    norms_after: bool = False
+    embedding_scale: float | None = None
+    score_scale: float | None = None
 
     @property
     def untied_head(self) -> bool:
         return not self.tied_head
+
+    def layer_window(self, layer: int) -> int | None:
+        """Positions that a token of a layer sees, its own included; None where all."""
+        return self.window if self.sliding and self.sliding[layer] else None
 
     def size(self, letters: str) -> int:
         """Length of a dimension named by letters: D, F, V, C, HC, KC."""
@@ -164,18 +202,24 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
     if config.get("model_type") in ENCODERS:
         return _encoder_of(config, place)
     kind = KINDS.get(str(config.get("model_type")))
+    if config.get("model_type") == "gemma3":
+        raise InputError(
+            f"{place}: model_type 'gemma3' reads images too, which is not supported; take a model"
+            f" of text alone, {GEMMA3!r} (Gemma 3 270M or 1B)"
+        )
     if kind is None:
         raise InputError(
             f"{place}: model_type {config.get('model_type')!r} is not known; known are"
             f" {', '.join((*KINDS, *ENCODERS))}"
         )
-    _refuse_unsupported(config, place)
+    _refuse_unsupported(config, kind, place)
     try:
         layers, embedding, heads = (
             _size(config[field], field, place)
             for field in ("num_hidden_layers", "hidden_size", "num_attention_heads")
         )
-        rope = _rope_of(config)
+        gemma3 = kind is KINDS[GEMMA3]
+        rope = _gemma3_rope(config, place)[0] if gemma3 else _rope_of(config)
         architecture = Architecture(
             kind=config["model_type"],
             layers=layers,
@@ -196,8 +240,10 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
             qkv_bias=kind.qkv_bias,
             qk_norm=kind.qk_norm,
             rotary=_rotary_layers(config, kind, layers, place),
-            rope_scaling=_rope_scaling(config, rope, place),
+            rope_scaling=_rope_scaling(config, rope, kind, place),
             initializer_range=float(config.get("initializer_range", 0.02)),
+            activation=ACTIVATIONS[kind.activation],
+            **(_gemma3_fields(config, layers, embedding, place) if gemma3 else {}),
         )
     except KeyError as error:
         raise InputError(
@@ -221,23 +267,40 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
     return architecture
 
 
-def _refuse_unsupported(config: dict[str, Any], place: str) -> None:
-    if config.get("hidden_act", "silu") != "silu":
+def _refuse_unsupported(config: dict[str, Any], kind: Kind, place: str) -> None:
+    gemma3 = kind is KINDS[GEMMA3]
+    field = "hidden_activation" if gemma3 else "hidden_act"
+    if config.get(field, kind.activation) != kind.activation:
         raise InputError(
-            f"{place}: hidden_act {config['hidden_act']!r} is not supported; take a decoder with"
-            " silu"
+            f"{place}: {field} {config[field]!r} is not supported; take a decoder with"
+            f" {kind.activation}"
         )
     for field in ("attention_bias", "mlp_bias"):
         if config.get(field):
             raise InputError(
                 f"{place}: {field} is set, which no supported decoder has; take another model"
             )
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+    if gemma3:
+        for field in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if config.get(field) is not None:
+                raise InputError(
+                    f"{place}: {field} is set, which is not supported; take a Gemma 3 model"
+                    " without it"
+                )
+        if config.get("use_bidirectional_attention"):
+            raise InputError(
+                f"{place}: use_bidirectional_attention is set, which is not supported; take a model"
+                " that generates text"
+            )
+    elif config.get("use_sliding_window") or "sliding_attention" in (
+        config.get("layer_types") or ()
+    ):
         raise InputError(
-            f"{place}: sliding-window attention is set, which is not supported; take another model"
+            f"{place}: sliding-window attention is set, which is supported for {GEMMA3} alone; take"
+            " another model"
         )
-    rope = _rope_of(config)
-    if (config.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
+    ropes = (config, *(_gemma3_rope(config, place) if gemma3 else (_rope_of(config),)))
+    if any((rope.get("partial_rotary_factor") or 1.0) != 1.0 for rope in ropes):
         raise InputError(
             f"{place}: partial_rotary_factor is set, which is not supported; take a model whose"
             " channels all rotate"
@@ -277,6 +340,70 @@ def _rope_of(config: dict[str, Any]) -> dict[str, Any]:
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
+def _gemma3_rope(config: dict[str, Any], place: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rope fields of global and of sliding layers. What transformers 5 writes for each kind of
+    layer goes before the older fields of the top level, `rope_scaling` before both.
+
+    Raises:
+      InputError: fields that do not say which layers they are for, or scaled sliding layers.
+    """
+    nested = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    if not isinstance(nested, dict) or not set(nested) <= {"full_attention", "sliding_attention"}:
+        raise InputError(
+            f"{place}: rope_parameters must hold full_attention and sliding_attention alone;"
+            " correct it"
+        )
+    if "type" in scaling and "rope_type" not in scaling:  # transformers 5 reads it as no scaling
+        raise InputError(f"{place}: rope_scaling.type is called rope_type in Gemma 3; rename it")
+    everywhere = {**(nested.get("full_attention") or {}), **scaling}
+    sliding = nested.get("sliding_attention") or {}
+    if sliding.get("rope_type", "default") != "default":
+        raise InputError(
+            f"{place}: rope scaling {sliding['rope_type']!r} of sliding layers is not supported;"
+            " take a model that scales global layers alone"
+        )
+    return everywhere, sliding
+
+
+def _gemma3_fields(
+    config: dict[str, Any], layers: int, embedding: int, place: str
+) -> dict[str, Any]:
+    """What of an Architecture is Gemma 3's alone; a field that is missing means what it means to
+    transformers' Gemma3TextConfig.
+    """
+    types = config.get("layer_types")
+    if types is None:
+        pattern = _size(
+            config.get("sliding_window_pattern", GEMMA3_PATTERN), "sliding_window_pattern", place
+        )
+        types = [
+            "sliding_attention" if (layer + 1) % pattern else "full_attention"
+            for layer in range(layers)
+        ]
+    if len(types) != layers or not set(types) <= {"sliding_attention", "full_attention"}:
+        raise InputError(
+            f"{place}: layer_types must say sliding_attention or full_attention for each of the"
+            f" {layers} layers; correct it"
+        )
+    sliding = tuple(kind == "sliding_attention" for kind in types)
+    local = _gemma3_rope(config, place)[1]
+    theta = local.get("rope_theta") or config.get("rope_local_base_freq") or GEMMA3_LOCAL_THETA
+    return {
+        "sliding": sliding,
+        "window": (
+            _size(config.get("sliding_window", 4096), "sliding_window", place)
+            if any(sliding)
+            else None
+        ),
+        "local_rope_theta": float(theta),
+        "unit_offset_norms": True,
+        "norms_after": True,
+        "embedding_scale": embedding**0.5,
+        "score_scale": float(config.get("query_pre_attn_scalar", 256)) ** -0.5,
+    }
+
+
 def _kv_heads(config: dict[str, Any], kind: Kind) -> int | None:
     """None is as many as query heads. Llama's default when the field is missing; the other classes
     have numbers, of no model here.
@@ -288,14 +415,20 @@ def _kv_heads(config: dict[str, Any], kind: Kind) -> int | None:
     )
 
 
-def _rope_scaling(config: dict[str, Any], rope: dict[str, Any], place: str) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+def _rope_scaling(
+    config: dict[str, Any], rope: dict[str, Any], kind: Kind, place: str
+) -> RopeScaling | LinearScaling | None:
+    scaling = rope.get("rope_type", rope.get("type", "default"))
+    supported = "linear" if kind is KINDS[GEMMA3] else "llama3"
+    if scaling == "default":
         return None
-    if kind != "llama3":
+    if scaling != supported:
         raise InputError(
-            f"{place}: rope scaling {kind!r} is not supported; take a model with default or llama3"
+            f"{place}: rope scaling {scaling!r} is not supported; take a model with default or"
+            f" {supported}"
         )
+    if scaling == "linear":
+        return LinearScaling(float(rope["factor"]))
     return RopeScaling(
         float(rope["factor"]),
         float(rope["low_freq_factor"]),

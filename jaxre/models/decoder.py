@@ -1,9 +1,9 @@
 """The decoder's forward pass: free functions over plain pytrees, one definition for training,
 scoring and decoding.
 
-RMSNorm, grouped-query attention, rotary positions, SwiGLU (Llama, Qwen2, Qwen3, SmolLM3). Layers
-but the last are scanned, so compile time does not grow with depth. The weights are those of
-`weights.py`.
+RMSNorm, grouped-query attention, rotary positions, SwiGLU (Llama, Qwen2, Qwen3, SmolLM3) or GeGLU
+(Gemma 3, with sliding and global layers). Layers but the last are scanned, so compile time does not
+grow with depth. The weights are those of `weights.py`.
 
 Letters: B rows, T tokens in a row, S supervised positions in a row, D embedding, H query heads,
 K key/value heads, C head channels, F feed-forward, V vocabulary, R rank, L layers.
@@ -21,21 +21,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxre_kernels.attention import masked_attention
+from jaxre_kernels.attention import Window, masked_attention
 from jaxre_kernels.cross_entropy import logits_of
 from jaxre_kernels.linear import dense_linear
 from jaxre_kernels.lora import Factors, group_words
 from jaxre_kernels.nf4 import nf4_linear
 
-from jaxre.models.architecture import Architecture
+from jaxre.models.architecture import Architecture, LinearScaling
 from jaxre.models.ops import ONE_DEVICE, Ops
 from jaxre.models.quantised import is_nf4
 
 Tree = dict[str, Any]
-# (q, k, v, cache of the layer) -> (context, new cache of the layer)
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# Positions that a token of a layer sees, its own included; None where all.
+Length = jax.Array | int | None
+# (q, k, v, cache of the layer, window of the layer) -> (context, new cache of the layer)
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, Length], tuple[jax.Array, Any]]
 
 GROUPS = ("qkv", "o", "gate_up", "down")
+NO_WINDOW = np.iinfo(np.int32).max  # of a global layer in a stack that has sliding ones
 
 
 @dataclass(frozen=True)
@@ -92,13 +95,17 @@ def forward(
       [B, T, D] of the weights' dtype, or [B, S, D] of the chosen positions.
     """
 
-    def attend(q, k, v, cache):
-        return ops.attention(q, k, v, visible_until, prefix=prefix, span=span), cache
+    def attend(q, k, v, cache, window):
+        near = {} if window is None else {"window": Window(positions, window)}
+        return ops.attention(q, k, v, visible_until, prefix=prefix, span=span, **near), cache
 
-    def attend_last(q, k, v, cache):
+    def attend_last(q, k, v, cache, window):
         index = jnp.arange(visible_until.shape[1])
         # B S T
         mask = (index <= chosen[..., None]) & (chosen[..., None] < visible_until[:, None, :])
+        if window is not None:
+            asked = take(positions[..., None], chosen)  # B S 1
+            mask &= asked - positions[:, None] < window
         return masked_attention(q, k, v, mask), cache
 
     # Its attention is dense, S x T scores: where most of a row is supervised (language modelling),
@@ -135,26 +142,34 @@ def run_layers(
       chosen positions), and the new caches in the same form.
     """
     with jax.named_scope("embed"):
-        x = ops.constrain(params["embed"][tokens])  # B T D
+        x = params["embed"][tokens]  # B T D
+        if architecture.embedding_scale is not None:  # rounded before it multiplies, as it is there
+            x = x * jnp.asarray(architecture.embedding_scale, x.dtype)
+        x = ops.constrain(x)
     angles = rotary_angles(positions, architecture)
     factors = adapter.factors if adapter else {"layers": {}, "last": {}}
     caches = caches or {"layers": None, "last": None}
 
     def step(x, layer):
-        weights, low_rank, cache, index, rotates = layer
-        x, cache = run_layer(
-            weights, low_rank, x, angles, rotates, index, architecture, attend, cache, adapter, ops
-        )
+        weights, low_rank, cache, index, rotates, window = layer
+        given = (weights, low_rank, x, angles, rotates, index, architecture, attend, cache, adapter)
+        x, cache = run_layer(*given, ops, window=window)
         return ops.constrain(x), cache
 
     stacked = None
     if architecture.layers > 1:
         index = jnp.arange(architecture.layers - 1)
         rotates = jnp.asarray(np.array(architecture.rotary[:-1]))
+        windows = None
+        if architecture.window is not None:
+            lengths = [architecture.layer_window(layer) for layer in range(architecture.layers - 1)]
+            windows = jnp.array([NO_WINDOW if one is None else one for one in lengths], jnp.int32)
         # A scan needs no barrier against the compiler merging the two computations.
         scanned = jax.checkpoint(step, prevent_cse=False) if remat_layers else step
         x, stacked = jax.lax.scan(
-            scanned, x, (params["layers"], factors["layers"], caches["layers"], index, rotates)
+            scanned,
+            x,
+            (params["layers"], factors["layers"], caches["layers"], index, rotates, windows),
         )
     last = (
         params["last"],
@@ -165,7 +180,8 @@ def run_layers(
         architecture.layers - 1,
         architecture,
     )
-    x, cache = run_layer(*last, attend, caches["last"], adapter, ops, pruned)
+    window = architecture.layer_window(architecture.layers - 1)
+    x, cache = run_layer(*last, attend, caches["last"], adapter, ops, pruned, window)
     return ops.constrain(x), {"layers": stacked, "last": cache}
 
 
@@ -182,11 +198,17 @@ def run_layer(
     adapter: Adapter | None,
     ops: Ops = ONE_DEVICE,
     pruned: Chosen | None = None,
+    window: Length = None,
 ) -> tuple[jax.Array, Any]:
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)). x is [B, T, D]; the result too, or
-    [B, S, D] where `pruned`.
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), each result normed before it is
+    added where the architecture says so. x is [B, T, D]; the result too, or [B, S, D] where
+    `pruned`.
+
+    `angles` are `rotary_angles`; `window` is the layer's, NO_WINDOW or None where it is global.
     """
     C = architecture.head_channels
+    norm = partial(norm_of, weights, architecture=architecture)
+    scale = score_factor(architecture)
 
     def project(inputs: jax.Array, names: tuple[str, ...], group: str) -> list[jax.Array]:
         return input_group(
@@ -197,7 +219,7 @@ def run_layer(
         return array.reshape(*array.shape[:2], -1, C)
 
     with jax.named_scope("attention"):
-        normed = rms_norm(x, weights["attention_norm"], architecture.norm_epsilon)
+        normed = norm("attention_norm", x)
         query_angles = angles
         if pruned is None:
             q, k, v = project(normed, ("q", "k", "v"), "qkv")
@@ -215,18 +237,22 @@ def run_layer(
             (q,) = project(normed, ("q",), "qkv")
         q, k, v = heads(q), heads(k), heads(v)  # B . H C, B T K C, B T K C
         if architecture.qk_norm:
-            q = rms_norm(q, weights["q_norm"], architecture.norm_epsilon)
-            k = rms_norm(k, weights["k_norm"], architecture.norm_epsilon)
-        context, cache = attend(
-            rotate(q, query_angles, rotates), rotate(k, angles, rotates), v, cache
-        )
+            q, k = norm("q_norm", q), norm("k_norm", k)
+        if architecture.local_rope_theta is None:
+            q, k = rotate(q, query_angles, rotates), rotate(k, angles, rotates)
+        else:
+            sliding = window is not None and window != NO_WINDOW
+            q = rotate_in_layer(q, query_angles, sliding, scale)
+            k = rotate_in_layer(k, angles, sliding, 1.0)
+        context, cache = attend(q, k, v, cache, window)
         (out,) = project(context.reshape(*context.shape[:2], -1), ("o",), "o")
-        x = x + out
+        x = x + (norm("attention_out_norm", out) if architecture.norms_after else out)
     with jax.named_scope("mlp"):
-        normed = rms_norm(x, weights["mlp_norm"], architecture.norm_epsilon)
+        normed = norm("mlp_norm", x)
         gate, up = project(normed, ("gate", "up"), "gate_up")  # B T F
-        (out,) = project(swiglu(gate, up), ("down",), "down")
-        return x + out, cache
+        gated = geglu(gate, up) if architecture.activation == "gelu_tanh" else swiglu(gate, up)
+        (out,) = project(gated, ("down",), "down")
+        return x + (norm("mlp_out_norm", out) if architecture.norms_after else out), cache
 
 
 def input_group(
@@ -275,9 +301,15 @@ def head_factors(
     """The final norm of x, [..., D], and the vocabulary head, [V, D]: the logits are their
     product.
     """
-    return rms_norm(x, params["norm"], architecture.norm_epsilon), (
+    return norm_of(params, "norm", x, architecture), (
         params["embed"] if architecture.tied_head else params["head"]
     )
+
+
+def norm_of(weights: Tree, name: str, x: jax.Array, architecture: Architecture) -> jax.Array:
+    """The RMSNorm `name` of x, [..., D] or [..., C]."""
+    rms = unit_offset_rms_norm if architecture.unit_offset_norms else rms_norm
+    return rms(x, weights[name], architecture.norm_epsilon)
 
 
 # Autodiff would keep four more arrays [B, T, F] of swiglu, and those of rms_norm in f32; both are
@@ -290,6 +322,23 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
+@partial(jax.checkpoint, prevent_cse=False)
+def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """gelu(gate) * up with gelu's tanh form (Hendrycks & Gimpel 2016), which is in f32 (at least)
+    and rounded once, as torch does.
+    """
+    wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
+    return jax.nn.gelu(wide, approximate=True).astype(gate.dtype) * up
+
+
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
+def unit_offset_rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
+    """`rms_norm` by 1 + weight, the product in f32 (at least): rounded once, behind it (Gemma)."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+    return (normed * (1 + weight.astype(wide.dtype))).astype(x.dtype)
+
+
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, statistics in f32 (at least)."""
@@ -299,25 +348,38 @@ def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
 
 
 def rotary_angles(positions: jax.Array, architecture: Architecture) -> jax.Array:
-    """[B, T] positions -> [B, T, C/2] f32 angles in radians."""
-    return positions[..., None].astype(jnp.float32) * rotary_frequencies(architecture)
+    """[B, T] positions -> [B, T, C/2] f32 angles in radians; [B, T, C] where sliding layers rotate
+    otherwise, those of global layers before theirs.
+    """
+    frequencies = rotary_frequencies(architecture)
+    if architecture.local_rope_theta is not None:
+        local = plain_frequencies(architecture.local_rope_theta, architecture.head_channels)
+        frequencies = np.concatenate([frequencies, local])
+    return positions[..., None].astype(jnp.float32) * frequencies
+
+
+def plain_frequencies(theta: float, channels: int) -> np.ndarray:
+    """`rotary_frequencies` without scaling."""
+    exponents = np.arange(0, channels, 2).astype(np.float32) / np.float32(channels)
+    power = np.float64(theta) ** exponents.astype(np.float64)
+    return np.float32(1) / power.astype(np.float32)
 
 
 def rotary_frequencies(architecture: Architecture) -> np.ndarray:
-    """[C/2] f32, radians per position, with the f32 roundings of transformers.
+    """[C/2] f32, radians per position, with the f32 roundings of transformers; those of global
+    layers.
 
     At position 100,000 one unit in the last place of a frequency turns a channel pair by 0.006
     radians, so the values the models were trained with are the right ones, not the exact ones:
     the power is rounded to f32, then its reciprocal (rounding once differs in a third of the
     channels).
     """
-    C = architecture.head_channels
-    exponents = np.arange(0, C, 2).astype(np.float32) / np.float32(C)
-    power = np.float64(architecture.rope_theta) ** exponents.astype(np.float64)
-    frequencies = np.float32(1) / power.astype(np.float32)
+    frequencies = plain_frequencies(architecture.rope_theta, architecture.head_channels)
     scaling = architecture.rope_scaling
     if scaling is None:
         return frequencies
+    if isinstance(scaling, LinearScaling):
+        return frequencies / np.float32(scaling.factor)
     # Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, between them
     # interpolated.
     factor, low, high, length = map(
@@ -352,3 +414,23 @@ def rotate(x: jax.Array, angles: jax.Array, rotates: jax.Array | bool = True) ->
     if rotates is True:
         return turned.astype(x.dtype)
     return jnp.where(rotates, turned.astype(x.dtype), x)
+
+
+# Autodiff would keep the chosen cosines and sines of every layer, C f32 numbers a token; they are
+# formed again from angles that all layers share.
+@partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
+def rotate_in_layer(
+    x: jax.Array, angles: jax.Array, sliding: jax.Array | bool, factor: float
+) -> jax.Array:
+    """factor x `rotate` with the angles [B, T, C] of a global or a sliding layer, rounded once."""
+    everywhere, local = jnp.split(angles, 2, axis=-1)
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    turned = rotate(wide, jnp.where(sliding, local, everywhere))
+    return (turned if factor == 1.0 else turned * factor).astype(x.dtype)
+
+
+def score_factor(architecture: Architecture) -> float:
+    """What queries are multiplied by for attention, which multiplies scores by C^-1/2."""
+    if architecture.score_scale is None:
+        return 1.0
+    return architecture.score_scale / architecture.head_channels**-0.5

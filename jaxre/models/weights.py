@@ -12,10 +12,10 @@ the stack: slicing the stack inside a step copies the whole base.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxre.models.architecture import ENCODERS, Architecture, EncoderArchitecture
+from jaxre.models.architecture import Architecture, EncoderArchitecture
 
 AnyArchitecture = Architecture | EncoderArchitecture
 
@@ -72,13 +72,15 @@ def _bias(name: str, dim: str, module: str) -> Weight:
     )
 
 
-def _norm(name: str, module: str, dim: str = "D", switch: str | None = None) -> Weight:
+def _norm(
+    name: str, module: str, dim: str = "D", switch: str | None = None, initial: str = "ones"
+) -> Weight:
     return Weight(
         name,
         (dim,),
         f"model.layers.{{layer}}.{module}.weight",
         (None,),
-        initial="ones",
+        initial=initial,
         switch=switch,
     )
 
@@ -142,6 +144,29 @@ def _encoder(prefix: str, dense: str, classifier: str) -> tuple[Weight, ...]:
     )
 
 
+def _gemma3() -> tuple[Weight, ...]:
+    """Llama's layout but for its norms: they start at 0, being added to 1, and attention and MLP
+    have one before and one behind them (`post_attention_layernorm` is the one behind attention).
+    """
+    norms = {
+        "attention_norm": ("input_layernorm", "D"),
+        "q_norm": ("self_attn.q_norm", "C"),
+        "k_norm": ("self_attn.k_norm", "C"),
+        "attention_out_norm": ("post_attention_layernorm", "D"),
+        "mlp_norm": ("pre_feedforward_layernorm", "D"),
+        "mlp_out_norm": ("post_feedforward_layernorm", "D"),
+    }
+    others = (weight for weight in DECODER if weight.name not in norms)
+    return (
+        *(
+            replace(weight, initial="zeros") if weight.name == "norm" else weight
+            for weight in others
+        ),
+        *(_norm(name, *place, initial="zeros") for name, place in norms.items()),
+    )
+
+
+GEMMA = {"gemma3_text": _gemma3()}
 ENCODER = {
     "bert": _encoder("bert", "bert.pooler.dense", "classifier"),
     "roberta": _encoder("roberta", "classifier.dense", "classifier.out_proj"),
@@ -150,7 +175,7 @@ ENCODER = {
 
 def table(architecture: AnyArchitecture) -> tuple[Weight, ...]:
     """The rows that this architecture has."""
-    rows = ENCODER[architecture.kind] if architecture.kind in ENCODERS else DECODER
+    rows = (GEMMA | ENCODER).get(architecture.kind, DECODER)
     return tuple(
         weight for weight in rows if weight.switch is None or getattr(architecture, weight.switch)
     )

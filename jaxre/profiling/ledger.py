@@ -39,7 +39,8 @@ KERNELS = ("pallas_call", "core_map", "mpmd_map", "ffi_call")
 class Work:
     """On what an update computes: `tokens` in every layer but the last, `last` positions whose
     queries, attention output and MLP the last layer runs, `head` positions of the vocabulary head;
-    visible pairs of tokens in each layer but the last (`pairs`) and in the last (`last_pairs`).
+    visible pairs of tokens in each layer but the last (`pairs`) and in the last (`last_pairs`), of
+    which the window of a sliding layer hides `hidden` and `last_hidden`.
     """
 
     tokens: int
@@ -47,6 +48,8 @@ class Work:
     head: int
     pairs: int
     last_pairs: int
+    hidden: int = 0
+    last_hidden: int = 0
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -76,13 +79,14 @@ def real_tokens(rows: Rows) -> np.ndarray:
     return (rows.positions > 0) | (rows.visible_until > after)
 
 
-def work_of(rows: Rows, both_ways: bool) -> Work:
+def work_of(rows: Rows, both_ways: bool, window: int | None = None) -> Work:
     """What the rows [..., T] need: each token of a shared prefix once, no pads, the last layer and
     the head where supervised.
 
     Args:
       both_ways: an encoder's, where a token sees all of its example; else those before it and
         itself, of which there are as many as its position says, shared or not.
+      window: of sliding layers, where a token sees no more than so many of them.
     """
     real, supervised = real_tokens(rows), rows.weights > 0
     seen = rows.positions + 1
@@ -90,12 +94,17 @@ def work_of(rows: Rows, both_ways: bool) -> Work:
         seen = rows.visible_until - np.arange(rows.tokens.shape[-1]) + rows.positions
     asked = np.take_along_axis(seen, rows.supervised, axis=-1)
     positions = int(supervised.sum())
+    hidden = [
+        0 if window is None else int(np.maximum(some - window, 0).sum(dtype=np.int64))
+        for some in (seen[real], asked[supervised])
+    ]
     return Work(
         int(real.sum()),
         positions,
         positions,
         int(seen[real].sum(dtype=np.int64)),
         int(asked[supervised].sum(dtype=np.int64)),
+        *hidden,
     )
 
 
@@ -126,13 +135,16 @@ def flops_of(
     layers = architecture.layers - 1
     encoder = isinstance(architecture, EncoderArchitecture)
     width = architecture.size("D") if encoder else architecture.size("HC")
+    sliding = () if encoder else architecture.sliding
+    pairs = layers * work.pairs - sum(sliding[:-1]) * work.hidden
+    last_pairs = work.last_pairs - sum(sliding[-1:]) * work.last_hidden
     head = architecture.size("D") * (
         architecture.size("D") + architecture.size("N") if encoder else architecture.size("V")
     )
     return {
         "base": 2 * once_more * float(layers * work.tokens * stacked + last),
         "LoRA": 2 * 3 * float(layers * work.tokens * low_stacked + low_last),
-        "attention": 3 * 4 * float(width * (layers * work.pairs + work.last_pairs)),
+        "attention": 3 * 4 * float(width * (pairs + last_pairs)),
         "head": 2 * once_more * float(work.head * head),
     }
 

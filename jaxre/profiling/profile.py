@@ -129,7 +129,8 @@ def ledger_of(run: Prepared) -> dict[str, Any]:
     updates = run.plan.updates[: min(COUNTED, run.plan.epoch_ends[0])]
     work, room, row_tokens = Work(0, 0, 0, 0, 0), 0, 0
     for rows in prepared(config, run.dataset, run.plan, 0, len(updates), lambda rows: rows):
-        own = work_of(rows, isinstance(architecture, EncoderArchitecture))
+        encoder = isinstance(architecture, EncoderArchitecture)
+        own = work_of(rows, encoder, None if encoder else architecture.window)
         work, room, row_tokens = (
             work + own,
             room + rows.tokens.size,

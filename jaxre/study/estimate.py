@@ -128,11 +128,10 @@ def training_load(config: Config, read: Read) -> Load:
     one = sampled.model_copy(update={"train": sampled.train.model_copy(update={"epochs": 1})})
     plan = make_plan(one, tokens, shards=1)
     work = Work(0, 0, 0, 0, 0)
+    encoder = isinstance(architecture, EncoderArchitecture)
     for update in plan.updates:
-        work += work_of(
-            fill_update(tokens, plan.prefixes, update),
-            isinstance(architecture, EncoderArchitecture),
-        )
+        rows = fill_update(tokens, plan.prefixes, update)
+        work += work_of(rows, encoder, None if encoder else architecture.window)
     flops = sum(
         flops_of(
             work, architecture, config.lora if config.train.method == "lora" else None
@@ -191,7 +190,9 @@ def _validation(config: Config, read: Read) -> Load:
 def asked_load(
     config: Config, read: Read, dataset: str, prompt: Prompt, mode: str, source: Source, count: int
 ) -> Load:
-    """Of a prediction of `count` examples of a source. Raises InputError as `training_load`."""
+    """Of a prediction of `count` examples of a source; sliding layers are counted as global ones.
+    Raises InputError as `training_load`.
+    """
     architecture = architecture_for(config)
     examples = draw(read.examples(source), ASKED, 0)
     folder = tokenizer_folder(config)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxre_kernels import attention, cross_entropy, lora
 from jaxre_kernels.implementations import HARDWARE, runs_on
@@ -60,7 +61,7 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
             chosen.setdefault(op, {})[f"{name} ({reason})"] = None
         return name
 
-    def attend(q, k, v, visible_until, visible_from=None, *, prefix=0, span=None):
+    def attend(q, k, v, visible_until, visible_from=None, window=None, *, prefix=0, span=None):
         both_ways = visible_from is not None
         heads = attention.Heads(q.shape[0] // shards, q.shape[2], *k.shape[2:], q.dtype)
         name = choice(
@@ -72,11 +73,23 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
             heads=heads,
             device_kind=kind,
             both_ways=both_ways,
+            window=window is not None,
         )
         op = partial(
             attention.attention, prefix=prefix, span=span, implementation=name, device_kind=kind
         )
         arrays = (q, k, v, visible_until, *((visible_from,) if both_ways else ()))
+        if window is not None:
+            if shards == 1:
+                return op(*arrays, window=window)
+
+            def windowed(q, k, v, visible_until, positions, length):
+                near = attention.Window(positions, length)
+                return op(q, k, v, visible_until, window=near)
+
+            return _split(windowed, mesh, 5, 1, axes=sharding.ROWS)(
+                *arrays, window.positions, jnp.asarray(window.length, jnp.int32)
+            )
         if name != "xla":
             return _split(op, mesh, len(arrays))(*arrays)
         # On a CPU how far XLA's blocks look depends on the rows: where they lie on several devices,

@@ -42,6 +42,8 @@ peft = ground_truth("peft")
         "qwen2 tied, biases, grouped heads",
         "llama untied, head_dim given, K=H",
         "qwen3, norms of q and k",
+        "gemma3, sliding and global layers",
+        "gemma3, last layer global, scaled",
         "one layer",
     ],
 )
@@ -104,10 +106,13 @@ def test_merged_folder_loads_in_transformers_with_the_same_logits(run, tiny_base
     ) == [403, 407, 261, 378]
 
 
+@pytest.mark.parametrize(
+    "family", ["qwen2 tied, biases, grouped heads", "gemma3, last layer global, scaled"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_merging_keeps_the_stored_dtype_and_the_untouched_weights(tmp_path, dtype):
+def test_merging_keeps_the_stored_dtype_and_the_untouched_weights(tmp_path, family, dtype):
     """Formed in f32, cast once; a tied head is not written."""
-    build(CONFIGS["qwen2 tied, biases, grouped heads"], tmp_path / "base", dtype=dtype)
+    build(CONFIGS[family], tmp_path / "base", dtype=dtype)
     architecture, _ = load_base(tmp_path / "base")
     factors = random_factors(architecture, LORA)
     save_adapter(

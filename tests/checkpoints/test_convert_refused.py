@@ -11,6 +11,7 @@ import signal
 import pytest
 from refusals import refusal
 from safetensors.numpy import load_file, save_file
+from tiny import write_tiny_model
 from tiny_runs import make_run
 
 from jaxre.checkpoints.convert import convert
@@ -103,6 +104,26 @@ def test_token_beyond_the_embeddings_is_found_in_whichever_file_has_it(
     )
     (base / name).write_text(text.replace("600", "511").replace("word\n" * 601, "word\n" * 512))
     convert(base, tmp_path / "ours", "jaxre")
+
+
+def test_the_image_token_of_gemma3_needs_no_embedding(tiny_base, tmp_path):
+    """`<image_soft_token>` is 262,144 in the tokenizer of models that have 262,144 embeddings."""
+    base = write_tiny_model(tmp_path / "hf", model_type="gemma3_text", head_dim=16)
+    path = base / "tokenizer.json"
+    tokenizer = json.loads((tiny_base / "tokenizer.json").read_text())  # of 512 tokens
+    image = {**tokenizer["added_tokens"][0], "id": 512, "content": "<image_soft_token>"}
+    path.write_text(json.dumps(tokenizer | {"added_tokens": [*tokenizer["added_tokens"], image]}))
+    config = {"added_tokens_decoder": {"512": {"content": "<image_soft_token>"}}}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    convert(base, tmp_path / "ours", "jaxre")
+    path.write_text(
+        json.dumps(
+            tokenizer
+            | {"added_tokens": [*tokenizer["added_tokens"], image | {"content": "<more>"}]}
+        )
+    )
+    message = refusal(lambda: convert(base, tmp_path / "other", "jaxre"))
+    assert f"{path}: the tokenizer gives token 512, but vocab_size of the model is 512" in message
 
 
 def test_architecture_that_is_not_known_is_named_by_its_config(tiny_base, tmp_path):

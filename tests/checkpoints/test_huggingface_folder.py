@@ -37,6 +37,7 @@ torch = ground_truth("torch")
         "qwen2 tied, biases, grouped heads",
         "llama untied, head_dim given, K=H",
         "qwen3, norms of q and k",
+        "gemma3, sliding and global layers",
         "one layer",
     ],
 )

@@ -50,7 +50,12 @@ def store(tiny_base, tmp_path):
 
 @pytest.mark.parametrize(
     "family",
-    ["qwen2 tied, biases, grouped heads", "llama untied, head_dim given, K=H", "one layer"],
+    [
+        "qwen2 tied, biases, grouped heads",
+        "llama untied, head_dim given, K=H",
+        "gemma3, sliding and global layers",
+        "one layer",
+    ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stored_base_opens_with_the_arrays_of_one_quantised_when_read(tmp_path, family, dtype):

@@ -31,15 +31,16 @@ from jaxre.training.step import State, dropout_keys, loss_sum, make_update, mode
 ROW, STEP, TOLERANCE = 96, 5, 1e-5
 # The switches of the families that a model may combine are on in one: each that sharing breaks is
 # seen.
-QWEN2, EVERY_OTHER, ONE_LAYER = (
+QWEN2, EVERY_OTHER, ONE_LAYER, GEMMA3 = (
     "qwen2 tied, biases, grouped heads",
     "scaled rope, norms of q and k, a layer unrotated",
     "one layer",
+    "gemma3, sliding and global layers",
 )
 
 
 def architecture(family: str) -> Architecture:
-    fields = SIZES | {"rope_theta": 10000.0, "hidden_act": "silu", "tie_word_embeddings": True}
+    fields = SIZES | {"rope_theta": 10000.0, "tie_word_embeddings": True}
     if family == EVERY_OTHER:
         scaled = architecture_of(fields | CONFIGS["llama-3 scaled rope"], "tiny")
         return dataclasses.replace(scaled, qk_norm=True, rotary=(True, False, True))
@@ -157,6 +158,8 @@ def planned(tokens: TokenSet, prompt_weight: float = 0.0) -> list[tuple[Rows, Ro
 CASES = [
     (QWEN2, "lora", 0.3, 0.0),
     (QWEN2, "full", 0.0, 0.2),
+    (GEMMA3, "lora", 0.3, 0.0),
+    pytest.param(GEMMA3, "full", 0.0, 0.2, marks=pytest.mark.slow),
     pytest.param(EVERY_OTHER, "lora", 0.3, 0.0, marks=pytest.mark.slow),
     pytest.param(ONE_LAYER, "lora", 0.3, 0.0, marks=pytest.mark.slow),
 ]

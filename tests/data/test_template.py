@@ -425,3 +425,69 @@ def test_the_digest_follows_tokenizer_template_and_date(
     chat = ChatTemplate(on(qwen, smollm3_template), DATE, "elsewhere")
     chat.encode([([USER], "a")])
     assert chat.digest in digests
+
+
+# Gemma's form: roles user and model, and a system turn that is refused (Gemma 2), left out, or put
+# before the first user text (Gemma 3).
+GEMMA_TURNS = (
+    "{{ bos_token }}{%- for m in messages if m.role != 'system' -%}{{ '<|im_start|>' + ('model' if"
+    " m.role == 'assistant' else m.role) + '\\n' + before[loop.index0] + m.content | trim +"
+    " '<|im_end|>\\n' }}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>model\\n'"
+    " }}{%- endif -%}"
+)
+PLAIN = "{%- set before = [''] * messages | length -%}" + GEMMA_TURNS
+NO_SYSTEM_TURN = {
+    "refused": (
+        "{%- if messages[0].role == 'system' -%}{{ raise_exception('System role not supported') }}"
+        "{%- endif -%}" + PLAIN
+    ),
+    "left out": PLAIN,
+}
+MERGING = (
+    "{%- set text = messages[0].content + '\\n\\n' if messages[0].role == 'system' else '' -%}"
+    "{%- set before = [text] + [''] * messages | length -%}" + GEMMA_TURNS
+)
+
+
+@pytest.mark.parametrize("name", NO_SYSTEM_TURN)
+def test_the_system_text_goes_into_the_first_user_turn_where_there_is_no_other(
+    tiny: PreTrainedTokenizerBase, name: str, capsys: pytest.CaptureFixture
+) -> None:
+    """The text and tokens are those of a template that merges by itself, and it is said once."""
+    place = f"models/{name}"
+    chat = ChatTemplate(on(tiny, NO_SYSTEM_TURN[name]), DATE, place)
+    merging = ChatTemplate(on(tiny, MERGING), DATE, "models/merging")
+    turns = [SYSTEM, *DEMONSTRATIONS, USER]
+    text = chat.render(turns, generation=True)
+    assert text == merging.render(turns, generation=True)
+    assert text.count(SYSTEM["content"]) == 1
+    assert f"{SYSTEM['content']}\n\n{DEMONSTRATIONS[0]['content']}" in text
+    pairs = [([SYSTEM, USER], label) for label in LABELS]
+    assert chat.encode(pairs) == merging.encode(pairs)
+    again = ChatTemplate(on(tiny, NO_SYSTEM_TURN[name]), DATE, place)
+    assert again.split([SYSTEM, USER], "no") == merging.split([SYSTEM, USER], "no")
+    assert capsys.readouterr().err == (
+        f"{place}: the chat template has no system turn; the system text goes before the first user"
+        " turn\n"
+    )
+    assert not chat.has_system_turn and merging.has_system_turn
+
+
+def test_turns_without_a_system_text_and_templates_with_a_system_turn_stay_as_they_are(
+    tiny: PreTrainedTokenizerBase, qwen: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture
+) -> None:
+    chat = ChatTemplate(on(tiny, NO_SYSTEM_TURN["refused"]), DATE, "models/silent")
+    assert chat.placed([*DEMONSTRATIONS, USER]) == [*DEMONSTRATIONS, USER]
+    for tokenizer in (tiny, qwen):
+        own = ChatTemplate(tokenizer, DATE, "models/own")
+        assert own.has_system_turn and own.placed([SYSTEM, USER]) == [SYSTEM, USER]
+    assert not capsys.readouterr().err
+
+
+def test_a_template_that_loses_the_system_text_has_a_digest_of_its_own(
+    tiny: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token cache of a version that left the text out is not read."""
+    merged = ChatTemplate(on(tiny, PLAIN), DATE, "m").digest
+    monkeypatch.setattr(ChatTemplate, "has_system_turn", True)
+    assert ChatTemplate(on(tiny, PLAIN), DATE, "m").digest != merged

@@ -24,11 +24,12 @@ from jaxre.models.architecture import Architecture, architecture_of
 from jaxre.models.weights import Weight, places, tree_of
 
 LORA = Lora(rank=4, alpha=8.0, dropout=0.0)
+WINDOW = 8  # of Gemma 3's sliding layers: less than a shared prefix, a prompt or an answer
 
 
 def random_model(vocabulary: int, *, adapter: bool, kind: str = "qwen2", seed: int = 0) -> Model:
     """A random f32 decoder of two layers, hidden 32, with weights large enough that its predictions
-    differ from uniform.
+    differ from uniform; of Gemma 3 three layers, the second one global.
     """
     config = {
         "model_type": kind,
@@ -43,11 +44,25 @@ def random_model(vocabulary: int, *, adapter: bool, kind: str = "qwen2", seed: i
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True,
     }
+    if kind == "gemma3_text":
+        config |= {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": WINDOW,
+        }
     architecture = architecture_of(config, "test")
     random = np.random.default_rng(seed)
     means = {"ones": 1.0, "zeros": 0.0, "normal": 0.0}
+
+    def mean(weight: Weight) -> float:
+        # Gemma 3's scaled embeddings would outweigh its layers: each token would predict itself.
+        return 5.0 if weight.name.endswith("_out_norm") else means[weight.initial]
+
     params = tree_of(
-        (path, (means[weight.initial] + 0.3 * random.standard_normal(shape)).astype(np.float32))
+        (path, (mean(weight) + 0.3 * random.standard_normal(shape)).astype(np.float32))
         for weight, path, shape, _ in places(architecture)
     )
     return Model(params, architecture, *(random_factors(architecture, seed) if adapter else ()))
@@ -86,14 +101,33 @@ def stories_model(shared_models: Path, *, adapter: bool) -> Model:
 def in_transformers(model: Model) -> Any:
     """The same model in transformers, the adapter merged into the weights."""
     torch = pytest.importorskip("torch")
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
 
     torch.set_num_threads(1)  # tiny products: threads cost more than they bring
     a = model.architecture
     config_class, model_class = {
         "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM),
     }[a.kind]
+    own = {}
+    if a.kind == "gemma3_text":
+        own = {
+            "head_dim": a.head_channels,
+            "query_pre_attn_scalar": round(a.score_scale**-2),
+            "sliding_window": a.window,
+            "layer_types": [
+                "sliding_attention" if sliding else "full_attention" for sliding in a.sliding
+            ],
+            "attn_implementation": "eager",
+        }
     config = config_class(
         num_hidden_layers=a.layers,
         hidden_size=a.embedding,
@@ -108,6 +142,7 @@ def in_transformers(model: Model) -> Any:
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+        **own,
     )
     params = (
         model.params

@@ -69,9 +69,10 @@ def test_pretrained_model_writes_what_transformers_writes(models, shared_models,
     check(models, model, [[1], once, once[:3], once * 20, [1, 300, 301]], {2}, 40)
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
 @pytest.mark.parametrize("adapter", [False, True], ids=["base", "lora"])
-def test_random_qwen2_writes_what_transformers_writes(models, adapter):
-    model = models.random_model(V, adapter=adapter)
+def test_a_random_model_writes_what_transformers_writes(models, adapter, kind):
+    model = models.random_model(V, adapter=adapter, kind=kind)
     check(models, model, some_prompts([1, 5, 64, 65, 128, 33]), set(), 30)
 
 
@@ -95,8 +96,10 @@ def test_one_new_token_and_one_prompt(models):
     [(70, [1, 9, 30, 12, 7, 3, 22, 140, 5, 6]), (99, [0, 3])],
     ids=["more prompts than slots, lengths far apart", "a prompt that is the prefix"],
 )
-def test_a_shared_prefix_changes_no_token(models, shared, lengths):
-    start, model = some_prompts([shared], seed=7)[0], models.random_model(V, adapter=True)
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
+def test_a_shared_prefix_changes_no_token(models, shared, lengths, kind):
+    start = some_prompts([shared], seed=7)[0]
+    model = models.random_model(V, adapter=True, kind=kind)
     prompts = [start + own for own in some_prompts(lengths, seed=8)]
     stops = set(range(0, V, 9))  # answers end at any step, some at the first
     found = check(models, model, prompts, stops, 10, batch_tokens=200)

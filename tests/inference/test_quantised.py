@@ -17,8 +17,9 @@ V, END = 97, 96
 @pytest.mark.parametrize(
     "adapter", [pytest.param(False, marks=pytest.mark.slow), True], ids=["base", "lora"]
 )
-def test_an_nf4_base_predicts_as_its_dequantised_values_do(models, adapter):
-    exact = models.random_model(V, adapter=adapter)
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
+def test_an_nf4_base_predicts_as_its_dequantised_values_do(models, adapter, kind):
+    exact = models.random_model(V, adapter=adapter, kind=kind)
     model = models.quantised_model(exact)
     dense = dataclasses.replace(model, params=merge(model.params, {"layers": {}, "last": {}}, 1.0))
     assert is_quantised(model.params) and not is_quantised(dense.params)

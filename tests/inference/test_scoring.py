@@ -42,9 +42,10 @@ def some_prompts(lengths, seed=0):
     return [random.integers(0, V, length).tolist() for length in lengths]
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
 @pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
-def test_scores_equal_brute_force_one_label_at_a_time(models, labels):
-    model = models.random_model(V, adapter=True)
+def test_scores_equal_brute_force_one_label_at_a_time(models, labels, kind):
+    model = models.random_model(V, adapter=True, kind=kind)
     prompts = some_prompts([1, 230, 17, 40, 60, 3, 90, 200])
     answers = [labels] * len(prompts)
     truth = models.brute_force(models.in_transformers(model), prompts, answers)
@@ -89,8 +90,9 @@ def test_one_example_is_scored_in_one_row(models):
     )
 
 
-def test_rows_grow_until_the_tree_fits(models):
-    model = models.random_model(V, adapter=False)
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
+def test_rows_grow_until_the_tree_fits(models, kind):
+    model = models.random_model(V, adapter=False, kind=kind)
     answers = [LABELS["forty labels"]]
     small, large = (
         plan_scoring(some_prompts([length]), answers, model.architecture) for length in (5, 1000)
@@ -114,8 +116,9 @@ def test_packing_changes_nothing(models):
     assert models.largest_difference(packed, alone) < 1e-6  # the same sums, other places in the row
 
 
-def test_shared_prefixes_change_no_score(models):
-    model, random = models.random_model(V, adapter=True), np.random.default_rng(6)
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
+def test_shared_prefixes_change_no_score(models, kind):
+    model, random = models.random_model(V, adapter=True, kind=kind), np.random.default_rng(6)
     starts = [[first, *random.integers(0, V, 90).tolist()] for first in (1, 2)]
     prompts = [
         starts[number % 2] + own
@@ -243,7 +246,8 @@ def test_shared_beginnings_take_one_place():
 
 
 @pytest.mark.slow
-def test_scores_on_a_mesh_equal_one_device():
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
+def test_scores_on_a_mesh_equal_one_device(kind):
     code = """
 import sys
 
@@ -256,7 +260,7 @@ from jaxre.inference.scoring import score_labels
 from jaxre.models.weights import places, tree_of
 
 assert jax.device_count() == 8
-model = random_model(96, adapter=True)
+model = random_model(96, adapter=True, kind=sys.argv[1])
 random = np.random.default_rng(0)
 start = random.integers(0, 95, 40).tolist()
 prompts = [
@@ -285,7 +289,7 @@ for shape in ((2, 2, 2),):  # every axis at once
     assert largest_difference(found, truth) < 1e-5, shape
 """
     result = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, kind],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[2],

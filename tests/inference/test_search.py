@@ -53,17 +53,21 @@ def check(model, prompts, labels, **settings):
     [(1, 0, [20], 2048), (40, 70, [*range(1, 40), 300], 1024)],
     ids=["one label, one example", "more examples than slots, lengths far apart"],
 )
-def test_the_best_label_is_that_of_all_scores(models, count, shared, lengths, batch_tokens):
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
+def test_the_best_label_is_that_of_all_scores(models, count, shared, lengths, batch_tokens, kind):
     check(
-        models.random_model(V, adapter=True),
+        models.random_model(V, adapter=True, kind=kind),
         some_prompts(shared, lengths),
         random_labels(count, count),
         batch_tokens=batch_tokens,
     )
 
 
-def test_the_best_label_is_that_of_transformers_also_where_each_example_has_its_own_labels(models):
-    model = models.random_model(V, adapter=True)
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
+def test_the_best_label_is_that_of_transformers_also_where_each_example_has_its_own_labels(
+    models, kind
+):
+    model = models.random_model(V, adapter=True, kind=kind)
     prompts, answers = (
         some_prompts(70, [1, 9, 30, 12]),
         [random_labels(12, seed) for seed in range(4)],

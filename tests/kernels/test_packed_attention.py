@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jaxre_kernels.attention import (
     Blocks,
+    Window,
     attention,
     blocks_of,
     blockwise,
@@ -447,3 +448,73 @@ print(*re.findall(r"[a-z0-9]+[[][0-9,]*[]]", " ".join(moved)))
     )
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == reduced
+
+
+# ---- sliding windows -------------------------------------------------------------------------
+
+
+def depths(visible_until: np.ndarray) -> np.ndarray:
+    """[B, T] positions of rows: how many tokens each sees, but for itself."""
+    return np.asarray(visible_mask(jnp.asarray(visible_until))).sum(-1).astype(np.int32) - 1
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("length", [1, 2, 3, 12])
+def test_a_window_is_measured_in_positions(row, length):
+    """Written out: token i sees its own last `length` ancestors, itself the last of them, whatever
+    lies between them in the row.
+    """
+    visible_until = np.array([ROWS[row]])
+    positions = depths(visible_until)
+    found = np.asarray(
+        visible_mask(jnp.asarray(visible_until), Window(jnp.asarray(positions), length))
+    )[0]
+    for i in range(12):
+        ancestors = [j for j in range(i + 1) if i < visible_until[0, j]]
+        assert np.flatnonzero(found[i]).tolist() == ancestors[-length:]
+    q, k, v, _ = map(jnp.asarray, draws(4, 2))
+    window = Window(jnp.asarray(positions), jnp.int32(length))
+    attended = attention(q, k, v, jnp.asarray(visible_until), window=window)
+    dense = masked_attention(q, k, v, jnp.asarray(found)[None])
+    assert np.abs(attended - dense).max() / np.abs(dense).max() < CLOSE
+
+
+@pytest.mark.parametrize("length", [2, 7, 33, 1000])
+@pytest.mark.parametrize("at_once", [None, 3 * 2**14])
+def test_output_and_gradients_under_a_window_equal_dense_attention(monkeypatch, length, at_once):
+    """Five examples of 50 below a prefix of 40, and pads; blocks one after another, or several at
+    once.
+    """
+    visible_until = jnp.asarray(
+        np.concatenate(
+            [np.full(40, 290), 40 + np.repeat(50 * np.arange(1, 6), 50), np.arange(291, 301)]
+        )[None]
+    )
+    window = Window(jnp.asarray(depths(visible_until)), jnp.int32(length))
+    q, k, v, dy = map(jnp.asarray, draws(4, 2, length=300))
+    if at_once is not None:
+        monkeypatch.setattr(blockwise, "AT_ONCE", at_once)
+        monkeypatch.setattr(
+            blockwise,
+            "_by_platform",
+            lambda run, blocks, q, *arrays: run(
+                blocks, blockwise._orders(q, blocks)[1], q, *arrays
+            ),
+        )
+
+    def blocks(q, k, v):
+        return blockwise_attention(q, k, v, visible_until, Blocks(32, 64, 40), window)
+
+    def dense(q, k, v):
+        return masked_attention(q, k, v, visible_mask(visible_until, window))
+
+    (out, back), (expected, reference) = (jax.vjp(run, q, k, v) for run in (blocks, dense))
+    for one, other in zip((out, *back(dy)), (expected, *reference(dy)), strict=True):
+        assert np.abs(one - other).max() / np.abs(other).max() < 10 * CLOSE
+
+
+@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu", "pallas_gpu_sm80"])
+def test_kernels_that_know_no_window_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name!r} does not run here: it knows no sliding window"):
+        choose(implementation=name, window=True)
+    assert choose(window=True)[0] == "xla"

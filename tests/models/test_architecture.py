@@ -10,7 +10,8 @@ from tiny_decoders import ground_truth
 
 from jaxre.errors import InputError
 from jaxre.models.architecture import architecture_of, read_architecture
-from jaxre.models.decoder import rotary_frequencies
+from jaxre.models.decoder import plain_frequencies, rotary_frequencies
+from jaxre.models.weights import parameter_count
 
 LLAMA = {
     "model_type": "llama",
@@ -100,7 +101,7 @@ def test_key_heads_are_said_where_the_class_has_a_number_of_its_own():
     [
         (
             {"model_type": "gpt2"},
-            "model_type 'gpt2' is not known; known are llama, qwen2, qwen3, smollm3",
+            "model_type 'gpt2' is not known; known are llama, qwen2, qwen3, smollm3, gemma3_text",
         ),
         ({"model_type": None}, "model_type None is not known"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
@@ -158,3 +159,140 @@ def test_a_broken_config_file_is_refused(tmp_path, text, message):
 def test_a_config_file_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     assert read_architecture(tmp_path) == architecture_of(LLAMA, "test")
+
+
+# As google/gemma-3-270m-it and google/gemma-3-1b-it publish it, which transformers 4 wrote.
+GEMMA3_270M = {
+    "model_type": "gemma3_text",
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": 512,
+    "use_bidirectional_attention": False,
+    "vocab_size": 262144,
+}
+GEMMA3_1B = GEMMA3_270M | {
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+    "sliding_window_pattern": 6,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [(GEMMA3_270M, 268_098_176), (GEMMA3_1B, 999_885_952)],
+    ids=["270M", "1B"],
+)
+def test_gemma3_has_the_published_shapes(config, parameters):
+    """The parameters that the hub counts in google/gemma-3-270m and google/gemma-3-1b-it."""
+    architecture = architecture_of(config, "test")
+    assert parameter_count(architecture) == parameters
+    assert [layer for layer, sliding in enumerate(architecture.sliding, 1) if not sliding] == [
+        layer for layer in range(1, architecture.layers + 1) if layer % 6 == 0
+    ]
+    assert (architecture.window, architecture.layer_window(0)) == (512, 512)
+    assert architecture.layer_window(5) is None
+    assert (architecture.rope_theta, architecture.local_rope_theta) == (1e6, 1e4)
+    assert architecture.tied_head and architecture.qk_norm and architecture.score_scale == 1 / 16
+
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "vocab_size": 61}
+LINEAR = {"rope_type": "linear", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"sliding_window_pattern": 2},
+        {"_sliding_window_pattern": 2},
+        {"layer_types": ["full_attention", "sliding_attention"] * 2},
+        {"rope_theta": None, "rope_local_base_freq": None},
+        {"rope_scaling": LINEAR},
+        {"rope_scaling": {**LINEAR, "rope_theta": 77.0}},
+        {
+            "rope_parameters": {
+                "full_attention": {**LINEAR, "rope_theta": 5e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 3e3},
+            }
+        },
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "default"},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 9000.0},
+            },
+            "rope_scaling": LINEAR,
+        },
+    ],
+)
+def test_gemma3_fields_mean_what_they_mean_to_transformers(fields, tmp_path):
+    """As published and as transformers 5 writes it again; a field that is not there too."""
+    ground_truth("torch")
+    from transformers import AutoConfig
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+    config = {**GEMMA3_270M, **SMALL, **fields}
+    config = {name: value for name, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    architecture = read_architecture(tmp_path)
+    assert [
+        "sliding_attention" if sliding else "full_attention" for sliding in architecture.sliding
+    ] == theirs.layer_types
+    rotary = Gemma3RotaryEmbedding(theirs)
+    for kind, ours in (
+        ("full_attention", rotary_frequencies(architecture)),
+        (
+            "sliding_attention",
+            plain_frequencies(architecture.local_rope_theta, architecture.head_channels),
+        ),
+    ):
+        if kind in theirs.layer_types:
+            frequencies = getattr(rotary, f"{kind}_inv_freq").numpy()
+            # torch's own power is up to two units in the last place off in a channel or two.
+            np.testing.assert_allclose(ours, frequencies, rtol=2.4e-7)
+    assert architecture_of(json.loads(theirs.to_json_string()), "again") == architecture
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma3"}, "model_type 'gemma3' reads images too"),
+        ({"hidden_activation": "gelu"}, "hidden_activation 'gelu'"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping is set"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is set"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention is set"),
+        ({"layer_types": ["full_attention"]}, "layer_types must say"),
+        ({"layer_types": ["chunked_attention"] * 18}, "layer_types must say"),
+        ({"sliding_window": None}, "sliding_window is None"),
+        ({"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor is missing"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters must hold"),
+        (
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope scaling 'linear' of sliding layers",
+        ),
+    ],
+)
+def test_what_we_cannot_run_of_gemma3_is_refused_by_name(change, message):
+    with pytest.raises(InputError, match=r"^test: ") as error:
+        architecture_of({**GEMMA3_270M, **change}, "test")
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -62,6 +63,8 @@ def test_logits_equal_transformers_at_far_positions(pair):
     model, architecture, params = pair
     tokens = tokens_of(architecture.vocabulary, *SHAPE)
     positions = np.broadcast_to(np.arange(SHAPE[1]) * 850 + 40, SHAPE)
+    if architecture.window is not None:  # theirs counts tokens, ours positions
+        architecture = dataclasses.replace(architecture, window=850 * architecture.window)
     assert (
         relative(
             our_logits(architecture, params, tokens, positions),
@@ -113,10 +116,11 @@ def test_real_pretrained_weights_tell_their_story(stories):
         "qwen2 tied, biases, grouped heads",
         "llama-3 scaled rope",
         "smollm3, every fourth layer unrotated",
+        "gemma3, sliding and global layers",
     ],
 )
 def test_bfloat16_is_no_further_from_float32_than_transformers(name, tmp_path):
-    """Judged over three draws of weights together: ours was 0.84 to 0.89 of theirs in the mean,
+    """Judged over three draws of weights together: ours was 0.84 to 0.94 of theirs in the mean,
     0.80 to 1.01 for a single draw.
 
     test_studied_decoders.py judges wider models.

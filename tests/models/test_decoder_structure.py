@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jaxre_kernels.attention import Blocks, attention, blocks_of
+from jaxre_kernels.attention import Blocks, Window, attention, blocks_of
 from tiny_decoders import our_logits, random_factors, relative, tokens_of
 
 from jaxre.config import Lora
@@ -40,13 +40,22 @@ FIELDS = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.3,
 }
+GEMMA3 = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 5,
+    "sliding_window_pattern": 3,
+    "num_key_value_heads": 1,
+}
 DEPTHS = pytest.mark.parametrize("layers", [1, 4])
+KINDS = pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
 
 
 def make(layers: int = 4, kind: str = "qwen2", seed: int = 0):
     """An architecture and random weights in which biases are not 0 and norms not 1."""
+    more = GEMMA3 if kind == "gemma3_text" else {}
     architecture = architecture_of(
-        {**FIELDS, "num_hidden_layers": layers, "model_type": kind}, "test"
+        {**FIELDS, **more, "num_hidden_layers": layers, "model_type": kind}, "test"
     )
     draw = np.random.default_rng(seed)
 
@@ -59,8 +68,9 @@ def make(layers: int = 4, kind: str = "qwen2", seed: int = 0):
 
 
 @DEPTHS
-def test_packed_logits_equal_unpacked(layers):
-    architecture, params = make(layers)
+@KINDS
+def test_packed_logits_equal_unpacked(layers, kind):
+    architecture, params = make(layers, kind)
     # of one length, so that one compilation serves all; test_decoder_parity.py has mixed ones
     lengths = (
         12,
@@ -79,11 +89,12 @@ def test_packed_logits_equal_unpacked(layers):
         assert relative(packed[:, start:end], alone) < CLOSE
 
 
-def test_shared_prefix_equals_a_copy_for_each_example():
+@KINDS
+def test_shared_prefix_equals_a_copy_for_each_example(kind):
     """A tree two levels deep: prefix 6, below it two nodes of 4 and 5, the first with two examples
-    of 3 and 2.
+    of 3 and 2. A window of 5 positions ends within the prefix, or within a node.
     """
-    architecture, params = make()
+    architecture, params = make(4, kind)
     #           prefix      node 1      a            b            node 2
     nodes = {
         "prefix": (0, 6, 20),
@@ -107,14 +118,15 @@ def test_shared_prefix_equals_a_copy_for_each_example():
         )
 
 
-def test_where_attention_looks_changes_no_hidden_state_and_no_gradient():
+@KINDS
+def test_where_attention_looks_changes_no_hidden_state_and_no_gradient(kind):
     """Five examples of 50 below a prefix of 40: blocks of queries on their near keys and the
     prefix, against a dense row.
 
     In f64: scores are so large here that f32 gradients are off by 5e-5 whichever way they are
     summed.
     """
-    architecture, params = make(2)
+    architecture, params = make(3 if kind == "gemma3_text" else 2, kind)
     lora = Lora(rank=3, dropout=0.2)
     factors = random_factors(architecture, lora)
     tokens = tokens_of(architecture.vocabulary, 1, 300)
@@ -151,15 +163,16 @@ def test_where_attention_looks_changes_no_hidden_state_and_no_gradient():
         assert max(jax.tree.leaves(jax.tree.map(relative, gradients, dense_gradients))) < 1e-11
 
 
+@KINDS
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_layers_keep_for_the_backward_pass_only_what_it_needs(dtype):
+def test_layers_keep_for_the_backward_pass_only_what_it_needs(dtype, kind):
     """Of each token: two hidden states and their norms, q, k, v, attention's output, three arrays
     of the MLP, and narrow ones.
 
     No weight is copied, no dropout mask kept, nothing in f32 that is not so by itself, and nothing
     T x T.
     """
-    architecture = architecture_of(FIELDS, "test")
+    architecture, _ = make(4, kind)
     params = tree_of(
         (path, jax.ShapeDtypeStruct(shape, dtype)) for _, path, shape, _ in places(architecture)
     )
@@ -183,13 +196,16 @@ def test_layers_keep_for_the_backward_pass_only_what_it_needs(dtype):
     size = architecture.size
     # ranks of the seven projections
     wide = 4 * size("D") + 2 * size("HC") + 2 * size("KC") + 3 * size("F") + 2 * 7
+    if architecture.norms_after:  # what enters a norm: two of D behind the blocks, q and k
+        wide += 2 * size("D") + size("HC") + size("KC")
     # counters of the four masks, highest score and sum of each head
     other = 4 + 2 * architecture.query_heads
     tokens = 3 * 2 * 640
     assert sum(leaf.size for leaf in kept if leaf.dtype == dtype) <= tokens * (
         wide + (other - 4 if dtype == jnp.float32 else 0)
     )
-    assert sum(leaf.size for leaf in kept) <= tokens * (wide + other)
+    windows = 3 if architecture.window else 0  # one number a layer
+    assert sum(leaf.size for leaf in kept) <= tokens * (wide + other) + windows
 
 
 def test_a_token_of_another_example_changes_nothing():
@@ -209,7 +225,7 @@ def test_a_token_of_another_example_changes_nothing():
 
 
 @DEPTHS
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "smollm3"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "smollm3", "gemma3_text"])
 def test_scanned_layers_equal_unrolled(layers, kind):
     """Every layer called by hand with its own slice of the stack, its own adapter and dropout, in
     order.
@@ -224,13 +240,14 @@ def test_scanned_layers_equal_unrolled(layers, kind):
         factors, scale_of(lora), lora.dropout, jnp.arange(32, dtype=jnp.uint32).reshape(2, 16)
     )
 
-    def attend(q, k, v, cache):
-        return attention(q, k, v, visible_until), cache
+    def attend(q, k, v, cache, window):
+        near = None if window is None else Window(positions, window)
+        return attention(q, k, v, visible_until, window=near), cache
 
     @jax.jit
     def both(params, factors):
         scanned = decoder.forward(params, tokens, positions, visible_until, architecture, adapter)
-        x = params["embed"][tokens]
+        x = params["embed"][tokens] * (architecture.embedding_scale or 1.0)
         angles = decoder.rotary_angles(positions, architecture)
         for layer in range(layers):
             last = layer == layers - 1
@@ -250,18 +267,20 @@ def test_scanned_layers_equal_unrolled(layers, kind):
                 attend,
                 None,
                 adapter,
+                window=architecture.layer_window(layer),
             )
         return scanned, x
 
     assert relative(*both(params, factors)) < CLOSE
 
 
-def test_compile_time_does_not_grow_with_depth():
+@KINDS
+def test_compile_time_does_not_grow_with_depth(kind):
     """The program for 12 layers is as long as that for 3."""
     sizes = []
     rows = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     for layers in (3, 12):
-        architecture = architecture_of({**FIELDS, "num_hidden_layers": layers}, "test")
+        architecture, _ = make(layers, kind)
         params = tree_of(
             (path, jax.ShapeDtypeStruct(shape, jnp.float32))
             for _, path, shape, _ in places(architecture)
@@ -316,9 +335,10 @@ def test_weights_have_the_shapes_of_the_table(layers):
 @pytest.mark.parametrize(
     "chosen", [[[0, 5, 15, 15], [7, 1, 0, 2]], [[15], [3]], [list(range(16)), [3] * 16]]
 )
-def test_states_at_chosen_positions_equal_those_of_all_positions(layers, chosen):
+@KINDS
+def test_states_at_chosen_positions_equal_those_of_all_positions(layers, chosen, kind):
     """Few positions: the last layer runs there only. Many: everywhere."""
-    architecture, params = make(layers)
+    architecture, params = make(layers, kind)
     tokens = tokens_of(architecture.vocabulary, 2, 16)
     positions = np.array([[*range(6), *range(4, 14)], [*range(16)]])
     visible_until = np.array([[16] * 4 + [6] * 2 + [16] * 10, [9] * 9 + [14] * 5 + [15, 16]])

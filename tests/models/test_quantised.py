@@ -44,6 +44,15 @@ PEFT_CONFIGS = {
         "head_dim": 32,
         **WIDE,
     },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "query_pre_attn_scalar": 64,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        **WIDE,
+    },
 }
 
 

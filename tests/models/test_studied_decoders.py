@@ -1,11 +1,12 @@
-"""The five studied decoders and a sixth, each from its own config.json, against transformers: f32
-and bf16 logits.
+"""The five studied decoders and three more, each from its own config.json, against transformers:
+f32 and bf16 logits.
 
 Random weights, head counts, head channels and D/F as they are; three layers, or five where the
-fourth does not rotate. Models of 1024 channels and more have D and F halved and the vocabulary of
-SmolLM2, so that a test stays below 3 GB and half a minute; Qwen2.5-0.5B keeps more tokens than 16
-bits count. At the true widths and vocabularies of the 3B models the differences were the same by
-hand (f32 1.5e-6 to 1.7e-5; bf16 0.84 to 0.89 of transformers', 2026-11-21).
+fourth does not rotate, or seven where the sixth is global. Models of 1024 channels and more have D
+and F halved and, as both of Gemma 3, the vocabulary of SmolLM2, so that a test stays below 3 GB and
+half a minute; Qwen2.5-0.5B keeps more tokens than 16 bits count. At the true widths and
+vocabularies of the 3B models the differences were the same by hand (f32 1.5e-6 to 1.7e-5; bf16 0.84
+to 0.89 of transformers', 2026-11-21).
 """
 
 from __future__ import annotations
@@ -50,6 +51,30 @@ QWEN3 = {
     "tie_word_embeddings": True,
     "vocab_size": 151936,
 }
+# What google/gemma-3-270m-it and google/gemma-3-1b-it publish, but for the window: transformers
+# counts it in tokens, so that it would hide others than ours where a position jumps.
+# test_decoder_parity.py has short windows.
+GEMMA3_270M = {
+    "model_type": "gemma3_text",
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 640,
+    "intermediate_size": 2048,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+    "rope_local_base_freq": 10000.0,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "vocab_size": 262144,
+}
+PUBLISHED = {
+    "Qwen3-0.6B": QWEN3,
+    "Gemma 3 270M": GEMMA3_270M,
+    "Gemma 3 1B": GEMMA3_270M | {"hidden_size": 1152, "intermediate_size": 6912},
+}
 # The design's promise for f32. Measured: 3e-6, but 2.5e-5 for SmolLM3 at position 65,000, where
 # torch's own power is a unit in the last place off the correctly rounded one in one channel (see
 # rotary_frequencies).
@@ -62,28 +87,28 @@ def reduced(config: dict) -> dict:
     """A published config.json with fewer layers and, in a model of 1024 channels or more, half of D
     and F and fewer tokens.
     """
-    layers = 5 if config["model_type"] == "smollm3" else 3
+    layers = {"smollm3": 5, "gemma3_text": 7}.get(config["model_type"], 3)
     config = {**config, "num_hidden_layers": layers}
     for field in ("no_rope_layers", "layer_types"):
         if field in config:
             config[field] = config[field][:layers]
-    if config["hidden_size"] >= 1024:
+    wide = config["hidden_size"] >= 1024
+    if wide:
         config["head_dim"] = (
             config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         )
         config |= {field: config[field] // 2 for field in ("hidden_size", "intermediate_size")}
+    if wide or config["model_type"] == "gemma3_text":
         config |= {"vocab_size": 49152, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     return config
 
 
-@pytest.fixture(scope="module", params=(*STUDIED, "Qwen3-0.6B"))
+@pytest.fixture(scope="module", params=(*STUDIED, *PUBLISHED))
 def folder(request, tmp_path_factory, shared_models):
     """Random weights that bf16 holds, so that both precisions are of one model."""
-    config = QWEN3
-    if request.param in STUDIED:
-        config = json.loads(
-            (shared_models / request.param / "config.json").read_text(encoding="utf-8")
-        )
+    config = PUBLISHED.get(request.param) or json.loads(
+        (shared_models / request.param / "config.json").read_text(encoding="utf-8")
+    )
     folder = tmp_path_factory.mktemp("studied")
     build(reduced(config), folder, dtype="bfloat16")
     # as published, as transformers 5 writes it

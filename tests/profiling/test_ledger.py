@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interpreters import needs_interpreter
-from jaxre_kernels.attention import attention, visible_mask
+from jaxre_kernels.attention import Window, attention, visible_mask
 from tiny import ARCHITECTURE
 from tiny_encoders import fields_of
 
@@ -277,3 +277,26 @@ def test_the_last_two_savings_are_the_gradients_of_frozen_weights_and_the_invisi
     assert pairs.before - pairs.after == every["attention"] - parts["attention"] > 0
     # all weights are trained
     assert savings_of(work, [5, 8, 9, 5], 24, architecture, None)[4].removed == 0
+
+
+@pytest.mark.parametrize("rows", [tree_rows(), ragged_rows()], ids=["prefix tree", "ragged rows"])
+def test_a_window_hides_what_the_written_out_mask_shows(rows: Rows) -> None:
+    """And layers count by their kind: two of three scanned ones slide, the last one too."""
+    window = 3
+    mask = np.asarray(visible_mask(rows.visible_until))
+    near = np.asarray(visible_mask(rows.visible_until, Window(rows.positions, window)))
+    pad = (mask.sum(axis=1) == 1) & (mask.sum(axis=2) == 1)
+    asked = [(b, rows.supervised[b, s]) for b, s in zip(*np.nonzero(rows.weights), strict=True)]
+    work, plain = work_of(rows, False, window), work_of(rows, False)
+    assert work.pairs - work.hidden == near[~pad].sum() < work.pairs == plain.pairs
+    assert work.last_pairs - work.last_hidden == sum(near[place].sum() for place in asked)
+    assert (plain.hidden, plain.last_hidden) == (0, 0)
+    architecture = dataclasses.replace(
+        architecture_of(ARCHITECTURE, "tiny"),
+        layers=4,
+        window=window,
+        sliding=(True, False, True, True),
+    )
+    pairs = 3 * work.pairs - 2 * work.hidden + work.last_pairs - work.last_hidden
+    parts = flops_of(work, architecture, None)
+    assert parts["attention"] == 3 * 4 * architecture.size("HC") * pairs

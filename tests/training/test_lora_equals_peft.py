@@ -64,6 +64,16 @@ CASES = {
         Lora(rank=1, alpha=3.0, dropout=0.0, targets=("v",)),
         0.5,
     ),
+    "all projections, sliding windows": (
+        "gemma3, sliding and global layers",
+        Lora(rank=3, alpha=6.0, dropout=0.0),
+        UNCLIPPED,
+    ),
+    "some targets, scaled rope of global layers": (
+        "gemma3, last layer global, scaled",
+        Lora(rank=2, alpha=3.0, dropout=0.0, targets=("q", "down")),
+        0.25,
+    ),
 }
 MODULES = {name: f"{'self_attn' if name in 'qkvo' else 'mlp'}.{name}_proj" for name in LORA_TARGETS}
 
@@ -249,15 +259,21 @@ def widen(model) -> None:
     """transformers computes norms and cosines in f32 whatever the weights are; here in f64 (of the
     same f32 angles).
     """
+    gemma3 = model.config.model_type == "gemma3_text"
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = lambda x, own=module: torch.nn.functional.rms_norm(
-                x, own.weight.shape, own.weight, own.variance_epsilon
+            epsilon = module.eps if gemma3 else module.variance_epsilon
+            module.forward = lambda x, own=module, epsilon=epsilon: torch.nn.functional.rms_norm(
+                x, own.weight.shape, own.weight + 1 if gemma3 else own.weight, epsilon
             )
     rotary = model.model.rotary_emb
+    if gemma3:
+        scale = torch.tensor(model.config.hidden_size**0.5, dtype=torch.float64)
+        model.model.embed_tokens.embed_scale = scale
 
-    def cosine_and_sine(x, position_ids):
-        angles = (position_ids[..., None].float() * rotary.inv_freq).double().tile(2)
+    def cosine_and_sine(x, position_ids, layer_type=None):
+        frequencies = getattr(rotary, f"{layer_type}_inv_freq" if layer_type else "inv_freq")
+        angles = (position_ids[..., None].float() * frequencies.float()).double().tile(2)
         return angles.cos(), angles.sin()
 
     rotary.forward = cosine_and_sine

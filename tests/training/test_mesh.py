@@ -19,7 +19,16 @@ from jaxre.training.log import read_log
 from jaxre.training.loop import train
 
 HERE = Path(__file__).parent
-METHODS = ("lora", "full-lm", "lora-pallas", "qlora-pallas")
+METHODS = ("lora", "full-lm", "lora-pallas", "qlora-pallas", "lora-windows")
+# Layers of both kinds, scanned and last.
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 # Sums run in another order on another mesh; f32 rounding reaches 1e-6 here, the promise is 1e-5.
 TOLERANCE = 1e-5
 
@@ -75,11 +84,8 @@ def test_gradients_on_every_mesh_equal_one_device(
     tiny_model: Path, tmp_path: Path, method: str
 ) -> None:
     # Kernels take NF4 in blocks of 64 inputs.
-    model = (
-        write_tiny_model(tmp_path / "model", intermediate_size=128)
-        if method == "qlora-pallas"
-        else tiny_model
-    )
+    fields = {"qlora-pallas": {"intermediate_size": 128}, "lora-windows": GEMMA3}.get(method)
+    model = write_tiny_model(tmp_path / "model", **fields) if fields else tiny_model
     command = [sys.executable, str(HERE / "mesh_gradients.py"), str(model), str(tmp_path), method]
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -2,12 +2,18 @@
 
 from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
 from jaxre_kernels.attention.dispatch import IMPLEMENTATIONS, Heads, attention, blocks_of, choose
-from jaxre_kernels.attention.reference import both_ways_mask, masked_attention, visible_mask
+from jaxre_kernels.attention.reference import (
+    Window,
+    both_ways_mask,
+    masked_attention,
+    visible_mask,
+)
 
 __all__ = [
     "IMPLEMENTATIONS",
     "Blocks",
     "Heads",
+    "Window",
     "attention",
     "blocks_of",
     "blockwise_attention",

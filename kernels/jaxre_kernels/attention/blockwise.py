@@ -50,6 +50,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxre_kernels.attention.reference import Window
+
 STEP = 64
 # scores at once where they need not stay in a cache: 256 MiB in f32, of which the backward pass has
 # four
@@ -73,19 +75,25 @@ class Blocks(NamedTuple):
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blockwise_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, visible_until: jax.Array, blocks: Blocks
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible_until: jax.Array,
+    blocks: Blocks,
+    window: Window | None = None,
 ) -> jax.Array:
-    """Softmax attention in which token i sees token j exactly when `j <= i < visible_until[j]`;
-    softmax in f32 (at least).
+    """Softmax attention in which token i sees token j exactly when `j <= i < visible_until[j]`, and
+    lies within the window if there is one; softmax in f32 (at least).
 
     Args:
       q: [B, T, H, C] float; k, v: [B, T, K, C] of q's dtype; visible_until: [B, T] int32.
-      blocks: where to look; every visible pair must lie there.
+      blocks: where to look; every visible pair must lie there. What a window hides within them is
+        looked at.
 
     Returns:
       [B, T, H, C] of q's dtype.
     """
-    return _forward(q, k, v, visible_until, blocks)[0]
+    return _forward(q, k, v, visible_until, blocks, window)[0]
 
 
 class Order(NamedTuple):
@@ -113,27 +121,27 @@ def _by_platform(run, blocks, q, *arrays):
     return jax.lax.platform_dependent(q, *arrays, cpu=cpu, default=other)
 
 
-def _forward(q, k, v, visible_until, blocks):
-    out, *kept = _by_platform(_attend, blocks, q, k, v, visible_until)
-    return out, (q, k, v, visible_until, *kept)
+def _forward(q, k, v, visible_until, blocks, window):
+    out, *kept = _by_platform(_attend, blocks, q, k, v, visible_until, window)
+    return out, (q, k, v, visible_until, window, *kept)
 
 
 def _backward(blocks, kept, dout):
-    return *_by_platform(_gradients, blocks, *kept, dout), None
+    return *_by_platform(_gradients, blocks, *kept, dout), None, None
 
 
 blockwise_attention.defvjp(_forward, _backward)
 
 
-def _attend(blocks, order, q, k, v, visible_until):
+def _attend(blocks, order, q, k, v, visible_until, window):
     """Attention [B, T, H, C], and each query's highest score and sum [B, T, H, 1]."""
-    keys, values, until, widths, zero = _lay_all_out(k, v, visible_until, blocks, order)
+    keys, values, seen, widths, zero = _lay_all_out(k, v, visible_until, window, blocks, order)
 
     def attend(back, n, queries):
         scores = _scores(
             queries,
             _at(keys, n, blocks, order, back),
-            _visible(until, n, queries, blocks, order, back),
+            _visible(seen, n, queries, blocks, order, back),
         )
         highest = scores.max(-1, keepdims=True)
         weights = jnp.exp(scores - highest)
@@ -151,14 +159,14 @@ def _attend(blocks, order, q, k, v, visible_until):
     return tuple(_joined(array, q, blocks, order) for array in found)
 
 
-def _gradients(blocks, order, q, k, v, visible_until, highest, total, dout):
-    keys, values, until, widths, zero = _lay_all_out(k, v, visible_until, blocks, order)
+def _gradients(blocks, order, q, k, v, visible_until, window, highest, total, dout):
+    keys, values, seen, widths, zero = _lay_all_out(k, v, visible_until, window, blocks, order)
 
     def gradients(back, n, queries, dout, highest, total):
         near_keys = _at(keys, n, blocks, order, back)
         dsums = (dout / total).astype(q.dtype)  # dividing dO is less work than dividing weights
         weights = jnp.exp(
-            _scores(queries, near_keys, _visible(until, n, queries, blocks, order, back)) - highest
+            _scores(queries, near_keys, _visible(seen, n, queries, blocks, order, back)) - highest
         )
         dweights = _product("rkmc,rkuc->rkmu", dsums, _at(values, n, blocks, order, back))
         mean = (weights * dweights).sum(-1, keepdims=True) / total
@@ -225,8 +233,9 @@ def _scores(queries, keys, visible):
     return jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
 
 
-def _visible(until, n, queries, blocks, order, back):
+def _visible(seen, n, queries, blocks, order, back):
     """[R, 1, M, U] bool of step n. A near key that belongs to the prefix counts there alone."""
+    until, window = seen
     rows = until.shape[0]
     row = jnp.broadcast_to(jnp.arange(until.shape[2])[:, None] - blocks.back, until.shape)
     first = (n * order.at_once + jnp.repeat(jnp.arange(order.at_once), rows)) * blocks.queries  # R
@@ -237,7 +246,13 @@ def _visible(until, n, queries, blocks, order, back):
     key, until = (_at(array, n, blocks, order, back)[..., None, :, 0] for array in (row, until))
     # the copy of the prefix, before the near keys
     apart = jnp.arange(key.shape[-1]) < blocks.prefix
-    return ((key >= blocks.prefix) | apart) & (key <= query) & (query < until)
+    visible = ((key >= blocks.prefix) | apart) & (key <= query) & (query < until)
+    if window is None:
+        return visible
+    position = _at(window.positions, n, blocks, order, back)[..., None, :, 0]  # R 1 1 U
+    own = position[..., 0, -blocks.queries :]  # R 1 Q: a block's last keys are its own tokens'
+    asked = jnp.repeat(own, queries.shape[2] // blocks.queries, axis=-1)[..., None]  # R 1 M 1
+    return visible & (asked - position < window.length)
 
 
 def _cut(array, kv_heads, blocks, order, fill=0):
@@ -259,16 +274,23 @@ def _joined(array, like, blocks, order):
     return whole.reshape(B, -1, H, C)[:, :T]
 
 
-def _lay_all_out(k, v, visible_until, blocks, order):
-    """Keys, values and `visible_until` laid out, how far back each step looks, and the number of
-    the first.
+def _lay_all_out(k, v, visible_until, window, blocks, order):
+    """Keys and values laid out, `visible_until` and the window's positions too, how far back each
+    step looks, and the number of the first.
 
     A mask hangs on no layer: without the barrier JAX would form those of all blocks before a scan
     over layers, and keep them.
     """
-    k, visible_until, zero = jax.lax.optimization_barrier((k, visible_until, jnp.int32(0)))
-    laid_out = (_lay_out(array, blocks, order) for array in (k, v, visible_until[..., None, None]))
-    return *laid_out, _widths(visible_until, blocks, order), zero
+    k, visible_until, window, zero = jax.lax.optimization_barrier(
+        (k, visible_until, window, jnp.int32(0))
+    )
+    keys, values, until = (
+        _lay_out(array, blocks, order) for array in (k, v, visible_until[..., None, None])
+    )
+    if window is not None:
+        positions = _lay_out(window.positions[..., None, None], blocks, order)
+        window = window._replace(positions=positions)
+    return keys, values, (until, window), _widths(visible_until, blocks, order), zero
 
 
 def _lay_out(array, blocks, order):

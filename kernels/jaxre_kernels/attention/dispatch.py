@@ -7,17 +7,21 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
-from jaxre_kernels.attention.reference import both_ways_mask, masked_attention
+from jaxre_kernels.attention.reference import Window, both_ways_mask, masked_attention
 from jaxre_kernels.implementations import Entry, kernels_of, measured, named, tiles_of
 
 
-def _xla(q, k, v, visible_until, visible_from, prefix, span, queries=None):
+def _xla(q, k, v, visible_until, visible_from, prefix, span, queries=None, window=None):
     if visible_from is not None:
         return masked_attention(q, k, v, both_ways_mask(visible_until, visible_from))
-    return blockwise_attention(q, k, v, visible_until, blocks_of(q.shape[1], prefix, span, queries))
+    blocks = blocks_of(q.shape[1], prefix, span, queries)
+    if window is not None:
+        window = Window(window.positions, jnp.asarray(window.length, jnp.int32))
+    return blockwise_attention(q, k, v, visible_until, blocks, window)
 
 
 def _pallas(name, q, k, v, visible_until, visible_from, prefix, span, **tiles):
@@ -33,6 +37,8 @@ IMPLEMENTATIONS = {
 # cuDNN's public entry, `jax.nn.dot_product_attention`, isolates packed examples only by a dense T x
 # T bias, and the static facts of a plan do not say that every row holds one example: it is left
 # out.
+
+NO_WINDOW = "it knows no sliding window of positions"
 
 # Of a block. On two CPU cores blocks of 64, 128 and 256 took 1.03, 1.00 and 1.51 (prefix 32, span
 # 144, two rows of 1,024), and 1.04, 1.00 and 1.08 (prefix 352, span 208, one row of 2,048) of the
@@ -79,13 +85,14 @@ def choose(
     implementation: str | None = None,
     device_kind: str | None = None,
     both_ways: bool = False,
+    window: bool = False,
 ) -> tuple[str, str]:
     """The implementation that `attention` runs for such rows (for any, without a length), and the
     reason in words.
 
     The table is asked where rows, `heads` and `device_kind` are given (see
     `jaxre_kernels.implementations`). It holds measurements of causal attention: never where
-    segments are seen `both_ways`.
+    segments are seen `both_ways`. With a sliding `window` "xla" alone runs.
 
     Raises:
       ValueError: an implementation that does not exist, or that does not take these `heads`.
@@ -93,13 +100,15 @@ def choose(
     entry = _measured(length, prefix, span, heads, None if both_ways else device_kind)
 
     def unsupported(name: str) -> str | None:
-        return (
-            None
-            if name == "xla"
-            else kernels_of("attention", name).unsupported(length, prefix, span, *heads)
-        )
+        if name == "xla":
+            return None
+        if window:
+            return NO_WINDOW
+        return kernels_of("attention", name).unsupported(length, prefix, span, *heads)
 
     name, reason = named("attention", implementation, IMPLEMENTATIONS, entry, unsupported)
+    if name != "xla" and window:
+        raise ValueError(_refused(name, NO_WINDOW))
     if length is None or (name != "xla" and heads is None):
         return name, reason
     if name != "xla":
@@ -145,12 +154,16 @@ def _told(
     kernels = kernels_of("attention", name)
     refusal = kernels.unsupported(length, prefix, span, *heads)
     if refusal is not None:
-        raise ValueError(
-            f"attention implementation {name!r} does not run here: {refusal}; leave it out, or ask"
-            " for 'xla'"
-        )
+        raise ValueError(_refused(name, refusal))
     block = block or kernels.block_of(length, span, heads.heads // heads.kv_heads)
     return f"pairs of blocks of {block} tokens of {length:,} where one sees another"
+
+
+def _refused(name: str, refusal: str) -> str:
+    return (
+        f"attention implementation {name!r} does not run here: {refusal}; leave it out, or ask for"
+        " 'xla'"
+    )
 
 
 def attention(
@@ -159,6 +172,7 @@ def attention(
     v: jax.Array,
     visible_until: jax.Array,
     visible_from: jax.Array | None = None,
+    window: Window | None = None,
     *,
     prefix: int = 0,
     span: int | None = None,
@@ -177,6 +191,8 @@ def attention(
       visible_from: [B, T] int32, for segments that share nothing and are seen both ways (encoders):
         the first token of j's segment. Then i sees j exactly when `visible_from[j] <= i <
         visible_until[j]`.
+      window: of a sliding layer, where tokens are not seen `both_ways`: i sees j only if it lies
+        within it too.
       prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; no bound on the span
         if it is None.
       device_kind: of the device that the program is for, to ask the table; "xla" runs where neither
@@ -201,9 +217,13 @@ def attention(
         implementation=implementation,
         device_kind=device_kind,
         both_ways=both_ways,
+        window=window is not None,
     )
     if tiles is None:
         tiles = tiles_of(
             None if both_ways else _measured(T, prefix, span, heads, device_kind), name
         )
-    return IMPLEMENTATIONS[name](q, k, v, visible_until, visible_from, prefix, span, **tiles)
+    near = {} if window is None else {"window": window}  # "xla" alone takes it
+    return IMPLEMENTATIONS[name](
+        q, k, v, visible_until, visible_from, prefix, span, **tiles, **near
+    )

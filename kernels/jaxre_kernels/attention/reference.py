@@ -10,15 +10,32 @@ Letters: B rows, T tokens in a row, H query heads, K key/value heads, G = H/K, C
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 
-def visible_mask(visible_until: jax.Array) -> jax.Array:
+class Window(NamedTuple):
+    """A sliding window over positions: token i sees token j only if positions[i] - positions[j] <
+    length, so that a token sees `length` tokens with its own.
+
+    positions: [B, T] int32; length: [] int32. Behind a shared prefix positions are nearer to each
+    other than places in the row.
+    """
+
+    positions: jax.Array
+    length: jax.Array | int
+
+
+def visible_mask(visible_until: jax.Array, window: Window | None = None) -> jax.Array:
     """[B, T] int32 -> [B, T, T] bool; entry [b, i, j] is whether token i sees token j."""
     index = jnp.arange(visible_until.shape[-1])
     before = index[None, :] <= index[:, None]  # T T
-    return before & (index[:, None] < visible_until[:, None, :])
+    visible = before & (index[:, None] < visible_until[:, None, :])
+    if window is None:
+        return visible
+    return visible & (window.positions[:, :, None] - window.positions[:, None] < window.length)
 
 
 def both_ways_mask(visible_until: jax.Array, visible_from: jax.Array) -> jax.Array:
