@@ -26,7 +26,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
-from jaxre.checkpoints.gguf import is_gguf, read_gguf, tensors_of
+from jaxre.checkpoints.gguf import form_of, is_gguf, read_gguf, tensors_of
 from jaxre.checkpoints.gguf_write import (
     check_writable,
     kinds_of,
@@ -341,8 +341,12 @@ def _plan_gguf(
         system = prompt.system if config else None
         (folder / "Modelfile").write_text(modelfile(name, speech, system), encoding="utf-8")
 
+    form = form_of(architecture)
+
     def rounded(tensor: str, value: np.ndarray, dtype: np.dtype) -> np.ndarray:
         value = _cast(tensor, value, dtype)
+        if tensor in form.norms:  # stored as 1 + w
+            return form.to_hf(tensor, form.to_gguf(tensor, value))
         return through_q8_0(value) if kinds[tensor] == "Q8_0" else value
 
     def reader(folder: Path) -> Callable[[str], np.ndarray]:

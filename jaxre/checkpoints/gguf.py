@@ -63,6 +63,8 @@ NAMES = {
     "gate": "ffn_gate.weight",
     "up": "ffn_up.weight",
     "down": "ffn_down.weight",
+    "attention_out_norm": "post_attention_norm.weight",
+    "mlp_out_norm": "post_ffw_norm.weight",
 }
 # Factors of the rotary frequencies: what a file has of Llama-3 scaling, in place of its parameters.
 ROPE_FACTORS = "rope_freqs.weight"
@@ -92,6 +94,7 @@ class Family:
     model_type: str
     class_name: str
     paired: bool = False
+    norm_offset: float = 0.0  # of a norm's stored value over Hugging Face's
     fields: tuple[tuple[str, Any], ...] = ()
 
 
@@ -102,6 +105,13 @@ FAMILIES = {
     # llama.cpp knows no other interval.
     "smollm3": Family(
         "smollm3", "SmolLM3ForCausalLM", paired=True, fields=(("no_rope_layer_interval", 4),)
+    ),
+    # What llama.cpp takes where the file is silent, as its converter leaves it.
+    "gemma3": Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        norm_offset=1.0,
+        fields=(("hidden_activation", "gelu_pytorch_tanh"), ("rope_local_base_freq", 10000.0)),
     ),
 }
 
@@ -278,10 +288,11 @@ def config_of(
             f" ({fields.get(f'{prefix}.expert_count', 0)}) are set, which is not supported; take"
             " another model"
         )
+    gemma = family.model_type == "gemma3_text"
     config = {
         "architectures": [family.class_name],
         "model_type": family.model_type,
-        "hidden_act": "silu",
+        **({} if gemma else {"hidden_act": "silu"}),
         "hidden_size": width,
         "intermediate_size": given("feed_forward_length"),
         "num_hidden_layers": given("block_count"),
@@ -295,6 +306,26 @@ def config_of(
         "vocab_size": tensors["token_embd.weight"].shape[0],
         **dict(family.fields),
     }
+    if gemma:
+        # llama.cpp's scale of scores, but of the 27B, which is not supported here.
+        config["query_pre_attn_scalar"] = channels
+        config["sliding_window"] = given("attention.sliding_window")
+        pattern = given("attention.sliding_window_pattern", 6)
+        config["layer_types"] = [
+            "sliding_attention" if slides else "full_attention"
+            for slides in (
+                pattern
+                if isinstance(pattern, list)
+                else [(layer + 1) % pattern != 0 for layer in range(given("block_count"))]
+            )
+        ]
+        local = given("rope.freq_base_swa", config["rope_local_base_freq"])
+        config["rope_local_base_freq"] = _decimal(local)
+        if fields.get(f"{prefix}.final_logit_softcapping"):
+            raise InputError(
+                f"{place}: {prefix}.final_logit_softcapping is set, which is not supported; take"
+                " another model"
+            )
     for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         found = fields.get(f"tokenizer.ggml.{field}_token_id")
         if found is not None:
@@ -386,18 +417,24 @@ def names_of(architecture: Architecture) -> dict[str, str]:
 @dataclass(frozen=True)
 class Form:
     """How the values of a file differ from Hugging Face's. `heads` is name -> heads of the q and k
-    weights whose rows lie in pairs.
+    weights whose rows lie in pairs; `offset` is added to the values of `norms`.
     """
 
     heads: dict[str, int]
+    norms: frozenset[str]
+    offset: float
 
     def to_hf(self, name: str, value: np.ndarray) -> np.ndarray:
+        if name in self.norms and self.offset:
+            return value - np.float32(self.offset)
         if name in self.heads:
             rows = value.reshape(self.heads[name], -1, 2, *value.shape[1:])
             return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(value.shape)
         return value
 
     def to_gguf(self, name: str, value: np.ndarray) -> np.ndarray:
+        if name in self.norms and self.offset:
+            return value + np.float32(self.offset)
         if name in self.heads:
             rows = value.reshape(self.heads[name], 2, -1, *value.shape[1:])
             return np.ascontiguousarray(rows.swapaxes(1, 2)).reshape(value.shape)
@@ -406,14 +443,11 @@ class Form:
 
 def form_of(architecture: Architecture) -> Form:
     """The form of an architecture's values in a file."""
-    paired = next(
-        family.paired for family in FAMILIES.values() if family.model_type == architecture.kind
-    )
-    heads = {"q": architecture.query_heads, "k": architecture.kv_heads} if paired else {}
+    family = next(one for one in FAMILIES.values() if one.model_type == architecture.kind)
+    paired = {"q": architecture.query_heads, "k": architecture.kv_heads} if family.paired else {}
+    at = {name: weight.name for name, (weight, _, _) in positions(architecture).items()}
     return Form(
-        {
-            name: heads[weight.name]
-            for name, (weight, _, _) in positions(architecture).items()
-            if weight.name in heads
-        }
+        {name: paired[own] for name, own in at.items() if own in paired},
+        frozenset(name for name, own in at.items() if own.endswith("norm")),
+        family.norm_offset,
     )

@@ -309,7 +309,8 @@ def tokenizer_fields(
     tokens = [f"[PAD{number}]" for number in range(vocabulary)]
     types = [UNUSED] * vocabulary
     for token, number in ids.items():
-        tokens[number], types[number] = token, kinds[token]
+        if number < vocabulary:  # Gemma's tokenizer has one more, for images
+            tokens[number], types[number] = token, kinds[token]
     merges = [one.split(" ", 1) if isinstance(one, str) else one for one in model["merges"]]
     fields: dict[str, Any] = {
         "tokenizer.ggml.model": "llama" if gemma else "gpt2",

@@ -21,7 +21,7 @@ from jaxre.checkpoints.huggingface import copy_side_files, hf_shapes
 from jaxre.data.template import ChatTemplate
 from jaxre.data.tokenizer import load_tokenizer
 from jaxre.errors import InputError
-from jaxre.models.architecture import Architecture
+from jaxre.models.architecture import Architecture, LinearScaling
 from jaxre.models.weights import AnyArchitecture
 
 BLOCK = 32  # values that share a scale in Q8_0
@@ -175,6 +175,13 @@ def check_writable(architecture: AnyArchitecture, place: str) -> None:
     """Raises InputError for a model that has no form in GGUF."""
     if arch_of(architecture) is None:
         raise InputError(f"{place}: {architecture.kind} has no form in GGUF here; use --to hf")
+    linear = isinstance(architecture.rope_scaling, LinearScaling)
+    scale = architecture.score_scale
+    if linear or scale not in (None, architecture.head_channels**-0.5):
+        raise InputError(
+            f"{place}: its rope scaling or query_pre_attn_scalar is not that of a small Gemma 3,"
+            " which is not written; use --to hf"
+        )
     paused = tuple((layer + 1) % 4 != 0 for layer in range(architecture.layers))
     if architecture.kind == "smollm3" and architecture.rotary != paused:
         raise InputError(
@@ -202,6 +209,14 @@ def _add_sizes(writer: Any, architecture: Architecture) -> None:
     writer.add_rope_freq_base(architecture.rope_theta)
     writer.add_rope_dimension_count(architecture.head_channels)
     writer.add_vocab_size(architecture.vocabulary)
+    if architecture.window is not None:
+        writer.add_sliding_window(architecture.window)
+        prefix = arch_of(architecture)
+        writer.add_float32(f"{prefix}.rope.freq_base_swa", architecture.local_rope_theta)
+        writer.add_array(
+            f"{prefix}.attention.sliding_window_pattern",
+            [bool(one) for one in architecture.sliding],
+        )
 
 
 def _add_field(writer: Any, name: str, value: Any) -> None:

@@ -19,6 +19,7 @@ from jaxre.checkpoints import gguf as gguf_module
 from jaxre.checkpoints.convert import convert
 from jaxre.checkpoints.gguf import StoredGGUF, open_gguf, unpacked
 from jaxre.checkpoints.gguf_tokenizer import tokenizer_fields, tokenizer_files
+from jaxre.checkpoints.huggingface import open_base
 from jaxre.checkpoints.source import locate, open_model, resolve_model
 from jaxre.config import Predict, Prompt, Source, shipped
 from jaxre.data.tokenizer import load_tokenizer, token_ids
@@ -49,6 +50,15 @@ FAMILIES = {
     # transformers takes the heads of a qwen3 file to have 128 channels, whatever it says.
     "qwen3": {"model_type": "qwen3", "head_dim": 128, "tie_word_embeddings": True},
     "smollm3": {"model_type": "smollm3", "num_hidden_layers": 5},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
 }
 # transformers reads no smollm3, and of a scaled rope the factors only.
 READ_BY_TRANSFORMERS = [
@@ -103,7 +113,16 @@ def test_out_and_back_in_gives_the_same_bits(tmp_path, tokenizer_of, family, dty
     source = folder_of(FAMILIES[family], tmp_path / "hf", tokenizer_of, dtype)
     convert(source, tmp_path / "file", "gguf", verify=True)
     convert(tmp_path / "file" / "file.gguf", tmp_path / "back", "hf", dtype=dtype, verify=True)
-    assert bits(tmp_path / "back") == bits(source)
+    if family != "gemma3":
+        assert bits(tmp_path / "back") == bits(source)
+        return
+    # A file has 1 + w in f32, which may round w: the factor is the same, and all else.
+    before, after = (open_base(folder) for folder in (source, tmp_path / "back"))
+    for name in before.dtypes:
+        one, other = before.read(name), after.read(name)
+        if name.endswith("norm.weight"):
+            one, other = (np.float32(1) + value.astype(np.float32) for value in (one, other))
+        assert np.array_equal(one, other), name
 
 
 @pytest.mark.parametrize("base", READ_BY_TRANSFORMERS, indirect=True)
@@ -256,8 +275,13 @@ def test_a_merged_run_answers_alike_from_its_file(base, tmp_path):
         )
         for path in (run, tmp_path / "file")
     ]
-    texts = [[one.generated_relation for one in found] for found in answers]
-    assert texts[0] == texts[1] and len(set(texts[0])) > 1
+    texts, scores = (
+        [[getattr(one, name) for one in found] for found in answers]
+        for name in ("generated_relation", "score")
+    )
+    assert texts[0] == texts[1] and scores[0] == pytest.approx(scores[1], rel=1e-4)
+    # Gemma's scaled embeddings and tied head repeat a token for certain in a random model.
+    assert len(set(scores[0])) > 6 or set(scores[0]) == {0.0}
 
 
 def test_the_modelfile_has_the_template_the_system_turn_and_the_end(tmp_path):
