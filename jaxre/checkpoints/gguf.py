@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +190,12 @@ def unpacked(path: Path, check: Callable[[], None] = lambda: None) -> Path:
     family = family_of(fields, path)
     config = config_of(fields, tensors, family, path)
     files = tokenizer_files(fields, config["vocab_size"], path)
+    if "chat_template.jinja" in files and not fields.get("tokenizer.chat_template"):
+        print(
+            f"{path.name}: has no chat template; {family.model_type}'s turns are used, as jaxre"
+            " writes them",
+            file=sys.stderr,
+        )
     ids = {name: config[name] for name in config if name.endswith("_token_id")}
     files |= {"config.json": config, "generation_config.json": ids}
     files[MARKER] = {
