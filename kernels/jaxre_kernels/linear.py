@@ -1,6 +1,12 @@
-"""Products with dense weights, in plain XLA.
+"""Products in plain XLA: what they sum in, and those with dense weights.
 
-For full fine-tuning and language modelling, where dW is formed. On a CPU the first operand of a sum
+`product` is the one matrix product of all XLA implementations. With AVX512_BF16 a processor
+multiplies bf16 at twice the rate of f32, but XLA uses these instructions only where the result is
+f32: of [2048, 576] x [576, 1536] on two cores f32 runs at 186 to 205 GFLOP/s, bf16 with an f32
+result at 330 to 411, bf16 with a bf16 result at 172 (jax 0.10.2, 2026-11-30). So on a CPU the sum
+leaves the product in f32 and is rounded behind it; elsewhere the program is as it was.
+
+`dense_linear` is for full fine-tuning and language modelling, where dW is formed. On a CPU the first operand of a sum
 over tokens is transposed in memory, and autodiff puts dY there whatever the widths: for a
 projection that widens (gate and up of an MLP), the larger of the two.
 """
@@ -8,6 +14,25 @@ projection that widens (gate and up of an MLP), the larger of the two.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
+
+
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x y, summed in f32 (at least) and rounded once to x's dtype.
+
+    Args:
+      x: [..., I]; y: [I, O], of one dtype.
+
+    Returns:
+      [..., O] of that dtype.
+    """
+    if jnp.promote_types(x.dtype, jnp.float32) == x.dtype:
+        return x @ y
+    return jax.lax.platform_dependent(x, y, cpu=_rounded_behind, default=jnp.matmul)
+
+
+def _rounded_behind(x: jax.Array, y: jax.Array) -> jax.Array:
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
 @jax.custom_vjp
@@ -23,17 +48,17 @@ def dense_linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     Returns:
       [..., O] of that dtype.
     """
-    return x @ weight
+    return product(x, weight)
 
 
 def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ weight, (x, weight)
+    return product(x, weight), (x, weight)
 
 
 def _backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = kept
     inputs, outputs = weight.shape
-    return dy @ weight.T, _over_tokens(x, dy) if inputs <= outputs else _over_tokens(dy, x).T
+    return product(dy, weight.T), _over_tokens(x, dy) if inputs <= outputs else _over_tokens(dy, x).T
 
 
 dense_linear.defvjp(_forward, _backward)

@@ -46,6 +46,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxre_kernels.linear import product
 from jaxre_kernels.lora.dropout import keep_channels
 from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, dequantise, dequantise_tiles
 
@@ -109,7 +110,7 @@ def _forward(x, weights, factors, words, scale, rate):
     parts = iter(_split(low, factors))
     for i, factor in enumerate(factors):
         if factor is not None:
-            outputs[i] += next(parts) @ factor.b.astype(x.dtype)
+            outputs[i] += product(next(parts), factor.b.astype(x.dtype))
     return outputs, (x, weights, factors, words, low)
 
 
@@ -119,7 +120,7 @@ def _backward(scale, rate, kept, dys):
     if low is None:
         return dx, None, None, None
     dlow = dlow_of(dys, factors, scale, rate)
-    dx += _dropped(dlow @ joined_a(factors, x.dtype).T, words, rate)
+    dx += _dropped(product(dlow, joined_a(factors, x.dtype).T), words, rate)
     return dx, None, factor_gradients(x, low, dlow, dys, factors, words, rate), None
 
 
@@ -214,16 +215,18 @@ def joined_a(factors: Sequence[Factors | None], dtype: jnp.dtype) -> jax.Array:
 
 
 def _times(x: jax.Array, weight: jax.Array | NF4Weight | NF4Tiles) -> jax.Array:
-    return x @ (
-        dequantise(weight, x.dtype).T if isinstance(weight, NF4Weight) else _dense(weight, x.dtype)
+    return product(
+        x,
+        dequantise(weight, x.dtype).T if isinstance(weight, NF4Weight) else _dense(weight, x.dtype),
     )
 
 
 def _times_transposed(dy: jax.Array, weight: jax.Array | NF4Weight | NF4Tiles) -> jax.Array:
-    return dy @ (
+    return product(
+        dy,
         dequantise(weight, dy.dtype)
         if isinstance(weight, NF4Weight)
-        else _dense(weight, dy.dtype).T
+        else _dense(weight, dy.dtype).T,
     )
 
 
