@@ -21,11 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxre_kernels.attention import masked_attention
 from jaxre_kernels.cross_entropy import logits_of
-from jaxre_kernels.linear import dense_linear
+from jaxre_kernels.linear import dense_linear, packed, unpacked
 from jaxre_kernels.lora import Factors, group_words
-from jaxre_kernels.nf4 import nf4_linear
+from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, nf4_linear
 
 from jaxre.models.architecture import Architecture
 from jaxre.models.ops import ONE_DEVICE, Ops
@@ -135,7 +136,8 @@ def run_layers(
       chosen positions), and the new caches in the same form.
     """
     with jax.named_scope("embed"):
-        x = ops.constrain(params["embed"][tokens])  # B T D
+        # B T D
+        x = ops.constrain(params["embed"][tokens].astype(params["norm"].dtype))
     angles = rotary_angles(positions, architecture)
     factors = adapter.factors if adapter else {"layers": {}, "last": {}}
     caches = caches or {"layers": None, "last": None}
@@ -217,15 +219,21 @@ def run_layer(
         if architecture.qk_norm:
             q = rms_norm(q, weights["q_norm"], architecture.norm_epsilon)
             k = rms_norm(k, weights["k_norm"], architecture.norm_epsilon)
+        # attention multiplies in the dtype of keys and values
+        dtype = products_in(weights["k"], x)
         context, cache = attend(
-            rotate(q, query_angles, rotates), rotate(k, angles, rotates), v, cache
+            rotate(q, query_angles, rotates),
+            rotate(k, angles, rotates).astype(dtype),
+            v.astype(dtype),
+            cache,
         )
         (out,) = project(context.reshape(*context.shape[:2], -1), ("o",), "o")
         x = x + out
     with jax.named_scope("mlp"):
         normed = rms_norm(x, weights["mlp_norm"], architecture.norm_epsilon)
         gate, up = project(normed, ("gate", "up"), "gate_up")  # B T F
-        (out,) = project(swiglu(gate, up), ("down",), "down")
+        hidden = swiglu(gate, up, products_in(weights["down"], x))
+        (out,) = project(hidden, ("down",), "down")
         return x + out, cache
 
 
@@ -284,10 +292,37 @@ def head_factors(
 # formed again in the backward pass from their inputs, which are kept anyway.
 
 
+def swiglu(gate: jax.Array, up: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """silu(gate) * up (Shazeer 2020), of their dtype; `dtype` is that of the product behind it."""
+    return (_swiglu if gate.dtype == dtype else partial(_swiglu_packed, dtype))(gate, up)
+
+
 @partial(jax.checkpoint, prevent_cse=False)
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up (Shazeer 2020)."""
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu_packed(dtype: DTypeLike, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """The same; kept for the backward pass are gate and up in `dtype`."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(dtype, gate, up):
+    return _swiglu_packed(dtype, gate, up), (packed(gate, dtype), packed(up, dtype))
+
+
+def _swiglu_backward(dtype, kept, dy):
+    gate, up = (unpacked(one, dtype).astype(dy.dtype) for one in kept)
+    return jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)[1](dy)
+
+
+_swiglu_packed.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def products_in(weight: jax.Array | NF4Weight | NF4Tiles, x: jax.Array) -> jnp.dtype:
+    """The dtype in which x and a weight are multiplied."""
+    return x.dtype if is_nf4(weight) else weight.dtype
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
