@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxre.checkpoints.huggingface import resolve_model
-from jaxre.checkpoints.source import Loaded, compute_dtype, kind_of, open_model
+from jaxre.checkpoints.source import Loaded, dtype_of, kind_of, open_model
 from jaxre.config import Config, Prompt, Source, load_config
 from jaxre.data.markers import markers_in, unknown_types
 from jaxre.data.template import load_tokenizer
@@ -122,7 +122,7 @@ def predict_text(
     config, prompt, folder = open_config(model, config_path, style)
     asked = task_of(config, source_of(config, data, None) if data else None, shots=prompt.shots)
     task = Task(
-        open_model(model, compute_dtype(config.model.dtype), config.model.quantise),
+        open_model(model, dtype_of(config).dtype, config.model.quantise),
         config,
         prompt,
         asked,
@@ -176,12 +176,14 @@ def predict_data(
     asked = task_of(config, source, examples[0].dataset, prompt.shots)
     gold = sum(bool(example.relation) for example in examples)
     labelled = gold == len(examples)
+    dtype, why = dtype_of(config)
     told = [
+        *([f"model.dtype=auto: {why}"] if why else []),
         *asked.told,
         *(Schemas({ANY: asked.schema}).check(examples, source.dataset) if labelled else []),
     ]
     task = Task(
-        open_model(model, compute_dtype(config.model.dtype), config.model.quantise),
+        open_model(model, dtype, config.model.quantise),
         config,
         prompt,
         asked,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from jaxre.checkpoints.source import compute_dtype, tokenizer_folder
+from jaxre.checkpoints.source import dtype_of, tokenizer_folder
 from jaxre.compilation_cache import use_compilation_cache
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan
@@ -82,7 +82,7 @@ def prepare(
     mesh = sharding.make_mesh(config.mesh)
     dataset = load_dataset(config, tokenizer_folder(config)) if dataset is None else dataset
     plan = plan_of(config, dataset.train.tokens, sharding.row_shards(mesh))
-    dtype = compute_dtype(config.model.dtype)
+    dtype = dtype_of(config).dtype
     optimiser = make_optimiser(config, len(plan.updates))
     initial = initial_state(config, dtype, optimiser, mesh, dataset)
     check_tokens(dataset, initial.architecture)

@@ -24,7 +24,7 @@ from rich.table import Table
 from jaxre.checkpoints.huggingface import save_base
 from jaxre.checkpoints.peft import save_adapter
 from jaxre.checkpoints.run_store import RunStore, shapes_of
-from jaxre.checkpoints.source import Loaded, base_of, compute_dtype, tokenizer_folder
+from jaxre.checkpoints.source import Loaded, base_of, dtype_of, tokenizer_folder
 from jaxre.compilation_cache import use_compilation_cache
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan, supervised_of
@@ -67,7 +67,9 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
     # ---- data -------------------------------------------------------------------------------
     folder = tokenizer_folder(config)
     mesh = sharding.make_mesh(config.mesh)
-    dtype = compute_dtype(config.model.dtype)
+    dtype, why = dtype_of(config)
+    if why:
+        say(f"model.dtype=auto: {why}")
     # Read on one core, while the other one prepares the data.
     read = start_reading(config, dtype) if opened is None else lambda: opened
     dataset = load_dataset(config, folder)

@@ -1,4 +1,4 @@
-"""Products in plain XLA: of which dtype their operands and results are, and those with dense weights.
+"""Products in plain XLA: the dtypes of their operands and results, and those with dense weights.
 
 `product(x, y)` multiplies in the dtype of y and gives x's. Where both are bf16 (accelerators) that
 is a plain product. On a CPU activations are f32 and weights bf16: x is rounded to bf16 and the sum
@@ -74,9 +74,9 @@ def _forward(x: jax.Array, weight: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 def _backward(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, weight = kept
     inputs, outputs = weight.shape
-    x = unpacked(x, weight.dtype)
+    x, dx = unpacked(x, weight.dtype), product(dy, weight.T)
     dw = _over_tokens(x, dy) if inputs <= outputs else _over_tokens(dy, x).T
-    return product(dy, weight.T), dw.astype(weight.dtype)
+    return dx, dw.astype(weight.dtype)
 
 
 dense_linear.defvjp(_forward, _backward)

@@ -34,7 +34,8 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
 
     Args:
       q: [B, T, H, C] float.
-      k, v: [B, U, K, C] of q's dtype or a narrower one, that of the products; query head h uses key head h // (H / K).
+      k, v: [B, U, K, C] of q's dtype or a narrower one, that of the products; query head h uses
+        key head h // (H / K).
       mask: [B, T, U] bool, true where a query sees a key. Every query must see a key.
 
     Returns:

@@ -208,7 +208,8 @@ def linear_cross_entropy(
             x, head, targets, weights, **tiles
         )
     positions = positions_at_once(targets.shape, shards, **tiles)
-    # The chunked op multiplies in the head's dtype backwards, too; autodiff of the dense one does not.
+    # Backwards, too, the chunked op multiplies in the head's dtype; autodiff of the dense one
+    # multiplies in the wider one.
     if positions == targets.shape[-1] and x.dtype == head.dtype:
         return dense_cross_entropy(x, head, jnp.clip(targets, 0, head.shape[0] - 1), weights)
     return chunked_cross_entropy(x, head, targets, weights, positions, shards)
