@@ -18,10 +18,11 @@ from jaxre.data.dataset import Dataset, load_dataset, make_plan
 from jaxre.data.packing import Plan, Update
 from jaxre.data.rows import Rows
 from jaxre.data.tokens import TokenSet
+from jaxre.host_memory import TemporaryMemory
 from jaxre.training import sharding
 from jaxre.training.compilation import Compilations, CompiledUpdates, compile_updates
 from jaxre.training.initial import Initial, check_tokens, initial_state
-from jaxre.training.loop import prepared
+from jaxre.training.loop import prepared, temporary_bytes
 from jaxre.training.step import Metrics, State, make_optimiser
 
 
@@ -44,6 +45,8 @@ class Prepared:
     done: int = 0
     state: State | None = None
     rows: Iterator[Rows] = field(default_factory=lambda: iter(()))
+    memory: TemporaryMemory | None = None
+    metrics: Metrics | None = None
 
     def next_rows(self) -> Rows:
         """The rows of the next update, on the device."""
@@ -57,9 +60,14 @@ class Prepared:
         """Runs the update of `rows`, which `next_rows` gave; does not wait for the device."""
         shape = self.plan.updates[self.done % len(self.plan.updates)].shape
         state = self.initial.state if self.state is None else self.state
-        self.state, metrics = self.compiled.updates[shape](state, self.initial.base, rows)
+        if self.memory is None:
+            device = self.mesh.devices.flat[0]
+            temporary = temporary_bytes(self.compiled, self.mesh)
+            self.memory = TemporaryMemory(temporary, device.platform, self.mesh.size)
+        self.memory.wait(self.metrics)  # as the loop does
+        self.state, self.metrics = self.compiled.updates[shape](state, self.initial.base, rows)
         self.done += 1
-        return metrics
+        return self.metrics
 
 
 def prepare(
