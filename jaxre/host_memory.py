@@ -43,6 +43,7 @@ def keep_freed_memory() -> None:
 # Bytes of temporary arrays from which updates wait for each other's; smaller ones take so little
 # time that a wait of milliseconds would show.
 WORTH_WAITING = 1 << 26
+SETTLING = 4  # updates
 PATIENCE = 0.05  # seconds; 3 to 8 ms were needed (2026-11-30)
 
 
@@ -78,6 +79,8 @@ class TemporaryMemory:
         self.less_than_one = temporary // (2 * devices)
         self.waits = platform == "cpu" and temporary >= WORTH_WAITING
         self.before = allocated()
+        self.most = resident() + temporary + temporary // 4
+        self.waited = 0
 
     def wait(self, results: Any) -> None:
         """Waits for an update that gives `results`, and until its temporary arrays are freed."""
@@ -94,6 +97,13 @@ class TemporaryMemory:
                 self.before = now - self.less_than_one
                 return
             time.sleep(0.001)
+        # Aligning an array takes more than the array: where something small has come to lie beside
+        # a place that is free again, the next array goes behind it. All free pages are given back
+        # while places settle, and later when more is held than an update needs; asking for them
+        # again takes an eighth of an update.
+        self.waited += 1
+        if self.waited <= SETTLING or resident() > self.most:
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def allocated() -> int | None:

@@ -69,7 +69,7 @@ def test_nothing_is_measured_where_a_dtype_is_given(monkeypatch: pytest.MonkeyPa
     ):
         config = Config.model_construct(
             model=Model(path="facts-base", **model),
-            train=Config.model_fields["train"].annotation(**train),
+            train=Config.model_fields["train"].annotation(batch_examples=8, **train),
         )
         chosen = dtype_of(config)
         assert chosen.dtype == np.float32 and chosen.why.startswith("float32: ")

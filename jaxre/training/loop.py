@@ -147,7 +147,9 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
         rates = np.asarray(make_schedule(config, steps)(np.arange(steps)))
         clock = Clock(dataset, plan, start)
         pending: list[Metrics] = []
-        memory = TemporaryMemory(temporary_bytes(compiled, mesh), mesh.devices.flat[0].platform)
+        memory = TemporaryMemory(
+            temporary_bytes(compiled, mesh), mesh.devices.flat[0].platform, mesh.size
+        )
         metrics = None
         with progress_bar(console, first_process) as bar, Compilations() as compilations:
             task = bar.add_task("train", total=steps, completed=start, told="")
