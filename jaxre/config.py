@@ -342,7 +342,8 @@ class Model(Settings):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
         description=(
-            "of base weights and products; auto: bfloat16 on an accelerator, float32 on CPU"
+            "of base weights and products; auto: bfloat16 on an accelerator, what multiplies"
+            " faster on a CPU (float32 for train.method=full, so for encoders, and with quantise)"
         ),
     )
     quantise: Literal["nf4"] | None = Field(

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxre-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# Nothing is measured, and ground truth is f32.
+os.environ["JAXRE_CPU_DTYPE"] = "float32"
 # Most of the time goes to compiling programs that run on little data.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
 # XLA's older way to write a fusion's code for CPUs takes two thirds of the time; jax 0.12 no longer

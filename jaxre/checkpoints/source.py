@@ -9,9 +9,10 @@ file unpacks to), `adapter_config.json` (a PEFT adapter), `config.json` (Hugging
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import ml_dtypes
@@ -27,6 +28,9 @@ from jaxre.config import Config, Lora, load_config, shipped
 from jaxre.errors import InputError
 from jaxre.models.architecture import ENCODERS, KINDS
 from jaxre.models.weights import AnyArchitecture
+from jaxre.product_rates import product_rates
+
+CPU_DTYPE = "JAXRE_CPU_DTYPE"  # what model.dtype=auto is on a CPU, without measuring
 
 Kind = Literal["jaxre", "gguf", "peft", "hf", "run"]
 
@@ -101,13 +105,53 @@ def resolve_model(path: str) -> Path:
         ) from None
 
 
+class Chosen(NamedTuple):
+    """A dtype of base weights and products, and why in words; `why` is empty where it was set."""
+
+    dtype: np.dtype
+    why: str = ""
+
+
 def compute_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> np.dtype:
-    """The dtype of base weights and products; auto is bfloat16 on an accelerator, float32 on
-    CPU.
+    """The dtype of base weights and products of a decoder that is not trained whole; auto is as
+    `chosen_dtype` says.
     """
-    if setting == "auto":
-        setting = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return np.dtype(ml_dtypes.bfloat16) if setting == "bfloat16" else np.dtype(np.float32)
+    return chosen_dtype(setting).dtype
+
+
+def dtype_of(config: Config) -> Chosen:
+    """The dtype of base weights and products of a run, and why."""
+    on_cpu = config.model.dtype == "auto" and jax.default_backend() == "cpu"
+    if on_cpu and config.train.method == "full":
+        return Chosen(np.dtype(np.float32), "float32: a CPU that trains all weights keeps to it")
+    if on_cpu and config.model.quantise:
+        return Chosen(np.dtype(np.float32), "float32: NF4 weights are multiplied in it on a CPU")
+    return chosen_dtype(config.model.dtype)
+
+
+def chosen_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> Chosen:
+    """The dtype of base weights and products of a decoder that is not trained whole, and why.
+
+    auto is bfloat16 on an accelerator. On a CPU it is what multiplies faster, measured once
+    (`jaxre.product_rates`), or what JAXRE_CPU_DTYPE names; float32 where several processes train,
+    of which each would measure for itself.
+    """
+    if setting == "auto" and jax.default_backend() != "cpu":
+        return _chosen("bfloat16", "bfloat16: an accelerator is there")
+    if setting != "auto":
+        return _chosen(setting)
+    if (given := os.environ.get(CPU_DTYPE)) is not None:
+        if given not in ("float32", "bfloat16"):
+            raise InputError(f"{CPU_DTYPE}={given}: set it to float32 or bfloat16, or leave it out")
+        return _chosen(given, f"{given}: {CPU_DTYPE} says so")
+    if jax.process_count() > 1:
+        return _chosen("float32", "float32: several processes with CPU cores alone")
+    rates = product_rates()
+    return _chosen(rates.faster, rates.told())
+
+
+def _chosen(name: str, why: str = "") -> Chosen:
+    return Chosen(np.dtype(ml_dtypes.bfloat16 if name == "bfloat16" else np.float32), why)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,12 @@ def joint_attention(
     for part in parts:
         letters = "bkmc,bkuc->bkmu" if part.keys.ndim == 4 else "bkmc,kuc->bkmu"
         found = (
-            jnp.einsum(letters, queries, part.keys, preferred_element_type=wide)
+            jnp.einsum(
+                letters,
+                queries.astype(part.keys.dtype),
+                part.keys,
+                preferred_element_type=wide,
+            )
             * queries.shape[-1] ** -0.5
         )
         scores.append(jnp.where(part.visible, found, jnp.finfo(wide).min))
@@ -60,7 +65,7 @@ def joint_attention(
         letters = "bkmu,bkuc->bkmc" if part.values.ndim == 4 else "bkmu,kuc->bkmc"
         total += weights.sum(axis=-1, keepdims=True)
         context += jnp.einsum(
-            letters, weights.astype(queries.dtype), part.values, preferred_element_type=wide
+            letters, weights.astype(part.values.dtype), part.values, preferred_element_type=wide
         )
     return (context / total).astype(queries.dtype)
 

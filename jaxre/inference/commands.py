@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jaxre.checkpoints.source import Loaded, compute_dtype, kind_of, open_model, resolve_model
+from jaxre.checkpoints.source import Loaded, dtype_of, kind_of, open_model, resolve_model
 from jaxre.config import Config, Prompt, Source, load_config
 from jaxre.data.markers import markers_in, unknown_types
 from jaxre.data.tokenizer import load_tokenizer
@@ -124,7 +124,7 @@ def predict_text(
     config, prompt, folder = open_config(model, config_path, style)
     asked = task_of(config, source_of(config, data, None) if data else None, shots=prompt.shots)
     task = Task(
-        open_model(model, compute_dtype(config.model.dtype), config.model.quantise),
+        open_model(model, dtype_of(config).dtype, config.model.quantise),
         config,
         prompt,
         asked,
@@ -178,12 +178,14 @@ def predict_data(
     asked = task_of(config, source, examples[0].dataset, prompt.shots)
     gold = sum(bool(example.relation) for example in examples)
     labelled = gold == len(examples)
+    dtype, why = dtype_of(config)
     told = [
+        *([f"model.dtype=auto: {why}"] if why else []),
         *asked.told,
         *(Schemas({ANY: asked.schema}).check(examples, source.dataset) if labelled else []),
     ]
     task = Task(
-        open_model(model, compute_dtype(config.model.dtype), config.model.quantise),
+        open_model(model, dtype, config.model.quantise),
         config,
         prompt,
         asked,
@@ -195,9 +197,8 @@ def predict_data(
     name = "-".join(part for part in (dataset, source.split, mode, style) if part)
     target = output or (folder or Path()) / "predictions" / name
     asked = [mode, asked.schema.labels, prompt.model_dump(), config.predict.model_dump()]
-    dtype = compute_dtype(config.model.dtype).name
     parts = filter(None, (task.loaded.folder, task.loaded.adapter))
-    journal = Journal(stem_of(Path(target)), identity_of(parts, [*asked, dtype]))
+    journal = Journal(stem_of(Path(target)), identity_of(parts, [*asked, dtype.name]))
     known = {one.id for one in examples} & journal.rows.keys()
     if known:
         console.print(f"{len(known):,} of {len(examples):,} were answered before", markup=False)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from jaxre.models.activations import activations_for
 from jaxre.models.architecture import Architecture
 from jaxre.models.decoder import Adapter, Tree
 
@@ -34,7 +35,8 @@ class Model:
 
 def on_device(model: Model) -> tuple[Tree, Tree | None]:
     """(params, factors) as device arrays; what is on devices stays where it is."""
-    return jax.tree.map(jnp.asarray, (model.params, model.factors))
+    params = activations_for(model.params, jax.default_backend())
+    return jax.tree.map(jnp.asarray, (params, model.factors))
 
 
 def on_mesh(rows: Rows, sharding: NamedSharding | None) -> Rows:

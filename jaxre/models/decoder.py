@@ -21,11 +21,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxre_kernels.attention import Window, masked_attention
 from jaxre_kernels.cross_entropy import logits_of
-from jaxre_kernels.linear import dense_linear
+from jaxre_kernels.linear import dense_linear, packed, unpacked
 from jaxre_kernels.lora import Factors, group_words
-from jaxre_kernels.nf4 import nf4_linear
+from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, nf4_linear
 
 from jaxre.models.architecture import Architecture, LinearScaling
 from jaxre.models.ops import ONE_DEVICE, Ops
@@ -142,7 +143,7 @@ def run_layers(
       chosen positions), and the new caches in the same form.
     """
     with jax.named_scope("embed"):
-        x = params["embed"][tokens]  # B T D
+        x = params["embed"][tokens].astype(params["norm"].dtype)  # B T D
         if architecture.embedding_scale is not None:  # rounded before it multiplies, as it is there
             x = x * jnp.asarray(architecture.embedding_scale, x.dtype)
         x = ops.constrain(x)
@@ -244,14 +245,19 @@ def run_layer(
             sliding = window is not None and window != NO_WINDOW
             q = rotate_in_layer(q, query_angles, sliding, scale)
             k = rotate_in_layer(k, angles, sliding, 1.0)
-        context, cache = attend(q, k, v, cache, window)
+        # attention multiplies in the dtype of keys and values
+        dtype = products_in(weights["k"], x)
+        context, cache = attend(q, k.astype(dtype), v.astype(dtype), cache, window)
         (out,) = project(context.reshape(*context.shape[:2], -1), ("o",), "o")
         x = x + (norm("attention_out_norm", out) if architecture.norms_after else out)
     with jax.named_scope("mlp"):
         normed = norm("mlp_norm", x)
         gate, up = project(normed, ("gate", "up"), "gate_up")  # B T F
-        gated = geglu(gate, up) if architecture.activation == "gelu_tanh" else swiglu(gate, up)
-        (out,) = project(gated, ("down",), "down")
+        if architecture.activation == "gelu_tanh":
+            hidden = geglu(gate, up)
+        else:
+            hidden = swiglu(gate, up, products_in(weights["down"], x))
+        (out,) = project(hidden, ("down",), "down")
         return x + (norm("mlp_out_norm", out) if architecture.norms_after else out), cache
 
 
@@ -316,10 +322,32 @@ def norm_of(weights: Tree, name: str, x: jax.Array, architecture: Architecture) 
 # formed again in the backward pass from their inputs, which are kept anyway.
 
 
+def swiglu(gate: jax.Array, up: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """silu(gate) * up (Shazeer 2020), of their dtype; `dtype` is that of the product behind it."""
+    return (_swiglu if gate.dtype == dtype else partial(_swiglu_packed, dtype))(gate, up)
+
+
 @partial(jax.checkpoint, prevent_cse=False)
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up (Shazeer 2020)."""
+def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _swiglu_packed(dtype: DTypeLike, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """The same; kept for the backward pass are gate and up in `dtype`."""
+    return jax.nn.silu(gate) * up
+
+
+def _swiglu_forward(dtype, gate, up):
+    return _swiglu_packed(dtype, gate, up), (packed(gate, dtype), packed(up, dtype))
+
+
+def _swiglu_backward(dtype, kept, dy):
+    gate, up = (unpacked(one, dtype).astype(dy.dtype) for one in kept)
+    return jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)[1](dy)
+
+
+_swiglu_packed.defvjp(_swiglu_forward, _swiglu_backward)
 
 
 @partial(jax.checkpoint, prevent_cse=False)
@@ -337,6 +365,11 @@ def unit_offset_rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
     return (normed * (1 + weight.astype(wide.dtype))).astype(x.dtype)
+
+
+def products_in(weight: jax.Array | NF4Weight | NF4Tiles, x: jax.Array) -> jnp.dtype:
+    """The dtype in which x and a weight are multiplied."""
+    return x.dtype if is_nf4(weight) else weight.dtype
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)

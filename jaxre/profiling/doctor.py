@@ -9,7 +9,7 @@ import jax
 from jaxre_kernels.implementations import verdict
 from rich.table import Table
 
-from jaxre.checkpoints.source import compute_dtype
+from jaxre.checkpoints.source import chosen_dtype
 from jaxre.config import data_root, shipped
 
 # As they are shown, and as the table of implementations names them.
@@ -46,11 +46,9 @@ def diagnose() -> Table:
     table.add_section()
     devices = jax.devices()
     table.add_row("devices", f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})")
-    dtype = compute_dtype("auto")
     table.add_row(
         "model.dtype=auto",
-        f"{dtype.name}: "
-        + ("an accelerator is there" if dtype.name == "bfloat16" else "no accelerator is there"),
+        chosen_dtype("auto").why,
     )
     for shown, op in OPS.items():
         table.add_row(shown, verdict(op, devices[0].device_kind))

@@ -11,17 +11,18 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from jaxre.checkpoints.source import compute_dtype, tokenizer_folder
+from jaxre.checkpoints.source import dtype_of, tokenizer_folder
 from jaxre.compilation_cache import use_compilation_cache
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan
 from jaxre.data.packing import Plan, Update
 from jaxre.data.rows import Rows
 from jaxre.data.tokens import TokenSet
+from jaxre.host_memory import TemporaryMemory
 from jaxre.training import sharding
 from jaxre.training.compilation import Compilations, CompiledUpdates, compile_updates
 from jaxre.training.initial import Initial, check_tokens, initial_state
-from jaxre.training.loop import prepared
+from jaxre.training.loop import prepared, temporary_bytes
 from jaxre.training.step import Metrics, State, make_optimiser
 
 
@@ -44,6 +45,8 @@ class Prepared:
     done: int = 0
     state: State | None = None
     rows: Iterator[Rows] = field(default_factory=lambda: iter(()))
+    memory: TemporaryMemory | None = None
+    metrics: Metrics | None = None
 
     def next_rows(self) -> Rows:
         """The rows of the next update, on the device."""
@@ -57,9 +60,14 @@ class Prepared:
         """Runs the update of `rows`, which `next_rows` gave; does not wait for the device."""
         shape = self.plan.updates[self.done % len(self.plan.updates)].shape
         state = self.initial.state if self.state is None else self.state
-        self.state, metrics = self.compiled.updates[shape](state, self.initial.base, rows)
+        if self.memory is None:
+            device = self.mesh.devices.flat[0]
+            temporary = temporary_bytes(self.compiled, self.mesh)
+            self.memory = TemporaryMemory(temporary, device.platform, self.mesh.size)
+        self.memory.wait(self.metrics)  # as the loop does
+        self.state, self.metrics = self.compiled.updates[shape](state, self.initial.base, rows)
         self.done += 1
-        return metrics
+        return self.metrics
 
 
 def prepare(
@@ -82,7 +90,7 @@ def prepare(
     mesh = sharding.make_mesh(config.mesh)
     dataset = load_dataset(config, tokenizer_folder(config)) if dataset is None else dataset
     plan = plan_of(config, dataset.train.tokens, sharding.row_shards(mesh))
-    dtype = compute_dtype(config.model.dtype)
+    dtype = dtype_of(config).dtype
     optimiser = make_optimiser(config, len(plan.updates))
     initial = initial_state(config, dtype, optimiser, mesh, dataset)
     check_tokens(dataset, initial.architecture)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxre.checkpoints.source import compute_dtype, tokenizer_folder
+from jaxre.checkpoints.source import dtype_of, tokenizer_folder
 from jaxre.config import Config, Mixture, Prompt, Source
 from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.data.markers import add_markers, encode_marked, marked_text, markers_in
@@ -114,7 +114,7 @@ def architecture_for(config: Config) -> AnyArchitecture:
 
 
 def dtype_for(config: Config) -> np.dtype:
-    return compute_dtype(config.model.dtype)
+    return dtype_of(config).dtype
 
 
 def training_load(config: Config, read: Read) -> Load:

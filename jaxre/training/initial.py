@@ -21,6 +21,7 @@ from jaxre.checkpoints.source import Loaded, open_model
 from jaxre.config import Config, Kernels
 from jaxre.data.dataset import Dataset
 from jaxre.errors import InputError
+from jaxre.models.activations import activations_for
 from jaxre.models.architecture import EncoderArchitecture, architecture_of, check_vocabulary
 from jaxre.models.encoder import for_task
 from jaxre.models.lora import init_adapter
@@ -153,6 +154,7 @@ def initial_state(
         if factors is None:
             factors = init_adapter(architecture, config.lora, jax.random.key(config.seed))
         trainable = jax.tree.map(np.asarray, factors)
+        params = activations_for(params, mesh.devices.flat[0].platform)
         base = sharding.put(
             params,
             sharding.quantised_shardings(params, sharding.base_shardings(architecture, mesh), mesh),

@@ -24,7 +24,7 @@ from rich.table import Table
 from jaxre.checkpoints.huggingface import save_base
 from jaxre.checkpoints.peft import save_adapter
 from jaxre.checkpoints.run_store import RunStore, shapes_of
-from jaxre.checkpoints.source import Loaded, base_of, compute_dtype, tokenizer_folder
+from jaxre.checkpoints.source import Loaded, base_of, dtype_of, tokenizer_folder
 from jaxre.compilation_cache import use_compilation_cache
 from jaxre.config import Config
 from jaxre.data.dataset import Dataset, load_dataset, make_plan, supervised_of
@@ -33,6 +33,7 @@ from jaxre.data.packing import Plan
 from jaxre.data.preview import told_data, told_leaks
 from jaxre.data.rows import Rows
 from jaxre.errors import InputError
+from jaxre.host_memory import TemporaryMemory, resident
 from jaxre.models.quantised import base_bytes, is_nf4
 from jaxre.models.weights import AnyArchitecture, parameter_count
 from jaxre.training import sharding
@@ -67,7 +68,9 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
     # ---- data -------------------------------------------------------------------------------
     folder = tokenizer_folder(config)
     mesh = sharding.make_mesh(config.mesh)
-    dtype = compute_dtype(config.model.dtype)
+    dtype, why = dtype_of(config)
+    if why:
+        say(f"model.dtype=auto: {why}")
     # Read on one core, while the other one prepares the data.
     read = start_reading(config, dtype) if opened is None else lambda: opened
     dataset = load_dataset(config, folder)
@@ -144,11 +147,16 @@ def train(config: Config, console: Console | None = None, opened: Loaded | None 
         rates = np.asarray(make_schedule(config, steps)(np.arange(steps)))
         clock = Clock(dataset, plan, start)
         pending: list[Metrics] = []
+        memory = TemporaryMemory(
+            temporary_bytes(compiled, mesh), mesh.devices.flat[0].platform, mesh.size
+        )
+        metrics = None
         with progress_bar(console, first_process) as bar, Compilations() as compilations:
             task = bar.add_task("train", total=steps, completed=start, told="")
             for step, rows in enumerate(
                 prepared(config, dataset, plan, start, steps, put), start + 1
             ):
+                memory.wait(metrics)
                 update = compiled.updates[plan.updates[step - 1].shape]
                 state, metrics = update(state, base, rows)
                 pending.append(metrics)
@@ -376,9 +384,30 @@ def describe(
                 f" {temporary:,.0f} temporary)"
             ),
         ),
+        *([("process memory", described_process(compiled, mesh))] if on_cpu(mesh) else []),
     ):
         table.add_row(name, value)
     return table
+
+
+def on_cpu(mesh: jax.sharding.Mesh) -> bool:
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def temporary_bytes(compiled: CompiledUpdates, mesh: jax.sharding.Mesh) -> int:
+    """Of an update, on all devices of this process."""
+    return compiled.memory[1] * len(mesh.local_devices)
+
+
+def described_process(compiled: CompiledUpdates, mesh: jax.sharding.Mesh) -> str:
+    """What a process on CPU cores will hold at its peak: what it holds now, base and state and
+    compiled programs with it, and an update's temporary arrays.
+    """
+    now, temporary = resident(), temporary_bytes(compiled, mesh)
+    return (
+        f"{(now + temporary) / 2**20:,.0f} MiB at the peak of an update ({now / 2**20:,.0f} held"
+        f" now, {temporary / 2**20:,.0f} temporary)"
+    )
 
 
 def described_base(initial: Initial) -> str:

@@ -51,6 +51,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxre_kernels.attention.reference import Window
+from jaxre_kernels.linear import packed, unpacked
 
 STEP = 64
 # scores at once where they need not stay in a cache: 256 MiB in f32, of which the backward pass has
@@ -86,7 +87,8 @@ def blockwise_attention(
     lies within the window if there is one; softmax in f32 (at least).
 
     Args:
-      q: [B, T, H, C] float; k, v: [B, T, K, C] of q's dtype; visible_until: [B, T] int32.
+      q: [B, T, H, C] float; k, v: [B, T, K, C] of q's dtype, or bf16 beside f32 (then products are
+        in bf16, summed in f32); visible_until: [B, T] int32.
       blocks: where to look; every visible pair must lie there. What a window hides within them is
         looked at.
 
@@ -123,11 +125,16 @@ def _by_platform(run, blocks, q, *arrays):
 
 def _forward(q, k, v, visible_until, blocks, window):
     out, *kept = _by_platform(_attend, blocks, q, k, v, visible_until, window)
-    return out, (q, k, v, visible_until, window, *kept)
+    laid_by = (packed(array.astype(q.dtype), k.dtype) for array in (q, k, v))
+    return out, (*laid_by, visible_until, window, *kept)
 
 
 def _backward(blocks, kept, dout):
-    return *_by_platform(_gradients, blocks, *kept, dout), None, None
+    q, k, v, *rest = kept
+    if k.dtype == jnp.uint16:
+        k, v = (unpacked(array, jnp.bfloat16) for array in (k, v))
+        q = unpacked(q, k.dtype).astype(dout.dtype)
+    return *_by_platform(_gradients, blocks, q, k, v, *rest, dout), None, None
 
 
 blockwise_attention.defvjp(_forward, _backward)
@@ -147,7 +154,7 @@ def _attend(blocks, order, q, k, v, visible_until, window):
         weights = jnp.exp(scores - highest)
         total = weights.sum(-1, keepdims=True)
         sums = _product(
-            "rkmu,rkuc->rkmc", weights.astype(q.dtype), _at(values, n, blocks, order, back)
+            "rkmu,rkuc->rkmc", weights.astype(v.dtype), _at(values, n, blocks, order, back)
         )
         return (sums / total).astype(q.dtype), highest, total
 
@@ -222,9 +229,9 @@ def _looking_back(run, width, order, *operands):
 
 
 def _product(letters, one, other):
-    return jnp.einsum(
-        letters, one, other, preferred_element_type=jnp.promote_types(one.dtype, jnp.float32)
-    )
+    """In the dtype of `other`, summed in f32 (at least)."""
+    wide = jnp.promote_types(one.dtype, jnp.float32)
+    return jnp.einsum(letters, one.astype(other.dtype), other, preferred_element_type=wide)
 
 
 def _scores(queries, keys, visible):

@@ -51,7 +51,8 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
 
     Args:
       q: [B, T, H, C] float.
-      k, v: [B, U, K, C] of q's dtype; query head h uses key head h // (H / K).
+      k, v: [B, U, K, C] of q's dtype or a narrower one, that of the products; query head h uses
+        key head h // (H / K).
       mask: [B, T, U] bool, true where a query sees a key. Every query must see a key.
 
     Returns:
@@ -61,8 +62,11 @@ def masked_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) 
     K = k.shape[2]
     wide = jnp.promote_types(q.dtype, jnp.float32)
     grouped = q.reshape(B, T, K, H // K, C)
-    scores = jnp.einsum("btkgc,bukc->bkgtu", grouped, k, preferred_element_type=wide) * C**-0.5
+    scores = jnp.einsum(
+        "btkgc,bukc->bkgtu", grouped.astype(k.dtype), k, preferred_element_type=wide
+    )
+    scores = scores * C**-0.5
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     context = jnp.einsum("bkgtu,bukc->btkgc", weights, v, preferred_element_type=wide)
     return context.reshape(B, T, H, C).astype(q.dtype)

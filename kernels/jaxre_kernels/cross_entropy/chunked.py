@@ -118,7 +118,7 @@ def _sums(x, head, targets, weights, how, wanted):
         if want_x:
             mean = (
                 jnp.einsum(
-                    "gbsv,vd->gbsd", shares.astype(x.dtype), head, preferred_element_type=wide
+                    "gbsv,vd->gbsd", shares.astype(head.dtype), head, preferred_element_type=wide
                 )
                 / total
             )

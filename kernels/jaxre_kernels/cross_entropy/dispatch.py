@@ -174,7 +174,7 @@ def linear_cross_entropy(
     never formed.
 
     Args:
-      x: [..., S, D] float; head: [V, D] of x's dtype.
+      x: [..., S, D] float; head: [V, D] of x's dtype, or bf16 beside f32 in plain XLA.
       targets: [..., S] int32 in [0, V); one of weight 0 may be anything. weights: [..., S] f32.
       shards: over how many devices the rows are split, along the first axis.
       device_kind: of the device that the program is for, to ask the table; "xla" runs where neither
@@ -208,6 +208,8 @@ def linear_cross_entropy(
             x, head, targets, weights, **tiles
         )
     positions = positions_at_once(targets.shape, shards, **tiles)
-    if positions == targets.shape[-1]:
+    # Backwards, too, the chunked op multiplies in the head's dtype; autodiff of the dense one
+    # multiplies in the wider one.
+    if positions == targets.shape[-1] and x.dtype == head.dtype:
         return dense_cross_entropy(x, head, jnp.clip(targets, 0, head.shape[0] - 1), weights)
     return chunked_cross_entropy(x, head, targets, weights, positions, shards)

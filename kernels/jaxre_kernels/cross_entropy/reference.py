@@ -17,9 +17,14 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
 
 
 def logits_of(x: jax.Array, head: jax.Array) -> jax.Array:
-    """The vocabulary head: [..., D], [V, D] of one dtype -> [..., V], f32 (at least)."""
+    """The vocabulary head: [..., D], [V, D] -> [..., V], multiplied in the head's dtype, f32 (at
+    least).
+    """
     return jnp.einsum(
-        "...d,vd->...v", x, head, preferred_element_type=jnp.promote_types(x.dtype, jnp.float32)
+        "...d,vd->...v",
+        x.astype(head.dtype),
+        head,
+        preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
     )
 
 

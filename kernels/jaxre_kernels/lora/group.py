@@ -17,6 +17,8 @@ backwards alone (0.67 to 0.68), which would copy every W.
 
 dtypes: x, W, dY and results of one, A and B cast to it; products that give L, dL, dA and dB are
 summed in f32 (at least), L and dL then rounded to x's dtype, dA and dB to that of the masters, f32.
+On a CPU x, dY and results may be f32 beside W in bf16: then all operands but those of dA and dB are
+rounded to bf16, and x and L kept as such (see `jaxre_kernels.linear`).
 
 Memory: kept for the backward pass are x and L, of the sum of the ranks R numbers a token. x' and
 its mask, I numbers a token each, are there for one product, a dequantised W for one projection.
@@ -46,6 +48,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxre_kernels.linear import packed, product, unpacked
 from jaxre_kernels.lora.dropout import keep_channels
 from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, dequantise, dequantise_tiles
 
@@ -105,12 +108,13 @@ def _forward(x, weights, factors, words, scale, rate):
     outputs = [_times(x, weight) for weight in weights]
     if all(factor is None for factor in factors):
         return outputs, (None, weights, factors, None, None)
-    low = low_of(x, factors, words, scale, rate)
+    dtype = _products_in(x, weights)
+    low = low_of(x.astype(dtype), factors, words, scale, rate).astype(x.dtype)
     parts = iter(_split(low, factors))
     for i, factor in enumerate(factors):
         if factor is not None:
-            outputs[i] += next(parts) @ factor.b.astype(x.dtype)
-    return outputs, (x, weights, factors, words, low)
+            outputs[i] += product(next(parts), factor.b.astype(dtype))
+    return outputs, (packed(x, dtype), weights, factors, words, packed(low, dtype))
 
 
 def _backward(scale, rate, kept, dys):
@@ -118,8 +122,11 @@ def _backward(scale, rate, kept, dys):
     dx = sum(_times_transposed(dy, weight) for dy, weight in zip(dys, weights, strict=True))
     if low is None:
         return dx, None, None, None
-    dlow = dlow_of(dys, factors, scale, rate)
-    dx += _dropped(dlow @ joined_a(factors, x.dtype).T, words, rate)
+    dtype = _products_in(dx, weights)
+    dlow = dlow_of([dy.astype(dtype) for dy in dys], factors, scale, rate).astype(dx.dtype)
+    dx += _dropped(product(dlow, joined_a(factors, dtype).T), words, rate)
+    # Sums over tokens in f32 even of what was rounded: XLA for CPUs has no others.
+    x, low = (unpacked(array, dtype).astype(dx.dtype) for array in (x, low))
     return dx, None, factor_gradients(x, low, dlow, dys, factors, words, rate), None
 
 
@@ -213,17 +220,25 @@ def joined_a(factors: Sequence[Factors | None], dtype: jnp.dtype) -> jax.Array:
 # ---- products ---------------------------------------------------------------------------------
 
 
+def _products_in(x: jax.Array, weights: Sequence[jax.Array | NF4Weight | NF4Tiles]) -> jnp.dtype:
+    """The dtype of the group's products: that of its dense weights, x's where all are NF4."""
+    dense = (one.dtype for one in weights if not isinstance(one, NF4Weight | NF4Tiles))
+    return next(dense, x.dtype)
+
+
 def _times(x: jax.Array, weight: jax.Array | NF4Weight | NF4Tiles) -> jax.Array:
-    return x @ (
-        dequantise(weight, x.dtype).T if isinstance(weight, NF4Weight) else _dense(weight, x.dtype)
+    return product(
+        x,
+        dequantise(weight, x.dtype).T if isinstance(weight, NF4Weight) else _dense(weight, x.dtype),
     )
 
 
 def _times_transposed(dy: jax.Array, weight: jax.Array | NF4Weight | NF4Tiles) -> jax.Array:
-    return dy @ (
+    return product(
+        dy,
         dequantise(weight, dy.dtype)
         if isinstance(weight, NF4Weight)
-        else _dense(weight, dy.dtype).T
+        else _dense(weight, dy.dtype).T,
     )
 
 

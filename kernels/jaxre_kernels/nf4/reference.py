@@ -25,6 +25,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxre_kernels.linear import product
 from jaxre_kernels.nf4.weight import BLOCK, DYNAMIC, NESTED_BLOCK, NF4, NF4Weight
 
 
@@ -66,7 +67,7 @@ def nf4_linear(x: jax.Array, weight: NF4Weight) -> jax.Array:
     Returns:
       [..., O] of x's dtype.
     """
-    return x @ dequantise(weight, x.dtype).T
+    return product(x, dequantise(weight, x.dtype).T)
 
 
 def _forward(x: jax.Array, weight: NF4Weight) -> tuple[jax.Array, NF4Weight]:
@@ -74,7 +75,7 @@ def _forward(x: jax.Array, weight: NF4Weight) -> tuple[jax.Array, NF4Weight]:
 
 
 def _backward(weight: NF4Weight, dy: jax.Array) -> tuple[jax.Array, None]:
-    return dy @ dequantise(weight, dy.dtype), None
+    return product(dy, dequantise(weight, dy.dtype)), None
 
 
 nf4_linear.defvjp(_forward, _backward)

@@ -1,0 +1,115 @@
+"""How fast this machine's cores multiply f32 and bf16: what `model.dtype=auto` is on a CPU.
+
+Measured once for a kind of processor (about a second) and kept in ~/.cache/jaxre/products.json.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+CACHE = "~/.cache/jaxre/products.json"
+# Of a product of LoRA: 2,048 tokens, the MLP of a model of 135M parameters.
+TOKENS, INPUTS, OUTPUTS = 2048, 576, 1536
+TRIES = 5
+# How much faster bf16 has to be: what lies between the products is rounded on top.
+GAIN = 1.2
+
+
+class Rates(NamedTuple):
+    """FLOP/s of products whose results are f32, by the dtype of their operands."""
+
+    float32: float
+    bfloat16: float
+
+    @property
+    def faster(self) -> str:
+        """The dtype to multiply in."""
+        return "bfloat16" if self.bfloat16 >= GAIN * self.float32 else "float32"
+
+    def told(self) -> str:
+        return (
+            f"bfloat16 products {self.bfloat16 / 1e9:.0f} GFLOP/s, float32"
+            f" {self.float32 / 1e9:.0f}: {self.faster}"
+        )
+
+
+def product_rates(cache: Path | None = None, measure: Callable[[], Rates] | None = None) -> Rates:
+    """The rates of this kind of processor: from the cache, else measured and kept there.
+
+    Args:
+      cache: the file, CACHE if not given. One that cannot be read or written is as good as none.
+      measure: `measured_rates` if not given.
+    """
+    path = Path(CACHE).expanduser() if cache is None else cache
+    known = _read(path)
+    key = processor()
+    if key not in known:
+        known[key] = (measure or measured_rates)()
+        _write(path, known)
+    return known[key]
+
+
+def processor() -> str:
+    """What the rates depend on: the processor's name, how many of its cores, and jaxlib."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    about = {
+        name: next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+        for name in ("model name", "flags")
+    }
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Virtual machines give one name to several generations
+    bf16 = sorted(flag for flag in about["flags"].split() if "bf16" in flag)
+    name = about["model name"] or platform.processor() or platform.machine()
+    return f"{name} ({', '.join(bf16) or 'no bf16'}), {cores} cores, jaxlib {version('jaxlib')}"
+
+
+def measured_rates() -> Rates:
+    """Times both products in turns and takes the fastest of each: other work on the machine hits
+    both alike.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    x = jax.random.normal(jax.random.key(0), (TOKENS, INPUTS))
+    w = jax.random.normal(jax.random.key(1), (INPUTS, OUTPUTS))
+    product = jax.jit(lambda x, w: jnp.matmul(x, w, preferred_element_type=jnp.float32))
+    operands = [(x.astype(dtype), w.astype(dtype)) for dtype in (jnp.float32, jnp.bfloat16)]
+    best = [float("inf"), float("inf")]
+    for number in range(TRIES + 1):
+        for which, pair in enumerate(operands):
+            began = time.perf_counter()
+            jax.block_until_ready(product(*pair))
+            if number:  # the first compiles
+                best[which] = min(best[which], time.perf_counter() - began)
+    return Rates(*(2.0 * TOKENS * INPUTS * OUTPUTS / seconds for seconds in best))
+
+
+def _read(path: Path) -> dict[str, Rates]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {key: Rates(*map(float, rates)) for key, rates in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _write(path: Path, rates: dict[str, Rates]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, delete=False, encoding="utf-8"
+        ) as file:
+            json.dump(rates, file, indent=1)
+        os.replace(file.name, path)
+    except OSError:
+        pass  # measured again the next time
