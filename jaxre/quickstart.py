@@ -7,6 +7,7 @@ exports for transformers and PEFT.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -48,8 +49,9 @@ def chosen_config(tiny: bool, console: Console) -> Path:
     """
     if tiny:
         return TINY
+    base = load_config(CONFIG).model.path
     try:
-        packaged_file(load_config(CONFIG).model.path)
+        packaged_file(base)
     except InputError as error:
         console.print(
             f"{error}\nuntil then this fine-tunes the tiny base that jaxre ships (as --tiny does)",
@@ -66,7 +68,8 @@ def quickstart(run: Path, console: Console, config_path: Path) -> dict:
     Raises:
       InputError: not started in a clone of the project, or `run` is a folder of something else.
     """
-    config = load_config(config_path, [f"output={run.parent}", f"name={run.name}"])
+    settings = [f"output={run.parent}", f"name={json.dumps(run.name)}"]
+    config = load_config(config_path, settings)
     known = PACKAGED.get(config.model.path)
     base = known.about if known else f"base {config.model.path}"
     clear(run, config, console)
@@ -170,7 +173,9 @@ def clear(run: Path, config: Config, console: Console) -> None:
     if not run.exists():
         return
     saved = run / "config.yaml"
-    if not saved.is_file() or load_config(saved).name != config.name:
+    settings = [f"output={run.parent}", f"name={json.dumps(run.name)}"]
+    own = [config, *(load_config(path, settings) for path in (CONFIG, TINY) if path.is_file())]
+    if not saved.is_file() or load_config(saved) not in own:
         raise InputError(
             f"{run}: exists and is not an earlier quickstart; remove it or give another folder with"
             " --output"

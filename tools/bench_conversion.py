@@ -2,7 +2,7 @@
 folder.
 
     python tools/bench_conversion.py ../shared/models/Qwen/Qwen2.5-3B-Instruct runs/conversion
-    --rounds 3 --json conversion.json
+        --rounds 3 --json conversion.json
 
 Every round runs each command once, in a process of its own, in turn; a time ends when the disk has
 the data (sync). Memory is the process's largest resident set. What comes back from our store is

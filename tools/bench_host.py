@@ -1,10 +1,11 @@
 """The host's side of a run: what is not the device's work, phase by phase, in wall-clock and CPU
 seconds.
 
-    python tools/bench_host.py data --examples 200000    # read, tokenise, cache and plan; then from
-    the cache python tools/bench_host.py start --examples 8000     # `jaxre train` to step 1, cold
-    and again (0.5B shape, random weights) python tools/bench_host.py step                      #
-    host time of one update of a tiny model
+    python tools/bench_host.py data --examples 200000
+        # read, tokenise, cache and plan; then from the cache
+    python tools/bench_host.py start --examples 8000
+        # `jaxre train` to step 1, cold and again (0.5B shape, random weights)
+    python tools/bench_host.py step                      # host time of one update of a tiny model
 
 The examples are SemEval's training sentences, each with another word at its end (JAXRE_DATA names
 the data); --model is a folder with a tokenizer (and for `start` a config.json). What is made is

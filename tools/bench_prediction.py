@@ -1,9 +1,10 @@
 """Prediction side by side with transformers, on the same weights, prompts and stop tokens, in one
 process.
 
-    python tools/bench_prediction.py                                   # the shipped base, SemEval's
-    enumerated prompts python tools/bench_prediction.py --model smollm2-360m --examples 16
-    --new-tokens 8 python tools/bench_prediction.py --model runs/mine --json bench.json
+    python tools/bench_prediction.py
+        # the shipped base, SemEval's enumerated prompts
+    python tools/bench_prediction.py --model smollm2-360m --examples 16 --new-tokens 8
+    python tools/bench_prediction.py --model runs/mine --json bench.json
 
 Sides: transformers `generate`, greedy, batches of 8 in the order of the data, padded on the left;
 jaxre's greedy decoding; its search for the best label; its scores of all labels. All in f32, from

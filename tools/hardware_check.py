@@ -3,8 +3,8 @@ step and peers. Needs no network.
 
     tools/hardware_check --out runs/h200                     # everything, within 9 minutes
     tools/hardware_check --only attention,lora --minutes 4
-    tools/hardware_check --dry                               # tiny shapes on the CPU: runs every
-    part, measures nothing
+    tools/hardware_check --dry
+        # tiny shapes on the CPU: runs every part, measures nothing
 
 Kernels are checked first, then timed: median of several rounds, inputs in turn, caches flushed,
 beside the bare products, cuDNN, splash attention and tokamax where these are to be had. Every

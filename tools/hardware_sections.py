@@ -1,8 +1,8 @@
 """The sections of `hardware_check.py`, each a process of its own that appends records to a file,
 one line of JSON each.
 
-    python tools/hardware_sections.py SECTION FILE SECONDS [--dry] [--sweep]    # "check attention",
-    "time lora", "step", "peers"
+    python tools/hardware_sections.py SECTION FILE SECONDS [--dry] [--sweep]
+        # "check attention", "time lora", "step", "peers"
 
 A record is what came out for one case and variant, or why it was not run (`left_out`) or failed
 (`problem`); one is complete before the next begins, so that what a section has found outlives it.

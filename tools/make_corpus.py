@@ -1,7 +1,7 @@
 """Composes the project's own relation corpus from hand-written facts and phrasings.
 
-    python tools/make_corpus.py            # writes
-    jaxre/assets/corpus/{train,validation,test}.jsonl
+    python tools/make_corpus.py
+        # writes jaxre/assets/corpus/{train,validation,test}.jsonl
 
 The sources are jaxre/assets/corpus/source/*.txt; a line is one of
 

@@ -1,11 +1,12 @@
 """Writes the table of implementations (`kernels/jaxre_kernels/table.json`) from a run on this
 machine's accelerator.
 
-    python tools/tune_kernels.py --out runs/tune                                 # measures, within
-    9 minutes, and writes the table python tools/tune_kernels.py --from
-    runs/tune/hardware_check.json            # writes it from what was measured before python
-    tools/tune_kernels.py --only attention --table new.json               # the table with this op's
-    entries, into another file
+    python tools/tune_kernels.py --out runs/tune
+        # measures, within 9 minutes, and writes the table
+    python tools/tune_kernels.py --from runs/tune/hardware_check.json
+        # writes it from what was measured before
+    python tools/tune_kernels.py --only attention --table new.json
+        # the table with this op's entries, into another file
 
 Measuring is `hardware_check --sweep` on the kernels: every implementation, with every tile size
 that its dispatch lists. For each case the fastest gets an entry if it was right in every check of

@@ -26,8 +26,9 @@ from rich.table import Table
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
-from jaxre.checkpoints.gguf import form_of, is_gguf, read_gguf, tensors_of
+from jaxre.checkpoints.gguf import form_of, read_gguf, tensors_of
 from jaxre.checkpoints.gguf_write import (
+    bytes_of,
     check_writable,
     kinds_of,
     modelfile,
@@ -46,15 +47,17 @@ from jaxre.checkpoints.huggingface import (
     side_files_of,
     write_base,
 )
-from jaxre.checkpoints.native import is_native, write_native
+from jaxre.checkpoints.native import write_native
 from jaxre.checkpoints.peft import load_adapter, save_adapter
-from jaxre.checkpoints.source import Located, locate, open_weights, resolve_model
+from jaxre.checkpoints.source import Located, kind_of, locate, open_weights, resolve_model
 from jaxre.config import Config, Prompt, load_config
 from jaxre.errors import InputError
 from jaxre.models.architecture import check_vocabulary, read_architecture
 from jaxre.models.lora import merge_one, scale_of
 from jaxre.models.quantised import dequantise_matrix, is_nf4, quantise_matrix
 from jaxre.models.weights import AnyArchitecture
+from jaxre.relations.labels import task_of
+from jaxre.relations.prompts import system_turn
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -128,7 +131,7 @@ class Conversion:
         if self.left_out:
             line += f"; left out, for no classifier has them: {', '.join(self.left_out)}"
         if self.unreadable:
-            base = f"its base {self.unreadable}, which is no Hugging Face folder"
+            base = f"its base {self.unreadable}"
             line += (
                 f"; peft cannot open {base}: convert that --to hf and name the new folder in"
                 " adapter_config.json"
@@ -146,7 +149,7 @@ class _Plan:
 
     A form is (shape, dtype), with None for the dtype of an NF4 weight. `recast` and `left_out` are
     Conversion's. `rounded` (name, values, dtype) is what is meant to be read back, where that is
-    not the cast.
+    not the cast; `words` and `bytes` say what is written where forms do not.
     """
 
     forms: dict[str, tuple[tuple[int, ...], np.dtype | None]]
@@ -156,6 +159,8 @@ class _Plan:
     recast: bool = False
     left_out: tuple[str, ...] = ()
     rounded: Callable[[str, np.ndarray, np.dtype], np.ndarray] | None = None
+    words: frozenset[str] = frozenset()
+    bytes: int | None = None
 
 
 def convert(
@@ -205,7 +210,7 @@ def convert(
         plan = _plan_gguf(found, merge, dtype, f"{target.resolve().name}.gguf", config)
     else:
         plan = _plan_weights(found, to, merge, dtype, quantise)
-    _check_space(target, sum(_bytes(*form) for form in plan.forms.values()))
+    _check_space(target, plan.bytes or sum(_bytes(*form) for form in plan.forms.values()))
     try:
         with atomic_folder(target) as folder:
             plan.write(folder)
@@ -223,15 +228,13 @@ def convert(
         merged=merge,
         parameters=sum(math.prod(shape) for shape, _ in plan.forms.values()),
         bytes=sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
-        dtype=", ".join(
-            sorted({"NF4" if dtype is None else dtype.name for _, dtype in plan.forms.values()})
-        ),
+        dtype=", ".join(sorted(plan.words or {_word(dtype) for _, dtype in plan.forms.values()})),
         differences=differences,
         recast=plan.recast,
         left_out=plan.left_out,
         unreadable=(
-            found.base_name
-            if to == "peft" and (is_native(found.folder) or is_gguf(found.folder))
+            f"{found.base_name}, {NAMES[kind_of(found.folder)]}"
+            if to == "peft" and kind_of(found.folder) in ("jaxre", "gguf")
             else None
         ),
     )
@@ -332,13 +335,13 @@ def _plan_gguf(
     side_files = side_files_of(found.folder, found.adapter)
     speech = speech_of(architecture, side_files, found.folder, prompt.date)
     forms = {tensor: (plan.forms[tensor][0], value_dtype(kind)) for tensor, kind in kinds.items()}
+    system = _system_of(config) if config else None
 
     def write(folder: Path) -> None:
         cast = _ahead(
             (tensor, _cast(tensor, plan.exact(tensor), forms[tensor][1])) for tensor in kinds
         )
         write_gguf(folder / name, architecture, kinds, cast, speech, found.name)
-        system = prompt.system if config else None
         (folder / "Modelfile").write_text(modelfile(name, speech, system), encoding="utf-8")
 
     form = form_of(architecture)
@@ -354,7 +357,24 @@ def _plan_gguf(
 
     recast = any(dtypes[tensor] != dtype for tensor, (_, dtype) in forms.items())
     recast = recast or "Q8_0" in kinds.values()
-    return _Plan(forms, plan.exact, write, reader, recast, plan.left_out, rounded)
+    words = frozenset(
+        "Q8_0" if kind == "Q8_0" else value_dtype(kind).name for kind in kinds.values()
+    )
+    size = bytes_of(architecture, kinds)
+    return _Plan(forms, plan.exact, write, reader, recast, plan.left_out, rounded, words, size)
+
+
+def _system_of(config: Config) -> str | None:
+    """The system turn that a run was trained with, label list included.
+
+    Raises:
+      InputError: a run of several datasets, whose system turns differ; data that cannot be read.
+    """
+    prompt = config.prediction_prompt
+    if config.train.objective != "sft" or not (prompt.enumerate or prompt.task_definition):
+        return prompt.system
+    asked = task_of(config)
+    return system_turn(prompt, asked.schema.labels, asked.dataset or "")
 
 
 def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
@@ -402,6 +422,10 @@ def _flat(factors: dict) -> dict[str, np.ndarray]:
         for path, leaf in leaves
         if leaf.size
     }
+
+
+def _word(dtype: np.dtype | None) -> str:
+    return "NF4" if dtype is None else dtype.name
 
 
 def _bytes(shape: tuple[int, ...], dtype: np.dtype | None) -> int:
@@ -522,6 +546,8 @@ def _changes(found: Located, dtype: str | None, quantise: str | None) -> bool:
     """Whether a folder of the same form would hold other weights."""
     if dtype is None and quantise is None:
         return False
+    if dtype == "q8_0" or found.kind == "gguf":
+        return True
     stored = set(open_weights(found.folder).dtypes.values())
     return None not in stored if quantise else stored != {DTYPES[dtype]}
 

@@ -19,8 +19,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +32,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxre.checkpoints import gguf_tokenizer
 from jaxre.checkpoints.gguf_tokenizer import tokenizer_files
 from jaxre.checkpoints.huggingface import (
     Tensors,
-    atomic_folder,
     check_tensors,
     hf_shapes,
     positions,
@@ -42,8 +45,8 @@ from jaxre.errors import InputError, first_line
 from jaxre.models.architecture import Architecture, architecture_of, read_architecture
 from jaxre.models.decoder import rotary_frequencies
 
-MARKER, FORMAT = "gguf.json", 1
-CACHE = "~/.cache/jaxre/gguf"
+MARKER = "gguf.json"
+CACHE = "~/.cache/jaxre"  # JAXRE_CACHE names another folder
 
 # Our name of a weight -> its name in a file, after `blk.N.` where it belongs to a layer.
 NAMES = {
@@ -169,7 +172,7 @@ def file_of(folder: Path) -> Path:
     return Path(read_json(folder / MARKER)["file"])
 
 
-def unpacked(path: Path, check: Callable[[], None] = lambda: None) -> Path:
+def unpacked(path: Path, check: Callable[[], None] | None = None) -> Path:
     """The folder in jaxre's cache with all of a file but its weights; made where it is not there.
 
     Args:
@@ -181,15 +184,25 @@ def unpacked(path: Path, check: Callable[[], None] = lambda: None) -> Path:
     """
     path = Path(path).resolve()
     stat = path.stat()
-    key = hashlib.sha256(f"{FORMAT} {path} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-    folder = Path(CACHE).expanduser() / f"{path.stem}-{key[:12]}"
+    # With the code that reads it, which decides what the folder holds.
+    code = b"".join(Path(one).read_bytes() for one in (__file__, gguf_tokenizer.__file__))
+    file = f"{path} {stat.st_size} {stat.st_mtime_ns} {check is not None}"
+    key = hashlib.sha256(code + file.encode()).hexdigest()
+    cache = Path(os.environ.get("JAXRE_CACHE") or CACHE).expanduser() / "gguf"
+    folder = cache / f"{path.stem}-{key[:12]}"
     if is_gguf(folder):
         return folder
-    check()
+    if check is not None:
+        check()
     fields, tensors = read_gguf(path)
-    family = family_of(fields, path)
-    config = config_of(fields, tensors, family, path)
-    files = tokenizer_files(fields, config["vocab_size"], path)
+    try:
+        family = family_of(fields, path)
+        config = config_of(fields, tensors, family, path)
+        files = tokenizer_files(fields, config["vocab_size"], path)
+    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{path}: a field has a value that cannot be ({first_line(error)}); download it again"
+        ) from None
     if "chat_template.jinja" in files and not fields.get("tokenizer.chat_template"):
         print(
             f"{path.name}: has no chat template; {family.model_type}'s turns are used, as jaxre"
@@ -199,7 +212,6 @@ def unpacked(path: Path, check: Callable[[], None] = lambda: None) -> Path:
     ids = {name: config[name] for name in config if name.endswith("_token_id")}
     files |= {"config.json": config, "generation_config.json": ids}
     files[MARKER] = {
-        "format": FORMAT,
         "file": str(path),
         "size": stat.st_size,
         "modified": stat.st_mtime_ns,
@@ -207,10 +219,23 @@ def unpacked(path: Path, check: Callable[[], None] = lambda: None) -> Path:
             name: [one.kind, list(one.shape), one.start, one.bytes] for name, one in tensors.items()
         },
     }
-    with atomic_folder(folder, replace=True) as place:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
         for name, content in files.items():
             text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
             (place / name).write_text(text, encoding="utf-8")
+        try:
+            place.rename(folder)
+        except OSError:
+            # Another process was first with the same content.
+            shutil.rmtree(place, ignore_errors=True)
+            if not is_gguf(folder):
+                raise
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror}); set JAXRE_CACHE to a folder that can"
+        ) from None
     return folder
 
 
@@ -229,6 +254,8 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredGGUF]]:
         raise InputError(
             f"{path}: not a GGUF file that can be read ({first_line(error)}); download it again"
         ) from None
+    if reader.byte_order == "S":
+        raise InputError(f"{path}: is of the other byte order; take the little-endian file")
     known, tensors, size = (*PLAIN, *QUANTISED), {}, path.stat().st_size
     for one in reader.tensors:
         if one.tensor_type.name not in known:
@@ -280,6 +307,11 @@ def config_of(
     if "token_embd.weight" not in tensors:
         raise InputError(f"{place}: token_embd.weight is missing; download it again")
     heads, width = given("attention.head_count"), given("embedding_length")
+    if not isinstance(heads, int) or heads < 1:
+        raise InputError(
+            f"{place}: {prefix}.attention.head_count is {heads!r}; one number for all layers is"
+            " supported, take another model"
+        )
     channels = given("attention.key_length", width // heads)
     for name, value in (("value_length", channels), ("rope.dimension_count", channels)):
         name = name if name.startswith("rope") else f"attention.{name}"
@@ -289,6 +321,8 @@ def config_of(
                 " that is not supported, take another model"
             )
     scaling = given("rope.scaling.type", "none")
+    factor = given("rope.scaling.factor", given("rope.scale_linear", 1.0))
+    scaling = "linear" if scaling == "none" and factor not in (0.0, 1.0) else scaling
     if scaling != "none" or fields.get(f"{prefix}.expert_count"):
         raise InputError(
             f"{place}: rope scaling {scaling!r} or experts"
@@ -335,7 +369,7 @@ def config_of(
             )
     for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         found = fields.get(f"tokenizer.ggml.{field}_token_id")
-        if found is not None:
+        if found is not None and 0 <= found < config["vocab_size"]:
             config[f"{name}_token_id"] = found
     stops = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     stops = list(dict.fromkeys(stop for stop in stops if stop is not None))

@@ -68,6 +68,8 @@ class Pre:
     ignore_merges: bool = False
 
 
+# Takes what tokenizer.json states, in transformers 4 and 5.
+GENERIC = "PreTrainedTokenizerFast"
 PRES = {
     "qwen2": Pre(
         _split(_CONTRACTIONS + _WORD + r"|\p{N}" + _REST), "Qwen2Tokenizer", {"type": "NFC"}
@@ -80,14 +82,14 @@ PRES = {
                 _byte_level(use_regex=True),
             ],
         },
-        "TokenizersBackend",
+        GENERIC,
     ),
     "llama-bpe": Pre(
         _split(_CONTRACTIONS + _WORD + r"|\p{N}{1,3}" + _REST),
-        "TokenizersBackend",
+        GENERIC,
         ignore_merges=True,
     ),
-    "gpt-2": Pre(_byte_level(use_regex=True), "TokenizersBackend"),
+    "gpt-2": Pre(_byte_level(use_regex=True), GENERIC),
 }
 SYNONYMS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 
@@ -143,7 +145,7 @@ def tokenizer_files(
         )
     gemma = model == "llama" and fields["general.architecture"] == "gemma3"
     if gemma:
-        built, class_name = _gemma(fields, tokens), "GemmaTokenizer"
+        built, class_name = _gemma(fields, tokens, place), "GemmaTokenizer"
     elif model == "gpt2":
         built, class_name = _byte_level_bpe(fields, tokens, types, place)
     else:
@@ -211,14 +213,39 @@ def _byte_level_bpe(
         "added_tokens": [],
         "normalizer": pre.normalizer,
         "pre_tokenizer": pre.pre_tokenizer,
-        "post_processor": None,
+        "post_processor": _begins_with(fields, tokens),
         "decoder": _byte_level(use_regex=True),
         "model": _bpe(
             vocabulary,
-            [merge.split(" ", 1) for merge in merges],
+            [_pair(merge, place) for merge in merges],
             ignore_merges=pre.ignore_merges,
         ),
     }, pre.class_name
+
+
+def _begins_with(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any] | None:
+    """The post-processor of a tokenizer that begins a text with a token of its own."""
+    number = fields.get("tokenizer.ggml.bos_token_id")
+    if fields.get("tokenizer.ggml.add_bos_token") is not True or number is None:
+        return None
+    token = {"SpecialToken": {"id": tokens[number], "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [token, first],
+        "pair": [token, first, second],
+        "special_tokens": {
+            tokens[number]: {"id": tokens[number], "ids": [number], "tokens": [tokens[number]]}
+        },
+    }
+
+
+def _pair(merge: Any, place: Path | str) -> list[str]:
+    """The two sides of a merge, as llama.cpp cuts them: at the first space behind a character."""
+    cut = merge.find(" ", 1) if isinstance(merge, str) else -1
+    if cut < 0:
+        raise InputError(f"{place}: the merge {merge!r} has no two sides; download it again")
+    return [merge[:cut], merge[cut + 1 :]]
 
 
 def _bpe(vocabulary: dict[str, int], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
@@ -237,12 +264,15 @@ def _bpe(vocabulary: dict[str, int], merges: list[list[str]], **settings: Any) -
     }
 
 
-def _gemma(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
+def _gemma(fields: dict[str, Any], tokens: list[str], place: Path) -> dict[str, Any]:
     """SentencePiece's BPE as merges: every pair of pieces that spells a piece, the piece with the
     best score first (as transformers converts Gemma's tokenizer.model).
     """
     ids = {token: number for number, token in enumerate(tokens)}
-    scores = fields["tokenizer.ggml.scores"]
+    scores = fields.get("tokenizer.ggml.scores") or []
+    unknown = fields.get("tokenizer.ggml.unknown_token_id", 3)
+    if len(scores) != len(tokens) or not 0 <= unknown < len(tokens):
+        raise InputError(f"{place}: has no whole vocabulary; download it again")
     merges = []
     for piece, number in ids.items():
         for cut in range(1, len(piece)):
@@ -260,7 +290,7 @@ def _gemma(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any]:
         "model": _bpe(
             ids,
             [[left, right] for *_, left, right in merges],
-            unk_token=tokens[fields["tokenizer.ggml.unknown_token_id"]],
+            unk_token=tokens[unknown],
             fuse_unk=True,
             byte_fallback=True,
         ),
@@ -311,7 +341,13 @@ def tokenizer_fields(
     for token, number in ids.items():
         if number < vocabulary:  # Gemma's tokenizer has one more, for images
             tokens[number], types[number] = token, kinds[token]
-    merges = [one.split(" ", 1) if isinstance(one, str) else one for one in model["merges"]]
+    merges = [_pair(one, place) if isinstance(one, str) else one for one in model["merges"]]
+    unsaid = [f"{left} {right}" for left, right in merges if " " in left[1:] or not right]
+    if unsaid and not gemma:
+        raise InputError(
+            f"{place}: the merge {unsaid[0]!r} has a space inside, which GGUF cannot say; use --to"
+            " hf"
+        )
     fields: dict[str, Any] = {
         "tokenizer.ggml.model": "llama" if gemma else "gpt2",
         "tokenizer.ggml.pre": "default" if gemma else names[0],

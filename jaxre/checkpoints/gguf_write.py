@@ -6,6 +6,8 @@ has run in Ollama.
 
 from __future__ import annotations
 
+import math
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -21,14 +23,16 @@ from jaxre.checkpoints.huggingface import copy_side_files, hf_shapes
 from jaxre.data.template import ChatTemplate
 from jaxre.data.tokenizer import load_tokenizer
 from jaxre.errors import InputError
-from jaxre.models.architecture import Architecture, LinearScaling
+from jaxre.models.architecture import Architecture, LinearScaling, RopeScaling
 from jaxre.models.weights import AnyArchitecture
 
 BLOCK = 32  # values that share a scale in Q8_0
 # general.file_type (llama.h, LLAMA_FTYPE): what most of the file is stored as.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
 KINDS = {dtype: kind for kind, dtype in PLAIN.items()}
+# Stand for a conversation's turns while its template is rendered; no template writes such words.
 SYSTEM, USER = "THE-SYSTEM-TURN", "THE-USER-TURN"
+LARGEST_Q8_0 = 127 * 65504.0  # the scale of a block is an f16
 
 
 def kinds_of(architecture: Architecture, stored: dict[str, np.dtype], kind: str | None) -> dict:
@@ -69,16 +73,21 @@ def _encoded(value: np.ndarray, kind: str) -> np.ndarray:
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
+    if np.abs(value).max() > LARGEST_Q8_0:
+        raise InputError("a weight is too large for the blocks of q8_0; use --dtype f32")
     return quantize(value, GGMLQuantizationType.Q8_0)
 
 
 @dataclass(frozen=True)
 class Speech:
-    """What a file has to know besides weights: its tokenizer's fields, template and Modelfile."""
+    """What a file says besides weights: its tokenizer's fields and template, the token that ends an
+    answer, and all that the template puts behind one.
+    """
 
     fields: dict[str, Any]
     template: ChatTemplate | None
     stop: str | None
+    end: str = ""
 
 
 def speech_of(
@@ -89,6 +98,8 @@ def speech_of(
     Raises:
       InputError: a tokenizer that GGUF cannot say, or files that disagree.
     """
+    if "tokenizer.json" not in side_files:
+        raise InputError(f"{like}: no tokenizer.json; a GGUF file carries its tokenizer")
     with tempfile.TemporaryDirectory(prefix="jaxre-") as made:
         place = Path(made)
         copy_side_files(side_files, place)
@@ -96,18 +107,23 @@ def speech_of(
         tokenizer = load_tokenizer(place)
         fields = tokenizer_fields(place, tokenizer, architecture.vocabulary, str(like))
     fields["tokenizer.ggml.add_bos_token"] = architecture.kind == "gemma3_text"
-    template, stop = None, tokenizer.eos_token
-    if tokenizer.chat_template:
+    template, stop, end = None, tokenizer.eos_token, ""
+    default = tokenizer.chat_template
+    if isinstance(default, dict):
+        default = default.get("default")
+    if default:
         template = ChatTemplate(tokenizer, date, str(like))
         fields["tokenizer.chat_template"] = template.template
-        (answered,) = template.encode([([{"role": "user", "content": "question"}], "answer")])
+        turns = [{"role": "user", "content": "question"}]
+        (answered,) = template.encode([(turns, "answer")])
+        end = template.split(turns, "answer")[1].removeprefix("answer")
         supervised = answered.tokens[answered.prompt_length :]
         last = supervised[template.end_of_turn(supervised) - 1]
         if last in tokenizer.added_tokens_decoder:
             # What training supervised ends an answer, whatever else the tokenizer calls its end.
             fields["tokenizer.ggml.eos_token_id"] = fields["tokenizer.ggml.eot_token_id"] = last
             stop = tokenizer.convert_ids_to_tokens(last)
-    return Speech(fields, template, stop)
+    return Speech(fields, template, stop, end)
 
 
 def write_gguf(
@@ -182,12 +198,23 @@ def check_writable(architecture: AnyArchitecture, place: str) -> None:
             f"{place}: its rope scaling or query_pre_attn_scalar is not that of a small Gemma 3,"
             " which is not written; use --to hf"
         )
+    if isinstance(architecture.rope_scaling, RopeScaling) and architecture.kind != "llama":
+        raise InputError(
+            f"{place}: llama.cpp scales the rotation of llama alone, not of {architecture.kind};"
+            " use --to hf"
+        )
     paused = tuple((layer + 1) % 4 != 0 for layer in range(architecture.layers))
     if architecture.kind == "smollm3" and architecture.rotary != paused:
         raise InputError(
             f"{place}: llama.cpp leaves the rotation out in every fourth layer of smollm3, this"
             " model in others; use --to hf"
         )
+
+
+def bytes_of(architecture: Architecture, kinds: dict[str, str]) -> int:
+    """Bytes that the tensors of a file take."""
+    shapes = hf_shapes(architecture)
+    return sum(math.prod(_bytes_shape(shapes[name], kind)) for name, kind in kinds.items())
 
 
 def _bytes_shape(shape: tuple[int, ...], kind: str) -> tuple[int, ...]:
@@ -245,10 +272,19 @@ def modelfile(file: str, speech: Speech, system: str | None) -> str:
         before, _, rest = whole.partition(SYSTEM)
         between, _, after = rest.partition(USER)
         start = bare.partition(USER)[0]
+        if speech.fields["tokenizer.ggml.add_bos_token"]:  # Ollama puts it in front itself
+            bos = template.tokenizer.bos_token or ""
+            before, start = before.removeprefix(bos), start.removeprefix(bos)
         before, between, after, start = map(_literal, (before, between, after, start))
+        end = _literal(speech.end)
         lines.append(
             f'TEMPLATE """{{{{ if .System }}}}{before}{{{{ .System }}}}{between}'
-            f'{{{{ else }}}}{start}{{{{ end }}}}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}"""'
+            f'{{{{ else }}}}{start}{{{{ end }}}}{{{{ .Prompt }}}}{after}{{{{ .Response }}}}{end}"""'
+        )
+    if any(re.search(r'"""[ \t]*(\n|$)', text) for text in (system or "", lines[-1][:-3])):
+        raise InputError(
+            "three quotes end a line of the system turn or template, which a Modelfile cannot say;"
+            " change prompt.system, or use --to hf"
         )
     if system:
         lines.append(f'SYSTEM """{system}"""')
@@ -260,4 +296,4 @@ def modelfile(file: str, speech: Speech, system: str | None) -> str:
 
 def _literal(text: str) -> str:
     """Text inside a template of Go."""
-    return text.replace("{{", '{{ "{{" }}')
+    return re.sub(r"\{\{|\{$", lambda found: f'{{{{ "{found.group()}" }}}}', text)

@@ -67,8 +67,12 @@ def resolve_model(path: str) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         files = list(folder.glob("*.gguf"))
-        alone = len(files) == 1 and not (folder / "config.json").is_file()
-        return unpacked(files[0]) if alone else folder
+        known = ("jaxre.json", "gguf.json", CONFIG_FILE, "config.json", "config.yaml")
+        if not files or any((folder / name).is_file() for name in known):
+            return folder
+        if len(files) > 1:
+            raise InputError(f"{folder}: holds {len(files)} GGUF files; name one of them")
+        return unpacked(files[0])
     if path in PACKAGED:
         file = packaged_file(path)
         return unpacked(file, lambda: check_packaged(path, file))
@@ -142,7 +146,9 @@ def chosen_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> Chosen:
         return _chosen(setting)
     if (given := os.environ.get(CPU_DTYPE)) is not None:
         if given not in ("float32", "bfloat16"):
-            raise InputError(f"{CPU_DTYPE}={given}: set it to float32 or bfloat16, or leave it out")
+            raise InputError(
+                f"{CPU_DTYPE}={given}: no such dtype; set float32 or bfloat16, or unset it"
+            )
         return _chosen(given, f"{given}: {CPU_DTYPE} says so")
     if jax.process_count() > 1:
         return _chosen("float32", "float32: several processes with CPU cores alone")
@@ -182,7 +188,9 @@ def locate(path: str | Path, quantise: str | None = None) -> Located:
     """
     folder = resolve_model(str(path))
     kind = kind_of(folder)
-    name = folder.absolute().name if Path(path).expanduser().is_dir() else str(path)
+    given = Path(path).expanduser()
+    name = given.absolute().name if given.is_dir() else str(path)
+    name = given.stem if given.is_file() else name
     if kind == "peft":
         return _with_adapter(folder, folder, name, kind, quantise)
     if kind == "run":

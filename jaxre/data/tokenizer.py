@@ -89,8 +89,8 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Any]) -> Non
     tokenizer.add_tokens(list(tokens))
     stated = getattr(tokenizer, "stated", None)
     if stated is not None:
-        stated.add_special_tokens([token for token in tokens if token.special])
-        stated.add_tokens([token for token in tokens if not token.special])
+        for token in tokens:  # in their order, which numbers them
+            (stated.add_special_tokens if token.special else stated.add_tokens)([token])
 
 
 def _pipeline(tokenizer: Tokenizer) -> dict[str, Any]:

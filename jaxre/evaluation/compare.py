@@ -1,7 +1,8 @@
 """Our predictions against cached answers of another model, example by example.
 
     comparison = compare(read_predictions(path), read_cache(cache, examples),
-    read_label_map(labels)) print(comparison.to_json()["difference"])
+        read_label_map(labels))
+    print(comparison.to_json()["difference"])
 
 Rows join by example id or prompt hash, or by what the cache's adapter proved (frontier.py).
 What does not join is counted and listed with its reason, never guessed. Before anything is compared

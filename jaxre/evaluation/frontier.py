@@ -1,7 +1,7 @@
 """Cached predictions of frontier models, from any of the shapes in which they are published.
 
     cache = read_cache("shared/data/frontier_predictions/semeval2010_chatgpt/SemEval_All_ans.json",
-    examples)
+        examples)
 
 The shape is told from the content: the study's long format (a table with `prompt_hash` or
 `example_id`, also from the hub: `hub:Despina/frontier-re-generations`), or one of the JSON formats

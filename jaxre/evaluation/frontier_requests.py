@@ -2,8 +2,8 @@
 answers.
 
     manifest = build_manifest(examples, questions, ask, dataset=..., ...)
-    paths = write_requests("requests/facts.jsonl", manifest)     # facts.jsonl and
-    facts.manifest.json
+    paths = write_requests("requests/facts.jsonl", manifest)
+        # facts.jsonl and facts.manifest.json
 
 A request's `custom_id` is a digest of what is asked (provider, model, parameters, prompt), so equal
 prompts are one request, and an answer can never be taken for that of another prompt. Files are
@@ -16,7 +16,7 @@ written strictly in the form that a provider documents:
 
       while read -r line; do
         jq -c .body <<< "$line" | curl -s -H @header.txt -H "Content-Type: application/json" -d @-
-        $URL/chat/completions \\
+            $URL/chat/completions \\
           | jq -c --argjson asked "$line" '{custom_id: $asked.custom_id, response: .}'
       done < requests.jsonl > answers.jsonl
 

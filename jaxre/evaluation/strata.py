@@ -1,8 +1,8 @@
 """Errors by what kind they are.
 
     errors = error_strata(gold, predicted, schema=labels)
-    [(one.name, one.count, one.share) for one in errors.strata]      # the counts add up to
-    errors.errors
+    [(one.name, one.count, one.share) for one in errors.strata]
+        # the counts add up to errors.errors
 
 Each error belongs to the first stratum that it fits, in this order:
 1. out of schema: the prediction is neither a label of the schema nor a spelling of "no relation"

@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jaxre import __version__
 from jaxre.checkpoints.source import Loaded, dtype_of, kind_of, open_model, resolve_model
 from jaxre.config import Config, Prompt, Source, load_config
 from jaxre.data.markers import markers_in, unknown_types
@@ -60,6 +62,7 @@ class Task:
         examples: list[Example],
         mode: Mode,
         answered: Mapping[str, Prediction] | None = None,
+        start: Callable[[int], None] = lambda known: None,
         record: Callable[[list[Prediction]], None] = lambda rows: None,
     ) -> list[Prediction]:
         config = self.config
@@ -78,6 +81,7 @@ class Task:
             ),
             model_shot=str(config.prompt.shots),
             answered=answered,
+            start=start,
             record=record,
         )
 
@@ -195,23 +199,45 @@ def predict_data(
         console.print(line, markup=False)
     dataset = Path(source.dataset).stem.replace("/", "_").replace(":", "_")
     name = "-".join(part for part in (dataset, source.split, mode, style) if part)
+    if folder is None:
+        name = f"{task.loaded.name.rpartition('/')[2]}-{name}"
     target = output or (folder or Path()) / "predictions" / name
-    asked = [mode, asked.schema.labels, prompt.model_dump(), config.predict.model_dump()]
-    parts = filter(None, (task.loaded.folder, task.loaded.adapter))
-    journal = Journal(stem_of(Path(target)), identity_of(parts, [*asked, dtype.name]))
-    known = {one.id for one in examples} & journal.rows.keys()
-    if known:
-        console.print(f"{len(known):,} of {len(examples):,} were answered before", markup=False)
+    identity = identity_of(
+        filter(None, (task.loaded.folder, task.loaded.adapter)),
+        [
+            mode,
+            asked.schema.labels,
+            prompt.model_dump(),
+            config.predict.max_new_tokens,
+            dtype.name,
+            task.loaded.quantise,
+            jax.default_backend(),
+            __version__,
+        ],
+    )
+    journal = Journal(stem_of(Path(target)), identity)
+    if journal.replaced:
+        console.print(
+            f"{journal.replaced:,} answers of another model, prompt or mode are replaced",
+            markup=False,
+        )
+
+    def start(known: int) -> None:
+        counter.known = counter.done = known
+        if known:
+            console.print(f"{known:,} of {len(examples):,} were answered before", markup=False)
+
+    def record(rows: list[Prediction]) -> None:
+        journal.add(rows)
+        counter.advance(len(rows))
+
+    counter = Counter(console, len(examples))
     try:
-        with Counter(console, len(examples), len(known)) as counter:
-            rows = task.predict(
-                examples,
-                mode,
-                journal.rows,
-                lambda rows: (journal.add(rows), counter.advance(len(rows))),
-            )
-    finally:
+        with counter:
+            rows = task.predict(examples, mode, journal.rows, start, record)
+    except BaseException:
         journal.close()
+        raise
     if style:
         rows = [replace(row, prompt_style=style) for row in rows]
     path, _ = write_predictions(target, rows)

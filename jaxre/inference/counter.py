@@ -28,6 +28,7 @@ class Counter:
     def __enter__(self) -> Counter:
         self.bar.start()
         self.task = self.bar.add_task("examples", total=self.total, completed=self.known)
+        self.start = self.said = time.monotonic()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -45,6 +46,6 @@ class Counter:
     def words(self, now: float) -> str:
         """Such as "examples, 6.9/s, 5 min 33 s left"."""
         rate = (self.done - self.known) / max(now - self.start, 1e-9)
-        left = round((self.total - self.done) / rate) if rate else 0
+        left = max(0, round((self.total - self.done) / rate)) if rate else 0
         minutes, seconds = divmod(left, 60)
         return f"examples, {rate:.3g}/s, {f'{minutes} min ' if minutes else ''}{seconds} s left"

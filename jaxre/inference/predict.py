@@ -61,6 +61,7 @@ def predict_examples(
     tuned_dataset_name: str = "",
     model_shot: str = "0",
     answered: Mapping[str, Prediction] | None = None,
+    start: Callable[[int], None] = lambda known: None,
     record: Callable[[list[Prediction]], None] = lambda rows: None,
 ) -> list[Prediction]:
     """One row per example, in order.
@@ -74,6 +75,7 @@ def predict_examples(
         study's columns.
       answered: example id -> row of an earlier, unfinished call; it is taken where its prompt is
         the same.
+      start: called once with the number of examples that need no answer.
       record: called with the rows of each batch that has been answered.
 
     Returns:
@@ -88,7 +90,7 @@ def predict_examples(
         raise InputError("there is no example to predict; is the split empty?")
     if isinstance(loaded.architecture, EncoderArchitecture):
         return _predict_labels(
-            loaded, examples, labels, settings, mode, tuned_dataset_name, answered, record
+            loaded, examples, labels, settings, mode, tuned_dataset_name, answered, start, record
         )
     template = ChatTemplate(load_tokenizer(loaded.folder), prompt.date, str(loaded.folder))
     questions = questions_of(examples, prompt, labels, demonstrations)
@@ -101,15 +103,16 @@ def predict_examples(
     else:
         tokens, answers = template.tokenize(texts), []
         check_vocabulary(max(map(max, tokens)), loaded.architecture)
-    rows = _Rows(examples, texts, answered or {}, record)
-    rows.common = {
+    common = {
         "gen_type": "gen_constrained" if prompt.enumerate else "gen_open",
         "model_id": loaded.name,
         "tuned_dataset_name": tuned_dataset_name,
         "model_shot": model_shot,
         "prompt_shot": str(prompt.shots),
     }
-    rows.lengths = [len(ids) for ids in tokens]
+    lengths = [len(ids) for ids in tokens]
+    rows = _Rows(examples, texts, common, lengths, answered or {}, record)
+    start(len(examples) - len(rows.asked))
     if not rows.asked:
         return rows.all()
     model = model_of(loaded)
@@ -179,10 +182,13 @@ class _Rows:
         self,
         examples: Sequence[Example],
         texts: Sequence[str],
+        common: Mapping[str, str],
+        lengths: Sequence[int],
         answered: Mapping[str, Prediction],
         record: Callable[[list[Prediction]], None],
     ):
         self.examples, self.texts, self.record = examples, texts, record
+        self.common, self.lengths = common, lengths
         self.hashes = [
             example.prompt_hash or hash_prompt(text)
             for example, text in zip(examples, texts, strict=True)
@@ -191,10 +197,10 @@ class _Rows:
         for i, example in enumerate(examples):
             row = answered.get(example.id)
             if row and (row.prompt_hash, row.prompt) == (self.hashes[i], texts[i]):
-                self.rows[i] = dataclasses.replace(row, relation=example.relation)
+                self.rows[i] = dataclasses.replace(
+                    row, relation=example.relation, eval_dataset_name=example.dataset, **common
+                )
         self.asked = [i for i in range(len(examples)) if i not in self.rows]
-        self.common: dict[str, str] = {}
-        self.lengths: Sequence[int] = ()
 
     def settle(self, found: Mapping[int, dict]) -> None:
         """Raises InputError, as the search does, for a score that is no number: its label would be
@@ -232,6 +238,7 @@ def _predict_labels(
     mode: str,
     tuned_dataset_name: str,
     answered: Mapping[str, Prediction] | None,
+    start: Callable[[int], None],
     record: Callable[[list[Prediction]], None],
 ) -> list[Prediction]:
     """`predict_examples` of an encoder: probabilities are the softmax of its head."""
@@ -252,9 +259,10 @@ def _predict_labels(
     texts = [marked_text(example, known) for example in examples]
     tokens = encode_marked(examples, texts, tokenizer)
     check_vocabulary(max(tokenizer.get_vocab().values()), architecture)
-    rows = _Rows(examples, texts, answered or {}, record)
-    rows.common = {"model_id": loaded.name, "tuned_dataset_name": tuned_dataset_name}
-    rows.lengths = tokens.lengths.tolist()
+    common = {"model_id": loaded.name, "tuned_dataset_name": tuned_dataset_name}
+    lengths = tokens.lengths.tolist()
+    rows = _Rows(examples, texts, common, lengths, answered or {}, record)
+    start(len(examples) - len(rows.asked))
     if not rows.asked:
         return rows.all()
     chosen = np.zeros(len(examples), bool)

@@ -1,7 +1,7 @@
 """The best label of each example by best-first search over the tree of its labels.
 
-    best, scores = best_labels(model, prompts, answers)      # [n] label numbers, [n] their
-    log-probabilities
+    best, scores = best_labels(model, prompts, answers)
+        # [n] label numbers, [n] their log-probabilities
 
 A log-probability only falls along a path (here too: a logit minus a log-sum-exp that is at least as
 large, added up in f64), so the score of a node bounds those of all labels below it. The best open

@@ -1,7 +1,7 @@
 """GIDS (Jat et al. 2018): one sentence with a pair per line, six columns between tabs.
 
-    HEAD_ID  TAIL_ID  Ada_Lovelace  London  /people/person/place_of_birth  Ada_Lovelace came from
-    London. ###END###
+    HEAD_ID  TAIL_ID  Ada_Lovelace  London  /people/person/place_of_birth
+        Ada_Lovelace came from London. ###END###
 
 An entity of several words is joined by `_`, in the sentence too; we write both with spaces (as many
 characters, so spans are those of the file). Other `_`, as in addresses, stay. Negative label: `NA`.

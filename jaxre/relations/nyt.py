@@ -5,7 +5,7 @@ are not to be mixed.
   object per line:
 
       {"sentext": "...", "relations": [{"rtext": "/people/person/place_lived", "em1": "...", "em2":
-      "...", "tags": [0, 4, 1, ...]}]}
+          "...", "tags": [0, 4, 1, ...]}]}
 
   `tags` say for each word whether it begins (4) or continues (1) the head, begins (5) or continues
   (2) the tail. There is no validation file: the authors take a twentieth of train (`part: [0,
@@ -13,7 +13,7 @@ are not to be mixed.
 - `nyt24`: the exact-match version with 24 relations (Zeng et al. 2018 and after):
 
       {"sentText": "...", "relationMentions": [{"em1Text": "...", "em2Text": "...", "label":
-      "/location/location/contains"}]}
+          "/location/location/contains"}]}
 
   Measured on validation: 5,000 sentences, 7,985 triples, 22 labels. 1,172 triples put a second
   label on a labelled pair.

@@ -1,7 +1,7 @@
 """An example to chat turns: system turn, demonstrations, and the user turn that asks.
 
     [{"role": "system", ...}, {"role": "user", ...}, {"role": "assistant", "content": "born_in"},
-    {"role": "user", ...}]
+        {"role": "user", ...}]
 
 The answer of the example itself is not among them: it is what the model is trained to add.
 """

@@ -2,7 +2,7 @@
 per line.
 
     {"docid": "7", "text": "...", "triples": [{"subject": {"surfaceform": "Ada", "boundaries": [0,
-    3]},
+        3]},
      "predicate": {"surfaceform": "place of birth"}, "object": {...}}], ...}
 
 The full release has a file per split (en_train.jsonl, en_val.jsonl, en_test.jsonl). The authors'

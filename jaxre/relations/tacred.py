@@ -2,7 +2,7 @@
 below `JAXRE_DATA/tacred`.
 
     {"id": "...", "relation": "org:founded_by", "token": ["Ada", ...], "subj_start": 0, "subj_end":
-    1, "subj_type": "PERSON",
+        1, "subj_type": "PERSON",
      "obj_start": 5, "obj_end": 5, "obj_type": "ORGANIZATION", ...}
 
 Ranges of tokens are inclusive at both ends. The subject is the head. A text is the tokens joined by

@@ -73,7 +73,7 @@ TEXTS = [
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_module, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAXRE_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")
@@ -253,6 +253,55 @@ def test_a_pre_tokenizer_without_a_name_is_not_written(tiny_base, tmp_path):
     assert "pre-tokenizer is none of" in message and "--to hf" in message
 
 
+def test_the_shipped_base_s_tokenizer_goes_through_a_file(tmp_path):
+    """Its merges hold spaces, which GGUF puts between the sides too."""
+    base = shipped("facts-base")
+    convert(base, tmp_path / "file", "gguf")
+    before, after = load_tokenizer(base), load_tokenizer(resolve_model(str(tmp_path / "file")))
+    texts = TEXTS + [one.text for one in load(Source(dataset="facts", split="test", limit=200))]
+    texts += ["Text: in <e1>Ada</e1> (<e2>Bob</e2>) <e1 e2> < e1>"]
+    assert token_ids(after, texts) == token_ids(before, texts)
+
+
+def test_a_first_token_of_its_own_is_kept(written, monkeypatch):
+    read = gguf_module.read_gguf
+
+    def begun(path):
+        fields, tensors = read(path)
+        fields["tokenizer.ggml.add_bos_token"] = True
+        fields["tokenizer.ggml.bos_token_id"] = 1
+        return fields, tensors
+
+    monkeypatch.setattr(gguf_module, "read_gguf", begun)
+    tokenizer = load_tokenizer(unpacked(written))
+    assert tokenizer("Ada")["input_ids"][0] == 1
+    assert token_ids(tokenizer, ["Ada"])[0][0] != 1
+
+
+def test_only_a_folder_that_is_nothing_else_is_taken_for_its_file(written, tmp_path):
+    assert resolve_model(str(written.parent)) == unpacked(written)
+    assert locate(written.parent).name == "file" and locate(written).name == "file"
+    shutil.copyfile(written, written.with_name("second.gguf"))
+    assert "holds 2 GGUF files" in refusal(lambda: resolve_model(str(written.parent)))
+    (written.parent / "adapter_config.json").write_text("{}")
+    assert resolve_model(str(written.parent)) == written.parent
+
+
+def test_a_file_of_the_other_byte_order_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "big.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("token_embd.weight", np.ones((4, 8), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert "little-endian" in refusal(lambda: unpacked(tmp_path / "big.gguf"))
+
+
+def test_a_file_is_quantised_again(written, tmp_path):
+    done = convert(written, tmp_path / "small", "gguf", dtype="q8_0", verify=True)
+    assert done.dtype == "Q8_0, float32" and "Q8_0" in str(done)
+
+
 # ---- answers ----------------------------------------------------------------------------------
 
 
@@ -293,7 +342,7 @@ def test_the_modelfile_has_the_template_the_system_turn_and_the_end(tmp_path):
     assert (
         'TEMPLATE """{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|><|im_start|>user\n'
         "{{ else }}<|im_start|>user\n{{ end }}{{ .Prompt }}<|im_end|><|im_start|>assistant\n"
-        '{{ .Response }}"""'
+        '{{ .Response }}<|im_end|>"""'
     ) in text
     assert f'SYSTEM """{Prompt().system}"""' in text
     assert 'PARAMETER stop "<|im_end|>"' in text and "temperature 0" in text
@@ -322,6 +371,13 @@ def written(tmp_path: Path, tokenizer_of) -> Path:
         ("qwen2.block_count", 4, "blk.3"),
         ("qwen2.block_count", 2, "blk.2.attn_k.bias is not known"),
         ("qwen2.embedding_length", 48, "has shape"),
+        ("qwen2.rope.scaling.factor", 4.0, "rope scaling 'linear'"),
+        ("qwen2.attention.head_count", [4, 4, 4], "head_count is [4, 4, 4]"),
+        ("qwen2.attention.head_count", 0, "head_count is 0"),
+        ("qwen2.attention.layer_norm_rms_epsilon", "x", "a value that cannot be"),
+        ("tokenizer.ggml.merges", [1, 2], "the merge 1 has no two sides"),
+        ("tokenizer.ggml.pre", ["qwen2"], "a value that cannot be"),
+        ("tokenizer.ggml.eos_token_id", "a", "a value that cannot be"),
     ],
 )
 def test_what_a_file_says_that_we_do_not_have_is_refused_by_name(

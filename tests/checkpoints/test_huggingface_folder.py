@@ -545,7 +545,7 @@ def test_folder_without_weights_or_config_is_refused(folder):
 )
 def test_model_that_is_no_folder_is_refused(path):
     with pytest.raises(
-        InputError, match="no such run or model folder; give a folder, a hub id OWNER/NAME"
+        InputError, match="no such run or model folder; give a folder, a GGUF file, a hub id"
     ):
         resolve_model(path)
 

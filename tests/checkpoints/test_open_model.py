@@ -101,7 +101,7 @@ def test_model_is_found_by_a_relative_path_and_by_its_shipped_name(
     monkeypatch.chdir(tiny_base.parent)
     assert open_model("tiny", FLOAT32).name == "tiny"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jaxre.config.shipped", lambda name: tiny_base.parent / name)
+    monkeypatch.setattr("jaxre.checkpoints.source.shipped", lambda name: tiny_base.parent / name)
     assert open_model("tiny", FLOAT32).folder == tiny_base
 
 
@@ -209,7 +209,7 @@ def test_run_that_continues_an_adapter_names_the_hub_id_of_its_base(tiny_base, h
 
 def test_shipped_base_is_named_by_its_folder(tiny_base, tmp_path, monkeypatch):
     """PEFT would take the name for a hub id."""
-    monkeypatch.setattr("jaxre.config.shipped", lambda name: tiny_base.parent / name)
+    monkeypatch.setattr("jaxre.checkpoints.source.shipped", lambda name: tiny_base.parent / name)
     convert(make_run(tmp_path / "run", "tiny", "lora"), tmp_path / "exported", "peft")
     assert base_name_of(tmp_path / "exported") == str(tiny_base)
 

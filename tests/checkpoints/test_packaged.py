@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from refusals import refusal
 
-from jaxre.checkpoints import gguf, packaged
+from jaxre.checkpoints import packaged
 from jaxre.checkpoints.packaged import PACKAGED
 from jaxre.checkpoints.source import base_of, resolve_model
 
@@ -33,7 +33,7 @@ class Installed:
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the named base's file belongs."""
     monkeypatch.setattr(packaged.metadata, "distribution", lambda name: Installed(tmp_path))
-    monkeypatch.setattr(gguf, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAXRE_CACHE", str(tmp_path / "cache"))
     file = tmp_path / PACKAGED[NAME].file
     file.parent.mkdir(parents=True)
     return file

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from refusals import refusal
 from rich.console import Console
 from tiny import tiny_config, write_tiny_model
 
@@ -130,6 +131,9 @@ def test_identity_follows_the_files_of_the_model(tmp_path):
     first = identity_of([tmp_path], {"mode": "score"})
     assert first == identity_of([tmp_path], {"mode": "score"})
     assert first != identity_of([tmp_path], {"mode": "best"})
+    for name in ("out.parquet", "out.csv", ".out.part.jsonl"):
+        (tmp_path / name).write_text("a prediction beside the weights")
+    assert first == identity_of([tmp_path], {"mode": "score"})
     (tmp_path / "weights").write_text("ab")
     assert first != identity_of([tmp_path], {"mode": "score"})
 
@@ -155,3 +159,28 @@ def test_an_answered_file_is_json_a_line(tmp_path):
     assert header == {"identity": "x"} and row["probabilities"] == {"a": 0.25, "b": 0.75}
     journal.remove()
     assert not journal.path.exists()
+
+
+def test_two_predictions_to_one_place_do_not_mix(tmp_path):
+    first = Journal(tmp_path / "out", "x")
+    assert "another prediction writes there" in refusal(lambda: Journal(tmp_path / "out", "y"))
+    first.add([Prediction("1", "a", "b")])
+    first.close()
+    second = Journal(tmp_path / "out", "y")
+    assert second.replaced == 1 and not second.rows
+    second.close()
+    assert not second.path.exists()  # nothing was answered
+
+
+def test_examples_whose_prompt_changed_are_asked_again(model, config, tmp_path, asked, monkeypatch):
+    with monkeypatch.context() as killed:
+        stop_after(killed, 8)
+        with pytest.raises(KeyboardInterrupt):
+            predict(model, config, "score", tmp_path / "out")
+    hidden = tmp_path / ".out.part.jsonl"
+    header, *rows = map(json.loads, hidden.read_text().splitlines())
+    rows[0]["prompt"] += "another text"
+    hidden.write_text("".join(json.dumps(one) + "\n" for one in [header, *rows]))
+    said = predict(model, config, "score", tmp_path / "out")
+    assert f"{len(rows) - 1} of {N} were answered before" in said
+    assert asked[-1] == N - len(rows) + 1

@@ -66,7 +66,7 @@ def test_training_on_nf4_learns_and_is_told_before_the_first_step(run: Path, sai
     (line,) = (
         line
         for line in said.file.getvalue().partition("validation loss")[0].splitlines()
-        if "NF4" in line
+        if "NF4" in line and "MiB" in line
     )
     base = open_model(run, np.dtype(np.float32)).base
     projections = [leaf for leaf in jax.tree.leaves(base, is_leaf=is_nf4) if is_nf4(leaf)]

@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train.max_steps=12",
             "train.log_every=1",
             "model.dtype=float32",
-            "mesh.cpu_devices=1",
+            "mesh.cpu_devices=null",
         ],
     )
     train(config, Console(file=io.StringIO()))

@@ -26,11 +26,12 @@ too, and copies of k and v (and of dk and dv in f32) laid out for the blocks.
 Roofline of one block of one key head, with G = H / K; in bf16, where scores and their gradients
 pass through memory in f32, and weights in bf16:
 
-                FLOPs                                bytes of scores    bytes of q, k, v and results
-                   FLOP a byte, C = 64, 128
-    forward      4 M U C    (S, O)                   16 M U             4 (M + U) C
-       16, 32 backward    10 M U C    (S, dE, dQ, dK, dV)      34 M U             6 M C + 12 U C
-                    19, 38
+                FLOPs                                bytes of scores
+                    bytes of q, k, v and results    FLOP a byte, C = 64, 128
+    forward      4 M U C    (S, O)                   16 M U
+        4 (M + U) C                     16, 32
+    backward    10 M U C    (S, dE, dQ, dK, dV)      34 M U
+        6 M C + 12 U C                  19, 38
 
 An H200 needs 206 by its datasheet, so there scores bound this, 6 to 13 times; a kernel keeps them
 on the chip. On a CPU a block's scores stay in the cache, and products and exponentials bound. M U

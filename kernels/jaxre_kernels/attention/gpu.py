@@ -14,13 +14,13 @@ in the second-level cache.
 
 Memory. In shared memory a thread block holds, with C channels:
 
-    forward 640 C + 1,536 bytes        dQ 772 C + 1,536        dK, dV 768 C + 1,536        beside
-    its barriers
+    forward 640 C + 1,536 bytes        dQ 772 C + 1,536        dK, dV 768 C + 1,536
+        beside its barriers
 
 Roofline of one block pair and query head, in bf16, beside 4,096 exponentials each:
 
-              FLOPs                               bytes read, of the second-level cache        FLOP
-              a byte
+              FLOPs                               bytes read, of the second-level cache
+                  FLOP a byte
     forward   4 U U C   (S, O)                    4 U C    (K, V)                              64
     dQ        6 U U C   (S, dP, dQ)               4 U C    (K, V)                              96
     dK, dV    8 U U C   (S, dP, dK, dV)           4 U C    (Q, dO~)                            128

@@ -6,8 +6,8 @@ is added up in memory. What a step needs is brought to shared memory by the copy
 the step before computes, in two slots. The same warpgroup asks for a copy and reads what came, so
 all that it waits for is arrival:
 
-    wait for the slot -> products of the slot, waited for -> ask for what the step after next needs,
-    into the same slot
+    wait for the slot -> products of the slot, waited for -> ask for what the step after next
+        needs, into the same slot
 
 A copy starts behind a barrier of the warpgroup (that of `commit_smem`, and one that Mosaic GPU puts
 there by itself, as `CompilerParams.unsafe_no_auto_barriers` is off), so no warp still reads the

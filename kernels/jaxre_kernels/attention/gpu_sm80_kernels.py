@@ -7,7 +7,8 @@ until the end: nothing is added up in memory. Two arrays pass through shared mem
 slot, in such an order that either is on its way while products of the other are formed:
 
     wait for the first -> ask for the second -> products of the first -> wait for the second -> ask
-    for the next first, once nothing needs this one any more -> products of the second
+        for the next first, once nothing
+    needs this one any more -> products of the second
 
 A warp copies with `cp.async`, and Mosaic GPU puts a barrier of all warps in front of each copy and
 behind each wait (`CompilerParams.unsafe_no_auto_barriers` is off): no warp still reads what is

@@ -11,9 +11,10 @@ Kept for backward: q, k, v, O, and m and l in f32. m and l stay apart: m + log l
 score is, which doubled the f32 error of gradients in a network with large scores (`blockwise.py`).
 With P = E / l and dO~ = dO / l:
 
-    dV = P' dO = E' dO~,    dP = dO V',    dS = P (dP - rowsum(P dP)) = E (dO~ V' - r),    dQ = s dS
-    K,    dK = s dS' Q r = rowsum(P dP) / l = rowsum(dO~ O),  because rowsum(P (dO V')) = rowsum(dO
-    (P V)) = rowsum(dO O)
+    dV = P' dO = E' dO~,    dP = dO V',    dS = P (dP - rowsum(P dP)) = E (dO~ V' - r),
+        dQ = s dS K,    dK = s dS' Q
+    r = rowsum(P dP) / l = rowsum(dO~ O),
+        because rowsum(P (dO V')) = rowsum(dO (P V)) = rowsum(dO O)
 
 dO~ and r are formed once, outside of the kernels; one kernel sums dQ over blocks of keys, one dK
 and dV over those of queries and over the query heads of a key head. Each block of a result has one

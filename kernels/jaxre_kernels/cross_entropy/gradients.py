@@ -1,8 +1,9 @@
 """The backward pass of a linear cross-entropy: its gradients are formed in the forward pass, the
 backward pass scales them.
 
-    loss = sum_n w_n (log sum_v exp Z_nv - Z_n,target),    dZ_nv = w_n (softmax(Z_n)_v - [v =
-    target_n]) dx = g dZ head,    dhead = g dZ^T x,    dw_n = g (log sum_v exp Z_nv - Z_n,target)
+    loss = sum_n w_n (log sum_v exp Z_nv - Z_n,target),
+        dZ_nv = w_n (softmax(Z_n)_v - [v = target_n])
+    dx = g dZ head,    dhead = g dZ^T x,    dw_n = g (log sum_v exp Z_nv - Z_n,target)
 
 The loss is one number, so its cotangent g is one factor of all gradients: they are formed for g = 1
 while the logits Z are there. A backward pass of its own would compute Z again: three products in

@@ -4,8 +4,8 @@ TPU.
 A head that is not trained makes this attention over the vocabulary, with the head as keys and as
 values:
 
-    lse_n = log sum_v exp(x_n . head_v),    mean_n = sum_v softmax(x head^T)_nv head_v,    dx_n =
-    w_n (mean_n - head_target)
+    lse_n = log sum_v exp(x_n . head_v),    mean_n = sum_v softmax(x head^T)_nv head_v,
+        dx_n = w_n (mean_n - head_target)
 
 so one sweep over blocks of the vocabulary, its softmax rescaled when a larger logit comes (Milakov
 & Gimelshein 2018, Dao et al. 2022), gives loss and dx in two products. The target's logit and row

@@ -8,8 +8,8 @@ What is computed is what `group.py` derives; with c = scale / (1 - rate), x' = x
 is kept and else 0:
 
     forward    L = c x' [A1 A2 ...],    Yi = x Wi + Li Bi
-    backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,    [dA1 dA2 ...] = x'^T dL,    dx = sum_i dYi
-    Wi^T + mask (dL [A1 A2 ...]^T)
+    backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,    [dA1 dA2 ...] = x'^T dL,
+        dx = sum_i dYi Wi^T + mask (dL [A1 A2 ...]^T)
 
 One kernel forms all Yi, one dx. A sum of base and low-rank product is formed in f32 registers, and
 rounded and written once. A step of a sum is 64 channels; ranks are padded to 64 and are more steps

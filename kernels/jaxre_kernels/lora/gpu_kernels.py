@@ -5,8 +5,9 @@ feeds: it keeps a ring of slots filled, each with a step of the sum, 64 channels
 Two compute, for half of the tokens each, with the sums in registers until the end:
 
     feeding      wait until the slot is free -> ask the copy engine (TMA) for both factors; decode
-    the weight itself if it is NF4 computing    wait until the slot is full -> start its product ->
-    wait for the product before that -> say that its slot is free
+        the weight itself if it is NF4
+    computing    wait until the slot is full -> start its product -> wait for the product before
+        that -> say that its slot is free
 
 So copies, decoding and products overlap. A slot is full after two arrivals: two copies, or one and
 the decoder's own.

@@ -17,8 +17,8 @@ Roofline. Bytes of memory, for N tokens, O outputs, ranks padded to r of 16 or 3
 spans:
 
     two products of XLA    4 N O, at least
-    this kernel            2 N O + 4 r N (L is transposed first) + 8 r N k (dL written and read) + 8
-    r O s (dB, s > 1)
+    this kernel            2 N O + 4 r N (L is transposed first) + 8 r N k (dL written and read) +
+        8 r O s (dB, s > 1)
 
 Of up to 132 thread blocks, the processors of an H200, and ranges that the registers hold,
 `panel_of` takes the cut that moves least, and none where XLA's products move less. For 16,384

@@ -2,7 +2,8 @@
 pass.
 
     L = c x' [A1 A2 ...]        one narrow product; x' is x where its channel is kept and else 0, c
-    = scale / (1 - rate) Yi = x Wi + Li Bi
+        = scale / (1 - rate)
+    Yi = x Wi + Li Bi
 
 W is frozen: its gradient is never formed, and an NF4 weight is dequantised again in the backward
 pass. Kept for that are x and the narrow L; autodiff would keep x' and its mask too, which are drawn
@@ -23,11 +24,10 @@ rounded to bf16, and x and L kept as such (see `jaxre_kernels.linear`).
 Memory: kept for the backward pass are x and L, of the sum of the ranks R numbers a token. x' and
 its mask, I numbers a token each, are there for one product, a dequantised W for one projection.
 
-Roofline for N tokens, I inputs, O outputs and ranks R of all projections together, in bf16; bytes
-are the least that XLA moves:
+Roofline for N tokens, I inputs, O outputs and ranks R of all projections together, N much larger
+than I and O and these than R, in bf16; bytes are the least that XLA moves:
 
-                FLOPs                          bytes                          FLOP a byte, N much
-                larger than I and O, these than R
+                FLOPs                          bytes                          FLOP a byte
     forward     2 N I O + 2 N R (I + O)        2 N (2 I + 3 O) + 2 I O        I O / (2 I + 3 O)
     backward    2 N I O + 4 N R (I + O)        2 N (4 I + 3 O) + 2 I O        I O / (4 I + 3 O)
 

@@ -9,8 +9,8 @@ What is computed is what `group.py` derives; with c = scale / (1 - rate), x' = x
 is kept and else 0:
 
     forward    L = c x' [A1 A2 ...],    Yi = x Wi + Li Bi
-    backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,    dx = sum_i dYi Wi^T + mask (dL [A1 A2
-    ...]^T),    [dA1 dA2 ...] = x'^T dL
+    backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,
+        dx = sum_i dYi Wi^T + mask (dL [A1 A2 ...]^T),    [dA1 dA2 ...] = x'^T dL
 
 in one kernel each. A sum of base and low-rank product is formed in f32 and rounded and written
 once; x' and the mask never leave the chip, and a mask is drawn once forwards and once backwards,

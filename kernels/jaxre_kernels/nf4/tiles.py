@@ -8,8 +8,8 @@ of h holds value r in its high half and value h + r in its low half. Decoded, th
 rows each, and nothing has to be moved. On a TPU h is 32, half a block. On a GPU it is 64: a tile of
 a warpgroup has that many rows.
 
-    value[2 h g + r, o] = NF4[codes[h g + r, o] >> 4] absmax[.., o],    value[2 h g + h + r, o] =
-    NF4[codes[h g + r, o] & 15] absmax[.., o]
+    value[2 h g + r, o] = NF4[codes[h g + r, o] >> 4] absmax[.., o],
+        value[2 h g + h + r, o] = NF4[codes[h g + r, o] & 15] absmax[.., o]
 
 The absmax are no longer quantised: 4 / 64 bytes a parameter in f32 beside 0.5 of the codes, 4.5
 bits a parameter where the stored form has 4.127. For the 2.77e9 projection parameters of a model of
