@@ -34,7 +34,7 @@ class Rates(NamedTuple):
         """The dtype to multiply in."""
         return "bfloat16" if self.bfloat16 >= GAIN * self.float32 else "float32"
 
-    def told(self) -> str:
+    def words(self) -> str:
         return (
             f"bfloat16 products {self.bfloat16 / 1e9:.0f} GFLOP/s, float32"
             f" {self.float32 / 1e9:.0f}: {self.faster}"

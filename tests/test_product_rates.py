@@ -46,11 +46,11 @@ def test_auto_follows_the_rates(monkeypatch: pytest.MonkeyPatch, rates: Rates, e
     monkeypatch.delenv(source.CPU_DTYPE)
     monkeypatch.setattr(source, "product_rates", lambda: rates)
     chosen = chosen_dtype("auto")
-    assert chosen.dtype.name == expected and chosen.why == rates.told()
+    assert chosen.dtype.name == expected and chosen.why == rates.words()
 
 
 def test_told_names_both_figures():
-    assert FAST.told() == "bfloat16 products 372 GFLOP/s, float32 191: bfloat16"
+    assert FAST.words() == "bfloat16 products 372 GFLOP/s, float32 191: bfloat16"
 
 
 def test_nothing_is_measured_where_a_dtype_is_given(monkeypatch: pytest.MonkeyPatch):

@@ -41,6 +41,7 @@ from jaxre.checkpoints.huggingface import (
     positions,
     read_json,
 )
+from jaxre.checkpoints.shards import read_bytes
 from jaxre.errors import InputError, first_line
 from jaxre.models.architecture import Architecture, architecture_of, read_architecture
 from jaxre.models.decoder import rotary_frequencies
@@ -142,14 +143,7 @@ class StoredGGUF:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        try:
-            data = np.fromfile(self.path, np.uint8, self.bytes, offset=self.start)
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be read ({error.strerror}); give a file that may be read"
-            ) from None
-        if data.size < self.bytes:
-            raise InputError(f"{self.path}: became shorter while it was read; download it again")
+        data = read_bytes(self.path, self.start, self.bytes)
         if self.kind in PLAIN:
             return data.view(self.dtype).reshape(self.shape)
         blocks = data.reshape(*self.shape[:-1], -1)

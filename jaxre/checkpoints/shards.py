@@ -61,15 +61,21 @@ class Stored:
 
     def read(self) -> np.ndarray:
         """The tensor. Raises InputError where the disk does not give it."""
-        try:
-            data = np.fromfile(self.path, np.uint8, self.bytes, offset=self.start)
-        except OSError as error:
-            raise InputError(
-                f"{self.path}: cannot be read ({error.strerror}); give a file that may be read"
-            ) from None
-        if data.size < self.bytes:
-            raise InputError(f"{self.path}: became shorter while it was read; download it again")
+        data = read_bytes(self.path, self.start, self.bytes)
         return data.view(self.dtype).reshape(self.shape)
+
+
+def read_bytes(path: Path, start: int, count: int) -> np.ndarray:
+    """[count] uint8 of a file. Raises InputError where the disk does not give them."""
+    try:
+        data = np.fromfile(path, np.uint8, count, offset=start)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give a file that may be read"
+        ) from None
+    if data.size < count:
+        raise InputError(f"{path}: became shorter while it was read; download it again")
+    return data
 
 
 def is_pickled(name: str) -> bool:

@@ -153,7 +153,7 @@ def chosen_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> Chosen:
     if jax.process_count() > 1:
         return _chosen("float32", "float32: several processes with CPU cores alone")
     rates = product_rates()
-    return _chosen(rates.faster, rates.told())
+    return _chosen(rates.faster, rates.words())
 
 
 def _chosen(name: str, why: str = "") -> Chosen:

@@ -369,7 +369,7 @@ def _gemma3_rope(config: dict[str, Any], place: str) -> tuple[dict[str, Any], di
 def _gemma3_fields(
     config: dict[str, Any], layers: int, embedding: int, place: str
 ) -> dict[str, Any]:
-    """What of an Architecture is Gemma 3's alone; a field that is missing means what it means to
+    """The fields of an Architecture that only Gemma 3 has; a missing field means what it means to
     transformers' Gemma3TextConfig.
     """
     types = config.get("layer_types")

@@ -190,8 +190,8 @@ def _validation(config: Config, read: Read) -> Load:
 def asked_load(
     config: Config, read: Read, dataset: str, prompt: Prompt, mode: str, source: Source, count: int
 ) -> Load:
-    """Of a prediction of `count` examples of a source; sliding layers are counted as global ones.
-    Raises InputError as `training_load`.
+    """The load of a prediction of `count` examples of a source; sliding layers count as global
+    ones. Raises InputError as `training_load`.
     """
     architecture = architecture_for(config)
     examples = draw(read.examples(source), ASKED, 0)

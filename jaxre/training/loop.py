@@ -395,7 +395,7 @@ def on_cpu(mesh: jax.sharding.Mesh) -> bool:
 
 
 def temporary_bytes(compiled: CompiledUpdates, mesh: jax.sharding.Mesh) -> int:
-    """Of an update, on all devices of this process."""
+    """Temporary bytes of an update, on all devices of this process."""
     return compiled.memory[1] * len(mesh.local_devices)
 
 
