@@ -47,27 +47,31 @@ def joint_attention(
     wide = jnp.promote_types(queries.dtype, jnp.float32)
     scores = []
     for part in parts:
-        letters = "bkmc,bkuc->bkmu" if part.keys.ndim == 4 else "bkmc,kuc->bkmu"
-        found = (
-            jnp.einsum(
-                letters,
-                queries.astype(part.keys.dtype),
-                part.keys,
-                preferred_element_type=wide,
-            )
-            * queries.shape[-1] ** -0.5
-        )
+        found = _product("kmc,kuc->kmu", queries.astype(part.keys.dtype), part.keys, wide)
+        found *= queries.shape[-1] ** -0.5
         scores.append(jnp.where(part.visible, found, jnp.finfo(wide).min))
     highest = jnp.stack([one.max(axis=-1) for one in scores]).max(axis=0)[..., None]
     total = context = 0.0
     for part, one in zip(parts, scores, strict=True):
         weights = jnp.exp(one - highest)
-        letters = "bkmu,bkuc->bkmc" if part.values.ndim == 4 else "bkmu,kuc->bkmc"
         total += weights.sum(axis=-1, keepdims=True)
-        context += jnp.einsum(
-            letters, weights.astype(part.values.dtype), part.values, preferred_element_type=wide
-        )
+        context += _product("kmu,kuc->kmc", weights.astype(part.values.dtype), part.values, wide)
     return (context / total).astype(queries.dtype)
+
+
+def _product(letters: str, x: jax.Array, y: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Products of x [B, K, M, .] with y [B, K, U, .], or with y [K, U, .] that all rows share.
+
+    Shared, the rows of x stand side by side: XLA for CPUs otherwise turns the product around, to a
+    form that it does not have for bf16 with f32 results (jax 0.10.2).
+    """
+    if y.ndim == 4:
+        left, right, result = letters.replace("->", ",").split(",")
+        return jnp.einsum(f"b{left},b{right}->b{result}", x, y, preferred_element_type=dtype)
+    B, K, M, _ = x.shape
+    side_by_side = x.transpose(1, 0, 2, 3).reshape(K, B * M, -1)
+    found = jnp.einsum(letters, side_by_side, y, preferred_element_type=dtype)
+    return found.reshape(K, B, M, -1).transpose(1, 0, 2, 3)
 
 
 def _within(part: Part, window: Window) -> Part:
