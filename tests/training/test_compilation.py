@@ -118,16 +118,16 @@ def test_loss_and_gradients_are_those_of_no_policy(deep: Path, tmp_path: Path, k
             given[2].state, given[2].base, rows
         )
         found[remat] = jax.tree_util.tree_leaves_with_path((metrics, state.optimiser))
-    # f32, other fusions; 1.4e-5 measured, of small gradients of keys
+    # f32, other fusions; 1.4e-5 measured with jax 0.10, 3.5e-5 with 0.12, of small gradients
     for remat in POLICIES[1:]:
         for (path, ours), (_, reference) in zip(found[remat], found["none"], strict=True):
             # A bias of the keys moves all scores of a query alike: its gradient is zero, what is
             # found is rounding.
-            if np.abs(reference).max() > 0 and "k_bias" not in jax.tree_util.keystr(path):
-                assert relative(ours, reference) < 5e-5, (
-                    remat,
-                    path,
-                )
+            name = jax.tree_util.keystr(path)
+            if np.abs(reference).max() > 0 and "k_bias" not in name:
+                if ".nu" in name:  # a square has twice the relative error of its gradient
+                    ours, reference = np.sqrt(ours), np.sqrt(reference)
+                assert relative(ours, reference) < 5e-5, (remat, name)
     assert memory == sorted(memory, reverse=True) and len(set(memory)) == len(POLICIES), memory
 
 
