@@ -1,6 +1,6 @@
 """Exactness on real pretrained weights, against transformers, PEFT and bitsandbytes, by hand.
 
-    python tools/check_real_weights.py smollm2-135m                 # a named base, about 15 minutes
+    python tools/check_real_weights.py smollm2-135m   # a named base
     python tools/check_real_weights.py FILE.gguf [...] --json checks.json
 
 For each model, all in f32 on a CPU unless said otherwise, with the quickstart's prompts (and the

@@ -325,7 +325,7 @@ def _plan_weights(
 def _plan_gguf(
     found: Located, merge: bool, dtype: str | None, name: str, config: Config | None
 ) -> _Plan:
-    """As `_plan_weights`, for one file and a Modelfile beside it; what is merged is the same."""
+    """A plan like that of `_plan_weights`, for one file and a Modelfile beside it."""
     plan = _plan_weights(found, "hf", merge, None if dtype == "q8_0" else dtype, None)
     architecture = open_weights(found.folder, found.quantise).architecture
     check_writable(architecture, found.name)
