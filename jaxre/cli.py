@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,9 +16,9 @@ from rich.console import Console
 from jaxre.errors import InputError
 from jaxre.host_memory import keep_freed_memory
 
-# What a command needs is imported inside it: jax and the readers take seconds to load. Memory is
-# kept before that, as threads start then. `\b` before an example: its lines are not wrapped, so
-# that they can be pasted.
+# Each command imports its modules itself: jax and the readers take seconds to load.
+# `keep_freed_memory` runs before that, as the imports start threads. `\b` before an example keeps
+# its lines unwrapped, so that they can be pasted.
 
 app = typer.Typer(
     help="Fine-tunes small language models for relation extraction.",
@@ -25,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 frontier = typer.Typer(
-    help="Asks frontier models through files that you send, and caches their answers.",
+    help="Writes request files for frontier models, which you send, and caches their answers.",
     rich_markup_mode=None,
 )
 app.add_typer(frontier, name="frontier")
@@ -39,7 +41,13 @@ Dedup = Annotated[
     bool,
     typer.Option(
         "--dedup",
-        help="data.dedup=true: leave out training examples whose text is in validation or test",
+        help="leave out training examples whose text is in validation or test (data.dedup=true)",
+    ),
+]
+Cache = Annotated[
+    Path,
+    typer.Argument(
+        help="cached predictions of another model: a file, or hub:OWNER/NAME", metavar="CACHE"
     ),
 ]
 LabelMapFile = Annotated[Path | None, typer.Option(help="label map, ours -> common", metavar="MAP")]
@@ -56,36 +64,29 @@ JsonFile = Annotated[
 
 
 def main() -> None:
-    """Runs a command; input that cannot be used is one line on standard error and exit code 2."""
-    # Orbax warns at each checkpoint that was not validated, which is as it should be.
+    """Runs a command; unusable input is one line on standard error and exit code 2."""
+    # Orbax warns at each checkpoint without validation results, and many have none on purpose.
     logging.getLogger("absl").setLevel(logging.ERROR)
-    # As an exception, so that unfinished folders are removed; 128 + 15, as shells have it.
+    # Raises SystemExit, so that unfinished folders are removed; the exit code is 128 + 15, as in
+    # shells.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (
-        typer.TyperException
-    ) as error:  # an unknown command or option, a missing argument, a bad value
+        message, code = str(error), 2
+    except typer.TyperException as error:  # an unknown command, a missing argument, a bad value
         problem = " ".join(error.format_message().split()).replace("Value error, ", "").rstrip(".")
         context = getattr(error, "ctx", None)
-        print(
-            f"error: {problem}; see `{context.command_path if context else 'jaxre'} --help`",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        message = f"{problem}; see `{context.command_path if context else 'jaxre'} --help`"
+        code = 2
     except typer.Abort:
-        print("error: stopped", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:  # a name that is too long, a folder that may not be read
+        message, code = "stopped", 1
+    except OSError as error:  # a name that is too long, a folder without read permission
         reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
-        print(
-            f"error: {InputError(f'{error.filename}: {reason}' if error.filename else reason)}",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        message = str(InputError(f"{error.filename}: {reason}" if error.filename else reason))
+        code = 2
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 @app.command()
@@ -95,7 +96,7 @@ def quickstart(
         bool, typer.Option("--tiny", help="the tiny base that jaxre ships, not SmolLM2-135M")
     ] = False,
 ) -> None:
-    """The whole main job on a small real model: train, predict, evaluate, compare, export.
+    """Runs the whole job on a small real model: train, predict, evaluate, compare, export.
 
     \b
     Example: jaxre quickstart
@@ -108,7 +109,7 @@ def quickstart(
 
 @app.command()
 def doctor() -> None:
-    """Versions, devices, and what would be chosen here and why.
+    """Shows versions, devices, and the implementations chosen on this machine, with the reason.
 
     \b
     Example: jaxre doctor
@@ -136,7 +137,7 @@ def prepare(config: ConfigFile, overrides: Overrides = None, dedup: Dedup = Fals
 
 @app.command()
 def train(config: ConfigFile, overrides: Overrides = None, dedup: Dedup = False) -> None:
-    """Trains, or continues where it stopped, and writes the run folder OUTPUT/NAME.
+    """Trains a run, or resumes it, and writes the run folder OUTPUT/NAME.
 
     \b
     Example: jaxre train configs/quickstart.yaml name=mine lora.rank=32 train.learning_rate=2e-4
@@ -145,11 +146,8 @@ def train(config: ConfigFile, overrides: Overrides = None, dedup: Dedup = False)
     from jaxre.config import load_config
     from jaxre.training.loop import train
 
-    try:
+    with _resumable():
         print(train(load_config(config, _with_dedup(overrides, dedup)), console))
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -165,8 +163,8 @@ def profile(
     ] = False,
     json: JsonFile = None,
 ) -> None:
-    """Counts what a run has to compute, times its updates, and says what bounds it; leaves
-    OUTPUT/NAME-profile, no run folder.
+    """Counts the FLOPs and bytes of a run, times its updates, and names what limits their speed;
+    writes OUTPUT/NAME-profile, no run folder.
 
     \b
     Example: jaxre profile configs/quickstart.yaml --steps 5
@@ -183,16 +181,16 @@ def profile(
 
     loaded = load_config(config, overrides)
     if sweep:
-        tried = sweep_rows(loaded, steps)
-        console.print(sweep_table(tried))
-        print(f"the fastest: {overrides_of(tried[0])}")
-        write_json(json, {"sweep": tried})
+        measurements = sweep_rows(loaded, steps)
+        console.print(sweep_table(measurements))
+        print(f"the fastest: {overrides_of(measurements[0])}")
+        write_json(json, {"sweep": measurements})
         return
-    found = profile_run(loaded, steps)
-    console.print(profile_table(found))
-    console.print(found["verdict"], markup=False, highlight=False)
-    print(found["folder"])
-    write_json(json, found)
+    result = profile_run(loaded, steps)
+    console.print(profile_table(result))
+    console.print(result["verdict"], markup=False, highlight=False)
+    print(result["folder"])
+    write_json(json, result)
 
 
 @app.command()
@@ -206,9 +204,7 @@ def predict(
             help="dataset name or file; the run's test data if not given", metavar="NAME_OR_FILE"
         ),
     ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="split of the dataset; test if not given")
-    ] = None,
+    split: Split = None,
     mode: Annotated[
         Literal["score", "best", "generate"],
         typer.Option(
@@ -218,6 +214,16 @@ def predict(
             )
         ),
     ] = "score",
+    above: Annotated[
+        float | None,
+        typer.Option(
+            help=(
+                "with --mode score: exact probabilities for labels that the model writes with a"
+                " higher one, upper bounds for the rest; faster"
+            ),
+            metavar="P",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(help="predictions file (.parquet and .csv are written)", metavar="FILE"),
@@ -226,7 +232,8 @@ def predict(
         str | None, typer.Option(help='one text, marked: "... <e1>head</e1> ... <e2>tail</e2> ..."')
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="config with prompt and labels, for a model that is no run")
+        Path | None,
+        typer.Option(help="config with prompt and labels, for a model that is not a run"),
     ] = None,
     style: Annotated[
         str | None,
@@ -249,11 +256,12 @@ def predict(
                 "--text prints one prediction; give it without --split and --output (--data NAME"
                 " says whose labels it has)"
             )
-        console.print(predict_text(model, text, mode, config, data, style))
+        console.print(predict_text(model, text, mode, config, data, style, above))
         return
-    found = predict_data(model, data, split, mode, output, config, console, style)
-    console.print(found.summary)
-    print(found.path)
+    predicted = predict_data(model, data, split, mode, output, config, console, style, above)
+    if predicted.shown:
+        console.print(predicted.summary)
+        print(predicted.path)
 
 
 @app.command()
@@ -270,9 +278,9 @@ def evaluate(
     """
     from jaxre.evaluation.evaluate import evaluate_file, evaluation_table
 
-    found = evaluate_file(predictions)
-    console.print(evaluation_table(found))
-    write_json(json, found.to_json())
+    evaluation = evaluate_file(predictions)
+    console.print(evaluation_table(evaluation))
+    write_json(json, evaluation.to_json())
 
 
 @app.command()
@@ -280,12 +288,7 @@ def compare(
     predictions: Annotated[
         Path, typer.Argument(help="our predictions file", metavar="PREDICTIONS")
     ],
-    cache: Annotated[
-        Path,
-        typer.Argument(
-            help="cached predictions of another model: a file, or hub:OWNER/NAME", metavar="CACHE"
-        ),
-    ],
+    cache: Cache,
     labels: LabelMapFile = None,
     model: Annotated[
         str | None, typer.Option(help="which model of a cache that holds several")
@@ -304,15 +307,15 @@ def compare(
     McNemar.
 
     \b
-    Example: jaxre compare runs/semeval-small/predictions/semeval2010_task8-test-score.parquet \\
+    Example: jaxre compare runs/semeval/predictions/semeval2010_task8-test-score.parquet \\
       ../shared/data/frontier_predictions/semeval2010_chatgpt/SemEval_All_ans.json \\
       --labels configs/labels/semeval-undirected.yaml
     """
     from jaxre.evaluation.compare import compare_files, comparison_table
 
-    found = compare_files(predictions, cache, labels, model, coverage)
-    console.print(comparison_table(found))
-    write_json(json, found.to_json())
+    comparison = compare_files(predictions, cache, labels, model, coverage)
+    console.print(comparison_table(comparison))
+    write_json(json, comparison.to_json())
 
 
 @frontier.command("export")
@@ -320,7 +323,7 @@ def frontier_export(
     config: ConfigFile,
     provider: Annotated[
         Literal["openai", "anthropic", "openrouter"],
-        typer.Option(help="whose form the request files have"),
+        typer.Option(help="API whose format the request files have"),
     ],
     model: Annotated[str, typer.Option(help="the provider's name of the model")],
     output: Annotated[
@@ -330,16 +333,16 @@ def frontier_export(
     data: Data = None,
     split: Split = None,
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="of an answer; what a model reasons before it counts too")
+        int, typer.Option(min=1, help="tokens of an answer, including reasoning before it")
     ] = 64,
     no_temperature: Annotated[
-        bool, typer.Option("--no-temperature", help="for models that refuse it; else it is 0")
+        bool, typer.Option("--no-temperature", help="for models that refuse it; otherwise it is 0")
     ] = False,
     style: Annotated[
         str, typer.Option(help="prompt style in place of the config's prompt, such as shots2-task")
     ] = "",
 ) -> None:
-    """Writes request files for a frontier model: the prompts of a run, equal ones once. You send
+    """Writes request files for a frontier model: the prompts of a run without repetitions. You send
     them; no key is read or stored.
 
     \b
@@ -347,12 +350,12 @@ def frontier_export(
       --output requests/facts.jsonl
     """
     from jaxre.config import load_config
-    from jaxre.evaluation.frontier_requests import Ask
+    from jaxre.evaluation.frontier.requests import Ask
     from jaxre.inference.frontier import export_requests
 
-    asked = Ask(provider, model, max_tokens, None if no_temperature else 0.0)
-    written = export_requests(load_config(config, overrides), asked, data, split, output, style)
-    for line in written.told:
+    ask = Ask(provider, model, max_tokens, None if no_temperature else 0.0)
+    written = export_requests(load_config(config, overrides), ask, data, split, output, style)
+    for line in written.notices:
         console.print(line, markup=False)
     console.print(written.summary, markup=False, highlight=False)
     for path in (*written.files, written.manifest):
@@ -380,7 +383,7 @@ def frontier_import(
         ),
     ] = None,
 ) -> None:
-    """Makes a cache of predictions from a provider's result files; errors and missing answers are
+    """Writes a cache of predictions from a provider's result files; errors and missing answers are
     counted and have no row.
 
     \b
@@ -389,19 +392,14 @@ def frontier_import(
     """
     from jaxre.inference.frontier import import_results, import_table
 
-    done = import_results(manifest, results, output, price)
-    console.print(import_table(done))
-    print(done.path)
+    imported = import_results(manifest, results, output, price)
+    console.print(import_table(imported))
+    print(imported.path)
 
 
 @frontier.command("check")
 def frontier_check(
-    cache: Annotated[
-        Path,
-        typer.Argument(
-            help="cached predictions of another model: a file, or hub:OWNER/NAME", metavar="CACHE"
-        ),
-    ],
+    cache: Cache,
     config: Annotated[
         Path | None, typer.Option(help="config with data, labels and prompts", metavar="CONFIG")
     ] = None,
@@ -421,21 +419,16 @@ def frontier_check(
     Example: jaxre frontier check caches/facts.parquet --config configs/quickstart.yaml
     """
     from jaxre.config import load_config
-    from jaxre.evaluation.cache_check import check_table
+    from jaxre.evaluation.frontier.check import check_table
     from jaxre.inference.frontier import check_file
 
-    found = check_file(
-        cache, load_config(config) if config else None, data, split, model, labels, coverage
-    )
-    console.print(check_table(found))
-    write_json(json, found.to_json())
-    if found.problems:
-        raise InputError(
-            f"{cache}:"
-            f" {found.problems[0]}"
-            f"{f' (and {len(found.problems) - 1} more)' if found.problems[1:] else ''};"
-            " mend the cache"
-        )
+    loaded = load_config(config) if config else None
+    check = check_file(cache, loaded, data, split, model, labels, coverage)
+    console.print(check_table(check))
+    write_json(json, check.to_json())
+    if check.problems:
+        more = f" (and {len(check.problems) - 1} more)" if check.problems[1:] else ""
+        raise InputError(f"{cache}: {check.problems[0]}{more}; correct the cache")
 
 
 @app.command()
@@ -452,18 +445,18 @@ def report(
         bool, typer.Option("--public", help="leave out sentences that may not be republished")
     ] = False,
 ) -> None:
-    """Writes what a study found as one HTML page that needs no network, and as figures.
+    """Writes the results of a study as one HTML page that needs no network, and as figures.
 
     \b
     Example: jaxre report runs/study-small --figures runs/study-small/figures
     """
-    from jaxre.evaluation.report import write_report
+    from jaxre.evaluation.report.write import write_report
 
     written = write_report(folder, output, figures, public)
     if written.closed:
-        sets = ", ".join(written.closed)
         print(
-            f"do not publish the page: it shows sentences of {sets}; --public leaves them out",
+            f"do not publish the page: it shows sentences of {', '.join(written.closed)}; --public"
+            " leaves them out",
             file=sys.stderr,
         )
     for path in (*written.figures, written.page):
@@ -488,7 +481,7 @@ def convert(
     merge: Annotated[bool, typer.Option("--merge", help="merge the adapter into the base")] = False,
     dtype: Annotated[
         str | None,
-        typer.Option(help="f32, bf16 or f16 (q8_0 too, of GGUF); as stored if not given"),
+        typer.Option(help="f32, bf16 or f16 (for GGUF also q8_0); as stored if not given"),
     ] = None,
     quantise: Annotated[
         Literal["nf4"] | None, typer.Option(help="nf4: projections as NF4, in a jaxre folder")
@@ -505,11 +498,11 @@ def convert(
     """
     from jaxre.checkpoints.convert import convert, verification_table
 
-    done = convert(source, target, to, merge, dtype, quantise, verify)
-    console.print(str(done), markup=False)
+    conversion = convert(source, target, to, merge, dtype, quantise, verify)
+    console.print(str(conversion), markup=False)
     if verify:
-        console.print(verification_table(done))
-    write_json(json, done.to_json())
+        console.print(verification_table(conversion))
+    write_json(json, conversion.to_json())
 
 
 @app.command()
@@ -518,11 +511,11 @@ def study(
     overrides: Overrides = None,
     plan: Annotated[
         bool,
-        typer.Option("--plan", help="show what would be done, and how long it takes, and stop"),
+        typer.Option("--plan", help="show the steps and the hours that they should take, and stop"),
     ] = False,
 ) -> None:
-    """A grid of runs: shows the plan with expected hours, trains, predicts, and writes
-    OUTPUT/NAME/study.json. Goes on where it stopped.
+    """Runs a grid of runs: shows the plan with expected hours, trains, predicts, and writes
+    OUTPUT/NAME/study.json. Resumes where it stopped.
 
     \b
     Example: jaxre study configs/study/small.yaml --plan
@@ -531,13 +524,19 @@ def study(
     from jaxre.study.execute import study
     from jaxre.study.settings import load_study
 
-    try:
+    with _resumable():
         failed = study(load_study(config, overrides), console, plan_only=plan)
+    if failed:
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
+    try:
+        yield
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise typer.Exit(130) from None
-    if failed:
-        raise typer.Exit(1)
 
 
 def _with_dedup(overrides: list[str] | None, dedup: bool) -> list[str]:
@@ -545,12 +544,11 @@ def _with_dedup(overrides: list[str] | None, dedup: bool) -> list[str]:
 
 
 def write_json(path: Path | None, value: dict) -> None:
-    """Writes a result beside the table that was printed."""
-    if path is None:
-        return
-    from jaxre.evaluation.evaluate import write_json
+    """Writes a result to the file of `--json`, if given."""
+    if path is not None:
+        from jaxre.evaluation.evaluate import write_json
 
-    write_json(path, value)
+        write_json(path, value)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ def use_compilation_cache(say: Callable[[str], object]) -> str:
     """Switches the cache on, in JAX_COMPILATION_CACHE_DIR or ~/.cache/jaxre/xla, for programs of
     any size.
 
-    JAX_ENABLE_COMPILATION_CACHE=false switches it off. A folder that cannot be written is told
+    JAX_ENABLE_COMPILATION_CACHE=false switches it off. A folder that cannot be written is reported
     through `say`, and the process goes on without the cache; so are damaged entries, which are
     compiled again. Machines may share a folder: JAX's keys hold the device, and of a CPU its
     instruction set (its topology's fingerprint changes with --xla_cpu_max_isa).
@@ -51,16 +51,16 @@ def use_compilation_cache(say: Callable[[str], object]) -> str:
 
 
 def _tell_unreadable(folder: str, say: Callable[[str], object]) -> None:
-    """Entries that cannot be read, each of which JAX compiles again with a warning, are told once
-    for all.
+    """Reports once for all the entries that cannot be read, each of which JAX compiles again with a
+    warning.
     """
-    show, told = warnings.showwarning, []
+    show, shown = warnings.showwarning, []
 
     def show_others(message: Warning | str, *place: Any, **more: Any) -> None:
         if not str(message).startswith(UNREADABLE):
             show(message, *place, **more)
-        elif not told:
-            told.append(message)
+        elif not shown:
+            shown.append(message)
             say(
                 f"{folder}: has entries that cannot be read, which are compiled again; remove the"
                 " folder"

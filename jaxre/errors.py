@@ -4,7 +4,7 @@
 class InputError(Exception):
     """Input that cannot be used: a config, a record, a file, weights.
 
-    The message is one line that names the place and the mend, such as
+    The message is one line that names the place and the advice, such as
     `data/dev.jsonl:17: no "tail"; add the column or map it with data.train.columns.tail=NAME`.
     A line end or control character in it (of an id, a label, a path) is shown as its escape.
     The command line prints it and exits with code 2; nothing is half-written.

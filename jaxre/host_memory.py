@@ -1,4 +1,4 @@
-"""The memory of a process whose devices are CPU cores."""
+"""Limits the memory of a process whose devices are CPU cores."""
 
 from __future__ import annotations
 
@@ -15,23 +15,20 @@ M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD = -8, -4, -1  # glibc's malloc.h
 
 
 def keep_freed_memory() -> None:
-    """Where devices can only be CPU cores, keeps what an update frees for the next one; else every
-    page is asked for, and zeroed, again.
+    """If CPU cores are the only devices, retains the memory that an update frees for the next one,
+    which otherwise requests and zeroes every page again.
 
-    XLA allocates each update's outputs and temporary arrays anew, and glibc gives allocations of
-    their size back to the kernel at once. All threads then share malloc's main arena: in another
-    one, what is larger than its 64 MiB is never kept. What a process holds stays at its peak. To be
-    called before numpy and jax are imported, as a thread keeps the arena that it has.
+    XLA allocates the outputs and temporary arrays of each update anew, and glibc returns
+    allocations of their size to the kernel at once. All threads then share malloc's main arena,
+    because another arena never retains more than its 64 MiB. The memory of the process stays at its
+    peak. Call this before numpy and jax are imported: a thread stays in its first arena.
 
-    MALLOC_ARENA_MAX, MALLOC_MMAP_MAX_ or MALLOC_TRIM_THRESHOLD_ in the environment have the last
-    word; with accelerators, and without glibc, nothing is changed.
+    MALLOC_ARENA_MAX, MALLOC_MMAP_MAX_ or MALLOC_TRIM_THRESHOLD_ in the environment take precedence;
+    with accelerators or without glibc, nothing changes.
     """
     if sys.platform != "linux" or not _only_cpu_cores():
         return
-    if any(
-        name in os.environ
-        for name in ("MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
-    ):
+    if {"MALLOC_ARENA_MAX", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_"} & os.environ.keys():
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -40,8 +37,8 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)  # no threshold
 
 
-# Bytes of temporary arrays from which updates wait for each other's; smaller ones take so little
-# time that a wait of milliseconds would show.
+# Bytes of temporary arrays above which an update waits for the previous one's to be freed; smaller
+# updates are so fast that waiting milliseconds would matter.
 WORTH_WAITING = 1 << 26
 SETTLING = 4  # updates
 PATIENCE = 0.05  # seconds; 3 to 8 ms were needed (2026-11-30)
@@ -66,24 +63,29 @@ class _Mallinfo2(ctypes.Structure):
 
 
 class TemporaryMemory:
-    """Keeps a process on CPU cores to one update's temporary arrays at a time.
+    """Limits a process on CPU cores to the temporary arrays of one update at a time.
 
-    XLA frees these some milliseconds after an update's results are there, and what is begun before
-    that allocates its own beside them; freed memory is kept (`keep_freed_memory`), so a process
-    whose updates need 2,051 MiB grew to 6,603 in three of them (135M parameters, 2,048 tokens,
-    bf16), and stays at 1,307 where it grew to 2,277 (6 layers of it; 2026-11-30).
+    XLA frees these some milliseconds after the results of an update are ready; an update that
+    starts earlier allocates its own beside them, and freed memory is retained
+    (`keep_freed_memory`). A process whose updates need 2,051 MiB grew to 6,603 in three updates
+    (135M parameters, 2,048 tokens, bf16); one with 6 of the layers stays at 1,307 instead of
+    growing to 2,277 (2026-11-30).
     """
 
     def __init__(self, temporary: int, platform: str, devices: int = 1):
-        """To be made before the first update. temporary: bytes of an update on all `devices`."""
+        """Create this before the first update.
+
+        Args:
+          temporary: bytes of an update's temporary arrays on all `devices`.
+        """
         self.less_than_one = temporary // (2 * devices)
         self.waits = platform == "cpu" and temporary >= WORTH_WAITING
         self.before = allocated()
-        self.most = resident() + temporary + temporary // 4
+        self.most = resident() + temporary + temporary // 16
         self.waited = 0
 
     def wait(self, results: Any) -> None:
-        """Waits for an update that gives `results`, and until its temporary arrays are freed."""
+        """Waits until an update's `results` are ready and its temporary arrays are freed."""
         if not self.waits:
             return
         import jax
@@ -93,33 +95,33 @@ class TemporaryMemory:
             return
         until = time.perf_counter() + PATIENCE
         while (now := allocated()) > self.before + self.less_than_one:
-            if time.perf_counter() > until:  # something else has come to stay
+            if time.perf_counter() > until:  # something else was allocated for good
                 self.before = now - self.less_than_one
                 return
             time.sleep(0.001)
-        # Aligning an array takes more than the array: where something small has come to lie beside
-        # a place that is free again, the next array goes behind it. All free pages are given back
-        # while places settle, and later when more is held than an update needs; asking for them
-        # again takes an eighth of an update.
+        # An aligned array needs more space than its size: if something small now lies next to a
+        # freed array, the next array does not fit there and goes elsewhere. All free pages are
+        # returned while the layout settles, and later if the process holds more than an update
+        # needs; requesting them again takes an eighth of an update.
         self.waited += 1
         if self.waited <= SETTLING or resident() > self.most:
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def allocated() -> int | None:
-    """Bytes that malloc has given out; None where that is not known (glibc before 2.33, others)."""
+    """Bytes allocated by malloc; None if unknown (glibc before 2.33, other libraries)."""
     if sys.platform != "linux":
         return None
     mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo2 is None:
         return None
     mallinfo2.restype = _Mallinfo2
-    found = mallinfo2()
-    return found.uordblks + found.hblkhd
+    info = mallinfo2()
+    return info.uordblks + info.hblkhd
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now; 0 where that is not known (not on Linux)."""
+    """Resident size of this process in bytes; 0 if unknown (not on Linux)."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -128,9 +130,9 @@ def resident() -> int:
 
 
 def _only_cpu_cores() -> bool:
-    """Whether JAX is told to use CPU cores, or has no plugin for anything else."""
-    if told := os.environ.get("JAX_PLATFORMS"):
-        return told == "cpu"
+    """True if JAX is set to the CPU, or has no plugin for other devices."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
     return not metadata.entry_points(group="jax_plugins") and not any(
         map(find_spec, ("jax_plugins", "libtpu"))
     )

@@ -1,6 +1,7 @@
-"""How fast this machine's cores multiply f32 and bf16: what `model.dtype=auto` is on a CPU.
+"""Measures how fast this machine's cores multiply f32 and bf16, for `model.dtype=auto` on a CPU.
 
-Measured once for a kind of processor (about a second) and kept in ~/.cache/jaxre/products.json.
+This is done once for a kind of processor (about a second) and cached in
+~/.cache/jaxre/products.json.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 CACHE = "~/.cache/jaxre/products.json"
-# Of a product of LoRA: 2,048 tokens, the MLP of a model of 135M parameters.
+# A product of LoRA training: 2,048 tokens, the MLP of a model with 135M parameters.
 TOKENS, INPUTS, OUTPUTS = 2048, 576, 1536
 TRIES = 5
-# How much faster bf16 has to be: what lies between the products is rounded on top.
+# Required speedup of bf16, which adds rounding between the products.
 GAIN = 1.2
 
 
 class Rates(NamedTuple):
-    """FLOP/s of products whose results are f32, by the dtype of their operands."""
+    """FLOP/s of products with f32 results, by the dtype of their operands."""
 
     float32: float
     bfloat16: float
@@ -42,23 +43,23 @@ class Rates(NamedTuple):
 
 
 def product_rates(cache: Path | None = None, measure: Callable[[], Rates] | None = None) -> Rates:
-    """The rates of this kind of processor: from the cache, else measured and kept there.
+    """The rates of this kind of processor: from the cache, else measured and cached.
 
     Args:
-      cache: the file, CACHE if not given. One that cannot be read or written is as good as none.
-      measure: `measured_rates` if not given.
+      cache: the file, CACHE by default; ignored if it cannot be read or written.
+      measure: `measured_rates` by default.
     """
     path = Path(CACHE).expanduser() if cache is None else cache
-    known = _read(path)
+    rates = _read(path)
     key = processor()
-    if key not in known:
-        known[key] = (measure or measured_rates)()
-        _write(path, known)
-    return known[key]
+    if key not in rates:
+        rates[key] = (measure or measured_rates)()
+        _write(path, rates)
+    return rates[key]
 
 
 def processor() -> str:
-    """What the rates depend on: the processor's name, how many of its cores, and jaxlib."""
+    """Key of the rates: the processor's name and bf16 flags, number of cores, version of jaxlib."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -68,15 +69,15 @@ def processor() -> str:
         for name in ("model name", "flags")
     }
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    # Virtual machines give one name to several generations
+    # Virtual machines use one name for several generations.
     bf16 = sorted(flag for flag in about["flags"].split() if "bf16" in flag)
     name = about["model name"] or platform.processor() or platform.machine()
     return f"{name} ({', '.join(bf16) or 'no bf16'}), {cores} cores, jaxlib {version('jaxlib')}"
 
 
 def measured_rates() -> Rates:
-    """Times both products in turns and takes the fastest of each: other work on the machine hits
-    both alike.
+    """Times both products alternately and takes the fastest of each, so that other work on the
+    machine affects both equally.
     """
     import jax
     import jax.numpy as jnp
@@ -87,18 +88,18 @@ def measured_rates() -> Rates:
     operands = [(x.astype(dtype), w.astype(dtype)) for dtype in (jnp.float32, jnp.bfloat16)]
     best = [float("inf"), float("inf")]
     for number in range(TRIES + 1):
-        for which, pair in enumerate(operands):
+        for index, pair in enumerate(operands):
             began = time.perf_counter()
             jax.block_until_ready(product(*pair))
             if number:  # the first compiles
-                best[which] = min(best[which], time.perf_counter() - began)
+                best[index] = min(best[index], time.perf_counter() - began)
     return Rates(*(2.0 * TOKENS * INPUTS * OUTPUTS / seconds for seconds in best))
 
 
 def _read(path: Path) -> dict[str, Rates]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return {key: Rates(*map(float, rates)) for key, rates in found.items()}
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return {key: Rates(*map(float, rates)) for key, rates in stored.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
@@ -112,4 +113,4 @@ def _write(path: Path, rates: dict[str, Rates]) -> None:
             json.dump(rates, file, indent=1)
         os.replace(file.name, path)
     except OSError:
-        pass  # measured again the next time
+        pass  # measured again next time

@@ -1,8 +1,8 @@
-"""`jaxre quickstart`: the whole main job on a small real model, with a report a newcomer can read.
+"""`jaxre quickstart`: the whole job on a small real model, with a report a newcomer can read.
 
 Fine-tunes SmolLM2-135M (or the tiny base that jaxre ships) on the shipped corpus, predicts the test
-split, evaluates it beside three baselines, compares example by example with the strongest, and
-exports for transformers and PEFT.
+split, evaluates the predictions beside three baselines, compares them example by example with the
+strongest baseline, and exports for transformers and PEFT.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from jaxre.errors import InputError
 from jaxre.evaluation.baselines import majority, tfidf_marked, tfidf_sentence
 from jaxre.evaluation.compare import compare_files, comparison_table
 from jaxre.evaluation.evaluate import evaluate_rows, write_json
-from jaxre.evaluation.metrics import confusion_matrix
-from jaxre.evaluation.predictions import Prediction, read_predictions, write_predictions
-from jaxre.evaluation.run_report import System, draw_report, summary_table
+from jaxre.evaluation.metrics.scores import confusion_matrix
+from jaxre.evaluation.predictions import Prediction, write_predictions
+from jaxre.evaluation.report.run_report import System, draw_report, summary_table
 from jaxre.inference.commands import predict_data
 from jaxre.relations import mixtures, sources
 from jaxre.relations.schema import Example
@@ -44,8 +44,8 @@ BASELINES = {
 
 
 def chosen_config(tiny: bool, console: Console) -> Path:
-    """The config of the real base, or of the tiny one where that is asked for or the real one is
-    not installed, which is said.
+    """The config of the real base, or of the tiny one with `tiny` or where the real base is not
+    installed, which is printed.
     """
     if tiny:
         return TINY
@@ -63,15 +63,14 @@ def chosen_config(tiny: bool, console: Console) -> Path:
 
 
 def quickstart(run: Path, console: Console, config_path: Path) -> dict:
-    """Runs it all and returns what `report/summary.json` holds.
+    """Runs the whole job and returns the contents of `report/summary.json`.
 
     Raises:
-      InputError: not started in a clone of the project, or `run` is a folder of something else.
+      InputError: not started in a clone of the project, or `run` is not an earlier quickstart.
     """
-    settings = [f"output={run.parent}", f"name={json.dumps(run.name)}"]
-    config = load_config(config_path, settings)
-    known = PACKAGED.get(config.model.path)
-    base = known.about if known else f"base {config.model.path}"
+    config = _config(config_path, run)
+    packaged = PACKAGED.get(config.model.path)
+    base = packaged.about if packaged else f"base {config.model.path}"
     clear(run, config, console)
 
     console.rule("1 of 5: fine-tune")
@@ -92,22 +91,18 @@ def quickstart(run: Path, console: Console, config_path: Path) -> dict:
     console.rule("3 of 5: evaluate, beside the baselines")
     examples, test = mixtures.load(config.data.train, "data.train"), sources.load(config.data.test)
     systems = [System("fine-tuned (LoRA)", evaluate_rows(ours.rows, "test"), ours=True, note=base)]
-    cached = {}
-    for name, (baseline, note) in BASELINES.items():
+    baseline_files = {}
+    for number, (name, (baseline, note)) in enumerate(BASELINES.items(), 1):
         rows = baseline_rows(name, baseline(examples, test).labels, test)
-        cached[name], _ = write_predictions(
-            run / "predictions" / f"baseline-{len(cached) + 1}", rows
-        )
+        path = run / "predictions" / f"baseline-{number}"
+        baseline_files[name], _ = write_predictions(path, rows)
         systems.append(System(name, evaluate_rows(rows, name), note=note))
-    systems.append(
-        System(
-            "base, not fine-tuned", evaluate_rows(untuned.rows, "untuned"), note="the same scoring"
-        )
-    )
+    strongest = max(systems[1:], key=lambda system: system.scores.f1).name
+    untuned_scores = evaluate_rows(untuned.rows, "untuned")
+    systems.append(System("base, not fine-tuned", untuned_scores, note="the same scoring"))
 
     console.rule("4 of 5: compare, example by example")
-    strongest = max(systems[1:4], key=lambda system: system.scores.f1).name
-    comparison = compare_files(ours.path, cached[strongest])
+    comparison = compare_files(ours.path, baseline_files[strongest])
     console.print(comparison_table(comparison))
     write_json(run / "report" / "comparison.json", comparison.to_json())
 
@@ -116,25 +111,22 @@ def quickstart(run: Path, console: Console, config_path: Path) -> dict:
     console.print(f"the PEFT adapter is in {run / 'adapter'}", markup=False)
 
     summary = summarise(run, systems)
-    log = read_log(run)
     curves = {
         kind: [
             (record["step"], record["loss"])
-            for record in log
+            for record in read_log(run)
             if record["kind"] == kind and "loss" in record
         ]
         for kind in ("train", "validation")
     }
-    rows = read_predictions(ours.path)
-    confusion = confusion_matrix(
-        [row.relation for row in rows], [row.generated_relation for row in rows]
-    )
     pictures = draw_report(
         run / "report",
         systems,
         curves["train"],
         curves["validation"],
-        confusion,
+        confusion_matrix(
+            [row.relation for row in ours.rows], [row.generated_relation for row in ours.rows]
+        ),
         title=f"{run.name}: {len(test)} test examples",
     )
     write_json(run / "report" / "summary.json", summary)
@@ -157,13 +149,18 @@ def quickstart(run: Path, console: Console, config_path: Path) -> dict:
 
 
 def typed_command() -> str:
-    """What a user types for `jaxre` here: its path in the environment that runs this, unless the
-    shell finds that one by name.
+    """The command that runs this environment's `jaxre`: its name if the shell finds it, else its
+    path.
     """
     script = Path(sys.executable).with_name("jaxre")
     if not script.is_file() or shutil.which("jaxre") == str(script):
         return "jaxre"
     return str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script)
+
+
+def _config(path: Path, run: Path) -> Config:
+    """The config with `run` as its run folder."""
+    return load_config(path, [f"output={run.parent}", f"name={json.dumps(run.name)}"])
 
 
 def clear(run: Path, config: Config, console: Console) -> None:
@@ -173,15 +170,14 @@ def clear(run: Path, config: Config, console: Console) -> None:
     if not run.exists():
         return
     saved = run / "config.yaml"
-    settings = [f"output={run.parent}", f"name={json.dumps(run.name)}"]
-    own = [config, *(load_config(path, settings) for path in (CONFIG, TINY) if path.is_file())]
-    if not saved.is_file() or load_config(saved) not in own:
+    quickstarts = [config, *(_config(path, run) for path in (CONFIG, TINY) if path.is_file())]
+    if not saved.is_file() or load_config(saved) not in quickstarts:
         raise InputError(
             f"{run}: exists and is not an earlier quickstart; remove it or give another folder with"
             " --output"
         )
     console.print(f"{run}: an earlier quickstart is removed", markup=False)
-    # Renamed first: a removal that is cut short leaves no folder that looks like another run's.
+    # Renamed first, so that an interrupted removal leaves no folder that looks like a run.
     shutil.rmtree(run.rename(run.with_name(f".{run.name}.removed-{os.getpid()}")))
 
 
@@ -203,9 +199,9 @@ def baseline_rows(name: str, labels: Sequence[str], test: Sequence[Example]) -> 
 
 
 def summarise(run: Path, systems: Sequence[System]) -> dict:
-    """What scripts read: scores, and the run's own figures from its log.
+    """Scores and the run's own figures from its log, for scripts.
 
-    `f1` is the fine-tuned model's, `baselines` maps the name of each other system to its own.
+    `f1` is the fine-tuned model's, `baselines` maps the name of each other system to its F1.
     `rows` lists the shapes of the packed rows: [rows, tokens of a row, supervised positions of a
     row] each. The shares are of all tokens (pad) and of real ones (supervised).
     """

@@ -1,5 +1,5 @@
-"""What the tests of attention kernels share: rows in blocks of 8 tokens, arrays to be
-differentiated, dense attention in f64.
+"""Shared by tests of attention kernels: rows in blocks of 8 tokens, random arrays, dense attention
+in f64.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CLOSE = (
 ROWS = np.array([row_of(forest) for forest in LAYOUTS.values()], np.int32)
 
 
-# Of segments that are seen both ways.
+# Rows of segments with attention in both directions.
 SEGMENTS = {
     "one segment": flat(37),
     "ragged, pads behind": flat(11, 1, 9, 8, 3),
@@ -62,8 +62,8 @@ def in_f64(q, k, v, dy, mask):
 
 
 def segments(forests, tokens: int = T):
-    """Of rows of roots without nodes below: the first token of each token's segment, its end, and
-    which tokens see each other.
+    """For rows of roots without nodes below: first token and end of each token's segment, and the
+    mask of tokens that see each other.
     """
     until = np.stack([row_of(forest, tokens) for forest in forests]).astype(np.int32)
     starts = np.diff(until, prepend=0, axis=1) > 0
@@ -72,15 +72,15 @@ def segments(forests, tokens: int = T):
 
 
 def assert_close(found, expected, names=None) -> None:
-    """Row by row, so that no layout hides behind the largest number of another.
+    """Compares row by row, so that the largest number of a layout hides no error in another.
 
-    Gradients of scores are differences of products dO V', about the root of the channels large;
-    where a token sees itself alone they are zero, and what is left is the rounding of these.
+    Gradients of scores are differences of products dO V', about the root of the channels large. If
+    a token sees only itself, they are zero, and their rounding remains.
     """
     for ours, reference in zip(found, expected, strict=True):
-        for row, (one, other) in enumerate(zip(np.asarray(ours), reference, strict=True)):
-            bound = CLOSE * max(other.shape[-1] ** 0.5, np.abs(other).max())
-            assert np.abs(one - other).max() < bound, names[row] if names else row
+        for row, (our_row, exact) in enumerate(zip(np.asarray(ours), reference, strict=True)):
+            bound = CLOSE * max(exact.shape[-1] ** 0.5, np.abs(exact).max())
+            assert np.abs(our_row - exact).max() < bound, names[row] if names else row
 
 
 def relative(ours, reference) -> float:

@@ -1,5 +1,5 @@
-"""A headless Chromium for tests, spoken to in its DevTools protocol over a pipe: no driver, no
-further package.
+"""A headless Chromium for tests, driven by its DevTools protocol over a pipe: no driver, no further
+package.
 
 with Browser() as browser:
     browser.open(page, width=390)
@@ -32,7 +32,7 @@ class Browser:
     """One browser with one page.
 
     problems: errors and warnings of the page's console, and exceptions. requests: addresses that
-    the page asked for, itself aside.
+    the page requested, without its own.
     """
 
     def __enter__(self) -> Browser:
@@ -78,7 +78,7 @@ class Browser:
         shutil.rmtree(self.profile, ignore_errors=True)
 
     def call(self, method: str, **parameters) -> dict[str, Any]:
-        """One command of the protocol, and its result."""
+        """Sends a command of the protocol and returns its result."""
         self.number += 1
         message = {
             "id": self.number,
@@ -117,14 +117,14 @@ class Browser:
         )
 
     def settle(self) -> None:
-        """Two frames, so that what waits for a layout has run."""
+        """Waits two frames, so that callbacks that need a layout have run."""
         self.run(
             "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() =>"
             " done(1))))"
         )
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression, awaited."""
+        """Awaits a JavaScript expression and returns its value."""
         answer = self.call(
             "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
         )
@@ -133,7 +133,7 @@ class Browser:
         return answer["result"].get("value")
 
     def press(self, key: str) -> None:
-        """A key on whatever has the focus."""
+        """Presses a key in the focused element."""
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
             self.call(
@@ -146,7 +146,7 @@ class Browser:
             )
 
     def shoot(self, path: Path, whole: bool = True) -> Path:
-        """A picture of the page as PNG."""
+        """Saves a screenshot of the page as PNG."""
         shot = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(shot["data"]))
         return path

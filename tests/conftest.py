@@ -1,6 +1,6 @@
-"""What all tests share: the real data and models beside the repository.
+"""Shared by all tests: environment, marks, and the real data and models beside the repository.
 
-Without them a test that needs them is skipped and says why; where the variable CI is set it
+A test that needs absent data or models is skipped with the reason; if the variable CI is set it
 fails, so that no pipeline is green because nothing was tested.
 """
 
@@ -17,8 +17,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Before JAX is imported. The tests of one run share what they compile (many train the same tiny
-# model), and nothing with the user's cache.
+# Before JAX is imported. The tests of a run share a compilation cache (many train the same tiny
+# model), separate from the user's.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxre-tests-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -26,13 +26,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAXRE_CPU_DTYPE"] = "float32"
 # Most of the time goes to compiling programs that run on little data.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=1"
-# XLA's older way to write a fusion's code for CPUs takes two thirds of the time; jax 0.12 no longer
-# has it.
+# XLA's older code generator for CPU fusions takes two thirds of the time; jax 0.12 lacks it.
 if version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
-# Rooms (and files) that hold no array program of their own: another JAX shows nothing new of them.
+# Folders and files without array programs: testing them on another JAX shows nothing new.
 WITHOUT_ARRAYS = {
     "relations",
     "data",
@@ -43,15 +42,15 @@ WITHOUT_ARRAYS = {
     "test_config.py",
     "test_quickstart.py",
 }
-# But these take packed rows through a model.
+# Files in these folders that run packed rows through a model.
 WITH_ARRAYS = {"test_packed_gradients.py", "test_shared_gradients.py"}
 
 
-# First, so that `-m` knows the mark.
+# Runs first, so that `-m` knows the mark.
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no processor is without work at the end; rooms without
-    arrays are tested `once`.
+    """Puts the longest files first, so that no processor idles at the end, and marks tests without
+    arrays as `once`.
     """
     for item in items:
         if (

@@ -1,5 +1,5 @@
-"""What the tests of linear cross-entropy kernels share: random inputs, all gradients, the dense
-formula in f64.
+"""Shared by tests of linear cross-entropy kernels: random inputs, all gradients, the dense formula
+in f64.
 """
 
 from __future__ import annotations

@@ -139,17 +139,17 @@ def answer_files(
                     ).append(result(provider, name, reply))
     files = []
     for number, records in enumerate((good, bad)):
-        # Repeated answers keep their order: which one comes first is told by the file.
-        names = sorted({one["custom_id"] for one in records})
+        # Repeated answers keep their order in the file.
+        names = sorted({record["custom_id"] for record in records})
         place = {
             name: number
             for number, name in enumerate(random.Random(seed).sample(names, len(names)))
         }
-        records.sort(key=lambda one: place[one["custom_id"]])
+        records.sort(key=lambda record: place[record["custom_id"]])
         if records:
             files.append(folder / f"results-{number}.jsonl")
             files[-1].write_text(
-                "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records),
+                "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records),
                 encoding="utf-8",
             )
     return files

@@ -23,7 +23,7 @@ LAYOUTS = {
 
 
 def row_of(forest, tokens: int = T) -> np.ndarray:
-    """[tokens] `visible_until`; what the forest leaves over is pad."""
+    """[tokens] `visible_until`; tokens after the forest are pads."""
     until = np.arange(1, tokens + 1)
 
     def lay(nodes, start):
@@ -54,11 +54,11 @@ def flat(*lengths: int):
     return [(length, []) for length in lengths]
 
 
-def fitted(forest, room):
-    """The forest with nodes left out that no longer fit, and the room that is left."""
-    kept = []
+def fitted(forest, tokens):
+    """Cuts a forest to a number of tokens; returns it and the number that is left over."""
+    nodes = []
     for own, below in forest:
-        if own <= room:
-            below, room = fitted(below, room - own)
-            kept.append((own, below))
-    return kept, room
+        if own <= tokens:
+            below, tokens = fitted(below, tokens - own)
+            nodes.append((own, below))
+    return nodes, tokens

@@ -1,5 +1,5 @@
-"""Compiling ahead of time for an H200 that is not here, in a process of its own: what the compiler
-says of each Mosaic GPU kernel.
+"""Ahead-of-time compilation for an absent H200, in a separate process, with the compiler's report
+on each Mosaic GPU kernel.
 
 `tools/test --aot` installs the CUDA plugin of jax (no CUDA libraries) for the second line of jax.
 "Compiles" says nothing of speed, nor that it runs.
@@ -22,7 +22,7 @@ PLUGIN = find_spec("jax_plugins") is not None and find_spec("jax_plugins.xla_cud
 
 
 def marks(missing: str | None) -> list[pytest.MarkDecorator]:
-    """Of a test that compiles; `missing` is what the kernels say that this jax lacks."""
+    """Marks of a test that compiles; `missing` is the kernels' message on what this jax lacks."""
     return [
         pytest.mark.aot,
         pytest.mark.skipif(missing is not None, reason=str(missing)),
@@ -35,7 +35,7 @@ def marks(missing: str | None) -> list[pytest.MarkDecorator]:
     ]
 
 
-# What XLA has to know of the device, as it is written where there is one.
+# XLA's description of the device, as it prints it on a machine with one.
 H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -72,8 +72,8 @@ device_description_str: "NVIDIA H200"
 """
 
 
-# `given` an array on the device, `peak` compiles for it and gives the bytes of its memory in use at
-# the peak.
+# `given` describes an array on the device; `peak` compiles for it and returns the bytes of device
+# memory in use at the peak.
 BEGIN = """
 import json, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -112,8 +112,11 @@ class Kernel(NamedTuple):
 def compiled(
     folder: Path, program: str, *arguments: Any, target: str = H200, architecture: str = "sm_90a"
 ) -> tuple[int, dict[str, Kernel]]:
-    """What `memory(*arguments)` of a program says, bytes at the peak, and what the compiler says of
-    each kernel; `folder` is empty.
+    """Returns `memory(*arguments)` of a program, bytes at the peak, and the compiler's report on
+    each kernel, by name.
+
+    Args:
+      folder: an empty folder for the reports.
     """
     flags = {
         "JAX_PLATFORMS": "cpu",
@@ -133,8 +136,8 @@ def compiled(
     assert done.returncode == 0, done.stderr[-4000:]
     (peak,) = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("PEAK"))
     kernels = {}
-    for said in folder.glob("*.ptxas"):
-        words, name = said.read_text(), re.sub(r"_\d+$", "", said.stem)
+    for report in folder.glob("*.ptxas"):
+        words, name = report.read_text(), re.sub(r"_\d+$", "", report.stem)
         # wgmma one by one, which ptxas warns of
         assert f"for '{architecture}'" in words and "serialized" not in words
         spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", words))
@@ -147,9 +150,9 @@ def shared_of(folder: Path, name: str) -> int:
     """Bytes of shared memory of a kernel, without barriers. jax 0.12 numbers this file otherwise
     than those of the compiler.
     """
-    # several where a program has it more than once
-    told = [said.read_text() for said in folder.glob(f"{name}_*.resources.txt")]
+    # several if a program has the kernel more than once
+    reports = [path.read_text() for path in folder.glob(f"{name}_*.resources.txt")]
     (shared,) = {
-        int(size) for text in told for size in re.findall(r"smem_scratch_bytes=(\d+)", text)
+        int(size) for text in reports for size in re.findall(r"smem_scratch_bytes=(\d+)", text)
     }
     return shared

@@ -1,5 +1,5 @@
-"""What tests of Pallas kernels share: its interpreters at their strictest, races that fail the
-test, and state that is left clean.
+"""Shared by tests of Pallas kernels: its interpreters at their strictest, races that fail the test,
+and clean state afterwards.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from jaxre_kernels.cross_entropy import gpu
 
 needs_interpreter = pytest.mark.skipif(gpu.MISSING is not None, reason=str(gpu.MISSING))
 
-# Reads of what was never written give NaN, reads behind an array raise, and accesses that race are
-# told: `clean` makes them fail.
+# Reads of unwritten memory return NaN, reads beyond an array raise, and races are reported: `clean`
+# raises for them.
 OPTIONS = {"uninitialized_memory": "nan", "out_of_bounds_reads": "raise"}
-# For TPUs. A copy is done when it is waited for, as late as it may be.
+# For TPUs. A copy completes as late as possible, when it is waited for.
 STRICT = pltpu.InterpretParams(detect_races=True, dma_execution_mode="on_wait", **OPTIONS)
 
 
@@ -34,11 +34,11 @@ class RaceError(AssertionError):
 
 @contextmanager
 def clean(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
-    """Raises RaceError where an interpreter told of a race, and leaves it as it was found.
+    """Raises RaceError if an interpreter reported a race, and resets the interpreter.
 
-    jax 0.12 raises, 0.10 and 0.11 print it and go on. What the interpreter itself remembers is
-    forgotten with the next kernel, so after a forward and a backward pass it would be the last
-    kernel's alone; what was printed is of all.
+    jax 0.12 raises; 0.10 and 0.11 print the race and continue. The interpreter's own record is
+    cleared by the next kernel, so after a forward and a backward pass it would cover only the last
+    kernel; the output covers all.
     """
     try:
         yield

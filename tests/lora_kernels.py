@@ -1,4 +1,4 @@
-"""Draws, references and measures of the tests of the LoRA kernels.
+"""Draws, references and measures for tests of the LoRA kernels.
 
 Relative is max|difference| / max|reference| of a tensor. B is never zero.
 """
@@ -124,7 +124,7 @@ def largest(found, expected) -> float:
 
 
 def in_bfloat16(inputs: Inputs) -> Inputs:
-    """Factors stay f32, and what is NF4 stays so."""
+    """Casts x, weights and gradients to bf16; factors stay f32, NF4 weights stay NF4."""
 
     def half(arrays):
         return [
@@ -138,7 +138,7 @@ def in_bfloat16(inputs: Inputs) -> Inputs:
 
 
 def as_near_as_xla(found, inputs: Inputs, rate: float) -> bool:
-    """Whether what a kernel found in bf16 is as near to the exact results of f32 inputs as XLA is,
+    """True if a kernel's results in bf16 are as near to the exact results of f32 inputs as XLA's,
     root mean square.
     """
 
@@ -147,10 +147,10 @@ def as_near_as_xla(found, inputs: Inputs, rate: float) -> bool:
 
     true = exact(inputs, rate)
     ours, theirs = (
-        jax.tree.leaves(jax.tree.map(distance, one, true))
-        for one in (found, xla(in_bfloat16(inputs), rate))
+        jax.tree.leaves(jax.tree.map(distance, results, true))
+        for results in (found, xla(in_bfloat16(inputs), rate))
     )
-    return all(one < 1.02 * other for one, other in zip(ours, theirs, strict=True))
+    return all(our < 1.02 * their for our, their in zip(ours, theirs, strict=True))
 
 
 def mask_drawn(rows, width, kernel) -> tuple[np.ndarray, np.ndarray]:

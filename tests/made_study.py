@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jaxre.config import Source
 from jaxre.evaluation.predictions import Prediction, write_predictions
-from jaxre.evaluation.study_record import (
+from jaxre.evaluation.report.record import (
     RecordedDataset,
     RecordedSystem,
     StudyRecord,

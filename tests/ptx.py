@@ -30,7 +30,7 @@ WIDER = {np.uint32: np.uint64, np.int32: np.int64}
 
 
 class Fault(Exception):
-    """What a GPU would do wrong, or what is not known here."""
+    """An error that a GPU would make, or an instruction unknown here."""
 
 
 class Instruction(NamedTuple):
@@ -378,7 +378,7 @@ class _Block:
         self.put(target, (one * other + addend).astype(np.float32))
 
     def __getattr__(self, name):
-        """What is the same operation of numpy on each number."""
+        """Operations that numpy applies to each number."""
         if name.lstrip("_") not in _SIMPLE:
             raise AttributeError(name)
 

@@ -1,4 +1,4 @@
-"""What a refused input says."""
+"""The message of a refused input."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The commands: what a user types, and what bad input gets: one line, exit code 2, nothing
-half-written.
-"""
+"""The commands, and bad input to them: one line, exit code 2, nothing half-written."""
 
 from __future__ import annotations
 
@@ -288,7 +286,7 @@ PAGES = [*COMMANDS[:-1], "frontier export", "frontier import", "frontier check"]
 
 
 def example_of(help_text: str) -> list[str]:
-    """The words of the example in a help text, as a shell reads them when it is pasted."""
+    """Words of the example in a help text, as a shell reads them when pasted."""
     pasted = help_text.partition("Example: ")[2].replace("\\\n", " ")
     return shlex.split(pasted.splitlines()[0])
 
@@ -341,7 +339,7 @@ def test_no_command_at_all_shows_the_help(run: Callable) -> None:
 @pytest.mark.once
 def test_the_main_job_by_commands(run: Callable, tmp_path: Path, model: Path) -> None:
     """prepare, train, predict (data and text, both modes), evaluate, compare and convert, each on
-    what the one before left.
+    the output of the previous command.
     """
     config = tiny_config(
         tmp_path,
@@ -385,11 +383,11 @@ def test_the_main_job_by_commands(run: Callable, tmp_path: Path, model: Path) ->
     refused(run("convert", folder, tmp_path / "hf", "--to", "hf", "--merge"), "hf", "exists")
 
 
-def test_a_frontier_model_is_asked_and_compared_by_commands(
+def test_a_frontier_model_is_compared_by_commands(
     run: Callable, tmp_path: Path, model: Path
 ) -> None:
-    """export, import, check and compare, each on what the one before left; and a cache of the
-    study's shape on a copy with its prompts.
+    """export, import, check and compare, each on the output of the previous command; then a cache
+    in the study's format.
     """
     lines = (shipped("corpus") / "test.jsonl").read_text(encoding="utf-8").splitlines()[:8]
     records = [
@@ -412,7 +410,7 @@ def test_a_frontier_model_is_asked_and_compared_by_commands(
             "--style",
             "shots2-task",
         ),
-        *("--output", tmp_path / "asked.json", "prompt.shots=1"),
+        *("--output", tmp_path / "requests.json", "prompt.shots=1"),
     )
     assert code == 0, err
     *requests, manifest = map(Path, out.splitlines()[-2:])

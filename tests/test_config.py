@@ -1,4 +1,4 @@
-"""A config is read as it was written, or refused in one line that names the place and the mend."""
+"""A config is read as it was written, or refused in one line that names the place and the fix."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_an_unknown_key_in_a_list_is_named_before_what_it_leaves_missing() -> No
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "expected"),
     [
         ("lora.rank", True, "whole number"),
         ("lora.rank", "16", "whole number"),
@@ -139,9 +139,9 @@ def test_an_unknown_key_in_a_list_is_named_before_what_it_leaves_missing() -> No
         ("data.train", None, "needs data.train"),
     ],
 )
-def test_a_wrong_value_is_refused_with_its_place(key: str, value: object, told: str) -> None:
+def test_a_wrong_value_is_refused_with_its_place(key: str, value: object, expected: str) -> None:
     message = refusal(lambda: check_config(with_value(key, value), "run.yaml"))
-    assert message.startswith("run.yaml: ") and told in message
+    assert message.startswith("run.yaml: ") and expected in message
     assert key in message or key.split(".")[0] in message
 
 
@@ -151,7 +151,7 @@ def test_a_missing_key_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "expected"),
     [
         ("", "a mapping of keys to values"),
         ("- a\n", "a mapping of keys to values"),
@@ -168,11 +168,11 @@ def test_a_missing_key_is_named() -> None:
     ],
 )
 def test_a_broken_file_is_refused_with_its_place(
-    tmp_path: Path, text: str | bytes, told: str
+    tmp_path: Path, text: str | bytes, expected: str
 ) -> None:
     path = write(tmp_path, text)
     message = refusal(lambda: load_config(path))
-    assert message.startswith(str(path)) and told in message
+    assert message.startswith(str(path)) and expected in message
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_overrides_change_what_they_name_and_nothing_else(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected"),
     [
         ("lora.rank", "write key=value"),
         ("=5", "write key=value"),
@@ -303,9 +303,11 @@ def test_overrides_change_what_they_name_and_nothing_else(tmp_path: Path) -> Non
         ("prompt.user={text}", "prompt.user: should be text; put it in quotes"),
     ],
 )
-def test_a_bad_override_is_refused_with_its_place(tmp_path: Path, override: str, told: str) -> None:
+def test_a_bad_override_is_refused_with_its_place(
+    tmp_path: Path, override: str, expected: str
+) -> None:
     path = write(tmp_path, PLAIN.replace("data: {", "data: {labels: [a, b], "))
-    assert told in refusal(lambda: load_config(path, [override]))
+    assert expected in refusal(lambda: load_config(path, [override]))
 
 
 PIECES = [
@@ -389,7 +391,7 @@ def test_what_takes_one_source_or_a_schema_for_each_says_so() -> None:
 
 
 def test_semeval_configs_name_the_labels_of_the_benchmark() -> None:
-    for name in ("encoder-semeval", "semeval-small"):
+    for name in ("encoder-semeval", "semeval"):
         assert set(
             load_config(Path(__file__).parents[1] / "configs" / f"{name}.yaml").data.labels
         ) == set(semeval.LABELS)

@@ -1,4 +1,4 @@
-"""What every refusal promises: one line that also says the mend."""
+"""Every refusal is a single line that names the fix."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def refusals(path: Path) -> list[ast.Call]:
 
 
 def passed_on(message: ast.expr) -> bool:
-    """Whether it ends with, or is, what was said elsewhere: `{place}: {error}`."""
+    """True if the message is or ends with another message: `{place}: {error}`."""
     return not isinstance(message, ast.Constant) and (
         not isinstance(message, ast.JoinedStr) or isinstance(message.values[-1], ast.FormattedValue)
     )
 
 
 @pytest.mark.parametrize(
-    "room",
+    "package",
     [
         "relations",
         "data",
@@ -42,10 +42,10 @@ def passed_on(message: ast.expr) -> bool:
         ".",
     ],
 )
-def test_every_refusal_names_the_mend_after_a_semicolon(room: str) -> None:
+def test_every_refusal_names_the_fix_after_a_semicolon(package: str) -> None:
     without = [
         f"{path.name}:{call.lineno}: {ast.unparse(call)}"
-        for path in sorted((ROOT / "jaxre" / room).glob("*.py"))
+        for path in sorted((ROOT / "jaxre" / package).glob("*.py"))
         for call in refusals(path)
         if ";" not in ast.unparse(call) and not passed_on(call.args[0])
     ]

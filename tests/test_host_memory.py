@@ -1,4 +1,4 @@
-"""What is freed stays with the process."""
+"""On a CPU, freed memory stays with the process."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ ON_GLIBC = pytest.mark.skipif(
         ({"JAX_PLATFORMS": "cuda,cpu"}, False),
         ({"JAX_PLATFORMS": "cpu", "MALLOC_TRIM_THRESHOLD_": "131072"}, False),
     ],
-    ids=["cpu", "accelerator", "told otherwise"],
+    ids=["cpu", "accelerator", "set otherwise"],
 )
-def test_what_is_freed_stays_with_the_process(setting, kept):
+def test_freed_memory_stays_with_the_process(setting, kept):
     done = run_script(setting)
     assert 0.9 < done < 1.1 if kept else done < 0.1
 

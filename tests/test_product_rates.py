@@ -49,7 +49,7 @@ def test_auto_follows_the_rates(monkeypatch: pytest.MonkeyPatch, rates: Rates, e
     assert chosen.dtype.name == expected and chosen.why == rates.words()
 
 
-def test_told_names_both_figures():
+def test_the_reason_names_both_rates():
     assert FAST.words() == "bfloat16 products 372 GFLOP/s, float32 191: bfloat16"
 
 

@@ -82,7 +82,7 @@ def test_quickstart_does_not_remove_what_is_not_its_own(config_path: Path, tmp_p
     assert (run / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("name", ["quickstart", "semeval-small", "facts-base"])
+@pytest.mark.parametrize("name", ["quickstart", "semeval", "facts-base"])
 def test_shipped_configs_are_valid(name: str) -> None:
     assert load_config(ROOT / "configs" / f"{name}.yaml").name == name
 

@@ -41,8 +41,7 @@ _LLAMA3 = {
     "high_freq_factor": 4.0,
 }
 
-# What each stands for: the switches of the five studied decoders, of Qwen3 and of Gemma 3, and the
-# corners of our layout.
+# Switches of the five studied decoders, of Qwen3 and of Gemma 3, and corner cases of our layout.
 CONFIGS = {
     "qwen2 tied, biases, grouped heads": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2 untied": {"model_type": "qwen2", "tie_word_embeddings": False},

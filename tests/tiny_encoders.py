@@ -37,7 +37,7 @@ SIZES = {
     "layer_norm_eps": 1e-5,
     "initializer_range": 0.1,
 }
-# What each stands for: the two layouts and their corners.
+# The two layouts and their corner cases.
 CONFIGS = {
     "bert, two token types": {"model_type": "bert", "type_vocab_size": 2, "pad_token_id": 0},
     "bert, one layer": {

@@ -13,7 +13,7 @@ from jaxre.study.settings import StudyConfig
 
 
 def study_tree(folder: Path, model: Path) -> dict:
-    """Settings of one run of two updates on both datasets, asked in one way, and the baselines."""
+    """Settings of a run of two updates on both datasets, with one prompt style, and baselines."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed, (split, count) in enumerate({"train": 30, "verbs": 12}.items()):
         write_sentences(folder / f"{split}.jsonl", count, seed)

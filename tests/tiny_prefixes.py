@@ -1,4 +1,4 @@
-"""Token sets whose prompts begin alike in several ways, for tests of sharing."""
+"""Token sets whose prompts share prefixes in several ways, for tests of sharing."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from jaxre.data.tokens import TokenSet
 def begin_alike(
     seed: int = 0, vocabulary: int = 97, root: int = 20, deeper: int = 10, branches: int = 4
 ) -> TokenSet:
-    """Prompts of two roots, each with examples that share more than the root, one prompt asked
-    three times, and a stranger.
-
-    The order of the examples says nothing of who begins like whom.
+    """Prompts of two roots, each with examples that share more than the root, a prompt that occurs
+    three times, and an unrelated prompt, in random order.
     """
     draw = np.random.default_rng(seed)
 

@@ -31,7 +31,7 @@ def bits(folder) -> dict:
 
 
 def make_run(folder, base, method: str, result: bool = True, **model):
-    """A run folder as training leaves it."""
+    """Writes a run folder as training leaves it."""
     settings = {
         "name": "study-1",
         "model": {"path": str(base), **model},

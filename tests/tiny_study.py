@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxre.evaluation.predictions import Prediction, write_predictions
-from jaxre.evaluation.study_record import (
+from jaxre.evaluation.report.record import (
     RecordedDataset,
     RecordedSystem,
     StudyRecord,
@@ -63,10 +63,10 @@ def study(
       datasets: name -> domain.
       systems: name -> fields of RecordedSystem, and further: `right`, the chance of a right answer;
         `answer`, a function of an example instead (None: not answered); `datasets`, those that it
-        was asked (all, if not given).
+        answered (all by default).
     """
-    asked = {name: examples(name, domain, count, labels) for name, domain in datasets.items()}
-    for name, rows in asked.items():
+    rows_of = {name: examples(name, domain, count, labels) for name, domain in datasets.items()}
+    for name, rows in rows_of.items():
         write_examples(folder / "data" / f"{name}.jsonl", rows)
     recorded = []
     for name, fields in systems.items():
@@ -80,23 +80,25 @@ def study(
         for dataset in names:
             draw = np.random.default_rng(zlib.crc32(f"{name} {dataset}".encode()))
             drawn = [
-                one.relation if draw.random() < right else labels[draw.integers(len(labels))]
-                for one in asked[dataset]
+                row.relation if draw.random() < right else labels[draw.integers(len(labels))]
+                for row in rows_of[dataset]
             ]
-            answers = drawn if answer is None else [answer(one) for one in asked[dataset]]
+            answers = drawn if answer is None else [answer(row) for row in rows_of[dataset]]
             # our label -> common label, of gold and of answers
             common = fields.get("common_labels", {}).get(dataset, {})
             pairs = [
-                (one, given)
-                for one, given in zip(asked[dataset], answers, strict=True)
-                if given is not None
+                (row, chosen)
+                for row, chosen in zip(rows_of[dataset], answers, strict=True)
+                if chosen is not None
             ]
-            rows = [
-                Prediction(one.id, common.get(one.relation, one.relation), common.get(given, given))
-                for one, given in pairs
+            predictions = [
+                Prediction(
+                    row.id, common.get(row.relation, row.relation), common.get(chosen, chosen)
+                )
+                for row, chosen in pairs
             ]
             files[dataset] = f"predictions/{name}/{dataset}.parquet"
-            write_predictions(folder / files[dataset], rows)
+            write_predictions(folder / files[dataset], predictions)
         recorded.append(RecordedSystem(name, predictions=files, **fields))
     made = tuple(
         RecordedDataset(name, domain, labels, f"data/{name}.jsonl")

@@ -4,9 +4,9 @@ folder.
     python tools/bench_conversion.py ../shared/models/Qwen/Qwen2.5-3B-Instruct runs/conversion
         --rounds 3 --json conversion.json
 
-Every round runs each command once, in a process of its own, in turn; a time ends when the disk has
-the data (sync). Memory is the process's largest resident set. What comes back from our store is
-compared byte by byte with what went in. Needs room for five copies of the model.
+Every round runs each command once, in a process of its own, in turn; a time ends when the data is
+on disk (sync). Memory is the process's largest resident set. The model converted to jaxre and back
+must equal the original byte by byte. Needs disk space for five copies of the model.
 """
 
 from __future__ import annotations
@@ -47,32 +47,25 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder to work in; must not exist")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    asked.work.mkdir(parents=True)
-    hf, ours, back, adapter = (asked.work / name for name in ("hf", "ours", "back", "adapter"))
+    options = parser.parse_args()
+    options.work.mkdir(parents=True)
+    hf, ours, back, adapter = (options.work / name for name in ("hf", "ours", "back", "adapter"))
     # In a process of its own: a child's largest resident set begins at its parent's.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        size = pool.apply(write_random, (hf, adapter, asked.like))
+        size = pool.apply(write_random, (hf, adapter, options.like))
 
     convert = [sys.executable, "-m", "jaxre.cli", "convert"]
+    copy, merged, nf4 = (options.work / name for name in ("copy", "merged", "nf4"))
     commands = {
-        "cp": ["cp", "-r", hf, asked.work / "copy"],
+        "cp": ["cp", "-r", hf, copy],
         "hf to jaxre": [*convert, hf, ours, "--to", "jaxre"],
         "jaxre to hf": [*convert, ours, back, "--to", "hf"],
-        "adapter merged to hf": [*convert, adapter, asked.work / "merged", "--to", "hf", "--merge"],
-        "hf to jaxre, nf4": [
-            *convert,
-            hf,
-            asked.work / "nf4",
-            "--to",
-            "jaxre",
-            "--quantise",
-            "nf4",
-        ],
+        "adapter merged to hf": [*convert, adapter, merged, "--to", "hf", "--merge"],
+        "hf to jaxre, nf4": [*convert, hf, nf4, "--to", "jaxre", "--quantise", "nf4"],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     memory = dict.fromkeys(commands, 0)
-    for _ in range(asked.rounds):
+    for _ in range(options.rounds):
         for name, command in commands.items():
             took, resident = measured(command)
             seconds[name].append(took)
@@ -83,17 +76,17 @@ def main() -> None:
             if not filecmp.cmp(path, back / path.name, shallow=False)
         ]
         if differing:
-            sys.exit(f"not what went in: {', '.join(differing)}")
-        for made in asked.work.iterdir():
+            sys.exit(f"converted back, these files differ: {', '.join(differing)}")
+        for made in options.work.iterdir():
             if made not in (hf, adapter):
                 shutil.rmtree(made)
-    report(asked, size, seconds, memory)
-    shutil.rmtree(asked.work)
+    report(options, size, seconds, memory)
+    shutil.rmtree(options.work)
 
 
 def write_random(hf: Path, adapter: Path, like: Path) -> int:
-    """A random model of `like`'s architecture and an adapter of rank 16 on it; returns the bytes of
-    the weights.
+    """Writes a random model of `like`'s architecture and an adapter of rank 16 on it; returns the
+    bytes of the weights.
     """
     architecture = read_architecture(like)
     shapes = hf_shapes(architecture)
@@ -112,7 +105,9 @@ def write_random(hf: Path, adapter: Path, like: Path) -> int:
 
 
 def measured(command: list) -> tuple[float, int]:
-    """(seconds until the disk has the data, bytes of the process's largest resident set)."""
+    """Runs a command; returns the seconds until the data is on disk, and the bytes of the process's
+    largest resident set.
+    """
     os.sync()
     began = time.perf_counter()
     words = [str(word) for word in command]
@@ -125,11 +120,11 @@ def measured(command: list) -> tuple[float, int]:
 
 
 def report(
-    asked: argparse.Namespace, size: int, seconds: dict[str, list[float]], memory: dict[str, int]
+    options: argparse.Namespace, size: int, seconds: dict[str, list[float]], memory: dict[str, int]
 ) -> None:
     copied = statistics.median(seconds["cp"])
     print(
-        f"{asked.like.name}: {size / 1e9:.2f} GB in bf16; {asked.rounds} rounds;"
+        f"{options.like.name}: {size / 1e9:.2f} GB in bf16; {options.rounds} rounds;"
         f" {platform.machine()}, Python {platform.python_version()}"
     )
     for name, times in seconds.items():
@@ -138,14 +133,10 @@ def report(
             f"{name:22} {took:6.1f} s ({took / copied:4.1f} x cp, {size / 1e6 / took:5.0f} MB/s),"
             f" peak {memory[name] / 1e9:.2f} GB"
         )
-    if asked.json:
-        asked.json.write_text(
-            json.dumps(
-                {"model": asked.like.name, "bytes": size, "seconds": seconds, "peak_bytes": memory},
-                indent=2,
-            )
-            + "\n"
-        )
+    if options.json:
+        model = options.like.name
+        results = {"model": model, "bytes": size, "seconds": seconds, "peak_bytes": memory}
+        options.json.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

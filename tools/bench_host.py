@@ -1,15 +1,15 @@
-"""The host's side of a run: what is not the device's work, phase by phase, in wall-clock and CPU
-seconds.
+"""Host time of a run, phase by phase, in wall-clock and CPU seconds; the device's work is left out.
 
     python tools/bench_host.py data --examples 200000
         # read, tokenise, cache and plan; then from the cache
     python tools/bench_host.py start --examples 8000
         # `jaxre train` to step 1, cold and again (0.5B shape, random weights)
-    python tools/bench_host.py step                      # host time of one update of a tiny model
+    python tools/bench_host.py step
+        # host time of one update of a tiny model
 
 The examples are SemEval's training sentences, each with another word at its end (JAXRE_DATA names
-the data); --model is a folder with a tokenizer (and for `start` a config.json). What is made is
-kept in --work, so remove it for a cold start.
+the data); --model is a folder with a tokenizer (and for `start` a config.json). Files stay in
+--work; remove it for a cold start.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ def write_examples(work: Path, count: int) -> Path:
 
     path = work / f"examples-{count}.jsonl"
     if not path.is_file():
-        given = sources.load(Source(dataset="semeval2010_task8", split="train"))
+        originals = sources.load(Source(dataset="semeval2010_task8", split="train"))
         words = sorted(
-            {word for example in given for word in example.text.split() if word.isalpha()}
+            {word for example in originals for word in example.text.split() if word.isalpha()}
         )
         draw = random.Random(0)
         with path.open("w", encoding="utf-8") as file:
             for number in range(count):
-                one = given[number % len(given)]
-                spans = {"head_span": one.head_span, "tail_span": one.tail_span}
+                original = originals[number % len(originals)]
+                spans = {"head_span": original.head_span, "tail_span": original.tail_span}
                 record = {
                     "id": str(number),
-                    "text": f"{one.text} {draw.choice(words)}",
-                    "head": one.head,
-                    "tail": one.tail,
+                    "text": f"{original.text} {draw.choice(words)}",
+                    "head": original.head,
+                    "tail": original.tail,
                 }
-                file.write(json.dumps(record | spans | {"relation": one.relation}) + "\n")
+                file.write(json.dumps(record | spans | {"relation": original.relation}) + "\n")
     return path
 
 
@@ -101,7 +101,7 @@ def bench_data(work: Path, model: Path, count: int) -> Phases:
                 config.data.cache, digest, lambda: encode_examples(examples, questions, template)
             )
         print(
-            "  it was there already; remove --work for a cold start"
+            "  already cached; remove --work for a cold start"
             if cached
             else f"  {tokens.tokens.size:,} tokens"
         )
@@ -118,7 +118,7 @@ def bench_data(work: Path, model: Path, count: int) -> Phases:
 
 
 def bench_start(work: Path, model: Path, count: int, dtype: str) -> Phases:
-    """Two starts in processes of their own; the second finds the tokens and the compiled update."""
+    """Two starts in separate processes; the second finds the tokens and the compiled update."""
     folder = random_weights(work, model)
     tree = settings(
         work, folder, write_examples(work, count), row_length=1024, batch_tokens=1024, max_steps=1
@@ -180,41 +180,38 @@ def random_weights(work: Path, model: Path) -> Path:
 
 
 def start_worker(config: Path, began: float) -> None:
-    """`jaxre train CONFIG`, which tells when each of its parts is done: seconds since `began`, CPU
-    seconds of the process.
+    """Runs `jaxre train CONFIG` and reports when each of its parts is done: seconds since `began`,
+    CPU seconds of the process.
     """
 
-    def tell(name: str) -> None:
+    def report(name: str) -> None:
         print(f"phase \t{name}\t{time.time() - began}\t{time.process_time()}", flush=True)
 
     from jaxre import cli
 
     cli.keep_freed_memory()
     from jaxre.config import load_config
-    from jaxre.training import loop
+    from jaxre.training import loop, setup
 
-    tell("imports")
+    report("imports")
     loaded = load_config(config)
-    tell("config")
+    report("config")
 
-    def wrap(name: str, told: str) -> None:
-        function = getattr(loop, name)
+    def wrap(owner: object, name: str, phase: str) -> None:
+        function = getattr(owner, name)
 
-        def timed(*given: object, **more: object) -> object:
-            found = function(*given, **more)
-            tell(told)
-            return found
+        def timed(*args: object, **kwargs: object) -> object:
+            result = function(*args, **kwargs)
+            report(phase)
+            return result
 
-        setattr(loop, name, timed)
+        setattr(owner, name, timed)
 
-    parts = {"load_dataset": "data", "make_plan": "plan", "initial_state": "weights and state"}
-    parts |= {
-        "compile_updates": "compiled (or read)",
-        "prepared": "step 1 reached",
-        "check_finite": "step 1 done",
-    }
-    for name, told in parts.items():
-        wrap(name, told)
+    wrap(setup, "load_dataset", "data")
+    wrap(setup, "initial_state", "weights and state")
+    wrap(setup, "compile_updates", "compiled (or read)")
+    wrap(setup.SetUp, "rows", "step 1 reached")
+    wrap(loop, "check_finite", "step 1 done")
     loop.train(loaded)
 
 
@@ -222,51 +219,42 @@ def start_worker(config: Path, began: float) -> None:
 
 
 def bench_step(work: Path, steps: int) -> Phases:
-    """CPU time of the thread that runs the loop, and of the one that prepares its rows, per update.
+    """CPU time of the thread that runs the loop, and of the thread that prepares its rows, per
+    update.
 
-    CPU time of the two threads, not wall-clock: what they wait for is the device's, and other
-    processes do not count. On a CPU some of the device's work runs in the calling thread, so the
-    model is small.
+    CPU time, not wall-clock: it leaves out waiting for the device, and other processes. On a CPU
+    some of the device's work runs in the calling thread, so the model is small.
     """
     import jax
-    import numpy as np
 
-    from jaxre.checkpoints.source import tokenizer_folder
     from jaxre.config import check_config
-    from jaxre.data.dataset import load_dataset, make_plan
     from jaxre.data.rows import Rows
-    from jaxre.training import sharding
-    from jaxre.training.compilation import compile_updates
-    from jaxre.training.initial import initial_state
+    from jaxre.models import sharding
     from jaxre.training.log import RunLog
-    from jaxre.training.loop import prepared
-    from jaxre.training.step import make_optimiser
+    from jaxre.training.setup import set_up
 
     # Rows of 128 tokens and the shipped base: little device work, as many arrays as any model has.
     tree = settings(work, Path("facts-base"), Path(), row_length=128, batch_tokens=128, epochs=9)
     tree["data"]["train"] = {"dataset": "facts", "split": "train", "limit": steps}
     config = check_config(tree, "bench")
-    mesh, optimiser = sharding.make_mesh(config.mesh), make_optimiser(config, steps)
-    dataset = load_dataset(config, tokenizer_folder(config))
-    plan = make_plan(config, dataset.train.tokens, shards=1)
-    initial = initial_state(config, np.dtype(np.float32), optimiser, mesh)
-    compiled = compile_updates(config, plan, initial, optimiser, mesh).updates[plan.shapes[0]]
-    thread: list[float] = []
+    run = set_up(config)
+    compiled = run.compiled.updates[run.plan.shapes[0]]
+    put_times: list[float] = []
 
     def put(rows: Rows) -> Rows:
-        found = sharding.put_rows(rows, sharding.row_sharding(mesh))
-        thread.append(time.thread_time())
-        return found
+        placed = sharding.put_rows(rows, sharding.row_sharding(run.mesh))
+        put_times.append(time.thread_time())
+        return placed
 
-    state, pending, parts = initial.state, [], {"take the rows": 0.0, "dispatch the update": 0.0}
-    # what runs ahead of the device without bound is no loop of ours
-    for step, rows in enumerate(prepared(config, dataset, plan, 0, steps, put)):
-        if step == steps // 10:  # the first ones fill caches
+    state, pending, parts = run.take_state(), [], {"take the rows": 0.0, "dispatch the update": 0.0}
+    # waits every 16 steps: a loop must not run ahead of the device without bound
+    for step, rows in enumerate(run.host_rows(0, steps, put)):
+        if step == steps // 10:  # the first steps fill caches
             jax.block_until_ready(pending)
             parts = dict.fromkeys(parts, 0.0)
             counted, began = step, time.thread_time()
         before = time.thread_time()
-        state, metrics = compiled(state, initial.base, rows)
+        state, metrics = compiled(state, run.initial.base, rows)
         parts["dispatch the update"] += time.thread_time() - before
         pending.append(metrics)
         if step % 16 == 15:
@@ -274,7 +262,7 @@ def bench_step(work: Path, steps: int) -> Phases:
     total, count = time.thread_time() - began, steps - counted
     parts["take the rows"] = total - parts["dispatch the update"]
     parts["prepare and put the rows (other thread)"] = (
-        (thread[-1] - thread[counted]) * count / (len(thread) - 1 - counted)
+        (put_times[-1] - put_times[counted]) * count / (len(put_times) - 1 - counted)
     )
     (work / "log").mkdir(exist_ok=True)
     log = RunLog(work / "log", 0)
@@ -305,22 +293,22 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--config", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--began", type=float, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.part == "start-worker":
-        start_worker(given.config, given.began)
+    options = parser.parse_args()
+    if options.part == "start-worker":
+        start_worker(options.config, options.began)
         return
-    given.work.mkdir(parents=True, exist_ok=True)
-    if given.part == "data":
-        phases = bench_data(given.work, given.model, given.examples)
-    elif given.part == "start":
-        phases = bench_start(given.work, given.model, given.examples, given.dtype)
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.part == "data":
+        phases = bench_data(options.work, options.model, options.examples)
+    elif options.part == "start":
+        phases = bench_start(options.work, options.model, options.examples, options.dtype)
     else:
-        phases = bench_step(given.work, given.steps)
-    if given.json:
-        told = {
+        phases = bench_step(options.work, options.steps)
+    if options.json:
+        seconds = {
             name: {"wall_seconds": wall, "cpu_seconds": cpu} for name, (wall, cpu) in phases.items()
         }
-        given.json.write_text(json.dumps(told, indent=1), encoding="utf-8")
+        options.json.write_text(json.dumps(seconds, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

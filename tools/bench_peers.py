@@ -1,5 +1,5 @@
-"""The sides of `bench_training.py` in PyTorch, which `bench_sides.py` starts: (a) and (a') with
-Trainer, (b) with TRL's SFTTrainer.
+"""The PyTorch sides of `bench_training.py`, started by `bench_sides.py`: (a) and (a') with Trainer,
+(b) with TRL's SFTTrainer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_sides import CHECKED, RATE, SEED, Talk, updates_in
+from bench_sides import BATCH, CHECKED, RATE, SEED, Talk, updates_in
 from peft import PeftModel
 from transformers import (
     AttentionInterface,
@@ -30,12 +30,8 @@ from transformers import (
 from jaxre.profiling.memory import reset_resident_peak, resident_peak
 
 CUDA = torch.cuda.is_available()
-# look at no pair of tokens of two examples, however long a row is
-WHOLE_ROWS = (
-    "flash_attention_2",
-    "varlen",
-    "flex_attention",
-)
+# attentions that skip pairs of tokens of different examples, however long a row is
+WHOLE_ROWS = ("flash_attention_2", "varlen", "flex_attention")
 
 
 def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk) -> None:
@@ -44,7 +40,8 @@ def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
     talk.answer(ready=True)
     tried = fits(settings) if side == "b" else [(4, side == "a")]
     while command := talk.check():
-        exact = command == "check exact"
+        what, _, precision = command.partition(" ")
+        exact = precision == "exact"
         trainer = torch_trainer(
             side,
             folder,
@@ -52,8 +49,9 @@ def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
             *tried[0],
             dtype="float32" if exact else settings.dtype,
             quantise=settings.nf4 and not exact,
+            curve=what == "curve",
         )
-        talk.answer(**loss_of(trainer))
+        talk.answer(**(curve_of(trainer) if what == "curve" else loss_of(trainer)))
         del trainer
         free()
     for rows, checkpointing in tried:
@@ -68,13 +66,13 @@ def torch_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
 
 
 def free() -> None:
-    gc.collect()  # a trainer and its model name each other
+    gc.collect()  # a trainer and its model refer to each other
     if CUDA:
         torch.cuda.empty_cache()
 
 
 def fits(settings: argparse.Namespace) -> list[tuple[int, bool]]:
-    """What (b) takes, the first that fits the device: (rows at once, gradient checkpointing)."""
+    """(b)'s settings in order of preference: (rows at once, gradient checkpointing)."""
     if not CUDA:
         return [(1, False)]
     most = settings.rows if settings.packed.partition("+")[0] in WHOLE_ROWS else 1
@@ -86,7 +84,7 @@ def fits(settings: argparse.Namespace) -> list[tuple[int, bool]]:
 
 
 def loss_of(trainer: Trainer) -> dict[str, float]:
-    """The loss per supervised token of the checked examples, and how many of these there are."""
+    """The loss per supervised token of the checked examples, and the number of these tokens."""
     total = count = 0.0
     trainer.model.eval()
     with torch.no_grad(), trainer.compute_loss_context_manager():
@@ -98,20 +96,33 @@ def loss_of(trainer: Trainer) -> dict[str, float]:
     return {"loss": total / count, "supervised": count}
 
 
+def curve_of(trainer: Trainer) -> dict[str, list[float]]:
+    """The loss of each update, summed over its micro-batches."""
+    parts, step = [], trainer.training_step
+
+    def stepped(*inputs: Any) -> torch.Tensor:
+        parts.append(step(*inputs))
+        return parts[-1]
+
+    trainer.training_step = stepped
+    trainer.train()
+    losses = torch.stack(parts).double().reshape(trainer.args.max_steps, -1)
+    return {"losses": losses.sum(1).tolist()}
+
+
 class Turns(TrainerCallback):
-    """Updates to warm up, the last of them timed, then turns; between them the process waits inside
+    """Warm-up updates, the last of them timed, then turns; between them the process waits inside
     the training loop.
     """
 
     def __init__(
-        self, trainer: Trainer, settings: argparse.Namespace, talk: Talk, told: dict[str, Any]
+        self, trainer: Trainer, settings: argparse.Namespace, talk: Talk, about: dict[str, Any]
     ):
-        self.trainer, self.settings, self.talk, self.told = trainer, settings, talk, told
-        # torch.compile compiles the first shape, and again, for any shape, when it meets a second
-        # one.
+        self.trainer, self.settings, self.talk, self.about = trainer, settings, talk, about
+        # torch.compile compiles the first shape, and at the second shape once more, for any shape.
         self.warm = 4 if trainer.args.torch_compile else 2
         self.began = self.examples = self.tokens = self.start = self.until = self.length = 0
-        # (examples, tokens) of the micro-batches that were made and not trained on yet, counted
+        # (examples, tokens) of the micro-batches that are prepared but not trained on yet, counted
         # before they go to the device.
         self.made: deque[tuple[int, int]] = deque()
         self.collate, self.step = trainer.data_collator, trainer.training_step
@@ -119,8 +130,8 @@ class Turns(TrainerCallback):
         trainer.add_callback(self)
 
     def run(self, last: bool) -> bool:
-        """Trains until there are no more commands; False if the device has too little memory, which
-        is an error of the `last`.
+        """Trains until there are no more commands. Returns False if the device has too little
+        memory, and raises that error for the `last` setting.
         """
         try:
             self.trainer.train()
@@ -140,10 +151,10 @@ class Turns(TrainerCallback):
             )
         return batch
 
-    def stepped(self, *given: Any) -> torch.Tensor:
+    def stepped(self, *inputs: Any) -> torch.Tensor:
         examples, tokens = self.made.popleft()
         self.examples, self.tokens = self.examples + examples, self.tokens + tokens
-        return self.step(*given)
+        return self.step(*inputs)
 
     def on_step_end(self, args, state, control, **_):
         if CUDA and state.global_step in (self.warm - 1, self.warm, self.start, self.until):
@@ -152,7 +163,7 @@ class Turns(TrainerCallback):
             self.began = time.perf_counter()
         elif state.global_step == self.warm:
             self.length = updates_in(time.perf_counter() - self.began, self.settings)
-            self.talk.answer(updates=self.length, **self.told)
+            self.talk.answer(updates=self.length, **self.about)
             self.turn(state, control)
         elif state.global_step == self.start:
             self.examples = self.tokens = 0
@@ -188,13 +199,15 @@ def torch_trainer(
     *,
     dtype: str,
     quantise: bool,
+    curve: bool = False,
 ) -> Trainer:
     """The trainer of a side.
 
     Args:
       rows: of a micro-batch.
-      checkpointing: whether the backward pass computes the layers again.
-      dtype, quantise: of the base, bfloat16 or float32, and whether its projections are NF4.
+      checkpointing: whether the backward pass recomputes the layers.
+      dtype, quantise: bfloat16 or float32 for the base, and whether its projections are NF4.
+      curve: train without dropout on the updates of `folder`/curve.npy, then stop.
     """
     (prompt,) = settings.prompts
     stored = np.load(folder / f"{prompt}.npz")
@@ -216,8 +229,7 @@ def torch_trainer(
     base = AutoModelForCausalLM.from_pretrained(
         folder / "model",
         dtype=getattr(torch, dtype),
-        # Not every attention takes f32, and the check in what is timed is with the one that is
-        # timed.
+        # Not every attention supports f32; the timed precision is checked with the timed one.
         attn_implementation=attention if dtype == settings.dtype else "sdpa",
         device_map="cuda" if CUDA else None,
         **quantised,
@@ -269,7 +281,16 @@ def torch_trainer(
             eval_dataset=few,
             processing_class=tokenizer,
         )
-    args = TrainingArguments(**common, gradient_accumulation_steps=2, remove_unused_columns=False)
+    if curve:
+        updates = np.load(folder / "curve.npy")
+        records = [records[example] for example in updates.ravel()]
+        common |= {"max_steps": len(updates), "train_sampling_strategy": "sequential"}
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    args = TrainingArguments(
+        **common, gradient_accumulation_steps=BATCH // rows, remove_unused_columns=False
+    )
     collate = DataCollatorForSeq2Seq(tokenizer, padding="longest")
     return Trainer(
         model=model,

@@ -2,23 +2,23 @@
 process.
 
     python tools/bench_prediction.py
-        # the shipped base, SemEval's enumerated prompts
-    python tools/bench_prediction.py --model smollm2-360m --examples 16 --new-tokens 8
+        # SmolLM2-135M, SemEval's enumerated prompts
+    python tools/bench_prediction.py --model random:smollm2-360m --examples 16 --new-tokens 8
     python tools/bench_prediction.py --model runs/mine --json bench.json
 
 Sides: transformers `generate`, greedy, batches of 8 in the order of the data, padded on the left;
-jaxre's greedy decoding; its search for the best label; its scores of all labels. All in f32, from
-token ids to token ids (or labels), without what is compiled.
+jaxre's greedy decoding; its search for the best label, and for labels
+above a probability of ABOVE; its scores of all labels. All in f32, from
+token ids to token ids (or labels), without compilation.
 
-Before anything is timed every side runs once. Exit code 1 if the greedy tokens differ from those of
-transformers for one example, if the search finds another label than all scores do, or if those
-differ from transformers' (one label at a time, --checked examples). Then the sides take turns,
---rounds times: the table has medians, and of the ratios the median of each round's. Where other
-work shares the processor the threads of a side wait for each other; `taskset -c 0` gives all sides
-one core, and then their processor times compare.
+Before timing every side runs once. Exit code 1 if the greedy tokens of an example differ from those
+of transformers, if the best labels differ from those of all scores, or if the scores differ from
+transformers' (one label at a time, --checked examples). Then the sides take turns, --rounds times:
+the table has medians, and of the ratios the median of each round's. If other work shares the
+processor, the threads of a side wait for each other; `taskset -c 0` limits all sides to one core,
+and then their processor times are comparable.
 
---model is a folder, a run, a shipped name, or one of the shapes of bench_sides.py with random
-weights. Needs torch, and the data and tokenizers of JAXRE_DATA and JAXRE_MODELS (../shared/data and
+Needs torch, and the data and tokenizers of JAXRE_DATA and JAXRE_MODELS (../shared/data and
 ../shared/models).
 """
 
@@ -37,32 +37,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_sides import SEED, SHAPES
+from bench_sides import RANDOM, SEED, SHAPES, default_model, random_shape
 from bench_training import hardware, versions
 
 TOLERANCE = 1e-4  # relative, of scores
-BATCH = 8  # of transformers
+BATCH = 8  # prompts of a batch of transformers
+ABOVE = 0.01  # probability
 
 
-def open_shape(name: str):
-    """A model of one of the shapes, with random weights, that are large enough for answers to
-    differ.
-    """
+def open_random(name: str):
+    """A model of a known shape, with random weights large enough that answers differ."""
     from jaxre.checkpoints.source import Loaded
     from jaxre.models.architecture import architecture_of
     from jaxre.models.module import init_weights
 
-    below, changes = SHAPES[name]
-    folder = Path(os.environ.get("JAXRE_MODELS", "../shared/models")) / below
-    if not folder.is_dir():
-        raise SystemExit(f"{folder} is not there; set JAXRE_MODELS to the folder of the models")
-    fields = json.loads((folder / "config.json").read_text()) | changes
+    folder, fields = random_shape(name)
     architecture = architecture_of(fields, str(folder))
     return Loaded(folder, name, architecture, init_weights(architecture, SEED)), fields
 
 
 def in_transformers(loaded, fields: dict[str, Any]):
-    """The same weights in transformers, an adapter merged into them."""
+    """The same weights in transformers, with any adapter merged."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -99,7 +94,7 @@ def peer_tokens(
     """The greedy tokens of transformers, up to and including the first stop token."""
     import torch
 
-    found = []
+    answers = []
     for start in range(0, len(prompts), BATCH):
         batch = prompts[start : start + BATCH]
         longest = max(map(len, batch))
@@ -112,13 +107,15 @@ def peer_tokens(
             "pad_token_id": min(stops),
         }
         with torch.inference_mode():
-            whole = peer.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, **settings)
-        for tokens in whole[:, longest:].tolist():
+            generated = peer.generate(
+                ids, attention_mask=mask, max_new_tokens=new_tokens, **settings
+            )
+        for tokens in generated[:, longest:].tolist():
             end = next(
                 (place + 1 for place, token in enumerate(tokens) if token in stops), len(tokens)
             )
-            found.append(tokens[:end])
-    return found
+            answers.append(tokens[:end])
+    return answers
 
 
 def peer_scores(peer, prompt: Sequence[int], answers: Sequence[Sequence[int]]) -> np.ndarray:
@@ -153,8 +150,8 @@ def prepared(settings: argparse.Namespace) -> tuple[Any, dict, list, list, set[i
     from jaxre.inference.predict import stop_ids
     from jaxre.relations import sources
 
-    if settings.model in SHAPES:
-        loaded, fields = open_shape(settings.model)
+    if settings.model.startswith(RANDOM):
+        loaded, fields = open_random(settings.model)
     else:
         loaded = open_model(settings.model, np.dtype(np.float32))
         fields = read_json(loaded.folder / "config.json")
@@ -174,7 +171,7 @@ def prepared(settings: argparse.Namespace) -> tuple[Any, dict, list, list, set[i
 def check(
     sides: dict[str, Callable], peer, prompts: list, answers: list, settings: argparse.Namespace
 ) -> dict[str, Any]:
-    """Runs every side once, and compares what they find."""
+    """Runs every side once, and compares the results."""
     first, seconds = {}, {}
     for name, run in sides.items():
         began = time.perf_counter()
@@ -187,7 +184,10 @@ def check(
     best, _ = first["best"]
     scores = first["scores"]
     apart = int((best != scores.argmax(axis=1)).sum())
-    relative = 0.0
+    above = first["above"]
+    # An exact score equals that of all scores, and no bound lies below it.
+    gap = np.where(above.exact, abs(above.scores - scores), scores - above.scores)
+    relative = max(0.0, float((gap / abs(scores).max(axis=1, keepdims=True)).max()))
     for number in range(min(settings.checked, len(prompts))):
         truth = peer_scores(peer, prompts[number], answers[number])
         relative = max(relative, float(np.abs(scores[number] - truth).max() / np.abs(truth).max()))
@@ -211,24 +211,27 @@ def bench(settings: argparse.Namespace) -> dict[str, Any]:
     from jaxre.inference.predict import model_of
     from jaxre.inference.prefix import shared_prefixes
     from jaxre.inference.scoring import score_labels
-    from jaxre.inference.search import best_labels
+    from jaxre.inference.search import best_labels, labels_above
     from jaxre.models.weights import parameter_count
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     keep_freed_memory()  # as `jaxre predict` does, but after numpy; for all sides
     loaded, fields, prompts, answers, stops = prepared(settings)
     peer = in_transformers(loaded, fields)
-    whole = model_of(loaded)
-    model = Model(*on_device(whole)[:1], whole.architecture, on_device(whole)[1], whole.scale)
-    size = {"batch_tokens": settings.batch_tokens}
+    predictor = model_of(loaded)
+    model = Model(
+        *on_device(predictor)[:1], predictor.architecture, on_device(predictor)[1], predictor.scale
+    )
+    batch = {"batch_tokens": settings.batch_tokens}
     sides = {
         "transformers": lambda: peer_tokens(peer, prompts, stops, settings.new_tokens),
-        "greedy": lambda: generate(model, prompts, stops, settings.new_tokens, **size),
-        "best": lambda: best_labels(model, prompts, answers, **size),
-        "scores": lambda: score_labels(model, prompts, answers, **size),
+        "greedy": lambda: generate(model, prompts, stops, settings.new_tokens, **batch),
+        "best": lambda: best_labels(model, prompts, answers, **batch),
+        "above": lambda: labels_above(model, prompts, answers, ABOVE, **batch),
+        "scores": lambda: score_labels(model, prompts, answers, **batch),
     }
     groups = shared_prefixes(prompts, settings.batch_tokens)
-    found = {
+    results = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
         "hardware": hardware(str(jax.devices()[0].device_kind)),
         "versions": versions(),
@@ -245,35 +248,35 @@ def bench(settings: argparse.Namespace) -> dict[str, Any]:
             began, worked = time.perf_counter(), time.process_time()
             run()
             seconds, work = time.perf_counter() - began, time.process_time() - worked
-            found["seconds"][name].append(seconds)
-            found["cpu_seconds"][name].append(work)
+            results["seconds"][name].append(seconds)
+            results["cpu_seconds"][name].append(work)
             print(
                 f"round {number + 1}, {name} {seconds:.2f} s, {work:.2f} s of the processor",
                 file=sys.stderr,
                 flush=True,
             )
-    return found
+    return results
 
 
-def table(found: dict[str, Any]) -> list[str]:
-    numbers = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    count = found["settings"]["examples"]
+def table(results: dict[str, Any]) -> list[str]:
+    numbers = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    count = results["settings"]["examples"]
     lines = [
-        f"{found['date']}; {found['hardware']}; Python {platform.python_version()}, {numbers}",
+        f"{results['date']}; {results['hardware']}; Python {platform.python_version()}, {numbers}",
         "",
         (
-            f"{found['settings']['model']} ({found['parameters']:,} parameters), f32, {count}"
-            f" examples of SemEval-2010 Task 8, enumerated, {found['settings']['shots']}-shot:"
-            f" {found['prompt_tokens']:.0f} tokens a prompt, {found['shared_tokens']} of them"
-            f" shared; {found['new_tokens']:.1f} new tokens an answer, at most"
-            f" {found['settings']['new_tokens']}; {found['settings']['rounds']} rounds"
+            f"{results['settings']['model']} ({results['parameters']:,} parameters), f32, {count}"
+            f" examples of SemEval-2010 Task 8, enumerated, {results['settings']['shots']}-shot:"
+            f" {results['prompt_tokens']:.0f} tokens a prompt, {results['shared_tokens']} of them"
+            f" shared; {results['new_tokens']:.1f} new tokens an answer, at most"
+            f" {results['settings']['new_tokens']}; {results['settings']['rounds']} rounds"
         ),
         "",
         (
             "Greedy answers that differ from those of transformers:"
-            f" {found['greedy_answers_that_differ']} of {count}. Best labels that differ from brute"
-            f" force: {found['best_labels_that_differ']}. Scores differ from transformers' by"
-            f" {found['scores_differ_by']:.0e}."
+            f" {results['greedy_answers_that_differ']} of {count}. Best labels that differ from"
+            f" brute force: {results['best_labels_that_differ']}. Scores differ from transformers'"
+            f" by {results['scores_differ_by']:.0e}."
         ),
         "",
         (
@@ -282,25 +285,29 @@ def table(found: dict[str, Any]) -> list[str]:
         ),
         "|---|---|---|---|---|",
     ]
-    told = {
+    descriptions = {
         "transformers": f"transformers generate, batches of {BATCH}",
         "greedy": "jaxre, greedy",
         "best": "jaxre, best label",
+        "above": f"jaxre, labels above {ABOVE:g}, the others bounded",
+        "scores": "jaxre, all scores",
     }
-    for name, seconds in found["seconds"].items():
+    for name, seconds in results["seconds"].items():
         shown = []
-        for what in ("seconds", "cpu_seconds"):
+        for measure in ("seconds", "cpu_seconds"):
             ratios = [
                 theirs / ours
-                for ours, theirs in zip(found[what][name], found[what]["transformers"], strict=True)
+                for ours, theirs in zip(
+                    results[measure][name], results[measure]["transformers"], strict=True
+                )
             ]
             shown.append(
                 f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
             )
-        speed = found["settings"]["examples"] / statistics.median(seconds)
+        speed = results["settings"]["examples"] / statistics.median(seconds)
         lines.append(
-            f"| {told.get(name, 'jaxre, all scores')} | {speed:.2f} | {shown[0]} | {shown[1]} |"
-            f" {found['first_seconds'][name]:.1f} |"
+            f"| {descriptions[name]} | {speed:.2f} | {shown[0]} | {shown[1]} |"
+            f" {results['first_seconds'][name]:.1f} |"
         )
     return lines
 
@@ -311,8 +318,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--model",
-        default="facts-base",
-        help=f"folder, run, shipped name, or one of {', '.join(SHAPES)}",
+        default=default_model(),
+        help=(
+            "folder, GGUF file, run, named base, or random weights:"
+            f" {', '.join(RANDOM + name for name in SHAPES)} (default: %(default)s)"
+        ),
     )
     parser.add_argument("--examples", type=int, default=128, help="of the test split")
     parser.add_argument("--shots", type=int, default=0)
@@ -328,17 +338,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     settings = parser.parse_args()
     if settings.json and not settings.json.absolute().parent.is_dir():
-        parser.error(f"{settings.json.parent} is not there; name a folder that is")
-    found = bench(settings)
-    print("\n".join(table(found)))
+        parser.error(f"{settings.json.parent} does not exist; name an existing folder")
+    results = bench(settings)
+    print("\n".join(table(results)))
     if settings.json:
-        settings.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        settings.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if (
-        found["greedy_answers_that_differ"]
-        or found["best_labels_that_differ"]
-        or found["scores_differ_by"] > TOLERANCE
+        results["greedy_answers_that_differ"]
+        or results["best_labels_that_differ"]
+        or results["scores_differ_by"] > TOLERANCE
     ):
-        raise SystemExit("the sides find different things, so their times mean nothing")
+        raise SystemExit("the sides compute different results, so their times mean nothing")
 
 
 if __name__ == "__main__":

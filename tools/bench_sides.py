@@ -1,15 +1,14 @@
-"""The sides of `bench_training.py`, each a process of its own that answers one line of JSON for
-each command it is given.
+"""The sides of `bench_training.py`, each a process of its own that answers every command with one
+line of JSON.
 
-python tools/bench_sides.py JSON    # {"side": name, "folder": of the model, "settings": of the
-benchmark}
+    python tools/bench_sides.py JSON
+        # {"side": name, "folder": of the model, "settings": of the benchmark}
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -20,11 +19,13 @@ from pathlib import Path
 from typing import Any
 
 CHECKED = 16  # examples of the loss check
+BATCH = 8  # examples of the recipe's update
 SEED = 42  # the study's
 RANK, ALPHA, DROPOUT, RATE = 16, 32, 0.05, 1e-4
 PROMPTS = {"0shot": {}, "2shot": {"shots": 2}, "2shot-enumerated": {"shots": 2, "enumerate": True}}
-# name -> (folder below the models, changes of its config.json): random weights of that shape, the
-# tokenizer of the folder.
+# random:NAME -> (folder below the models, changes of its config.json): random weights of that
+# shape, the tokenizer of the folder.
+RANDOM = "random:"
 SMOLLM2_135M = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -41,8 +42,28 @@ SHAPES = {
 }
 
 
-# ---- (d): what each saving is worth
-# ------------------------------------------------------------------
+def default_model() -> str:
+    """SmolLM2-135M where its package is installed, else random weights of its shape."""
+    from jaxre.checkpoints.packaged import packaged_file
+    from jaxre.errors import InputError
+
+    try:
+        packaged_file("smollm2-135m")
+    except InputError:
+        return RANDOM + "smollm2-135m"
+    return "smollm2-135m"
+
+
+def random_shape(name: str) -> tuple[Path, dict[str, Any]]:
+    """The folder of the tokenizer of a `random:` model, and the fields of its config.json."""
+    below, changes = SHAPES[name.removeprefix(RANDOM)]
+    folder = Path(os.environ.get("JAXRE_MODELS", "../shared/models")) / below
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} does not exist; set JAXRE_MODELS to the folder of the models")
+    return folder, json.loads((folder / "config.json").read_text()) | changes
+
+
+# ---- (d): one saving switched off - --------------------------------------------------------------
 
 
 def changed(shape_of: Callable) -> Callable:
@@ -55,7 +76,7 @@ def changed(shape_of: Callable) -> Callable:
         return dataclasses.replace(
             plan,
             updates=tuple(
-                dataclasses.replace(one, shape=shape_of(one.shape)) for one in plan.updates
+                dataclasses.replace(update, shape=shape_of(update.shape)) for update in plan.updates
             ),
         )
 
@@ -93,15 +114,17 @@ def unpacked(config, tokens, shards):
     return dataclasses.replace(plan, updates=tuple(updates))
 
 
-def plain_lora(loss_sum, params, adapter, rows, architecture, ops, shape, remat):
-    """Each projection by itself, as it is written down, differentiated by JAX."""
+def plain_lora(params, adapter, rows, architecture, ops, shape, remat):
+    """Each projection separately, as in the formula, differentiated by JAX."""
+    from jaxre.training.step import loss_sum
+
     return loss_sum(
         params, adapter, rows, architecture, ops._replace(lora_group=written_down), shape, remat
     )
 
 
 def written_down(x, weights, factors, words, scale, rate):
-    """`jaxre_kernels.lora.lora_group`."""
+    """The formula of `jaxre_kernels.lora.lora_group`, term by term."""
     import jax.numpy as jnp
     from jaxre_kernels.lora.dropout import keep_channels
     from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, dequantise, dequantise_tiles
@@ -111,13 +134,10 @@ def written_down(x, weights, factors, words, scale, rate):
             return dequantise_tiles(weight, x.dtype)
         return dequantise(weight, x.dtype).T if isinstance(weight, NF4Weight) else weight
 
-    dropped = (
-        jnp.where(
-            keep_channels(words, x.shape[-1], rate), x * jnp.asarray(1 / (1 - rate), x.dtype), 0
-        )
-        if rate
-        else x
-    )
+    dropped = x
+    if rate:
+        kept = keep_channels(words, x.shape[-1], rate)
+        dropped = jnp.where(kept, x * jnp.asarray(1 / (1 - rate), x.dtype), 0)
     outputs = [x @ dense(weight) for weight in weights]
     return [
         (
@@ -131,11 +151,13 @@ def written_down(x, weights, factors, words, scale, rate):
     ]
 
 
-def full_head(loss_sum, params, adapter, rows, architecture, ops, shape, remat):
-    """The head at as many places as a row has; those that the last layer does not give are zeros of
-    weight 0.
+def full_head(params, adapter, rows, architecture, ops, shape, remat):
+    """The head at as many positions as a row has; positions that the last layer leaves out are
+    zeros of weight 0.
     """
     import jax.numpy as jnp
+
+    from jaxre.training.step import loss_sum
 
     def head(x, table, targets, weights):
         rest = rows.tokens.shape[1] - targets.shape[1]
@@ -150,66 +172,51 @@ def full_head(loss_sum, params, adapter, rows, architecture, ops, shape, remat):
     )
 
 
-def full_last_layer(loss_sum, params, adapter, rows, architecture, ops, shape, remat):
-    """The last layer at every place of a row, as the others; the head at supervised positions."""
+def full_last_layer(params, adapter, rows, architecture, ops, shape, remat):
+    """The last layer at every position, like the others; the head at supervised positions."""
     from jaxre.models import decoder
 
-    given = (rows.tokens, rows.positions, rows.visible_until)
-    # B T D
-    x = decoder.forward(
-        params,
-        *given,
-        architecture,
-        adapter,
-        ops,
-        prefix=shape.prefix,
-        span=shape.span,
-        remat=remat,
-    )
+    tokens = rows.tokens, rows.positions, rows.visible_until
+    bounds = {"prefix": shape.prefix, "span": shape.span}
+    x = decoder.forward(params, *tokens, architecture, adapter, ops, **bounds, remat=remat)  # B T D
     # B S D
     normed, table = decoder.head_factors(params, decoder.take(x, rows.supervised), architecture)
     return ops.cross_entropy(normed, table, rows.targets, rows.weights)
 
 
-def run_with(loss_sum: Callable) -> None:
-    """Every update that this process compiles from here on has `loss_sum` in place of
-    `jaxre.training.step.loss_sum`, which it is given.
-    """
-    from jaxre.training import step
-
-    step.loss_sum = functools.partial(loss_sum, step.loss_sum)
-
-
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """`settings` on top of (c)'s; `plan_of` in place of `make_plan`; `loss_sum` in place of the
-    step's.
-    """
+    """`settings` added to (c)'s; `plan_of` replaces `make_plan`, `loss` replaces `loss_sum`."""
 
     settings: tuple[str, ...] = ()
     plan_of: Callable | None = None
-    loss_sum: Callable | None = None
+    loss: Callable | None = None
+
+    @property
+    def changes(self) -> dict[str, Callable]:
+        """Arguments of `set_up`."""
+        functions = {"plan_of": self.plan_of, "loss": self.loss}
+        return {name: function for name, function in functions.items() if function is not None}
 
 
 VARIANTS = {
     "d:unpacked": Variant(plan_of=unpacked),
     "d:unshared": Variant(plan_of=unshared),
-    "d:full-head": Variant(loss_sum=full_head),
-    "d:full-last-layer": Variant(loss_sum=full_last_layer),
+    "d:full-head": Variant(loss=full_head),
+    "d:full-last-layer": Variant(loss=full_last_layer),
     "d:dense-attention": Variant(
         plan_of=changed(lambda shape: dataclasses.replace(shape, prefix=0, span=None))
     ),
-    "d:plain-lora": Variant(loss_sum=plain_lora),
+    "d:plain-lora": Variant(loss=plain_lora),
     "d:remat": Variant(settings=("train.remat=block",)),
 }
 
 
-# ---- a side: a process that answers one line of JSON for each command it is given
-# ---------------------
+# ---- a side: a process that answers one line of JSON for each command it is given ----------------
 
 
 class Talk:
-    """Commands in, answers out; what libraries print goes to standard error."""
+    """Reads commands and writes answers; the output of libraries goes to standard error."""
 
     def __init__(self) -> None:
         self.out = os.fdopen(os.dup(1), "w", buffering=1)
@@ -219,17 +226,17 @@ class Talk:
         self.out.write(json.dumps(values) + "\n")
 
     def command(self) -> str | None:
-        """The next command; None when there is no more to do."""
+        """The next command; None at the end."""
         return sys.stdin.readline().strip() or None
 
     def check(self) -> str | None:
-        """The next command if it asks for a loss: "check exact" in f32 on dense weights, "check
-        timed" of what is timed. None is "warm".
+        """The next command if it checks losses: "check" for one, "curve" for those of updates;
+        "exact" in f32 on dense weights, "timed" in the timed precision. None is "warm".
         """
         command = self.command()
         if command is None:
             sys.exit()
-        return command if command.startswith("check") else None
+        return command if command.startswith(("check", "curve")) else None
 
 
 def run_side(side: str, folder: Path, settings: argparse.Namespace) -> None:
@@ -275,42 +282,53 @@ def run_config(folder: Path, prompt: str, settings: argparse.Namespace, *overrid
     return load_config(path, [*settings.set, *overrides])
 
 
-def write_inputs(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
-    """Model, adapter and examples of the benchmark, once for all sides: random weights, B of every
-    LoRA pair far from zero.
+def write_model(model: str, base: Path, dtype: str):
+    """Writes `model` (a folder, GGUF file, run, named base, or `random:SHAPE`) as a Hugging Face
+    folder; returns its architecture.
     """
-    import jax
     import numpy as np
     from safetensors.numpy import save_file
 
+    from jaxre.checkpoints.convert import convert
     from jaxre.checkpoints.huggingface import copy_side_files, hf_tensors, side_files_of
+    from jaxre.checkpoints.source import locate
+    from jaxre.models.architecture import architecture_of
+    from jaxre.models.module import init_weights
+
+    # In the timed dtype: then every side quantises the same values, and the check in f32 uses the
+    # values of the timed part.
+    if not model.startswith(RANDOM):
+        convert(model, base, "hf", merge=locate(model).adapter is not None, dtype=dtype)
+        return architecture_of(json.loads((base / "config.json").read_text()), str(base))
+    source, fields = random_shape(model)
+    architecture = architecture_of(fields, str(source))
+    base.mkdir()
+    copy_side_files(side_files_of(source), base)
+    (base / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+    save_file(
+        dict(hf_tensors(architecture, init_weights(architecture, SEED), np.dtype(dtype))),
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return architecture
+
+
+def write_inputs(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
+    """Writes model, adapter and examples of the benchmark, once for all sides; B of every LoRA pair
+    is far from zero.
+    """
+    import jax
+    import numpy as np
+
     from jaxre.checkpoints.peft import save_adapter
     from jaxre.checkpoints.source import tokenizer_folder
     from jaxre.config import Lora
     from jaxre.data.dataset import load_dataset
-    from jaxre.models.architecture import architecture_of
     from jaxre.models.lora import init_adapter
-    from jaxre.models.module import init_weights
     from jaxre.models.weights import parameter_count
 
-    below, changes = SHAPES[settings.shape]
-    source = Path(os.environ.get("JAXRE_MODELS", "../shared/models")) / below
-    if not source.is_dir():
-        raise SystemExit(f"{source} is not there; set JAXRE_MODELS to the folder of the models")
-    fields = json.loads((source / "config.json").read_text()) | changes
-    architecture = architecture_of(fields, str(source))
     base = folder / "model"
-    base.mkdir()
-    copy_side_files(side_files_of(source), base)
-    (base / "config.json").write_text(json.dumps(fields), encoding="utf-8")
-    weights = init_weights(architecture, SEED)
-    # Of the dtype that is timed: then NF4 is of the same values on every side, and the check in f32
-    # of those of the timed part.
-    save_file(
-        dict(hf_tensors(architecture, weights, np.dtype(settings.dtype))),
-        base / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    architecture = write_model(settings.model, base, settings.dtype)
     lora, draw = Lora(rank=RANK, alpha=float(ALPHA), dropout=DROPOUT), np.random.default_rng(SEED)
     factors = jax.tree.map(np.array, init_adapter(architecture, lora, jax.random.key(SEED)))
     for part in factors.values():
@@ -338,16 +356,15 @@ def write_inputs(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def updates_in(seconds: float, settings: argparse.Namespace) -> int:
-    """How many updates of this length a turn has, after one that is not timed.
+    """Updates in a turn, if one takes `seconds`, after a first update that is not timed.
 
-    While a side was stopped the system took memory and files from it that it had not touched
-    lately; its first update gets them back.
+    While a side is stopped the system reclaims its memory and files that it has not used lately;
+    the first update brings them back.
     """
     return max(1, math.ceil(settings.seconds / seconds))
 
 
-# ---- (c), (d)
-# ----------------------------------------------------------------------------------------
+# ---- (c), (d) ------------------------------------------------------------------------------------
 
 
 def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk) -> None:
@@ -355,38 +372,41 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
     import numpy as np
 
     from jaxre.checkpoints.source import tokenizer_folder
-    from jaxre.data.dataset import load_dataset, make_plan
+    from jaxre.data.dataset import load_dataset
     from jaxre.profiling.memory import peak_memory, reset_resident_peak
-    from jaxre.profiling.prepared import members, prepare
+    from jaxre.profiling.updates import Updates
+    from jaxre.training.setup import set_up
 
     (prompt,) = settings.prompts
     variant = VARIANTS.get(side, Variant())
-    plan_of = variant.plan_of or make_plan
-    if variant.loss_sum:
-        run_with(variant.loss_sum)  # this process is the variant's own
     timed = (*variant.settings, *(("model.quantise=nf4",) if settings.nf4 else ()))
     config = run_config(folder, prompt, settings, *timed)
     dataset = load_dataset(config, tokenizer_folder(config))
     talk.answer(ready=True)
 
-    few = dataset.train.tokens.subset(np.arange(len(dataset.train.tokens)) < CHECKED)
-    few = dataclasses.replace(dataset, train=dataclasses.replace(dataset.train, tokens=few))
+    tokens = dataset.train.tokens
+    few = dataclasses.replace(dataset.train, tokens=tokens.subset(np.arange(len(tokens)) < CHECKED))
+    few = dataclasses.replace(dataset, train=few)
     while command := talk.check():
-        exact = (*variant.settings, "model.dtype=float32")
-        checked = (
-            *(exact if command == "check exact" else timed),
-            "lora.dropout=0.0",
-            "train.learning_rate=1e-30",
-        )
-        with jax.default_matmul_precision("highest" if command == "check exact" else None):
-            talk.answer(
-                **loss_of(prepare(run_config(folder, prompt, settings, *checked), few, plan_of))
-            )
+        what, _, precision = command.partition(" ")
+        exact = precision == "exact"
+        overrides = [*variant.settings, "model.dtype=float32"] if exact else [*timed]
+        overrides.append("lora.dropout=0.0")
+        if what == "check":
+            overrides.append("train.learning_rate=1e-30")
+        else:
+            overrides += curve_settings(settings)
+        checked = run_config(folder, prompt, settings, *overrides)
+        with jax.default_matmul_precision("highest" if exact else None):
+            run = set_up(checked, dataset=few if what == "check" else dataset, **variant.changes)
+            talk.answer(**(loss_of(run) if what == "check" else curve_of(run, folder)))
+        del run
 
-    run = prepare(config, dataset, plan_of)  # warm
-    jax.block_until_ready(run.update(run.next_rows()))
+    run = set_up(config, dataset=dataset, **variant.changes)  # warm
+    updates = Updates(run)
+    jax.block_until_ready(updates.run(updates.next_rows()))
     began = time.perf_counter()
-    jax.block_until_ready(run.update(run.next_rows()))
+    jax.block_until_ready(updates.run(updates.next_rows()))
     count = updates_in(time.perf_counter() - began, settings)
     shapes = [
         [len(run.plan.updates[0].micro), *dataclasses.astuple(shape)] for shape in run.plan.shapes
@@ -402,22 +422,17 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
 
     lengths = dataset.train.tokens.lengths
     while talk.command():
-        jax.block_until_ready(run.update(run.next_rows()))  # not timed, as `updates_in` says
-        chosen = np.concatenate(
-            [
-                members(run.plan.updates[n % len(run.plan.updates)])
-                for n in range(run.done, run.done + count)
-            ]
-        )
+        jax.block_until_ready(updates.run(updates.next_rows()))  # not timed: see `updates_in`
+        chosen = updates.upcoming(count)
         reset_resident_peak()
         began = time.perf_counter()
         for _ in range(count):
-            metrics = run.update(run.next_rows())
+            metrics = updates.run(updates.next_rows())
         jax.block_until_ready(metrics)
         seconds = time.perf_counter() - began
         tokens = int(lengths[chosen].sum())
-        # A device's peak cannot be set back: it is the process's, which for that has not checked a
-        # loss before; loading is in it.
+        # The peak of a device cannot be reset: it covers the whole process, with loading, so other
+        # processes check losses.
         talk.answer(
             seconds=seconds,
             examples=len(chosen),
@@ -428,17 +443,41 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
 
 
 def loss_of(run: Any) -> dict[str, float]:
-    """The loss per supervised token of a prepared run's examples, and how many of these there
-    are.
-    """
-    total = count = 0.0
+    """The loss per supervised token of a run's examples, and the number of these tokens."""
+    from jaxre.profiling.updates import Updates
+
+    updates, total, count = Updates(run), 0.0, 0.0
     for _ in run.plan.updates:
-        rows = run.next_rows()
+        rows = updates.next_rows()
         weight = float(rows.weights.sum())
-        total, count = total + float(run.update(rows).loss) * weight, count + weight
+        total, count = total + float(updates.run(rows).loss) * weight, count + weight
     return {"loss": total / count, "supervised": count}
 
 
+def curve_settings(settings: argparse.Namespace) -> tuple[str, ...]:
+    """Settings that make (c)'s updates the recipe's: its examples an update, its schedule."""
+    return (
+        f"train.batch_examples={BATCH}",
+        "train.batch_tokens=null",
+        "train.warmup=0.0",
+        f"train.max_steps={settings.curve}",
+    )
+
+
+def curve_of(run: Any, folder: Path) -> dict[str, list[float]]:
+    """The loss of each update of a prepared run; writes the examples of each update to `folder`,
+    for the other sides.
+    """
+    import numpy as np
+
+    from jaxre.profiling.updates import Updates, members
+
+    updates = Updates(run)
+    planned = run.plan.updates[: run.steps]
+    np.save(folder / "curve.npy", np.stack([members(update) for update in planned]))
+    return {"losses": [float(updates.run(updates.next_rows()).loss) for _ in planned]}
+
+
 if __name__ == "__main__":
-    given = json.loads(sys.argv[1])
-    run_side(given["side"], Path(given["folder"]), argparse.Namespace(**given["settings"]))
+    options = json.loads(sys.argv[1])
+    run_side(options["side"], Path(options["folder"]), argparse.Namespace(**options["settings"]))

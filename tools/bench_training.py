@@ -9,20 +9,22 @@
 
 Sides: (a) the study's recipe, Hugging Face Trainer + PEFT, batches of 4 x 2 accumulation padded to
 the longest, gradient checkpointing; (a') the same without checkpointing; (b) TRL's SFTTrainer +
-PEFT with best-fit packing, whose attention and loss keep examples apart; (c) jaxre; (d) jaxre with
-one saving switched off, for each of VARIANTS.
+PEFT with best-fit packing, whose attention and loss isolate examples; (c) jaxre; (d) jaxre with one
+saving switched off, for each of VARIANTS.
 
-First every side computes the loss of the same examples, without dropout, by the code that it trains
-with: in f32 on dense weights, and again in what is timed where that is bfloat16 or NF4 (but before
-torch.compile). If one differs from the first side by more than TOLERANCES, nothing is measured
-(exit code 1). On a GPU (b) is the fastest of what `--packed` names: each is tried for a short turn
-of the first prompt, what fails or computes another loss is told and left out.
+First every side computes the loss of the same examples, without dropout, with its training code: in
+f32 on dense weights, and again in the timed precision if that is bfloat16 or NF4 (but before
+torch.compile). If a side differs from the first by more than TOLERANCES, nothing is measured (exit
+code 1). Then (a) and (c) train --curve updates on the same examples, without dropout, and the table
+compares their losses, in bfloat16 too. On a GPU (b) is the fastest setting of `--packed`: each is
+tried for a short turn of the first prompt; settings that fail or compute another loss are reported
+and left out.
 
 Then the sides take turns of whole updates: each is a process of its own that is stopped while
-another one runs, and the first update of a turn is not timed. (a) to (c) take turns together, then
-each of (d) with (c). Losses are checked in processes that have ended by then. Of a GPU's memory a
-side takes at most SHARE, so that two of them fit. Needs the `bench` extra, and the data and
-tokenizers of JAXRE_DATA and JAXRE_MODELS (../shared/data and ../shared/models).
+another runs, and the first update of a turn is not timed. (a) to (c) take turns together, then each
+of (d) with (c). The processes that checked losses have ended by then. A side uses at most SHARE of
+a GPU's memory, so that two fit. Needs the `bench` extra, and the data and tokenizers of JAXRE_DATA
+and JAXRE_MODELS (../shared/data and ../shared/models).
 """
 
 from __future__ import annotations
@@ -46,21 +48,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench_sides import DROPOUT, PROMPTS, RANK, SHAPES, VARIANTS
+from bench_sides import BATCH, DROPOUT, PROMPTS, RANDOM, RANK, SHAPES, VARIANTS, default_model
 
-# Relative, of the losses. In f32 sides differ by the order of their sums. In bfloat16, and on NF4
-# weights dequantised to it, each rounds at other places: 1e-5 with two layers on a CPU, where NF4
-# in place of dense weights makes 2e-3.
+# Relative differences of losses. In f32 sides differ by the order of their sums. In bfloat16, and
+# on NF4 weights dequantised to it, they round in different places: 1e-5 with two layers on a CPU,
+# where NF4 in place of dense weights changes the loss by 2e-3.
 TOLERANCES = {"exact": 1e-4, "timed": 1e-3}
-# of a device's memory: of a side among others (all but one or two of them need little), and of one
-# by itself
+# Relative difference of any loss of a curve: AdamW may divide by small numbers, which amplifies
+# differences.
+CURVE_TOLERANCE = 1e-3
+# Shares of a device's memory: of a side among others (all but one or two of them need little), and
+# of a side by itself.
 SHARE, ALONE = 0.4, 0.9
-# of a packed setting: its turn, and the whole of it with loading and compiling
-TRIAL_SECONDS, TRIAL_LIMIT = (
-    2.0,
-    240.0,
-)
-TOLD = {
+# Of the trial of a packed setting: its timed turn, and all of it with loading and compiling.
+TRIAL_SECONDS, TRIAL_LIMIT = 2.0, 240.0
+DESCRIPTIONS = {
     "a": "HF Trainer + PEFT, 4 x 2 padded, gradient checkpointing",
     "a'": "HF Trainer + PEFT, 4 x 2 padded",
     "b": "TRL SFTTrainer + PEFT, packed",
@@ -78,12 +80,16 @@ PACKED = tuple(
 ONLY_HALF = ("flash_attention_2", "varlen")  # take no f32
 
 
+def report(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 class Ended(SystemExit):
-    """A side's process has ended, where it should have answered."""
+    """A side's process ended instead of answering."""
 
 
 class Side:
-    """A side's process, stopped unless it is asked something."""
+    """A side's process, stopped except while it executes a command."""
 
     def __init__(
         self,
@@ -94,7 +100,7 @@ class Side:
         share: float = ALONE,
     ):
         self.log = folder / f"{name.replace(':', '-')}-{prompt}.log"
-        given = vars(settings) | {
+        side_settings = vars(settings) | {
             "json": None,
             "prompts": settings.prompts if prompt is None else [prompt],
             "share": share,
@@ -103,9 +109,9 @@ class Side:
         command = [
             sys.executable,
             str(script),
-            json.dumps({"side": name, "folder": str(folder), "settings": given}),
+            json.dumps({"side": name, "folder": str(folder), "settings": side_settings}),
         ]
-        # Memory is taken as it is needed, or the sides could not share a device.
+        # Without preallocation, so that the sides can share a device.
         environment = os.environ | {
             "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_CLIENT_MEM_FRACTION": str(share),
@@ -125,29 +131,29 @@ class Side:
         self.name = name
 
     def ready(self) -> dict[str, Any]:
-        found = self.answer()
+        answer = self.answer()
         self.stop()
-        return found
+        return answer
 
     def ask(self, command: str) -> dict[str, Any]:
         self.process.send_signal(signal.SIGCONT)
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which `answer` tells
+        with contextlib.suppress(BrokenPipeError):  # if it has ended, `answer` raises
             self.process.stdin.write(command + "\n")
-        found = self.answer()
+        answer = self.answer()
         self.stop()
-        return found
+        return answer
 
     def answer(self) -> dict[str, Any]:
         line = self.process.stdout.readline()
         if not line:
             end = self.log.read_text(errors="replace").strip().splitlines()[-12:]
             code = self.process.wait()
-            told = (
+            hint = (
                 " (killed; for want of memory? Sides keep theirs: measure fewer at a time)"
                 if code == -signal.SIGKILL
                 else ""
             )
-            raise Ended(f"side {self.name} ended with code {code}{told}:\n" + "\n".join(end))
+            raise Ended(f"side {self.name} ended with code {code}{hint}:\n" + "\n".join(end))
         return json.loads(line)
 
     def stop(self) -> None:
@@ -162,19 +168,21 @@ class Side:
 
 def bench_prompt(prompt: str, folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
     """Checks the losses of one kind of prompt, then measures in rounds, one group of sides after
-    the other.
+    another.
     """
     losses = checked(prompt, folder, settings)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
+    if settings.curve and {"a", "c"} <= set(settings.sides):
+        losses["c"]["curve"] = curves(prompt, folder, settings)
     for group in groups_of(settings.sides):
-        for name, one in measured(group, prompt, folder, settings).items():
-            found.setdefault(name, losses[name] | one)
-    return {name: found[name] for name in settings.sides}
+        for name, measurement in measured(group, prompt, folder, settings).items():
+            results.setdefault(name, losses[name] | measurement)
+    return {name: results[name] for name in settings.sides}
 
 
 def checked(prompt: str, folder: Path, settings: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """The losses of every side and how far each is from the first's: `loss` in f32, `timed_loss` in
-    what is timed where that differs.
+    """The losses of every side and their relative differences to the first side's: `loss` in f32,
+    `timed_loss` in the timed precision if that differs.
     """
     losses: dict[str, dict[str, Any]] = {}
     for name in settings.sides:
@@ -184,27 +192,72 @@ def checked(prompt: str, folder: Path, settings: argparse.Namespace) -> dict[str
     wrong = []
     for what in checks_of(settings):
         first = losses[settings.sides[0]][what]
-        for name, found in losses.items():
-            one = found[what]
-            one["relative"] = relative(one["loss"], first["loss"])
-            told = "float32" if what == "exact" else dtype_of(vars(settings))
-            print(
-                f"{prompt}: {name} {told} loss {one['loss']:.7f} ({one['relative']:.1e} relative)",
-                file=sys.stderr,
-                flush=True,
+        precision = "float32" if what == "exact" else dtype_of(vars(settings))
+        for name, checks in losses.items():
+            check = checks[what]
+            difference = check["relative"] = relative(check["loss"], first["loss"])
+            report(
+                f"{prompt}: {name} {precision} loss {check['loss']:.7f} ({difference:.1e} relative)"
             )
-            if not one["relative"] <= TOLERANCES[what] or one["supervised"] != first["supervised"]:
-                wrong.append(f"{name} in {told}")
+            if not difference <= TOLERANCES[what] or check["supervised"] != first["supervised"]:
+                wrong.append(f"{name} in {precision}")
     if wrong:
         raise SystemExit(
             f"{prompt}: the sides compute different losses ({', '.join(wrong)}), nothing is"
             f" measured: {json.dumps(losses)}"
         )
-    named = {"exact": "", "timed": "timed_"}
+    prefixes = {"exact": "", "timed": "timed_"}
     return {
-        name: {named[what] + key: one[key] for what, one in found.items() for key in one}
-        for name, found in losses.items()
+        name: {
+            prefixes[what] + key: value
+            for what, check in checks.items()
+            for key, value in check.items()
+        }
+        for name, checks in losses.items()
     }
+
+
+def curves(prompt: str, folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
+    """Trains (a) and (c) on the same updates without dropout; returns their losses, and the
+    relative differences to (a)'s in f32.
+    """
+    losses: dict[str, list[float]] = {}
+    for name in ("c", "a"):  # (c)'s plan determines the examples of an update
+        with contextlib.closing(Side(name, folder, settings, prompt)) as side:
+            side.ready()
+            for what in checks_of(settings):
+                losses[f"{name} {what}"] = side.ask(f"curve {what}")["losses"]
+    truth = losses["a exact"]
+    apart = {
+        name: [relative(loss, reference) for loss, reference in zip(curve, truth, strict=True)]
+        for name, curve in losses.items()
+    }
+    worst = max(apart["c exact"])
+    if not worst <= CURVE_TOLERANCE:
+        raise SystemExit(
+            f"{prompt}: (a) and (c) train differently (losses up to {worst:.1e} apart, relative),"
+            f" nothing is measured: {json.dumps(losses)}"
+        )
+    return {"losses": losses, "apart": apart}
+
+
+def described_curves(comparison: dict[str, Any], dtype: str) -> Iterator[str]:
+    """The table of `curves`."""
+    truth, apart = comparison["losses"]["a exact"], comparison["apart"]
+    yield ""
+    yield (
+        f"{len(truth)} updates of {BATCH} examples, no dropout: the loss of (a) in f32 goes from"
+        f" {truth[0]:.4f} to {truth[-1]:.4f}"
+    )
+    yield ""
+    yield "| side | loss differs from (a) in f32, median | at most |"
+    yield "|---|---|---|"
+    for name, differences in apart.items():
+        side, what = name.split()
+        precision = "f32" if what == "exact" else dtype
+        if name != "a exact":
+            median, most = statistics.median(differences), max(differences)
+            yield f"| ({side}) {precision} | {median:.1e} | {most:.1e} |"
 
 
 def checks_of(settings: argparse.Namespace) -> list[str]:
@@ -220,8 +273,8 @@ def relative(loss: float, reference: float) -> float:
 
 
 def groups_of(sides: list[str]) -> list[list[str]]:
-    """Sides that take turns together: those that are no variant of (c), then each variant with
-    (c).
+    """Groups of sides that take turns together: all that are not variants of (c), then each variant
+    with (c).
     """
     others = [name for name in sides if name not in VARIANTS]
     variants = [["c", name] for name in sides if name in VARIANTS]
@@ -245,11 +298,7 @@ def measured(
             for side in sides:
                 rounds[side.name].append(side.ask("round"))
                 speed = rounds[side.name][-1]["examples"] / rounds[side.name][-1]["seconds"]
-                print(
-                    f"{prompt}: round {number + 1}, {side.name} {speed:.3f} examples/s",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                report(f"{prompt}: round {number + 1}, {side.name} {speed:.3f} examples/s")
     return {
         name: warm[name] | summary(rounds[name], rounds[group[0]]) | {"against": group[0]}
         for name in group
@@ -259,8 +308,8 @@ def measured(
 def fastest_packed(
     prompt: str, folder: Path, settings: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
-    """Sets `settings.packed` to the fastest of those that it names, None if none works; returns
-    what became of each.
+    """Sets `settings.packed` to its fastest setting, None if none works; returns the outcome of
+    each trial.
     """
     tried = {
         packed: {"left_out": reason}
@@ -268,38 +317,38 @@ def fastest_packed(
         if (reason := unfit(packed, settings.dtype))
     }
     for packed in tried:
-        tell(packed, tried[packed])
-    able = [packed for packed in settings.packed if packed not in tried]
-    speeds = dict.fromkeys(able, 0.0)
-    if len(able) > 1:
+        report_trial(packed, tried[packed])
+    candidates = [packed for packed in settings.packed if packed not in tried]
+    speeds = dict.fromkeys(candidates, 0.0)
+    if len(candidates) > 1:
         what, reference = checks_of(settings)[-1], None
         for name in [name for name in settings.sides if name != "b"][:1]:
             with contextlib.closing(Side(name, folder, settings, prompt)) as side:
                 side.ready()
                 reference = side.ask(f"check {what}")["loss"]
-        for packed in able:
+        for packed in candidates:
             tried[packed] = trial(packed, what, reference, prompt, folder, settings)
-            tell(packed, tried[packed])
+            report_trial(packed, tried[packed])
         speeds = {
             packed: tried[packed]["examples_per_second"]
-            for packed in able
+            for packed in candidates
             if "left_out" not in tried[packed]
         }
     settings.packed = max(speeds, key=speeds.get, default=None)
     return tried
 
 
-def tell(packed: str, one: dict[str, Any]) -> None:
-    told = (
-        f"is left out: {one['left_out']}"
-        if "left_out" in one
-        else f"{one['examples_per_second']:.3f} examples/s"
+def report_trial(packed: str, result: dict[str, Any]) -> None:
+    outcome = (
+        f"is left out: {result['left_out']}"
+        if "left_out" in result
+        else f"{result['examples_per_second']:.3f} examples/s"
     )
-    print(f"(b) with {packed} {told}", file=sys.stderr, flush=True)
+    report(f"(b) with {packed} {outcome}")
 
 
 def unfit(packed: str, dtype: str) -> str | None:
-    """Why a packed setting cannot be tried, if so."""
+    """Why a packed setting cannot be tried; None if it can."""
     attention = packed.partition("+")[0]
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         return "flash_attn not installed"
@@ -315,8 +364,10 @@ def trial(
     settings: argparse.Namespace,
 ) -> dict[str, Any]:
     """(b)'s loss and speed with one packed setting, or why it is `left_out`."""
-    given = argparse.Namespace(**vars(settings) | {"packed": packed, "seconds": TRIAL_SECONDS})
-    with contextlib.closing(Side("b", folder, given, prompt, SHARE)) as side:
+    trial_settings = argparse.Namespace(
+        **vars(settings) | {"packed": packed, "seconds": TRIAL_SECONDS}
+    )
+    with contextlib.closing(Side("b", folder, trial_settings, prompt, SHARE)) as side:
         timer = threading.Timer(TRIAL_LIMIT, side.process.kill)
         timer.start()
         try:
@@ -363,21 +414,22 @@ def summary(rounds: list[dict], first: list[dict]) -> dict[str, Any]:
     }
 
 
-def heading(found: dict[str, Any]) -> Iterator[str]:
-    inputs, settings = found["inputs"], found["settings"]
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    yield f"{found['date']}; {found['hardware']}; Python {platform.python_version()}, {versions}"
+def heading(results: dict[str, Any]) -> Iterator[str]:
+    inputs, settings = results["inputs"], results["settings"]
+    versions = {"Python": platform.python_version(), **results["versions"]}
+    described = ", ".join(f"{name} {number}" for name, number in versions.items())
+    yield f"{results['date']}; {results['hardware']}; {described}"
     yield ""
     yield (
-        f"{settings['shape']} ({inputs['parameters']:,} parameters, random weights),"
+        f"{settings['model']} ({inputs['parameters']:,} parameters),"
         f" {dtype_of(settings)}, LoRA rank {RANK} on all projections, dropout {DROPOUT},"
         f" SemEval-2010 Task 8; {settings['rows']} rows of {settings['row_length']} an update in"
         f" (b), (c), (d); {settings['rounds']} rounds of at least {settings['seconds']:g} s a side"
     )
 
 
-def table(found: dict[str, Any], prompt: str) -> Iterator[str]:
-    about, sides = found["inputs"]["prompts"][prompt], found["prompts"][prompt]
+def table(results: dict[str, Any], prompt: str) -> Iterator[str]:
+    about, sides = results["inputs"]["prompts"][prompt], results["prompts"][prompt]
     yield ""
     yield (
         f"**{prompt}**: {about['tokens']:.0f} tokens an example (longest {about['longest']}),"
@@ -392,21 +444,24 @@ def table(found: dict[str, Any], prompt: str) -> Iterator[str]:
         yield "|---|---|---|---|---|---|---|"
         for name, side in sides.items():
             if side["against"] == against:
-                yield row(name, side, found["settings"]["packed"])
+                yield row(name, side, results["settings"]["packed"])
+
+    if "curve" in sides.get("c", {}):
+        yield from described_curves(sides["c"]["curve"], dtype_of(results["settings"]))
 
 
 def row(name: str, side: dict[str, Any], packed: str) -> str:
-    told = TOLD.get(name, "jaxre, " + name.partition(":")[2]) + (
+    description = DESCRIPTIONS.get(name, "jaxre, " + name.partition(":")[2]) + (
         f", {packed}" if name == "b" else ""
     )
     if name == "b" and side.get("checkpointing"):
-        told += ", gradient checkpointing"
+        description += ", gradient checkpointing"
     ratio = f"{side['ratio']:.2f} ({min(side['ratios']):.2f} to {max(side['ratios']):.2f})"
     differs = f"{side['relative']:.0e}" + (
         f" (f32), {side['timed_relative']:.0e}" if "timed_relative" in side else ""
     )
     return (
-        f"| ({name}) {told} | {side['examples_per_second']:.2f} | {ratio} |"
+        f"| ({name}) {description} | {side['examples_per_second']:.2f} | {ratio} |"
         f" {side['tokens_per_second']:,.0f} | {side['examples_per_update']:.1f} |"
         f" {side['peak_bytes'] / 2**20:,.0f} | {differs} |"
     )
@@ -423,8 +478,8 @@ def hardware(device: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages, and of a GPU's driver, where there is one."""
-    found = {}
+    """Versions of the packages, and of the driver of a GPU."""
+    installed = {}
     packages = (
         "jax",
         "torch",
@@ -438,25 +493,24 @@ def versions() -> dict[str, str]:
     )
     for package in (*packages, "nvidia-cudnn-cu12", "nvidia-cudnn-cu13"):
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
+            installed[package] = version(package)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        found["NVIDIA driver"] = subprocess.run(
+        installed["NVIDIA driver"] = subprocess.run(
             command, capture_output=True, text=True, timeout=10, check=True
         ).stdout.split()[0]
-    return found
+    return installed
 
 
 def leave_out(settings: argparse.Namespace) -> None:
-    """Removes, and says, the sides whose packages are not there."""
+    """Removes, and reports, the sides whose packages are not installed."""
     for name in [name for name in settings.sides if name in NEEDED]:
         needed = (*NEEDED[name], *(["bitsandbytes"] if settings.nf4 else []))
         missing = [package for package in needed if importlib.util.find_spec(package) is None]
         if missing:
-            print(
+            report(
                 f"({name}) is left out: {', '.join(missing)} not installed (pip install"
-                " 'jaxre[bench]')",
-                file=sys.stderr,
+                " 'jaxre[bench]')"
             )
             settings.sides.remove(name)
 
@@ -473,9 +527,16 @@ def main() -> None:
     parser.add_argument(
         "--sides",
         default="a,a',b,c",
-        help="a, a', b, c, d (all of its variants) or one of them; the first is compared with",
+        help="a, a', b, c, d (all variants) or a variant; the first is the reference",
     )
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument(
+        "--model",
+        default=default_model(),
+        help=(
+            "folder, GGUF file, run, named base, or random weights:"
+            f" {', '.join(RANDOM + name for name in SHAPES)} (default: %(default)s)"
+        ),
+    )
     parser.add_argument("--rows", type=int, default=2, help="rows an update of the packed sides")
     parser.add_argument("--row-length", type=int, default=1024)
     parser.add_argument("--examples", type=int, default=2000, help="of the training split")
@@ -500,6 +561,12 @@ def main() -> None:
         help=f"of {','.join(PACKED)}: (b) is the fastest; all on a GPU, else sdpa",
     )
     parser.add_argument(
+        "--curve",
+        type=int,
+        metavar="UPDATES",
+        help="also train (a) and (c) on the same updates without dropout; 50, or 0 with --quick",
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of (c) and (d)"
     )
     parser.add_argument("--quick", action="store_true", help="one prompt, fewer and shorter rounds")
@@ -507,6 +574,10 @@ def main() -> None:
     settings = parser.parse_args()
     settings.rounds = settings.rounds or (2 if settings.quick else 7)
     settings.seconds = settings.seconds or (5.0 if settings.quick else 30.0)
+    if settings.curve is None:
+        settings.curve = 0 if settings.quick else 50
+    if settings.curve * BATCH > settings.examples:
+        parser.error(f"--curve {settings.curve} needs --examples {settings.curve * BATCH} or more")
     settings.prompts = (
         settings.prompts.split(",")
         if settings.prompts
@@ -514,26 +585,25 @@ def main() -> None:
     )
     settings.sides = [
         name
-        for given in settings.sides.split(",")
-        for name in (VARIANTS if given == "d" else [given])
+        for option in settings.sides.split(",")
+        for name in (VARIANTS if option == "d" else [option])
     ]
     if "c" not in settings.sides and any(name in VARIANTS for name in settings.sides):
-        settings.sides.insert(0, "c")  # which they are measured against
+        settings.sides.insert(0, "c")  # the reference of the variants
     settings.packed = settings.packed and settings.packed.split(",")
-    unknown = [name for name in settings.sides if name not in TOLD and name not in VARIANTS]
-    unknown += [name for name in settings.prompts if name not in PROMPTS] + [
-        name for name in settings.packed or () if name not in PACKED
-    ]
-    if unknown:
-        parser.error(
-            f"{unknown[0]!r} is none of {', '.join([*TOLD, *VARIANTS, *PROMPTS, *PACKED])}"
-        )
+    for names, known in (
+        (settings.sides, [*DESCRIPTIONS, *VARIANTS]),
+        (settings.prompts, PROMPTS),
+        (settings.packed or (), PACKED),
+    ):
+        if unknown := [name for name in names if name not in known]:
+            parser.error(f"{unknown[0]!r} is none of {', '.join(known)}")
     leave_out(settings)
     if not settings.sides:
         parser.error("no side is left to measure")
     if settings.json and not settings.json.absolute().parent.is_dir():
-        parser.error(f"{settings.json.parent} is not there; name a folder that is")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the sides are ended too
+        parser.error(f"{settings.json.parent} does not exist; name an existing folder")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the sides end too
     folder = Path(tempfile.mkdtemp(prefix="bench-training-"))
     try:
         with contextlib.closing(Side("prepare", folder, settings, None)) as worker:
@@ -545,11 +615,11 @@ def main() -> None:
         if "b" in settings.sides:
             tried = fastest_packed(settings.prompts[0], folder, settings)
             if settings.packed is None:
-                print("(b) is left out: no packed setting works", file=sys.stderr)
+                report("(b) is left out: no packed setting works")
                 settings.sides.remove("b")
         if not settings.sides:
             raise SystemExit("no side is left to measure")
-        found = {
+        results = {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
             "hardware": hardware(inputs["device"]),
             "versions": versions(),
@@ -558,13 +628,13 @@ def main() -> None:
             "packed": tried,
             "prompts": {},
         }
-        print("\n".join(heading(found)))
+        print("\n".join(heading(results)))
         for prompt in settings.prompts:
-            # Told and kept at once: a later prompt may need more memory than there is.
-            found["prompts"][prompt] = bench_prompt(prompt, folder, settings)
-            print("\n".join(table(found, prompt)), flush=True)
+            # Printed and saved at once: a later prompt may run out of memory.
+            results["prompts"][prompt] = bench_prompt(prompt, folder, settings)
+            print("\n".join(table(results, prompt)), flush=True)
             if settings.json:
-                settings.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                settings.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""What `hardware_check.py` found, as markdown, and what of it was not right."""
+"""The results of `hardware_check.py` as markdown, and the list of failures."""
 
 from __future__ import annotations
 
@@ -6,28 +6,25 @@ from collections.abc import Iterator
 from typing import Any
 
 
-def failures(found: dict[str, Any]) -> list[str]:
-    """What was not right: kernels that differ from f32, and parts with checks that did not end."""
+def failures(results: dict[str, Any]) -> list[str]:
+    """Lists failures: kernels that differ from f32, and parts with checks that did not end."""
     wrong = []
-    for section, part in found["sections"].items():
-        if section.startswith("check") and part["outcome"] != "done":
-            wrong.append(f"{section}: {part['outcome']}")
-        for one in part["records"]:
-            if one.get("passed") is False and one.get("implementation"):
-                told = (
-                    one.get("problem")
-                    or f"error {None if one['error'] is None else format(one['error'], '.1e')},"
-                    f" allowed {one['limit']:.1e}"
-                )
+    for section, result in results["sections"].items():
+        if section.startswith("check") and result["outcome"] != "done":
+            wrong.append(f"{section}: {result['outcome']}")
+        for record in result["records"]:
+            if record.get("passed") is False and record.get("implementation"):
+                error = None if record.get("error") is None else f"{record['error']:.1e}"
+                reason = record.get("problem") or f"error {error}, allowed {record['limit']:.1e}"
                 wrong.append(
-                    f"{section}: {one['case']}, {one['dtype']},"
-                    f" {one.get('variant', one['implementation'])}: {told}"
+                    f"{section}: {record['case']}, {record['dtype']},"
+                    f" {record.get('variant', record['implementation'])}: {reason}"
                 )
     return wrong
 
 
 def rows_of(heads: str, rows: list[list[str]]) -> Iterator[str]:
-    """A markdown table, nothing without rows."""
+    """A markdown table; nothing without rows."""
     if rows:
         yield f"| {' | '.join(heads.split('; '))} |"
         yield "|" + "---|" * len(heads.split("; "))
@@ -35,27 +32,27 @@ def rows_of(heads: str, rows: list[list[str]]) -> Iterator[str]:
         yield ""
 
 
-def markdown(found: dict[str, Any]) -> Iterator[str]:
-    device = found["device"] or {}
+def markdown(results: dict[str, Any]) -> Iterator[str]:
+    device = results["device"] or {}
     yield (
-        f"# {'Dry run, no measurement' if found['settings']['dry'] else 'Hardware check'}:"
+        f"# {'Dry run, no measurement' if results['settings']['dry'] else 'Hardware check'}:"
         f" {device.get('kind', 'no device answered')}"
     )
     yield ""
-    told = [
-        found["date"],
-        found["driver"],
+    about = [
+        results["date"],
+        results["driver"],
         device.get("runtime"),
-        found["revision"] and f"revision {found['revision']}",
+        results["revision"] and f"revision {results['revision']}",
     ]
     yield "; ".join(
         [
-            *filter(None, told),
-            ", ".join(f"{name} {number}" for name, number in found["versions"].items()),
+            *filter(None, about),
+            ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
         ]
     )
     yield ""
-    wrong = failures(found)
+    wrong = failures(results)
     yield (
         "\n".join(f"- FAILED: {line}" for line in wrong)
         if wrong
@@ -65,24 +62,24 @@ def markdown(found: dict[str, Any]) -> Iterator[str]:
     yield from rows_of(
         "part; outcome; seconds",
         [
-            [name, one["outcome"], f"{one['seconds']:.0f}"]
-            for name, one in found["sections"].items()
+            [name, section["outcome"], f"{section['seconds']:.0f}"]
+            for name, section in results["sections"].items()
         ],
     )
-    records = {name: one["records"] for name, one in found["sections"].items()}
-    goals = [one for part in records.values() for one in part if "target" in one]
+    records = {name: section["records"] for name, section in results["sections"].items()}
+    goals = [record for part in records.values() for record in part if "target" in record]
     yield from rows_of(
         "goal; ours; against; its seconds over ours; at least; met",
         [
             [
-                one["target"],
-                one["ours"],
-                one["against"],
-                f"{one['ratio']:.2f}",
-                f"{one['least']:.2f}",
-                "yes" if one["ratio"] >= one["least"] else "no",
+                goal["target"],
+                goal["ours"],
+                goal["against"],
+                f"{goal['ratio']:.2f}",
+                f"{goal['least']:.2f}",
+                "yes" if goal["ratio"] >= goal["least"] else "no",
             ]
-            for one in goals
+            for goal in goals
         ],
     )
     for section, part in records.items():
@@ -91,38 +88,38 @@ def markdown(found: dict[str, Any]) -> Iterator[str]:
             yield f"## {section}"
             yield ""
             yield from (
-                f"Measured on this device: {one['rates']['matrix'] / 1e12:,.1f} TFLOP/s,"
-                f" {one['rates']['copy'] / 1e9:,.0f} GB/s.\n"
-                for one in part
-                if "rates" in one
+                f"Measured on this device: {record['rates']['matrix'] / 1e12:,.1f} TFLOP/s,"
+                f" {record['rates']['copy'] / 1e9:,.0f} GB/s.\n"
+                for record in part
+                if "rates" in record
             )
             yield from table
 
 
 def table_of(section: str, records: list[dict]) -> Iterator[str]:
-    cases = [one for one in records if "case" in one and "target" not in one]
-    missed = [one for one in cases if "left_out" in one or "problem" in one]
-    ran = [one for one in cases if "left_out" not in one and "problem" not in one]
+    cases = [record for record in records if "case" in record and "target" not in record]
+    missed = [record for record in cases if "left_out" in record or "problem" in record]
+    ran = [record for record in cases if "left_out" not in record and "problem" not in record]
 
-    def error(one: dict) -> str:
-        return (
-            "-" if "error" not in one else "NaN" if one["error"] is None else f"{one['error']:.1e}"
-        )
+    def error(record: dict) -> str:
+        if "error" not in record:
+            return "-"
+        return "NaN" if record["error"] is None else f"{record['error']:.1e}"
 
     if section.startswith("check"):
         yield from rows_of(
             "case; dtype; implementation; error; allowed; right; twice the same",
             [
                 [
-                    one["case"],
-                    one["dtype"],
-                    one["implementation"],
-                    error(one),
-                    f"{one['limit']:.1e}",
-                    "yes" if one["passed"] else "NO",
-                    str(one.get("repeats", "-")),
+                    record["case"],
+                    record["dtype"],
+                    record["implementation"],
+                    error(record),
+                    f"{record['limit']:.1e}",
+                    "yes" if record["passed"] else "NO",
+                    str(record.get("repeats", "-")),
                 ]
-                for one in ran
+                for record in ran
             ],
         )
     elif section.startswith("time"):
@@ -131,17 +128,17 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
             " error",
             [
                 [
-                    one["case"],
-                    one["variant"],
-                    f"{1e3 * one['seconds']:.3f} ({1e3 * one['least']:.3f} to"
-                    f" {1e3 * one['most']:.3f})" + ", the host's" * one["host_bound"],
-                    f"{one['flops'] / 1e12:.1f}",
-                    f"{one['of_matrix_rate']:.0%}",
-                    f"{one['bytes'] / 1e9:,.0f}",
-                    "-" if one["temporary"] is None else f"{one['temporary'] / 2**20:,.0f}",
-                    error(one),
+                    record["case"],
+                    record["variant"],
+                    f"{1e3 * record['seconds']:.3f} ({1e3 * record['least']:.3f} to"
+                    f" {1e3 * record['most']:.3f})" + ", the host's" * record["host_bound"],
+                    f"{record['flops'] / 1e12:.1f}",
+                    f"{record['of_matrix_rate']:.0%}",
+                    f"{record['bytes'] / 1e9:,.0f}",
+                    "-" if record["temporary"] is None else f"{record['temporary'] / 2**20:,.0f}",
+                    error(record),
                 ]
-                for one in ran
+                for record in ran
             ],
         )
     elif section == "step":
@@ -150,19 +147,19 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
             " MiB; compiling, s; first loss",
             [
                 [
-                    one["case"],
-                    f"{1e3 * one['seconds']:.1f}",
-                    f"{one['share_of_floor']:.0%}",
-                    f"{one['examples_per_second']:.1f}",
-                    f"{one['tokens_per_second']:,.0f}",
-                    f"{one['mfu']:.1%}",
-                    f"{one['mfu_datasheet']:.1%}" if one["mfu_datasheet"] else "-",
-                    one["remat"],
-                    f"{one['peak_memory'] / 2**20:,.0f}",
-                    f"{one['compile_seconds']:.1f}",
-                    f"{one['first_loss']:.5f}",
+                    record["case"],
+                    f"{1e3 * record['seconds']:.1f}",
+                    f"{record['share_of_floor']:.0%}",
+                    f"{record['examples_per_second']:.1f}",
+                    f"{record['tokens_per_second']:,.0f}",
+                    f"{record['mfu']:.1%}",
+                    f"{record['mfu_datasheet']:.1%}" if record["mfu_datasheet"] else "-",
+                    record["remat"],
+                    f"{record['peak_memory'] / 2**20:,.0f}",
+                    f"{record['compile_seconds']:.1f}",
+                    f"{record['first_loss']:.5f}",
                 ]
-                for one in ran
+                for record in ran
             ],
         )
     else:
@@ -171,23 +168,23 @@ def table_of(section: str, records: list[dict]) -> Iterator[str]:
             " peak MiB; loss differs by",
             [
                 [
-                    one["case"],
-                    one["prompt"],
-                    one["side"],
-                    f"{one['examples_per_second']:.2f}",
-                    f"{one['ratio']:.2f}",
-                    f"{one['tokens_per_second']:,.0f}",
-                    f"{one['examples_per_update']:.1f}",
-                    f"{one['peak_bytes'] / 2**20:,.0f}",
-                    f"{one['relative']:.0e}",
+                    record["case"],
+                    record["prompt"],
+                    record["side"],
+                    f"{record['examples_per_second']:.2f}",
+                    f"{record['ratio']:.2f}",
+                    f"{record['tokens_per_second']:,.0f}",
+                    f"{record['examples_per_update']:.1f}",
+                    f"{record['peak_bytes'] / 2**20:,.0f}",
+                    f"{record['relative']:.0e}",
                 ]
-                for one in ran
+                for record in ran
             ],
         )
     reasons: dict[str, list[str]] = {}
-    for one in missed:
-        reasons.setdefault(one.get("problem") or one["left_out"], []).append(
-            f"{one['case']} {one.get('variant', one.get('implementation', ''))}".strip()
+    for record in missed:
+        reasons.setdefault(record.get("problem") or record["left_out"], []).append(
+            f"{record['case']} {record.get('variant', record.get('implementation', ''))}".strip()
         )
     yield from (
         f"- not run: {', '.join(dict.fromkeys(names))}: {reason}"

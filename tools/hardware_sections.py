@@ -4,11 +4,11 @@ one line of JSON each.
     python tools/hardware_sections.py SECTION FILE SECONDS [--dry] [--sweep]
         # "check attention", "time lora", "step", "peers"
 
-A record is what came out for one case and variant, or why it was not run (`left_out`) or failed
-(`problem`); one is complete before the next begins, so that what a section has found outlives it.
-What has a record is not run again: a section that left off goes on where it was. It leaves off
-itself, to be started again (AGAIN), where the device or its memory has to be as it was: after a
-kernel that the device did not survive, and between runs whose peak memory is told.
+A record holds the result of one case and variant, or the reason why it was not run (`left_out`) or
+failed (`problem`); it is complete before the next begins, so results survive their process. Cases
+with a record are not run again: a restarted section continues where it stopped. It exits itself, to
+be restarted (AGAIN), where the device or its memory must be fresh: after a kernel that left the
+device unusable, and between runs whose peak memory is reported.
 """
 
 from __future__ import annotations
@@ -24,39 +24,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# The step's rows; the peers' too.
+# Rows of the step and of the peers.
 STEP = {"dtype": "bfloat16", "examples": 4000, "rows": 4, "row_length": 8192}
 DRY_STEP = {"dtype": "float32", "examples": 60, "rows": 1, "row_length": 1024}
 SMALL, LARGE, DRY_SHAPE = "qwen2.5-0.5b", "qwen2.5-3b", "tiny"
 STUDY_BATCH = ("train.batch_tokens=null", "train.batch_examples=8")
-# The goals on an H200. Of packed rows: of the measured matrix rate, of the ledger's floor,
-# examples/s of the study's 200,000 x 2 examples in ten minutes. Of the study's batch: seconds of an
-# update.
+# Goals on an H200. With packed rows: shares of the measured matrix rate and of the ledger's floor,
+# and examples/s for the study's 200,000 x 2 examples in ten minutes. With the study's batch:
+# seconds of an update.
 MFU_GOALS = {SMALL: 0.40, LARGE: 0.55}
 FLOOR_GOAL = 0.75
 STUDY_EXAMPLES = 400_000 / 600
 STUDY_UPDATE = 0.012
-# (b) is the best packed PyTorch.
+# (b) is the fastest packed PyTorch.
 PEER_GOALS = {
     "jaxre at the study's batch": {"a": 10.0},
     "jaxre with packed rows": {"a": 40.0, "b": 2.0},
 }
 LATE = "no time was left"
-REFUSED = "does not run here"  # how every dispatch begins to say why it does not take some arrays
-SETS = 3  # of inputs, in turn
+REFUSED = "does not run here"  # in every error of a dispatch about unsupported arrays
+SETS = 3  # sets of inputs, used in turn
 
-AGAIN = 75  # the exit code of a section that is to be started again
+AGAIN = 75  # exit code of a section that requests a restart
 
 
 class Records:
-    """The records of a section in its file, also those of before it was started again."""
+    """The records of a section in its file, also those from before a restart."""
 
     def __init__(self, path: Path):
         self.path = path
         lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        # the last one may be cut short
+        # the last line may be truncated
         self.found = [json.loads(line) for line in lines if line.endswith("}")]
-        self.there = {key for one in self.found if (key := key_of(one))}
+        self.keys = {key for record in self.found if (key := key_of(record))}
 
     def __call__(self, **record: Any) -> None:
         self.found.append(record)
@@ -64,17 +64,17 @@ class Records:
             out.write(json.dumps(record) + "\n")
 
     def begin(self, record: dict[str, Any]) -> bool:
-        """Says that this is being run, so that what ends the process is known. False if it has a
-        record: it is not to be run.
+        """Records that a case begins, so that a case that ends the process is known. Returns False,
+        and records nothing, if the case already has a record.
         """
-        if key_of(record) in self.there:
+        if key_of(record) in self.keys:
             return False
         self(begun=record)
         return True
 
 
 def key_of(record: dict[str, Any]) -> tuple | None:
-    """What a record is about; None if about no case."""
+    """The case of a record; None if it is about no case."""
     if "case" not in record:
         return None
     return tuple(
@@ -84,28 +84,24 @@ def key_of(record: dict[str, Any]) -> tuple | None:
 
 
 def unfinished(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What was begun last and has no record."""
-    begun = [one["begun"] for one in records if "begun" in one]
-    return (
-        begun[-1] if begun and key_of(begun[-1]) not in {key_of(one) for one in records} else None
-    )
+    """The case that began last, if it has no record."""
+    last = next((record["begun"] for record in reversed(records) if "begun" in record), None)
+    return last if last and key_of(last) not in map(key_of, records) else None
 
 
 def leave_if_lost() -> None:
-    """Ends the process, to be started again, where a kernel has left the device of this one
-    unusable.
-    """
+    """Exits, for a restart, if a kernel has left the device unusable for this process."""
     import jax
     import jax.numpy as jnp
 
     try:
         jax.block_until_ready(jnp.zeros(8) + 1)
-    except Exception:  # noqa: BLE001, whatever it is, nothing more can be run here
+    except Exception:  # noqa: BLE001, after any error nothing more can run here
         sys.exit(AGAIN)
 
 
 def in_order(variants: dict[str, Any]) -> list[tuple[str, Any]]:
-    """XLA and opponents first, ours that may break the device last."""
+    """XLA and opponents first; our kernels, which may break the device, last."""
     return sorted(variants.items(), key=lambda item: item[0].startswith("pallas"))
 
 
@@ -123,7 +119,7 @@ def about() -> dict[str, Any]:
 
 
 def problem(error: BaseException) -> str:
-    """One line of an exception, short."""
+    """An exception in one short line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:600]
 
 
@@ -151,20 +147,16 @@ def check_op(emit: Records, deadline: float, options: argparse.Namespace, op: st
                     oracle = timing.Oracle(case, inputs)
                 with jax.default_matmul_precision("highest"):
                     run = jax.jit(variant.run)
-                    found = run(*inputs)
+                    outputs = run(*inputs)
                     # A difference between two runs on the same inputs is a race, or sums whose
                     # order is not fixed.
-                    repeats = timing.error_of(run(*inputs), found) == 0.0
-                emit(**record, **oracle.judge(found), repeats=repeats)
-            except Exception as error:  # noqa: BLE001, whatever it is, it is this kernel's result
-                emit(
-                    **record,
-                    **(
-                        {"left_out": problem(error)}
-                        if REFUSED in str(error)
-                        else {"passed": False, "problem": problem(error)}
-                    ),
-                )
+                    repeats = timing.error_of(run(*inputs), outputs) == 0.0
+                emit(**record, **oracle.judge(outputs), repeats=repeats)
+            except Exception as error:  # noqa: BLE001, any error is this kernel's result
+                if REFUSED in str(error):
+                    emit(**record, left_out=problem(error))
+                else:
+                    emit(**record, passed=False, problem=problem(error))
                 leave_if_lost()
 
 
@@ -174,7 +166,7 @@ def time_op(emit: Records, deadline: float, options: argparse.Namespace, op: str
 
     clock = timing.Clock(options.dry)
     dtype, size = ("float32", 256) if options.dry else ("bfloat16", 8192)
-    rates = next((one["rates"] for one in emit.found if "rates" in one), None)
+    rates = next((earlier["rates"] for earlier in emit.found if "rates" in earlier), None)
     if rates is None:
         rates = {"matrix": clock.matrix_rate(dtype, size), "copy": clock.copy_rate()}
         emit(rates=rates)
@@ -197,28 +189,27 @@ def time_op(emit: Records, deadline: float, options: argparse.Namespace, op: str
                 if sets is None:
                     sets = [case.inputs(seed) for seed in range(SETS)]
                     oracle = timing.Oracle(case, sets[0])
-                found = time_variant(case, variant, sets, oracle, clock)
-            except Exception as error:  # noqa: BLE001, whatever it is, it is this variant's result
-                emit(
-                    **record, **{"left_out" if REFUSED in str(error) else "problem": problem(error)}
-                )
+                measurement = time_variant(case, variant, sets, oracle, clock)
+            except Exception as error:  # noqa: BLE001, any error is this variant's result
+                outcome = "left_out" if REFUSED in str(error) else "problem"
+                emit(**record, **{outcome: problem(error)})
                 leave_if_lost()
                 continue
             emit(
                 **record,
                 tiles=variant.tiles,
                 covers=case.covers,
-                **found,
-                of_matrix_rate=found["flops"] / rates["matrix"],
+                **measurement,
+                of_matrix_rate=measurement["flops"] / rates["matrix"],
             )
         timed = {
-            one["variant"]: one
-            for one in emit.found
-            if one.get("case") == case.name and "seconds" in one
+            earlier["variant"]: earlier
+            for earlier in emit.found
+            if earlier.get("case") == case.name and "seconds" in earlier
         }
         for target in targets_of(case, timed) if begun else ():
             emit(**target)
-        oracle = sets = None  # before the next case's
+        oracle = sets = None  # frees memory before the next case
 
 
 def time_variant(
@@ -246,13 +237,13 @@ def time_variant(
 
 
 def targets_of(case: Any, timed: dict[str, dict]) -> Iterator[dict[str, Any]]:
-    """How the fastest right one of ours stands to each opponent that a goal is set against; one
-    that is wrong is none.
+    """Compares our fastest correct variant with each opponent that has a goal; a wrong opponent
+    sets none.
     """
     right = {
-        name: one["seconds"]
-        for name, one in timed.items()
-        if one["implementation"] and one["passed"]
+        name: record["seconds"]
+        for name, record in timed.items()
+        if record["implementation"] and record["passed"]
     }
     for opponent, least in case.targets.items():
         if right and opponent in timed and timed[opponent].get("passed", True):
@@ -268,10 +259,10 @@ def targets_of(case: Any, timed: dict[str, dict]) -> Iterator[dict[str, Any]]:
 
 
 def time_step(emit: Records, deadline: float, options: argparse.Namespace) -> None:
-    """Whole updates of packed rows and of the study's batch, with XLA's ops and with the device's
-    kernels, on dense and on NF4 weights.
+    """Times whole updates of packed rows and of the study's batch, with XLA's ops and with the
+    device's kernels, on dense and on NF4 weights.
 
-    One run a process: the peak memory of a device is that of all that its process ran.
+    One run a process: the peak memory of a device covers everything that its process ran.
     """
     runs = step_runs(options.dry)
     for name, (shape, overrides) in runs.items():
@@ -286,27 +277,27 @@ def time_step(emit: Records, deadline: float, options: argparse.Namespace) -> No
                 **record,
                 **timed_step(options.records.parent / shape, shape, overrides, options.dry),
             )
-        except Exception as error:  # noqa: BLE001, whatever it is, it is this run's result
+        except Exception as error:  # noqa: BLE001, any error is this run's result
             emit(**record, problem=problem(error))
         sys.exit(AGAIN)
     for goal in step_goals(
-        {one["case"]: one for one in emit.found if "seconds" in one}, options.dry
+        {record["case"]: record for record in emit.found if "seconds" in record}, options.dry
     ):
         emit(**goal)
 
 
 def step_runs(dry: bool) -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Name -> shape of the model and settings of each run, the most wanted first."""
-    given = DRY_STEP if dry else STEP
+    """Name -> shape of the model and settings of each run, the most important first."""
+    step = DRY_STEP if dry else STEP
     kernels = tuple(kernels_here())
     runs = {}
     for shape in (DRY_SHAPE,) if dry else (SMALL, LARGE):
-        rows = f"{shape} {given['dtype']}, {given['rows']} rows of {given['row_length']:,}"
+        rows = f"{shape} {step['dtype']}, {step['rows']} rows of {step['row_length']:,}"
         settings = {
             rows: (),
-            f"{shape} {given['dtype']}, batch of 8": (*STUDY_BATCH, "train.row_length=1024"),
+            f"{shape} {step['dtype']}, batch of 8": (*STUDY_BATCH, "train.row_length=1024"),
+            f"{rows}, NF4": ("model.quantise=nf4",),
         }
-        settings[f"{rows}, NF4"] = ("model.quantise=nf4",)
         for name, overrides in settings.items():
             runs[name] = shape, overrides
             if kernels:
@@ -315,139 +306,97 @@ def step_runs(dry: bool) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def timed_step(folder: Path, shape: str, overrides: tuple[str, ...], dry: bool) -> dict[str, Any]:
-    """What `jaxre profile` measures of a run; its inputs are written into `folder` where they are
-    not there.
-    """
+    """Measures a run as `jaxre profile` does; writes its inputs into `folder` if missing."""
     from bench_sides import run_config, write_inputs
 
     from jaxre.profiling.measure import time_updates
-    from jaxre.profiling.prepared import prepare
     from jaxre.profiling.profile import ledger_of, measured
+    from jaxre.profiling.updates import Updates
+    from jaxre.training.setup import set_up
 
-    given = argparse.Namespace(
-        prompts=["0shot"], set=[], nf4=False, shape=shape, **(DRY_STEP if dry else STEP)
+    settings = argparse.Namespace(
+        prompts=["0shot"],
+        set=[],
+        nf4=False,
+        model=f"random:{shape}",
+        **(DRY_STEP if dry else STEP),
     )
     if not (folder / "written").is_file():
-        # what a process left that was ended while it wrote
+        # remove what an interrupted process wrote
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        write_inputs(folder, given)
+        write_inputs(folder, settings)
         (folder / "written").touch()
-    run = prepare(run_config(folder, "0shot", given, *overrides))
+    run = set_up(run_config(folder, "0shot", settings, *overrides))
     ledger = ledger_of(run)
-    # to be compared between the runs of one batch
+    # comparable between the runs of one batch
     first_loss = float(run.update(run.next_rows()).loss)
-    found = measured(run, time_updates(run, 2 if dry else 20), ledger)
+    results = measured(run, time_updates(Updates(run), 2 if dry else 20), ledger)
     about = {name: ledger[name] for name in ("matrix_rate", "square", "program_flops")}
-    return found | about | {"first_loss": first_loss, "needed": ledger["flops"]["total"]}
+    return results | about | {"first_loss": first_loss, "needed": ledger["flops"]["total"]}
 
 
 def step_goals(found: dict[str, dict], dry: bool) -> Iterator[dict[str, Any]]:
-    """How the runs stand to the goals; of each kind the fastest of XLA's ops and the kernels."""
+    """Compares the runs with the goals; of each kind the fastest of XLA's ops and the kernels."""
 
     def fastest(name: str) -> tuple[str, dict] | None:
         return min(
-            ((case, one) for case, one in found.items() if case.removesuffix(", kernels") == name),
-            key=lambda it: it[1]["seconds"],
+            ((case, run) for case, run in found.items() if case.removesuffix(", kernels") == name),
+            key=lambda item: item[1]["seconds"],
             default=None,
         )
 
-    given = DRY_STEP if dry else STEP
+    def goal(target: str, ours: str, against: str, ratio: float, least: float) -> dict[str, Any]:
+        return {"target": target, "ours": ours, "against": against, "ratio": ratio, "least": least}
+
+    step = DRY_STEP if dry else STEP
     for shape in (DRY_SHAPE,) if dry else (SMALL, LARGE):
-        rows = f"{shape} {given['dtype']}, {given['rows']} rows of {given['row_length']:,}"
-        dense, nf4, batch = (
-            fastest(name)
-            for name in (rows, f"{rows}, NF4", f"{shape} {given['dtype']}, batch of 8")
-        )
-        goals = []
-        if dense:
-            case, one = dense
-            goals += [
-                (
-                    "share of the ledger's floor",
-                    case,
-                    "the floor",
-                    one["share_of_floor"],
-                    FLOOR_GOAL,
-                )
-            ]
-            goals += [
-                (
-                    "MFU on real tokens",
-                    case,
-                    "the measured matrix rate",
-                    one["mfu"],
-                    MFU_GOALS.get(shape, 0.0),
-                )
-            ]
-        if dense and shape == SMALL:
-            goals += [
-                (
-                    "the study's 400,000 examples in ten minutes",
-                    case,
-                    "667 examples/s",
-                    one["examples_per_second"] / STUDY_EXAMPLES,
-                    1.0,
-                )
-            ]
-        if batch and shape == SMALL:
-            goals += [
-                (
-                    "an update of the study's batch",
-                    batch[0],
-                    "12 ms",
-                    STUDY_UPDATE / batch[1]["seconds"],
-                    1.0,
-                )
-            ]
-        if dense and nf4:
-            goals += [
-                (
-                    "an update on NF4 weights",
-                    nf4[0],
-                    dense[0],
-                    dense[1]["seconds"] / nf4[1]["seconds"],
-                    1 / 1.15,
-                )
-            ]
-        for target, ours, against, ratio, least in goals:
-            yield {
-                "target": target,
-                "ours": ours,
-                "against": against,
-                "ratio": ratio,
-                "least": least,
-            }
+        rows = f"{shape} {step['dtype']}, {step['rows']} rows of {step['row_length']:,}"
+        if dense := fastest(rows):
+            case, run = dense
+            share, mfu = run["share_of_floor"], run["mfu"]
+            yield goal("share of the ledger's floor", case, "the floor", share, FLOOR_GOAL)
+            least = MFU_GOALS.get(shape, 0.0)
+            yield goal("MFU on real tokens", case, "the measured matrix rate", mfu, least)
+            if shape == SMALL:
+                target = "the study's 400,000 examples in ten minutes"
+                ratio = run["examples_per_second"] / STUDY_EXAMPLES
+                yield goal(target, case, "667 examples/s", ratio, 1.0)
+        if shape == SMALL and (batch := fastest(f"{shape} {step['dtype']}, batch of 8")):
+            ratio = STUDY_UPDATE / batch[1]["seconds"]
+            yield goal("an update of the study's batch", batch[0], "12 ms", ratio, 1.0)
+        if dense and (nf4 := fastest(f"{rows}, NF4")):
+            ratio = dense[1]["seconds"] / nf4[1]["seconds"]
+            yield goal("an update on NF4 weights", nf4[0], dense[0], ratio, 1 / 1.15)
 
 
 def kernels_here() -> list[str]:
-    """The settings that ask for the kernel of each op that was written for this device."""
+    """The settings that select the kernel of each op that was written for this device."""
     import jax
     from jaxre_kernels.implementations import HARDWARE, implementations_of, runs_on
 
     device = jax.devices()[0]
-    there = [
-        (op, name)
+    return [
+        f"kernels.{op}={name}"
         for op in ("attention", "lora", "cross_entropy")
         for name in implementations_of(op)
-    ]
-    return [
-        f"kernels.{op}={name}" for op, name in there if name in HARDWARE and runs_on(name, device)
+        if name in HARDWARE and runs_on(name, device)
     ]
 
 
 def time_peers(emit: Records, deadline: float, options: argparse.Namespace) -> None:
-    """`bench_training.py`, first with jaxre at the study's own batch, which is what (a) takes, then
+    """Runs `bench_training.py`, first with jaxre at the study's own batch, which (a) uses too, then
     with packed rows.
     """
     shape = DRY_STEP if options.dry else STEP
     model = DRY_SHAPE if options.dry else SMALL
     turns = "--rounds 1 --seconds 0.5" if options.dry else "--rounds 2 --seconds 5"
     common = (
-        f"--quick --shape {model} --dtype {shape['dtype']} --examples {shape['examples']} {turns}"
+        f"--quick --model random:{model} --dtype {shape['dtype']}"
+        f" --examples {shape['examples']} {turns}"
     ).split()
-    # PyTorch packs rows of its own length; of its ways to attend within them these two know where
-    # an example ends.
+    # PyTorch packs rows of its own length; of its attentions within them, these two know where an
+    # example ends.
     packed = (
         ["--sides", "a',c"]
         if options.dry
@@ -457,7 +406,7 @@ def time_peers(emit: Records, deadline: float, options: argparse.Namespace) -> N
     batch += [part for setting in STUDY_BATCH for part in ("--set", setting)]
     rows = [*packed, "--rows", str(shape["rows"]), "--row-length", str(shape["row_length"])]
     for name, extra in zip(PEER_GOALS, (batch, rows), strict=True):
-        if any(one.get("case") == name for one in emit.found):
+        if any(record.get("case") == name for record in emit.found):
             continue
         with tempfile.TemporaryDirectory(prefix="hardware-check-") as folder:
             path, log = Path(folder) / "found.json", Path(folder) / "log"
@@ -473,19 +422,21 @@ def time_peers(emit: Records, deadline: float, options: argparse.Namespace) -> N
                 process = subprocess.Popen(command, stdout=out, stderr=out)
             try:
                 code = process.wait(max(1.0, deadline - time.monotonic()))
-                ended = f"it ended with code {code}" if code else None
+                failure = f"it ended with code {code}" if code else None
             except subprocess.TimeoutExpired:
-                process.terminate()  # it ends its sides
+                process.terminate()  # ends its sides too
                 process.wait()
-                ended = LATE
-            told = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            for line in told:
+                failure = LATE
+            log_lines = [
+                line for line in log.read_text(errors="replace").splitlines() if line.strip()
+            ]
+            for line in log_lines:
                 if "is left out" in line:
                     emit(case=name, left_out=line)
-            found = json.loads(path.read_text())["prompts"] if path.is_file() else {}
-            if ended:
-                emit(case=name, problem=f"{ended}: {' '.join(told[-3:])[-600:]}")
-        kept = (
+            prompts = json.loads(path.read_text())["prompts"] if path.is_file() else {}
+            if failure:
+                emit(case=name, problem=f"{failure}: {' '.join(log_lines[-3:])[-600:]}")
+        reported = (
             "examples_per_second",
             "tokens_per_second",
             "ratio",
@@ -494,9 +445,9 @@ def time_peers(emit: Records, deadline: float, options: argparse.Namespace) -> N
             "peak_bytes",
             "relative",
         )
-        for prompt, measured in found.items():
+        for prompt, measured in prompts.items():
             for side, values in measured.items():
-                emit(case=name, prompt=prompt, side=side, **{key: values[key] for key in kept})
+                emit(case=name, prompt=prompt, side=side, **{key: values[key] for key in reported})
             for side, least in PEER_GOALS[name].items():
                 if side in measured and "c" in measured:
                     ratio = (
@@ -517,21 +468,21 @@ def main() -> None:
     )
     parser.add_argument("section")
     parser.add_argument("records", type=Path)
-    parser.add_argument("seconds", type=float, help="after which nothing more is begun")
+    parser.add_argument("seconds", type=float, help="time limit after which no case begins")
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--sweep", action="store_true")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
-    what, *op = options.section.split(" ")
+    kind, *op = options.section.split(" ")
     emit = Records(options.records)
     try:
         device = about()
         if not emit.found:
             emit(about=device)
         if device["platform"] == "cpu" and not options.dry:
-            emit(left_out="no accelerator is here (--dry runs every part on a CPU)")
+            emit(left_out="this machine has no accelerator (--dry runs every part on a CPU)")
             return
-        {"check": check_op, "time": time_op, "step": time_step, "peers": time_peers}[what](
+        {"check": check_op, "time": time_op, "step": time_step, "peers": time_peers}[kind](
             emit, deadline, options, *op
         )
     except ModuleNotFoundError as error:

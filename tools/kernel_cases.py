@@ -1,8 +1,8 @@
-"""What `hardware_check` and `tune_kernels.py` run: for each op its cases, the plain formula, our
+"""Cases of `hardware_check` and `tune_kernels.py`: for each op the plain formula, our
 implementations and opponents.
 
-Implementations, their tile sizes (`TILES`) and what they refuse come from the op's own dispatch: a
-new one is picked up as it is. Needs jax and numpy; tokamax is measured where it is installed, cuDNN
+Implementations, their tile sizes (`TILES`) and what they refuse come from the op's own dispatch, so
+new ones are included automatically. Needs jax and numpy; measures tokamax if it is installed, cuDNN
 on a GPU, splash attention on a TPU.
 """
 
@@ -35,8 +35,7 @@ MODELS = {
 }
 DROPOUT, SCALE = 0.05, 2.0
 
-# ---- packed attention
-# --------------------------------------------------------------------------------
+# ---- packed attention ----------------------------------------------------------------------------
 
 
 def packed(
@@ -45,8 +44,8 @@ def packed(
     """Rows of examples of about `mean` tokens behind a shared prefix, pads at the end.
 
     Returns:
-      visible_until [B, T]; starts [B, M + 1] and lengths [B, M] of the examples, -1 where there is
-      none: cuDNN's form. All int32.
+      visible_until [B, T]; starts [B, M + 1] and lengths [B, M] of the examples, -1 beyond the
+      last: cuDNN's form. All int32.
     """
     draw, shortest = np.random.default_rng(seed), max(1, mean // 2)
     most = length // shortest + 1
@@ -95,20 +94,20 @@ def cudnn_masked(q, k, v, visible_until):
 
 
 def cudnn_packed(q, k, v, dout, visible_until, starts, lengths):
-    """cuDNN's own packed form, behind a private call of JAX: examples lie one behind another, none
-    shares a prefix.
+    """cuDNN's own packed form, behind a private call of JAX: examples one after another, without a
+    shared prefix.
     """
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
     def attend(q, k, v):
-        where = {
+        layout = {
             "q_seqlen": lengths,
             "kv_seqlen": lengths,
             "q_offsets": starts,
             "kv_offsets": starts,
         }
         return dot_product_attention(
-            q, k, v, **where, scale=q.shape[-1] ** -0.5, mask_type=MaskType.PADDING_CAUSAL
+            q, k, v, **layout, scale=q.shape[-1] ** -0.5, mask_type=MaskType.PADDING_CAUSAL
         )
 
     out, back = jax.vjp(attend, q, k, v)
@@ -122,7 +121,7 @@ def tokamax_attention(q, k, v, visible_until):
 
 
 def splash_attention(q, k, v, visible_until, interpret=False):
-    """Examples are told apart by their ends."""
+    """Splash attention; the ends of examples serve as segment ids."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -137,7 +136,7 @@ def splash_attention(q, k, v, visible_until, interpret=False):
 
 
 def with_copy_engine(bounds: dict[str, int]) -> dict[str, Variant]:
-    """On Hopper, the kernels for older GPUs with its copy engine: they stand for no choice."""
+    """The kernels for older GPUs with the copy engine, on Hopper; not selectable."""
     if not runs_on("pallas_gpu", jax.devices()[0]):
         return {}
     kernels = partial(kernels_of("attention", "pallas_gpu_sm80").with_copy_engine, **bounds)
@@ -201,14 +200,14 @@ def attention_case(
             "kv_heads": (K, K),
             "channels": (C, C),
         }
-    told = (
+    description = (
         f"{model}, {rows} x {length:,}, examples of about {mean}"
         + (f" behind {prefix}" if prefix else "")
         + (", pads" if pads else "")
     )
     return Case(
         "attention",
-        told,
+        description,
         dtype,
         inputs,
         attended(dense_attention),
@@ -249,8 +248,7 @@ def attention_timings(dry: bool, sweep: bool) -> Iterator[Case]:
         return
     make = partial(attention_case, dtype="bfloat16", opponents=True)
     short = {"length": (4096, 16384), "span": (129, 384)}
-    # The goals of packed attention: 15 times as fast as a dense mask, and faster than cuDNN's
-    # packed form.
+    # Goals: 15 times as fast as a dense mask, and faster than cuDNN's packed form.
     targets = {"dense mask": 15.0, "cuDNN, packed": 1.0}
     for model in ("Qwen2.5-0.5B", "Qwen2.5-3B"):
         yield make(
@@ -280,8 +278,7 @@ def attention_timings(dry: bool, sweep: bool) -> Iterator[Case]:
     )
 
 
-# ---- linear cross-entropy
-# ----------------------------------------------------------------------------
+# ---- linear cross-entropy ------------------------------------------------------------------------
 
 
 def cross_entropy_case(
@@ -300,7 +297,7 @@ def cross_entropy_case(
     def inputs(seed):
         head = normal(seed, 1, (V, D), dtype, D**-0.5)
         chosen = jax.random.randint(jax.random.key(seed + 1), tokens, 0, V)
-        # tokamax knows no weights: they are all the same where it is measured.
+        # tokamax does not support weights, so they are equal where it is measured.
         weights = (
             jnp.full(tokens, 1 / count)
             if opponents
@@ -320,7 +317,7 @@ def cross_entropy_case(
         return run
 
     def products(x, head, targets, weights):
-        # Without the barrier the three matrices might be multiplied in another order.
+        # Without the barrier the three matrices could be multiplied in another order.
         logits = jax.lax.optimization_barrier(x @ head.T)
         return logits @ head, jnp.einsum("...v,...d->vd", logits, x) if trained else None
 
@@ -380,8 +377,8 @@ def cross_entropy_timings(dry: bool, sweep: bool) -> Iterator[Case]:
         return
     make = partial(cross_entropy_case, dtype="bfloat16", opponents=True)
     for model in ("Qwen2.5-0.5B", "Qwen2.5-3B"):
-        # The goal: within a tenth of the bare product. The head is frozen, as in LoRA: the table
-        # does not know whether it is.
+        # Goal: within a tenth of the bare product. The head is frozen, as in LoRA; the table does
+        # not distinguish trained heads.
         yield make(
             model,
             tokens=(16, 256),
@@ -396,12 +393,11 @@ def cross_entropy_timings(dry: bool, sweep: bool) -> Iterator[Case]:
     yield make("Qwen2.5-0.5B", tokens=(16, 256), trained=True, sweep=sweep)
 
 
-# ---- the LoRA projections of one input
-# ---------------------------------------------------------------
+# ---- the LoRA projections of one input -----------------------------------------------------------
 
 
 def groups_of(model: str) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """name -> (inputs, outputs of each projection) of the four groups of a layer."""
+    """Name -> (inputs, outputs of each projection) of the four groups of a layer."""
     H, K, C, D, F, *_ = MODELS[model]
     return {
         "qkv": (D, (H * C, K * C, K * C)),
@@ -430,8 +426,8 @@ def lora_case(
             for i, width in enumerate(outer)
         ]
 
-    # NF4 weights are of one draw for all sets: quantising is slow, and the cache is flushed between
-    # calls anyway. Each implementation gets them in its own form, as in training.
+    # All sets share NF4 weights: quantising is slow, and the cache is flushed between calls anyway.
+    # Each implementation gets them in its own form, as in training.
     forms = {}
     if nf4:
         forms["xla"] = [
@@ -481,27 +477,23 @@ def lora_case(
     def weights_alone(x, weights, *_):
         return [nf4_op.dequantise(weight, x.dtype) for weight in weights["xla"]]
 
-    base, low = (
-        4.0 * tokens * inner * sum(outer),
-        6.0 * tokens * rank * (len(outer) * inner + sum(outer)),
-    )
+    base = 4.0 * tokens * inner * sum(outer)
+    low = 6.0 * tokens * rank * (len(outer) * inner + sum(outer))
     variants = ours("lora", lora_op.lora_group, both, sweep)
     targets = {}
     if opponents and nf4:
-        alone = Variant(weights_alone, compared=False)
         variants |= {
             "dense weights": Variant(with_dense, compared=False),
-            "dequantising alone": alone,
+            "dequantising alone": Variant(weights_alone, compared=False),
         }
-        # the goal is a step within 15% of one with dense weights; here it is asked of a group
+        # Goal: a step within 15% of one with dense weights, applied here to a group.
         targets = {"dense weights": 1 / 1.15}
     elif opponents:
         variants |= {
             "autodiff": Variant(both(written_down)),
             "base product": Variant(products, compared=False),
         }
-        # The goal: at most 5% over the base product times 1 + LoRA's share of FLOPs, at the rank
-        # that the model has.
+        # Goal: at most 5% over the base product times 1 + LoRA's share of FLOPs.
         targets = {"base product": 1 / (1.05 * (1 + low / base))}
     sizes = {"inputs": inner, "outputs": sum(outer), "projections": len(outer), "rank": rank}
     weights_moved = inner * sum(outer) * (4.127 / 8 if nf4 else jnp.dtype(dtype).itemsize)
@@ -537,8 +529,7 @@ def lora_timings(dry: bool, sweep: bool) -> Iterator[Case]:
             yield lora_case(model, group, dtype, tokens, opponents=True, sweep=sweep)
 
 
-# ---- the same with NF4 weights
-# -----------------------------------------------------------------------
+# ---- the same with NF4 weights -------------------------------------------------------------------
 
 
 def nf4_checks(dry: bool) -> Iterator[Case]:
@@ -564,8 +555,8 @@ def nf4_timings(dry: bool, sweep: bool) -> Iterator[Case]:
 
 
 def dequantised_bits() -> dict[str, Any]:
-    """Whether `dequantise` gives the f32 bits that IEEE arithmetic gives: product, sum and product,
-    each rounded.
+    """Compares `dequantise` with the f32 bits of IEEE arithmetic: product, sum and product, each
+    rounded.
     """
     from jaxre_kernels.nf4.weight import BLOCK, DYNAMIC, NESTED_BLOCK, NF4
 
@@ -575,15 +566,15 @@ def dequantised_bits() -> dict[str, Any]:
     scales = DYNAMIC[weight.absmax] * nested + weight.offset
     codes = np.stack([weight.codes >> 4, weight.codes & 15], axis=-1).reshape(-1)
     exact = (NF4[codes] * np.repeat(scales, BLOCK)).reshape(matrix.shape)
-    found = np.asarray(
+    values = np.asarray(
         jax.jit(partial(nf4_op.dequantise, dtype=jnp.float32))(jax.tree.map(jnp.asarray, weight))
     )
-    error = float(np.abs(found - exact).max() / np.abs(exact).max())
+    error = float(np.abs(values - exact).max() / np.abs(exact).max())
     return {
         "error": error,
         "limit": 1e-6,
         "passed": error <= 1e-6,
-        "bits_equal": bool((found == exact).all()),
+        "bits_equal": bool((values == exact).all()),
     }
 
 

@@ -105,8 +105,8 @@ def read_sections(folder: Path) -> list[Section]:
                 elif cells[0] == "phrasing":
                     section.phrasings.append((split, ("head", "tail"), cells[2]))
                 elif cells[0] == "none":
-                    one, two = cells[2].split(",")
-                    section.negatives.append((split, (one, two), cells[3]))
+                    head, tail = cells[2].split(",")
+                    section.negatives.append((split, (head, tail), cells[3]))
                 else:
                     raise ValueError(f"unknown line kind {cells[0]!r}")
             except (ValueError, IndexError, KeyError) as error:
@@ -124,8 +124,8 @@ def indefinite(words: str) -> str:
 
 
 def compose(phrasing: str, slots: dict[str, str]) -> tuple[str, dict[str, tuple[int, int]]] | None:
-    """One sentence and the spans of its entities, or None where the fact lacks a slot that the
-    phrasing needs.
+    """A sentence and the spans of its entities; None if the fact lacks a slot that the phrasing
+    needs.
     """
 
     def has_slots(text: str) -> bool:
@@ -159,7 +159,7 @@ def compose(phrasing: str, slots: dict[str, str]) -> tuple[str, dict[str, tuple[
     spans = {}
     for name, mark in MARK.items():
         if text.count(mark) > 2:
-            raise ValueError(f"{{{name}}} stands twice: {phrasing}")
+            raise ValueError(f"{{{name}}} occurs twice: {phrasing}")
         if mark in text:
             plain = [re.sub("[\x01-\x03]", "", part) for part in text.split(mark)]
             spans[name] = (len(plain[0]), len(plain[0]) + len(plain[1]))
@@ -244,13 +244,12 @@ def section_rows(section: Section, split: str) -> Iterator[dict]:
             yield make_row(section, text, spans, "head", "tail", section.forward)
         if both or turn % 2 == 1:
             yield make_row(section, text, spans, "tail", "head", section.inverse)
-    for i, (text, spans, _, (one, two), turn) in enumerate(
+    for i, (text, spans, _, marked, turn) in enumerate(
         pick(section, split, section.negatives, negative_count)
     ):
-        yield make_row(section, text, spans, *((two, one) if turn % 2 else (one, two)), "none")
-        if (
-            i % 2 == 0 and {"head", "tail"} <= spans.keys()
-        ):  # the related pair of the same sentence, as a contrast
+        yield make_row(section, text, spans, *(marked[::-1] if turn % 2 else marked), "none")
+        # the related pair of the same sentence, as a contrast
+        if i % 2 == 0 and {"head", "tail"} <= spans.keys():
             forward = section.inverse is None or i % 4 == 0
             pair = ("head", "tail") if forward else ("tail", "head")
             yield make_row(
@@ -273,7 +272,7 @@ def compose_corpus(folder: Path) -> dict[str, list[dict]]:
 
 
 def check(corpus: dict[str, list[dict]]) -> None:
-    """Raises ValueError, naming all offenders, where a row breaks a promise of the README."""
+    """Raises ValueError, listing all violations, if a row breaks a promise of the README."""
     faults = []
     entities = {
         split: {row[side] for row in rows for side in ("head", "tail")}
@@ -321,13 +320,8 @@ def main() -> None:
     for split, path in write_corpus(arguments.source, arguments.target).items():
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         print(f"{split}: {len(rows)} rows, {len({row['text'] for row in rows})} sentences")
-        print(
-            "  "
-            + ", ".join(
-                f"{label} {n}"
-                for label, n in sorted(Counter(row["relation"] for row in rows).items())
-            )
-        )
+        counts = sorted(Counter(row["relation"] for row in rows).items())
+        print("  " + ", ".join(f"{label} {n}" for label, n in counts))
 
 
 if __name__ == "__main__":

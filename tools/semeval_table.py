@@ -1,12 +1,13 @@
-"""The real run's table: a SemEval run, the baselines and the cached ChatGPT answers on the same
-test items, direction ignored.
+"""One table of several SemEval runs, the baselines and the cached ChatGPT answers on the same test
+items.
 
-    jaxre train configs/semeval-small.yaml
-    jaxre predict runs/semeval-small
-    python tools/semeval_table.py runs/semeval-small
+    jaxre train configs/semeval.yaml
+    jaxre predict runs/semeval
+    python tools/semeval_table.py runs/semeval runs/encoder-semeval untuned.parquet
 
-ChatGPT's cached answers carry no direction, so gold labels and all predictions are collapsed by
-configs/labels/semeval-undirected.yaml. The second column counts directions and leaves ChatGPT out.
+Takes runs with predictions of the test split, and files of predictions. ChatGPT's cached answers
+have no direction: one column ignores directions, in the gold labels too
+(configs/labels/semeval-undirected.yaml); the others leave ChatGPT out.
 """
 
 from __future__ import annotations
@@ -19,78 +20,97 @@ from rich.table import Table
 
 from jaxre.config import data_root, load_config
 from jaxre.evaluation.compare import compare_files, comparison_table
-from jaxre.evaluation.evaluate import write_json
-from jaxre.evaluation.metrics import score
+from jaxre.evaluation.evaluate import evaluate_rows, write_json
 from jaxre.evaluation.predictions import read_predictions, write_predictions
 from jaxre.quickstart import BASELINES, baseline_rows
 from jaxre.relations.sources import load
 
 LABELS = Path("configs/labels/semeval-undirected.yaml")
+COLUMNS = {
+    "official": "official macro-F1",
+    "directed": "positive micro-F1",
+    "accuracy": "accuracy",
+    "undirected": "micro-F1, direction ignored",
+}
 CACHE = "frontier_predictions/semeval2010_chatgpt/SemEval_All_ans.json"
 
 
-def main(folder: str) -> None:
-    run, cache = Path(folder), data_root() / CACHE
+def main(*paths: str) -> None:
+    run, cache = Path(paths[0]), data_root() / CACHE
     config = load_config(run / "config.yaml")
-    ours = run / "predictions" / "semeval2010_task8-test-score.parquet"
-    # The baselines learn from the whole training split, also from the part on which the run chose
-    # its checkpoint.
-    train, test = (
-        load(config.data.train.model_copy(update={"part": (0.0, 1.0)})),
-        load(config.data.test),
-    )
-    files = {f"{run.name} (this run)": ours}
+    # The baselines learn from the whole training split.
+    train = load(config.data.train.model_copy(update={"part": (0.0, 1.0), "limit": None}))
+    test = load(config.data.test)
+    # Runs are named by their folder, files by their path: files of several runs share a name.
+    files = {
+        Path(path).name if Path(path).is_dir() else path: predictions_of(Path(path))
+        for path in paths
+    }
+    if len(files) < len(paths):
+        raise SystemExit("two of the runs have the same name; pass their prediction files")
     for number, (name, (baseline, _)) in enumerate(BASELINES.items(), 1):
         rows = baseline_rows(name, baseline(train, test).labels, test)
         files[name], _ = write_predictions(run / "predictions" / f"baseline-{number}", rows)
     console = Console()
-    comparison = compare_files(ours, cache, LABELS)
+    ours = next(iter(files))
+    comparison = compare_files(files[ours], cache, LABELS)
     console.print(comparison_table(comparison))
     table = Table(
-        title=f"SemEval-2010 Task 8, {comparison.joined:,} test items, positive-class micro-F1",
-        title_justify="left",
+        title=f"SemEval-2010 Task 8, {comparison.joined:,} test items", title_justify="left"
     )
-    for column in ("system", "direction ignored", "95% interval", "with direction"):
+    for column in ("system", *COLUMNS.values(), "95% interval"):
         table.add_column(column)
     result = {}
     for name, path in files.items():
-        found = compare_files(path, cache, LABELS)
-        directed = score(
-            *zip(
-                *((row.relation, row.generated_relation) for row in read_predictions(path)),
-                strict=True,
-            )
-        ).f1
-        result[name] = {"undirected": found.ours_f1.value, "directed": directed}
+        undirected = compare_files(path, cache, LABELS).ours_f1
+        scores = evaluate_rows(read_predictions(path), str(path))
+        result[name] = {
+            "official": scores.semeval_official_f1,
+            "directed": scores.f1,
+            "accuracy": scores.accuracy,
+            "undirected": undirected.value,
+        }
         table.add_row(
             name,
-            f"{found.ours_f1.value:.3f}",
-            f"{found.ours_f1.low:.3f} to {found.ours_f1.high:.3f}",
-            f"{directed:.3f}",
+            *(f"{result[name][column]:.3f}" for column in COLUMNS),
+            f"{undirected.low:.3f} to {undirected.high:.3f}",
         )
     cached = comparison.cached_f1
+    result["chatgpt"] = {"undirected": cached.value}
     table.add_row(
         "ChatGPT, zero-shot, 2023 (cached)",
+        *("-" for _ in range(len(COLUMNS) - 1)),
         f"{cached.value:.3f}",
         f"{cached.low:.3f} to {cached.high:.3f}",
-        "-",
     )
-    result["chatgpt"] = {"undirected": cached.value}
     console.print(table)
-    for line in told_ahead(result, f"{run.name} (this run)"):
+    for line in described_better(result, ours):
         console.print(line)
     write_json(run / "report" / "semeval.json", result)
 
 
-def told_ahead(result: dict[str, dict[str, float]], ours: str) -> list[str]:
-    """A line for each system that ours does not beat, by either figure; `result` holds the F1 of
-    each system by name.
+def predictions_of(path: Path) -> Path:
+    """The file of a run's predictions on the test split, or `path` itself if it is a file."""
+    if path.is_file():
+        return path
+    files = sorted((path / "predictions").glob("semeval2010_task8-test-*.parquet"))
+    if not files:
+        raise SystemExit(f"{path}: has no predictions of the test split; run jaxre predict {path}")
+    if len(files) > 1:
+        names = ", ".join(map(str, files))
+        raise SystemExit(f"{path}: has several predictions of the test split; name one of {names}")
+    return files[0]
+
+
+def described_better(result: dict[str, dict[str, float]], ours: str) -> list[str]:
+    """A line for each system that has a figure at least as good as ours; `result` holds the figures
+    of each system by name.
     """
     lines = []
     for name, scores in result.items():
         ahead = [
-            f"{what} ({result[ours][key]:.3f} against {scores[key]:.3f})"
-            for key, what in (("undirected", "direction ignored"), ("directed", "with direction"))
+            f"{words} ({result[ours][key]:.3f} against {scores[key]:.3f})"
+            for key, words in COLUMNS.items()
             if name != ours and key in scores and scores[key] >= result[ours][key]
         ]
         if ahead:
@@ -99,4 +119,6 @@ def told_ahead(result: dict[str, dict[str, float]], ours: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        raise SystemExit(__doc__)
     main(*sys.argv[1:])

@@ -4,14 +4,14 @@ machine's accelerator.
     python tools/tune_kernels.py --out runs/tune
         # measures, within 9 minutes, and writes the table
     python tools/tune_kernels.py --from runs/tune/hardware_check.json
-        # writes it from what was measured before
+        # writes it from an earlier measurement
     python tools/tune_kernels.py --only attention --table new.json
-        # the table with this op's entries, into another file
+        # writes the table with this op's entries to another file
 
-Measuring is `hardware_check --sweep` on the kernels: every implementation, with every tile size
-that its dispatch lists. For each case the fastest gets an entry if it was right in every check of
-its dtype and at that size, and if even its slowest round was faster than any of "xla" as it runs
-without a table. A case where nothing was loses the entry it had. Arrays that no case stands for get
+Measures with `hardware_check --sweep`: every implementation, with every tile size that its dispatch
+lists. The fastest implementation of a case gets an entry if it passed every check of its dtype and
+at that size, and if even its slowest round was faster than the fastest of "xla" as it runs without
+a table. A case without such an implementation loses its entry. Arrays outside of all cases get
 none. Where jaxre is not installed, PYTHONPATH=.:kernels.
 """
 
@@ -30,67 +30,66 @@ from jaxre_kernels.implementations import TABLE, Entry, checked, read_table, wri
 LEAST_GAIN = 1.03  # a smaller one is not worth an entry
 
 
-def entries_of(found: dict[str, Any]) -> Iterator[tuple[Entry, bool]]:
-    """For each case that was timed: the entry of the fastest that was right, and whether it is
-    faster than "xla" without a table.
+def entries_of(results: dict[str, Any]) -> Iterator[tuple[Entry, bool]]:
+    """For each case that was timed: the entry of the fastest correct implementation, and whether it
+    is faster than "xla" without a table.
     """
     for op in OPS:
         cases: dict[tuple[str, str], list[dict]] = {}
-        for one in found["sections"].get(f"time {op}", {"records": []})["records"]:
-            if one.get("covers") and one["implementation"]:
-                cases.setdefault((one["case"], one["dtype"]), []).append(one)
+        for record in results["sections"].get(f"time {op}", {"records": []})["records"]:
+            if record.get("covers") and record["implementation"]:
+                cases.setdefault((record["case"], record["dtype"]), []).append(record)
         for (_, dtype), timed in cases.items():
-            plain = next((one for one in timed if one["variant"] == "xla"), None)
+            plain = next((record for record in timed if record["variant"] == "xla"), None)
             if plain is None:
                 continue
             right = [
-                one
-                for one in timed
-                if one["passed"] and checks_passed(found, op, one["implementation"], dtype)
+                record
+                for record in timed
+                if record["passed"] and checks_passed(results, op, record["implementation"], dtype)
             ]
-            best = min(right or [plain], key=lambda one: one["seconds"])
+            best = min(right or [plain], key=lambda record: record["seconds"])
             gain = plain["seconds"] / best["seconds"]
             entry = Entry(
                 op=op,
-                device_kind=found["device"]["kind"],
+                device_kind=results["device"]["kind"],
                 dtype=dtype,
                 sizes={name: (low, high) for name, (low, high) in best["covers"].items()},
                 implementation=best["implementation"],
                 tiles=best["tiles"],
-                date=found["date"][:10],
+                date=results["date"][:10],
                 gain=round(gain, 3),
                 error=float(f"{best['error'] or 0:.1e}"),
             )
             yield entry, best["most"] < plain["least"] and gain >= LEAST_GAIN
 
 
-def checks_passed(found: dict[str, Any], op: str, implementation: str, dtype: str) -> bool:
-    """Whether an implementation was checked in this dtype, the checks all ended and none found it
-    wrong.
-    """
-    section = found["sections"].get(f"check {op}", {"outcome": "", "records": []})
-    judged = [
-        one
-        for one in section["records"]
-        if one.get("implementation") == implementation and one.get("dtype") == dtype
+def checks_passed(results: dict[str, Any], op: str, implementation: str, dtype: str) -> bool:
+    """Returns whether an implementation was checked in this dtype and passed all checks."""
+    section = results["sections"].get(f"check {op}", {"outcome": "", "records": []})
+    passed = [
+        record["passed"]
+        for record in section["records"]
+        if record.get("implementation") == implementation
+        and record.get("dtype") == dtype
+        and "left_out" not in record
     ]
-    judged = [one for one in judged if "left_out" not in one]
-    return section["outcome"] == "done" and bool(judged) and all(one["passed"] for one in judged)
+    return section["outcome"] == "done" and bool(passed) and all(passed)
 
 
-def tuned(table: tuple[Entry, ...], found: dict[str, Any]) -> tuple[Entry, ...]:
-    """The table with what was measured in place of what it said of the same arrays.
+def tuned(table: tuple[Entry, ...], results: dict[str, Any]) -> tuple[Entry, ...]:
+    """The table with its entries replaced by new measurements of the same arrays.
 
     Raises:
       ValueError: a dry run; two entries whose bounds overlap.
     """
-    if found["settings"]["dry"]:
+    if results["settings"]["dry"]:
         raise ValueError("a dry run measures nothing: no table is written from it")
-    measured = list(entries_of(found))
-    again = {entry.arrays for entry, _ in measured}
+    measured = list(entries_of(results))
+    replaced = {entry.arrays for entry, _ in measured}
     return checked(
         [
-            *(entry for entry in table if entry.arrays not in again),
+            *(entry for entry in table if entry.arrays not in replaced),
             *(entry for entry, faster in measured if faster),
         ]
     )
@@ -101,7 +100,7 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(OPS), help=f"of {','.join(OPS)}")
     parser.add_argument(
         "--from",
-        dest="found",
+        dest="earlier",
         type=Path,
         metavar="FILE",
         help="hardware_check.json of an earlier run",
@@ -111,23 +110,23 @@ def main() -> None:
         type=Path,
         default=TABLE,
         metavar="FILE",
-        help="where the table is written; the committed one is read",
+        help="file to write; the committed table is read",
     )
     options = parser.parse_args()
     options.sweep = True
     signal.signal(signal.SIGTERM, stopped)
-    if options.found:
-        found = json.loads(options.found.read_text(encoding="utf-8"))
+    if options.earlier:
+        results = json.loads(options.earlier.read_text(encoding="utf-8"))
     else:
-        found = run_all(parts_of(parser, options.only, OPS), options)
+        results = run_all(parts_of(parser, options.only, OPS), options)
     try:
-        table = tuned(read_table(), found)
+        table = tuned(read_table(), results)
     except ValueError as error:
         sys.exit(f"tune_kernels: {error}")
-    for entry, faster in entries_of(found):
+    for entry, faster in entries_of(results):
         print(
             f"{entry.op}, {entry.where()}:"
-            f" {entry.told() if faster else 'nothing is faster than xla'}"
+            f" {entry.described() if faster else 'nothing is faster than xla'}"
         )
     write_table(options.table, table)
     print(f"{len(table)} entries written to {options.table}")

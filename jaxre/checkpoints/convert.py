@@ -1,9 +1,9 @@
-"""From one form of a model to another: Hugging Face folders, our own, PEFT adapters, merged.
+"""Converts models between Hugging Face folders, jaxre folders, GGUF files and PEFT adapters.
 
     summary = convert("runs/quickstart", Path("facts-merged"), to="hf", merge=True)
 
-Base weights pass through one tensor at a time, so that a model of any size needs the memory of its
-largest tensors (the embeddings), not its own.
+Base weights are streamed one tensor at a time, so a conversion needs memory for the largest tensors
+(the embeddings), not for the whole model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 
-from jaxre.checkpoints.gguf import form_of, read_gguf, tensors_of
+from jaxre.checkpoints.gguf import form_of, read_gguf, tensors_of, value_dtype
 from jaxre.checkpoints.gguf_write import (
     bytes_of,
     check_writable,
@@ -34,7 +34,6 @@ from jaxre.checkpoints.gguf_write import (
     modelfile,
     speech_of,
     through_q8_0,
-    value_dtype,
     write_gguf,
 )
 from jaxre.checkpoints.huggingface import (
@@ -51,7 +50,7 @@ from jaxre.checkpoints.native import write_native
 from jaxre.checkpoints.peft import load_adapter, save_adapter
 from jaxre.checkpoints.source import Located, kind_of, locate, open_weights, resolve_model
 from jaxre.config import Config, Prompt, load_config
-from jaxre.errors import InputError
+from jaxre.errors import InputError, first_line
 from jaxre.models.architecture import check_vocabulary, read_architecture
 from jaxre.models.lora import merge_one, scale_of
 from jaxre.models.quantised import dequantise_matrix, is_nf4, quantise_matrix
@@ -64,7 +63,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-# llama.cpp's words for them, and Q8_0: blocks of 32 values that share a scale, in GGUF only.
+# llama.cpp's names for these, and Q8_0: blocks of 32 values with one scale, in GGUF only.
 KINDS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0"}
 SHORT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 NAMES = {
@@ -74,8 +73,8 @@ NAMES = {
     "peft": "a PEFT adapter",
     "run": "a run",
 }
-BLOCK = 1 << 22  # elements compared at once
-# Every file that may give a token its id; tokenizers differ in which of them they read.
+BLOCK = 1 << 22  # elements compared at a time
+# Every file that may assign token ids; tokenizers differ in which of them they read.
 TOKEN_IDS: dict[str, Callable[[Path], Iterable[tuple[str, int | str]]]] = {
     "tokenizer.json": lambda path: (
         Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True).items()
@@ -93,20 +92,21 @@ TOKEN_IDS: dict[str, Callable[[Path], Iterable[tuple[str, int | str]]]] = {
         )
     ),
 }
-# Gemma 3's models of text alone have the tokenizer of those that read images, whose token stands
-# one behind their embeddings. Text that holds it is refused where it is read.
+# Gemma 3's text-only models have the tokenizer of the image models, whose image token lies one past
+# the end of the embeddings. Text that contains it is refused where it is read.
 WITHOUT_EMBEDDING = {"gemma3_text": ("<image_soft_token>",)}
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: numbers of weights and bytes, and their dtype.
+    """Summary of a written model: number of parameters and bytes, and dtype.
 
-    `merged` is whether an adapter was added in. `differences` is, where the folder was verified,
-    name of each tensor -> max|written - source|, of NF4 by its values; of a merged one the source
-    is W + scale A B in f32. `recast` is whether a tensor has another dtype than in the source;
-    `left_out` names tensors of the source's that are not written; `unreadable` is a base that peft
-    does not open.
+    merged: an adapter was merged into the base.
+    differences: if verified, name of each tensor -> max|written - source|; NF4 is compared by its
+      values, and the source of a merged tensor is W + scale A B in f32.
+    recast: a tensor has another dtype than in the source.
+    left_out: tensors of the source that are not written.
+    unreadable: the base of a PEFT adapter, if peft cannot open it.
     """
 
     source: str
@@ -144,12 +144,13 @@ class Conversion:
 
 @dataclass(frozen=True)
 class _Plan:
-    """One conversion: the form of each tensor that is written, its values before the cast, and how
-    a folder is written and read.
+    """One conversion: which tensors to write, and how to write a folder and read it back.
 
-    A form is (shape, dtype), with None for the dtype of an NF4 weight. `recast` and `left_out` are
-    Conversion's. `rounded` (name, values, dtype) is what is meant to be read back, where that is
-    not the cast; `words` and `bytes` say what is written where forms do not.
+    forms: name -> (shape, dtype) of each tensor; the dtype of an NF4 weight is None.
+    exact: name -> its values before the cast.
+    recast, left_out: as in Conversion.
+    rounded: (name, values, dtype) -> the values to be read back, if that is not the plain cast.
+    stored_types, bytes: the types and size on disk, if they do not follow from `forms`.
     """
 
     forms: dict[str, tuple[tuple[int, ...], np.dtype | None]]
@@ -159,7 +160,7 @@ class _Plan:
     recast: bool = False
     left_out: tuple[str, ...] = ()
     rounded: Callable[[str, np.ndarray, np.dtype], np.ndarray] | None = None
-    words: frozenset[str] = frozenset()
+    stored_types: frozenset[str] = frozenset()
     bytes: int | None = None
 
 
@@ -172,44 +173,43 @@ def convert(
     quantise: str | None = None,
     verify: bool = False,
 ) -> Conversion:
-    """Writes `source`, in the form `to`, as the folder `target`, whole or not at all.
+    """Writes the model `source` in the format `to` as the folder `target`, whole or not at all.
 
     Args:
       source: anything `open_model` opens.
-      merge: adds the adapter into the base: formed in f32, cast once to the base's dtype. An NF4
-        base is dequantised: a run's adapter goes into the values that it was trained on, and the
-        merged model predicts as the run does.
-      dtype: "float32", "bfloat16" or "float16" (or f32, bf16, f16) of the written dense weights;
-        the stored one is kept if not given, the embeddings' for what was NF4. "q8_0" for the
-        matrices of a GGUF file.
-      quantise: "nf4" for NF4 projections in a jaxre folder. From there to Hugging Face they are
-        dequantised.
-      verify: reads back what was written, as the source's tensors, before the folder appears. Each
-        must have the bits that were meant: those of the source, or of their one rounding where they
-        were merged, cast or quantised.
+      merge: merges the adapter into the base: computed in f32, cast once to the base's dtype. An
+        NF4 base is dequantised first: a run's adapter is added to the values it was trained on, so
+        the merged model predicts as the run does.
+      dtype: "float32", "bfloat16" or "float16" (or f32, bf16, f16) for the written dense weights;
+        None keeps the stored dtype, and uses that of the embeddings for weights that were NF4.
+        "q8_0" for the matrices of a GGUF file.
+      quantise: "nf4" for NF4 projections in a jaxre folder. Converting such a folder to Hugging
+        Face dequantises them.
+      verify: reads the written tensors back before the folder appears. Each must be bit-identical
+        to the source, or to its one rounding if it was merged, cast or quantised.
 
     Raises:
-      InputError: a source that does not open, a combination that says nothing, a target that exists
-        or cannot be written, a weight that `dtype` cannot hold, tensors that do not read back as
-        written.
+      InputError: a source that does not open, options that contradict each other or change nothing,
+        a target that exists or cannot be written, a weight that `dtype` cannot hold, tensors that
+        do not read back as written.
     """
     target = Path(target)
     if to not in ("jaxre", "hf", "peft", "gguf"):
         raise InputError(f"{to}: not a form of a model; --to takes jaxre, hf, peft or gguf")
     dtype = SHORT.get(dtype, dtype)
-    found = locate(source)
-    _check(str(source), found, to, merge, dtype, quantise)
+    model = locate(source)
+    _check(str(source), model, to, merge, dtype, quantise)
     check_free(target)
-    _check_tokenizer(found)
+    _check_tokenizer(model)
     if to == "peft":
-        plan = _plan_adapter(found)
+        plan = _plan_adapter(model)
     elif to == "gguf":
         config = None
-        if found.kind == "run":
+        if model.kind == "run":
             config = load_config(resolve_model(str(source)) / "config.yaml")
-        plan = _plan_gguf(found, merge, dtype, f"{target.resolve().name}.gguf", config)
+        plan = _plan_gguf(model, merge, dtype, f"{target.resolve().name}.gguf", config)
     else:
-        plan = _plan_weights(found, to, merge, dtype, quantise)
+        plan = _plan_weights(model, to, merge, dtype, quantise)
     _check_space(target, plan.bytes or sum(_bytes(*form) for form in plan.forms.values()))
     try:
         with atomic_folder(target) as folder:
@@ -223,43 +223,47 @@ def convert(
     return Conversion(
         source=str(source),
         target=target,
-        kind=found.kind,
+        kind=model.kind,
         to=to,
         merged=merge,
         parameters=sum(math.prod(shape) for shape, _ in plan.forms.values()),
         bytes=sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
-        dtype=", ".join(sorted(plan.words or {_word(dtype) for _, dtype in plan.forms.values()})),
+        dtype=", ".join(
+            sorted(
+                plan.stored_types
+                or {"NF4" if dtype is None else dtype.name for _, dtype in plan.forms.values()}
+            )
+        ),
         differences=differences,
         recast=plan.recast,
         left_out=plan.left_out,
         unreadable=(
-            f"{found.base_name}, {NAMES[kind_of(found.folder)]}"
-            if to == "peft" and kind_of(found.folder) in ("jaxre", "gguf")
+            f"{model.base_name}, {NAMES[kind_of(model.folder)]}"
+            if to == "peft" and kind_of(model.folder) in ("jaxre", "gguf")
             else None
         ),
     )
 
 
 def verification_table(conversion: Conversion) -> Table:
-    """The largest difference of each weight over its layers, and over all; `to_json` has every
-    tensor's.
+    """Tabulates the largest difference of each weight over its layers, and over all weights;
+    `to_json` lists every tensor.
     """
     groups: dict[str, dict[str, float]] = {}
     for name, value in conversion.differences.items():
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", name), {})[name] = value
     if any(conversion.differences.values()):
-        found = f"rounded to {conversion.dtype}"
+        result = f"rounded to {conversion.dtype}"
+    elif conversion.recast:
+        result = f"every value kept, as {conversion.dtype}"
     else:
-        found = f"every value kept, as {conversion.dtype}" if conversion.recast else "bit-identical"
-    of = " to W + scale A B" if conversion.merged and found == "bit-identical" else ""
+        result = f"bit-identical{' to W + scale A B' if conversion.merged else ''}"
     left_out = f"; left out: {', '.join(conversion.left_out)}" if conversion.left_out else ""
-    table = Table(title=f"verified: {found}{of}{left_out}")
-    for column in ("weight (* any layer)", "tensors", "largest difference", "in"):
-        table.add_column(
-            column,
-            justify="right" if column in ("tensors", "largest difference") else "left",
-            overflow="fold",
-        )
+    table = Table(title=f"verified: {result}{left_out}")
+    table.add_column("weight (* any layer)", overflow="fold")
+    table.add_column("tensors", justify="right", overflow="fold")
+    table.add_column("largest difference", justify="right", overflow="fold")
+    table.add_column("in", overflow="fold")
     for weight, members in {**groups, "all": conversion.differences}.items():
         worst = max(members, key=members.get)
         table.add_row(
@@ -269,12 +273,12 @@ def verification_table(conversion: Conversion) -> Table:
 
 
 def _plan_weights(
-    found: Located, to: str, merge: bool, dtype: str | None, quantise: str | None
+    model: Located, to: str, merge: bool, dtype: str | None, quantise: str | None
 ) -> _Plan:
-    tensors = open_weights(found.folder, found.quantise)
+    tensors = open_weights(model.folder, model.quantise)
     architecture, shapes = tensors.architecture, hf_shapes(tensors.architecture)
     if quantise:
-        check_quantisable(architecture, found.folder)
+        check_quantisable(architecture, model.folder)
     at, embeddings = positions(architecture), tensors.dtypes[next(iter(shapes))]
     dtypes = {
         name: embeddings if stored is None else stored for name, stored in tensors.dtypes.items()
@@ -283,7 +287,7 @@ def _plan_weights(
         dtypes = dict.fromkeys(dtypes, DTYPES[dtype])
     if quantise:
         dtypes |= {name: None for name in dtypes if at[name][0].lora}
-    pairs, scale = _pairs(found, architecture) if merge else ({}, 0.0)
+    pairs, scale = _adapter_pairs(model.adapter, architecture) if merge else ({}, 0.0)
 
     def exact(name: str) -> np.ndarray:
         value = tensors.read(name)
@@ -291,57 +295,55 @@ def _plan_weights(
         if name not in pairs:
             return value
         with np.errstate(over="ignore", invalid="ignore"):
-            whole = merge_one(value, *pairs[name], scale)
-        if (~np.isfinite(whole) & np.isfinite(value)).any():
+            merged = merge_one(value, *pairs[name], scale)
+        if (~np.isfinite(merged) & np.isfinite(value)).any():
             raise InputError(
-                f"{found.adapter}: merged into {name}, it gives values that are not finite; its"
+                f"{model.adapter}: merged into {name}, it gives values that are not finite; its"
                 " factors or lora_alpha are broken"
             )
-        return whole
+        return merged
 
     def write(folder: Path) -> None:
-        fill, adapter = write_base if to == "hf" else write_native, found.adapter
-        cast = _ahead((name, _cast(name, exact(name), dtypes[name])) for name in dtypes)
-        fill(
+        write_folder = write_base if to == "hf" else write_native
+        write_folder(
             folder,
             architecture,
             dtypes,
-            cast,
-            found.folder,
-            side_files=side_files_of(found.folder, adapter),
+            _prefetch((name, _cast(name, exact(name), dtypes[name])) for name in dtypes),
+            model.folder,
+            side_files=side_files_of(model.folder, model.adapter),
         )
 
-    forms = {name: (shapes[name], dtypes[name]) for name in dtypes}
     return _Plan(
-        forms,
-        exact,
-        write,
-        lambda folder: open_weights(folder).read,
-        dtypes != tensors.dtypes,
-        tensors.left_out,
+        forms={name: (shapes[name], dtypes[name]) for name in dtypes},
+        exact=exact,
+        write=write,
+        reader=lambda folder: open_weights(folder).read,
+        recast=dtypes != tensors.dtypes,
+        left_out=tensors.left_out,
     )
 
 
 def _plan_gguf(
-    found: Located, merge: bool, dtype: str | None, name: str, config: Config | None
+    model: Located, merge: bool, dtype: str | None, name: str, config: Config | None
 ) -> _Plan:
-    """A plan like that of `_plan_weights`, for one file and a Modelfile beside it."""
-    plan = _plan_weights(found, "hf", merge, None if dtype == "q8_0" else dtype, None)
-    architecture = open_weights(found.folder, found.quantise).architecture
-    check_writable(architecture, found.name)
+    """Like `_plan_weights`, for a GGUF file called `name` and a Modelfile beside it."""
+    plan = _plan_weights(model, "hf", merge, None if dtype == "q8_0" else dtype, None)
+    architecture = read_architecture(model.folder)
+    check_writable(architecture, model.name)
     dtypes = {tensor: dtype for tensor, (_, dtype) in plan.forms.items()}
     kinds = kinds_of(architecture, dtypes, KINDS[dtype] if dtype else None)
     prompt = config.prediction_prompt if config else Prompt()
-    side_files = side_files_of(found.folder, found.adapter)
-    speech = speech_of(architecture, side_files, found.folder, prompt.date)
+    side_files = side_files_of(model.folder, model.adapter)
+    speech = speech_of(architecture, side_files, model.folder, prompt.date)
     forms = {tensor: (plan.forms[tensor][0], value_dtype(kind)) for tensor, kind in kinds.items()}
     system = _system_of(config) if config else None
 
     def write(folder: Path) -> None:
-        cast = _ahead(
+        cast = _prefetch(
             (tensor, _cast(tensor, plan.exact(tensor), forms[tensor][1])) for tensor in kinds
         )
-        write_gguf(folder / name, architecture, kinds, cast, speech, found.name)
+        write_gguf(folder / name, architecture, kinds, cast, speech, model.name)
         (folder / "Modelfile").write_text(modelfile(name, speech, system), encoding="utf-8")
 
     form = form_of(architecture)
@@ -355,13 +357,20 @@ def _plan_gguf(
     def reader(folder: Path) -> Callable[[str], np.ndarray]:
         return tensors_of(folder / name, architecture, read_gguf(folder / name)[1]).read
 
-    recast = any(dtypes[tensor] != dtype for tensor, (_, dtype) in forms.items())
-    recast = recast or "Q8_0" in kinds.values()
-    words = frozenset(
-        "Q8_0" if kind == "Q8_0" else value_dtype(kind).name for kind in kinds.values()
+    return _Plan(
+        forms=forms,
+        exact=plan.exact,
+        write=write,
+        reader=reader,
+        recast="Q8_0" in kinds.values()
+        or any(dtypes[tensor] != dtype for tensor, (_, dtype) in forms.items()),
+        left_out=plan.left_out,
+        rounded=rounded,
+        stored_types=frozenset(
+            "Q8_0" if kind == "Q8_0" else value_dtype(kind).name for kind in kinds.values()
+        ),
+        bytes=bytes_of(architecture, kinds),
     )
-    size = bytes_of(architecture, kinds)
-    return _Plan(forms, plan.exact, write, reader, recast, plan.left_out, rounded, words, size)
 
 
 def _system_of(config: Config) -> str | None:
@@ -373,26 +382,26 @@ def _system_of(config: Config) -> str | None:
     prompt = config.prediction_prompt
     if config.train.objective != "sft" or not (prompt.enumerate or prompt.task_definition):
         return prompt.system
-    asked = task_of(config)
-    return system_turn(prompt, asked.schema.labels, asked.dataset or "")
+    task = task_of(config)
+    return system_turn(prompt, task.schema.labels, task.dataset or "")
 
 
-def _ahead(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
-    """The same, each made in a thread while the one before is written."""
+def _prefetch(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The same tensors; a thread makes each while the previous one is written."""
     with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(next, tensors, None)
-        while (tensor := coming.result()) is not None:
-            coming = thread.submit(next, tensors, None)
+        pending = thread.submit(next, tensors, None)
+        while (tensor := pending.result()) is not None:
+            pending = thread.submit(next, tensors, None)
             yield tensor
 
 
-def _pairs(
-    found: Located, architecture: AnyArchitecture
+def _adapter_pairs(
+    adapter: Path, architecture: AnyArchitecture
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], float]:
     """Hugging Face name -> (B, A) in its layout, [O, R] and [R, I], of each targeted weight; and
     the scale.
     """
-    lora, factors = load_adapter(found.adapter, architecture)
+    lora, factors = load_adapter(adapter, architecture)
     pairs = {}
     for name, (weight, path, index) in positions(architecture).items():
         if weight.name in lora.targets:
@@ -401,17 +410,17 @@ def _pairs(
     return pairs, scale_of(lora)
 
 
-def _plan_adapter(found: Located) -> _Plan:
-    architecture = read_architecture(found.folder)
-    lora, factors = load_adapter(found.adapter, architecture)
+def _plan_adapter(model: Located) -> _Plan:
+    architecture = read_architecture(model.folder)
+    lora, factors = load_adapter(model.adapter, architecture)
     flat = _flat(factors)
     return _Plan(
-        {name: (value.shape, value.dtype) for name, value in flat.items()},
-        flat.__getitem__,
-        lambda folder: save_adapter(
-            folder, architecture, lora, factors, found.base_name, found.folder
+        forms={name: (value.shape, value.dtype) for name, value in flat.items()},
+        exact=flat.__getitem__,
+        write=lambda folder: save_adapter(
+            folder, architecture, lora, factors, model.base_name, model.folder
         ),
-        lambda folder: _flat(load_adapter(folder, architecture)[1]).__getitem__,
+        reader=lambda folder: _flat(load_adapter(folder, architecture)[1]).__getitem__,
     )
 
 
@@ -422,10 +431,6 @@ def _flat(factors: dict) -> dict[str, np.ndarray]:
         for path, leaf in leaves
         if leaf.size
     }
-
-
-def _word(dtype: np.dtype | None) -> str:
-    return "NF4" if dtype is None else dtype.name
 
 
 def _bytes(shape: tuple[int, ...], dtype: np.dtype | None) -> int:
@@ -449,30 +454,29 @@ def _cast(name: str, value: np.ndarray, dtype: np.dtype | None) -> np.ndarray | 
 
 
 def _verify(plan: _Plan, folder: Path, target: Path) -> dict[str, float]:
-    """max|written - source| of each tensor. Raises InputError for any that is not, bit for bit,
-    what was meant.
+    """max|written - source| of each tensor. Raises InputError if any is not bit-identical to the
+    intended values.
     """
-    read = plan.reader(folder)
+    read, round_to = plan.reader(folder), plan.rounded or _cast
     differences, wrong = {}, {}
     for name, (_, dtype) in plan.forms.items():
-        exact, back = plan.exact(name), read(name)
+        exact, written = plan.exact(name), read(name)
         if dtype is None:
-            meant = _cast(name, exact, dtype)
-            same = is_nf4(back) and all(
-                map(np.array_equal, jax.tree.leaves(meant), jax.tree.leaves(back))
-            )
-            differences[name] = _gap(exact, dequantise_matrix(back))
-            if not same:
+            expected = jax.tree.leaves(_cast(name, exact, dtype))
+            differences[name] = _max_difference(exact, dequantise_matrix(written))
+            if not is_nf4(written) or not all(
+                map(np.array_equal, expected, jax.tree.leaves(written))
+            ):
                 wrong[name] = differences[name]
             continue
-        exact, back, differences[name] = exact.reshape(-1), back.reshape(-1), 0.0
+        exact, written, differences[name] = exact.reshape(-1), written.reshape(-1), 0.0
         for start in range(0, exact.size, BLOCK):
-            one, other = exact[start : start + BLOCK], back[start : start + BLOCK]
-            same = other.dtype == dtype and np.array_equal(
-                (plan.rounded or _cast)(name, one, dtype).view(np.uint8), other.view(np.uint8)
+            before, after = exact[start : start + BLOCK], written[start : start + BLOCK]
+            same = after.dtype == dtype and np.array_equal(
+                round_to(name, before, dtype).view(np.uint8), after.view(np.uint8)
             )
-            if not same or one.dtype != dtype or plan.rounded:
-                differences[name] = max(differences[name], _gap(one, other))
+            if not same or before.dtype != dtype or plan.rounded:
+                differences[name] = max(differences[name], _max_difference(before, after))
             if not same:
                 wrong[name] = differences[name]
     if wrong:
@@ -484,22 +488,22 @@ def _verify(plan: _Plan, folder: Path, target: Path) -> dict[str, float]:
     return differences
 
 
-def _gap(one: np.ndarray, other: np.ndarray) -> float:
-    """max|one - other|; infinite where only one of them is no number."""
-    wide = np.float64 if np.float64 in (one.dtype, other.dtype) else np.float32
-    one, other = one.astype(wide), other.astype(wide)
+def _max_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """max|a - b|; infinite where only one of the two is NaN."""
+    wide = np.float64 if np.float64 in (a.dtype, b.dtype) else np.float32
+    a, b = a.astype(wide), b.astype(wide)
     with np.errstate(over="ignore", invalid="ignore"):
-        gaps = np.abs(one - other)
-    if np.isnan(gaps).any():
-        gaps[(one == other) | (np.isnan(one) & np.isnan(other))] = 0
-        gaps[np.isnan(gaps)] = np.inf
-    return float(gaps.max())
+        differences = np.abs(a - b)
+    if np.isnan(differences).any():
+        differences[(a == b) | (np.isnan(a) & np.isnan(b))] = 0
+        differences[np.isnan(differences)] = np.inf
+    return float(differences.max())
 
 
 def _check(
-    source: str, found: Located, to: str, merge: bool, dtype: str | None, quantise: str | None
+    source: str, model: Located, to: str, merge: bool, dtype: str | None, quantise: str | None
 ) -> None:
-    """Refuses what cannot be, before any weight is read."""
+    """Refuses impossible combinations of options before any weight is read."""
     if dtype is not None and to == "peft":
         raise InputError(f"--dtype {dtype}: an adapter is stored in float32; leave it out")
     if dtype is not None and dtype not in KINDS:
@@ -513,52 +517,49 @@ def _check(
             f"--quantise {quantise}: only a jaxre folder holds NF4 weights; use --to jaxre"
         )
     if to == "peft":
-        if found.adapter is None:
-            whole = (
-                "the run trained all weights"
-                if found.kind == "run"
-                else f"it is {NAMES[found.kind]}"
-            )
+        if model.adapter is None:
+            is_run = model.kind == "run"
+            reason = "the run trained all weights" if is_run else f"it is {NAMES[model.kind]}"
             raise InputError(
-                f"{source}: has no adapter, {whole};"
-                f" {'use --to hf' if found.kind != 'hf' else 'train with train.method=lora first'}"
+                f"{source}: has no adapter, {reason};"
+                f" {'use --to hf' if model.kind != 'hf' else 'train with train.method=lora first'}"
             )
         if merge:
             raise InputError(
                 f"{source}: a merged model is no adapter; leave --merge out, or use --to hf"
             )
-    elif found.adapter is not None and not merge:
+    elif model.adapter is not None and not merge:
         raise InputError(
             f"{source}: is an adapter on a base; add --merge for a whole model, or use --to peft"
             " for the adapter alone"
         )
-    elif merge and found.adapter is None:
+    elif merge and model.adapter is None:
         raise InputError(f"{source}: has no adapter to merge; leave --merge out")
-    if quantise and found.adapter is not None:
+    if quantise and model.adapter is not None:
         raise InputError(
             f"{source}: is an adapter on a base; merge it into a folder first, then quantise that"
         )
-    if found.kind == to and not _changes(found, dtype, quantise):
+    if model.kind == to and not _changes_weights(model, dtype, quantise):
         raise InputError(f"{source}: is {NAMES[to]} already; copy the folder")
 
 
-def _changes(found: Located, dtype: str | None, quantise: str | None) -> bool:
-    """Whether a folder of the same form would hold other weights."""
+def _changes_weights(model: Located, dtype: str | None, quantise: str | None) -> bool:
+    """True if converting to the same format would change the weights."""
     if dtype is None and quantise is None:
         return False
-    if dtype == "q8_0" or found.kind == "gguf":
+    if dtype == "q8_0" or model.kind == "gguf":
         return True
-    stored = set(open_weights(found.folder).dtypes.values())
+    stored = set(open_weights(model.folder).dtypes.values())
     return None not in stored if quantise else stored != {DTYPES[dtype]}
 
 
-def _check_tokenizer(found: Located) -> None:
-    """Raises InputError for a tokenizer with tokens that the embeddings lack, but for those that
-    models of this kind are published without; a folder may have none.
+def _check_tokenizer(model: Located) -> None:
+    """Raises InputError if the tokenizer has tokens without embeddings, except those in
+    WITHOUT_EMBEDDING. A folder may have no tokenizer.
     """
-    architecture = read_architecture(found.folder)
+    architecture = read_architecture(model.folder)
     allowed = WITHOUT_EMBEDDING.get(architecture.kind, ())
-    for name, path in side_files_of(found.folder, found.adapter).items():
+    for name, path in side_files_of(model.folder, model.adapter).items():
         if name not in TOKEN_IDS:
             continue
         try:
@@ -568,8 +569,7 @@ def _check_tokenizer(found: Located) -> None:
             raise
         except Exception as error:  # noqa: BLE001 (tokenizers raises bare Exception)
             raise InputError(
-                f"{path}: the tokenizer does not load"
-                f" ({next(iter(str(error).splitlines()), type(error).__name__)}); download it again"
+                f"{path}: the tokenizer does not load ({first_line(error)}); download it again"
             ) from None
         try:
             check_vocabulary(highest, architecture)
@@ -578,9 +578,9 @@ def _check_tokenizer(found: Located) -> None:
 
 
 def _check_space(target: Path, needed: int) -> None:
-    """Raises InputError where the disk is too small, before an hour of writing shows it."""
-    place = next(parent for parent in target.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(place).free
+    """Raises InputError if the disk is too small, before an hour of writing reveals it."""
+    existing = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise InputError(
             f"{target}: needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there; name a"

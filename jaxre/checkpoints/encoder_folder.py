@@ -1,9 +1,9 @@
-"""What encoders have of their own in a Hugging Face folder: names with and without prefix, a head
-or none, its config.json.
+"""Encoder-specific parts of Hugging Face folders: tensor names with and without prefix, optional
+heads, fields of config.json.
 
-BERT's and RoBERTa's folders name one weight in several ways: `BertModel` alone writes
-`embeddings...`, a model with a head `bert.embeddings...`, and conversions of the first checkpoints
-call a norm's weight and bias gamma and beta.
+BERT and RoBERTa folders name a weight in several ways: a bare `BertModel` writes `embeddings...`, a
+model with a head `bert.embeddings...`, and conversions of the first checkpoints call a norm's
+weight and bias gamma and beta.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxre.errors import InputError
 from jaxre.models.architecture import EncoderArchitecture
 from jaxre.models.weights import ENCODER
 
-# Buffers that follow from config.json, and heads of pretraining, which transformers leaves out of a
+# Buffers that follow from config.json, and pretraining heads; transformers drops both from a
 # classifier too.
 UNUSED = {
     "bert": re.compile(r"bert\.embeddings\.position_ids|cls\..*"),
@@ -34,34 +34,29 @@ CLASSES = {"bert": "BertForSequenceClassification", "roberta": "RobertaForSequen
 def stored_names(
     architecture: EncoderArchitecture, stored: Iterable[str], place: Path
 ) -> dict[str, str]:
-    """The weight table's name -> the name in the folder, for each of its tensors but those no
-    classifier has.
+    """Name in the weight table -> name in the folder, of each stored tensor that a classifier uses.
 
     Raises:
-      InputError: two tensors for one weight, with `place` in front.
+      InputError: two tensors for one weight; the message starts with `place`.
     """
-    found, twice = {}, []
+    names, duplicates = {}, []
     for name in stored:
-        ours = (
-            f"{architecture.kind}.{name}"
-            if name.startswith(("embeddings.", "encoder.", "pooler."))
-            else name
-        )
-        ours = ours.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-            "LayerNorm.beta", "LayerNorm.bias"
-        )
+        ours = name.replace("LayerNorm.gamma", "LayerNorm.weight")
+        ours = ours.replace("LayerNorm.beta", "LayerNorm.bias")
+        if ours.startswith(("embeddings.", "encoder.", "pooler.")):
+            ours = f"{architecture.kind}.{ours}"
         if UNUSED[architecture.kind].fullmatch(ours):
             continue
-        if ours in found:
-            twice.append(f"{found[ours]} and {name} are one weight")
-        found[ours] = name
-    if twice:
-        raise InputError(f"{place}: {'; '.join(twice)}; keep one of them")
-    return found
+        if ours in names:
+            duplicates.append(f"{names[ours]} and {name} are one weight")
+        names[ours] = name
+    if duplicates:
+        raise InputError(f"{place}: {'; '.join(duplicates)}; keep one of them")
+    return names
 
 
 def with_head_of(architecture: EncoderArchitecture, names: Iterable[str]) -> EncoderArchitecture:
-    """The architecture with as much of the head as is stored under `names` (of the weight table, or
+    """The architecture with those parts of the head that are in `names` (the weight table's or
     Hugging Face's).
     """
     names = set(names)
@@ -75,8 +70,8 @@ def with_head_of(architecture: EncoderArchitecture, names: Iterable[str]) -> Enc
 
 
 def classifier_fields(architecture: EncoderArchitecture) -> dict[str, Any]:
-    """The fields of config.json that say what the weights are: vocabulary, labels, and no head
-    where there is none.
+    """The fields of config.json that depend on the weights: vocabulary, labels, and a class with or
+    without head.
     """
     fields: dict[str, Any] = {
         "vocab_size": architecture.vocabulary,

@@ -1,17 +1,17 @@
-"""GGUF files, llama.cpp's form of a model: weights, config, tokenizer and template in one file.
+"""Reads GGUF files, llama.cpp's model format: weights, config, tokenizer and template in one file.
 
     folder = unpacked(Path("SmolLM2-135M-Instruct.Q4_1.gguf"))  # config.json, tokenizer, no weights
     tensors = open_gguf(folder)  # dequantised, one tensor at a time
 
-Whatever opens a Hugging Face folder opens `unpacked`'s. It lies in jaxre's cache, holds what the
-file's fields say, and names the file that has the weights. Names and layout are translated by the
-weight table; two architectures store values of another form:
+An unpacked folder lies in jaxre's cache, has the layout of a Hugging Face folder, and names the
+file with the weights. The weight table translates names and layout; two kinds of architecture also
+store other values:
 
-  llama, smollm3   rows of q and k, head by head, in pairs: channel c and c + C/2 lie side by side.
+  llama, smollm3   rows of q and k interleaved in each head: channels c and c + C/2 are adjacent.
   gemma3           norms as 1 + w, the factor itself.
 
-A quantised tensor is dequantised to f32 by the `gguf` package. The field and tensor names are those
-of the GGUF specification (ggml's docs/gguf.md) and of llama.cpp's converters.
+The `gguf` package dequantises tensors to f32. Field and tensor names are those of the GGUF
+specification (ggml's docs/gguf.md) and of llama.cpp's converters.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from jaxre.models.decoder import rotary_frequencies
 MARKER = "gguf.json"
 CACHE = "~/.cache/jaxre"  # JAXRE_CACHE names another folder
 
-# Our name of a weight -> its name in a file, after `blk.N.` where it belongs to a layer.
+# Our name of a weight -> its name in a file, without the `blk.N.` of a layer.
 NAMES = {
     "embed": "token_embd.weight",
     "norm": "output_norm.weight",
@@ -71,7 +71,7 @@ NAMES = {
     "attention_out_norm": "post_attention_norm.weight",
     "mlp_out_norm": "post_ffw_norm.weight",
 }
-# Factors of the rotary frequencies: what a file has of Llama-3 scaling, in place of its parameters.
+# Factors of the rotary frequencies; a file stores these instead of Llama 3's scaling parameters.
 ROPE_FACTORS = "rope_freqs.weight"
 # The parameters that Llama 3.1 and 3.2 were trained with (their config.json).
 LLAMA3_SCALINGS = tuple(
@@ -94,12 +94,12 @@ QUANTISED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5
 
 @dataclass(frozen=True)
 class Family:
-    """What a `general.architecture` is called by transformers, and what it does to weights."""
+    """The names of a `general.architecture` in transformers, and how its stored weights differ."""
 
     model_type: str
     class_name: str
     paired: bool = False
-    norm_offset: float = 0.0  # of a norm's stored value over Hugging Face's
+    norm_offset: float = 0.0  # stored value of a norm minus Hugging Face's
     fields: tuple[tuple[str, Any], ...] = ()
 
 
@@ -107,11 +107,11 @@ FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM", paired=True),
     "qwen2": Family("qwen2", "Qwen2ForCausalLM", fields=(("use_sliding_window", False),)),
     "qwen3": Family("qwen3", "Qwen3ForCausalLM", fields=(("use_sliding_window", False),)),
-    # llama.cpp knows no other interval.
+    # llama.cpp supports no other interval.
     "smollm3": Family(
         "smollm3", "SmolLM3ForCausalLM", paired=True, fields=(("no_rope_layer_interval", 4),)
     ),
-    # What llama.cpp takes where the file is silent, as its converter leaves it.
+    # llama.cpp's defaults for fields that its converter does not write.
     "gemma3": Family(
         "gemma3_text",
         "Gemma3ForCausalLM",
@@ -123,8 +123,8 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class StoredGGUF:
-    """One tensor of a file, of which only the header was read. `kind` is GGUF's word for its type,
-    `shape` is in numpy's order.
+    """One tensor of a file, known from the header. `kind` is GGUF's name of its type; `shape` is in
+    numpy's order.
     """
 
     path: Path
@@ -135,11 +135,11 @@ class StoredGGUF:
 
     @property
     def dtype(self) -> np.dtype:
-        """That of the values: a quantised tensor is dequantised to f32."""
-        return PLAIN.get(self.kind, PLAIN["F32"])
+        """Dtype of the values; a quantised tensor is dequantised to f32."""
+        return value_dtype(self.kind)
 
     def read(self) -> np.ndarray:
-        """The values. Raises InputError where the disk does not give them."""
+        """The values. Raises InputError if the disk fails."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -150,14 +150,19 @@ class StoredGGUF:
         return dequantize(blocks, GGMLQuantizationType[self.kind]).reshape(self.shape)
 
 
+def value_dtype(kind: str) -> np.dtype:
+    """The dtype of a tensor's values when it is read."""
+    return PLAIN.get(kind, PLAIN["F32"])
+
+
 def is_gguf_file(path: Path) -> bool:
-    """Whether a file begins as GGUF does."""
+    """True if a file starts with GGUF's magic bytes."""
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
 
 
 def is_gguf(folder: Path) -> bool:
-    """Whether a folder is what `unpacked` made of a file."""
+    """True for a folder that `unpacked` made."""
     return (folder / MARKER).is_file()
 
 
@@ -167,19 +172,21 @@ def file_of(folder: Path) -> Path:
 
 
 def unpacked(path: Path, check: Callable[[], None] | None = None) -> Path:
-    """The folder in jaxre's cache with all of a file but its weights; made where it is not there.
+    """The folder in jaxre's cache with everything in a file but its weights; made if missing.
 
     Args:
       check: called before a file is read for the first time.
 
     Raises:
-      InputError: a file that is damaged, of an architecture, tensor type or tokenizer that is not
-        known, or of several parts.
+      InputError: a file that is damaged or split, or whose architecture, tensor type or tokenizer
+        is unknown.
     """
     path = Path(path).resolve()
     stat = path.stat()
-    # With the code that reads it, which decides what the folder holds.
-    code = b"".join(Path(one).read_bytes() for one in (__file__, gguf_tokenizer.__file__))
+    # The reading code decides what the folder contains, so it is part of the key.
+    code = b"".join(
+        Path(module_file).read_bytes() for module_file in (__file__, gguf_tokenizer.__file__)
+    )
     file = f"{path} {stat.st_size} {stat.st_mtime_ns} {check is not None}"
     key = hashlib.sha256(code + file.encode()).hexdigest()
     cache = Path(os.environ.get("JAXRE_CACHE") or CACHE).expanduser() / "gguf"
@@ -210,20 +217,21 @@ def unpacked(path: Path, check: Callable[[], None] | None = None) -> Path:
         "size": stat.st_size,
         "modified": stat.st_mtime_ns,
         "tensors": {
-            name: [one.kind, list(one.shape), one.start, one.bytes] for name, one in tensors.items()
+            name: [tensor.kind, list(tensor.shape), tensor.start, tensor.bytes]
+            for name, tensor in tensors.items()
         },
     }
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+        partial = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
         for name, content in files.items():
             text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-            (place / name).write_text(text, encoding="utf-8")
+            (partial / name).write_text(text, encoding="utf-8")
         try:
-            place.rename(folder)
+            partial.rename(folder)
         except OSError:
-            # Another process was first with the same content.
-            shutil.rmtree(place, ignore_errors=True)
+            # Another process may have written the same content first.
+            shutil.rmtree(partial, ignore_errors=True)
             if not is_gguf(folder):
                 raise
     except OSError as error:
@@ -234,10 +242,10 @@ def unpacked(path: Path, check: Callable[[], None] | None = None) -> Path:
 
 
 def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredGGUF]]:
-    """The fields and the tensors of a file; no weight is read.
+    """The fields and tensors of a file; no weight is read.
 
     Raises:
-      InputError: a damaged or truncated file, a tensor of a type that is not known.
+      InputError: a damaged or truncated file, a tensor of unknown type.
     """
     from gguf import GGUFReader
 
@@ -251,24 +259,25 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, StoredGGUF]]:
     if reader.byte_order == "S":
         raise InputError(f"{path}: is of the other byte order; take the little-endian file")
     known, tensors, size = (*PLAIN, *QUANTISED), {}, path.stat().st_size
-    for one in reader.tensors:
-        if one.tensor_type.name not in known:
+    for tensor in reader.tensors:
+        kind = tensor.tensor_type.name
+        if kind not in known:
             raise InputError(
-                f"{path}: {one.name} is stored as {one.tensor_type.name}, which is not one of"
+                f"{path}: {tensor.name} is stored as {kind}, which is not one of"
                 f" {', '.join(known)}; take another file of the model"
             )
-        shape = tuple(int(length) for length in reversed(one.shape))
-        found = StoredGGUF(
-            path, one.tensor_type.name, shape, int(one.data_offset), int(one.n_bytes)
-        )
-        if found.start + found.bytes > size:
-            raise InputError(f"{path}: ends inside {one.name}; download it again")
-        tensors[one.name] = found
+        shape = tuple(int(length) for length in reversed(tensor.shape))
+        stored = StoredGGUF(path, kind, shape, int(tensor.data_offset), int(tensor.n_bytes))
+        if stored.start + stored.bytes > size:
+            raise InputError(f"{path}: ends inside {tensor.name}; download it again")
+        tensors[tensor.name] = stored
     return fields, tensors
 
 
 def family_of(fields: dict[str, Any], place: Path) -> Family:
-    """Raises InputError for an architecture that is not known, or a part of a file."""
+    """The family of a file. Raises InputError for an unknown architecture or part of a split
+    file.
+    """
     if int(fields.get("split.count", 1)) > 1:
         raise InputError(
             f"{place}: is one of {fields['split.count']} parts; join them with llama.cpp's"
@@ -285,14 +294,14 @@ def family_of(fields: dict[str, Any], place: Path) -> Family:
 def config_of(
     fields: dict[str, Any], tensors: dict[str, StoredGGUF], family: Family, place: Path
 ) -> dict[str, Any]:
-    """The fields of config.json that a file's fields and tensors say.
+    """The fields of config.json that follow from a file's fields and tensors.
 
     Raises:
-      InputError: a missing field, or a feature that is not known.
+      InputError: a missing field, or an unknown feature.
     """
     prefix = fields["general.architecture"]
 
-    def given(name: str, default: Any = None) -> Any:
+    def field(name: str, default: Any = None) -> Any:
         value = fields.get(f"{prefix}.{name}", default)
         if value is None:
             raise InputError(f"{place}: the field {prefix}.{name} is missing; download it again")
@@ -300,22 +309,21 @@ def config_of(
 
     if "token_embd.weight" not in tensors:
         raise InputError(f"{place}: token_embd.weight is missing; download it again")
-    heads, width = given("attention.head_count"), given("embedding_length")
+    heads, width = field("attention.head_count"), field("embedding_length")
     if not isinstance(heads, int) or heads < 1:
         raise InputError(
             f"{place}: {prefix}.attention.head_count is {heads!r}; one number for all layers is"
             " supported, take another model"
         )
-    channels = given("attention.key_length", width // heads)
-    for name, value in (("value_length", channels), ("rope.dimension_count", channels)):
-        name = name if name.startswith("rope") else f"attention.{name}"
-        if given(name, value) != channels:
+    channels = field("attention.key_length", width // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if field(name, channels) != channels:
             raise InputError(
-                f"{place}: {prefix}.{name} is {given(name)}, the heads have {channels} channels;"
+                f"{place}: {prefix}.{name} is {field(name)}, the heads have {channels} channels;"
                 " that is not supported, take another model"
             )
-    scaling = given("rope.scaling.type", "none")
-    factor = given("rope.scaling.factor", given("rope.scale_linear", 1.0))
+    scaling = field("rope.scaling.type", "none")
+    factor = field("rope.scaling.factor", field("rope.scale_linear", 1.0))
     scaling = "linear" if scaling == "none" and factor not in (0.0, 1.0) else scaling
     if scaling != "none" or fields.get(f"{prefix}.expert_count"):
         raise InputError(
@@ -329,42 +337,39 @@ def config_of(
         "model_type": family.model_type,
         **({} if gemma else {"hidden_act": "silu"}),
         "hidden_size": width,
-        "intermediate_size": given("feed_forward_length"),
-        "num_hidden_layers": given("block_count"),
+        "intermediate_size": field("feed_forward_length"),
+        "num_hidden_layers": field("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": given("attention.head_count_kv", heads),
+        "num_key_value_heads": field("attention.head_count_kv", heads),
         "head_dim": channels,
-        "max_position_embeddings": given("context_length"),
-        "rms_norm_eps": _decimal(given("attention.layer_norm_rms_epsilon")),
-        "rope_theta": _decimal(given("rope.freq_base", 10000.0)),
+        "max_position_embeddings": field("context_length"),
+        "rms_norm_eps": _decimal(field("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _decimal(field("rope.freq_base", 10000.0)),
         "tie_word_embeddings": "output.weight" not in tensors,
         "vocab_size": tensors["token_embd.weight"].shape[0],
         **dict(family.fields),
     }
     if gemma:
-        # llama.cpp's scale of scores, but of the 27B, which is not supported here.
+        # llama.cpp's score scale for all sizes but 27B, which is not supported here.
         config["query_pre_attn_scalar"] = channels
-        config["sliding_window"] = given("attention.sliding_window")
-        pattern = given("attention.sliding_window_pattern", 6)
+        config["sliding_window"] = field("attention.sliding_window")
+        pattern = field("attention.sliding_window_pattern", 6)
+        if not isinstance(pattern, list):
+            pattern = [(layer + 1) % pattern != 0 for layer in range(field("block_count"))]
         config["layer_types"] = [
-            "sliding_attention" if slides else "full_attention"
-            for slides in (
-                pattern
-                if isinstance(pattern, list)
-                else [(layer + 1) % pattern != 0 for layer in range(given("block_count"))]
-            )
+            "sliding_attention" if slides else "full_attention" for slides in pattern
         ]
-        local = given("rope.freq_base_swa", config["rope_local_base_freq"])
+        local = field("rope.freq_base_swa", config["rope_local_base_freq"])
         config["rope_local_base_freq"] = _decimal(local)
         if fields.get(f"{prefix}.final_logit_softcapping"):
             raise InputError(
                 f"{place}: {prefix}.final_logit_softcapping is set, which is not supported; take"
                 " another model"
             )
-    for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        found = fields.get(f"tokenizer.ggml.{field}_token_id")
-        if found is not None and 0 <= found < config["vocab_size"]:
-            config[f"{name}_token_id"] = found
+    for name, gguf_name in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        token = fields.get(f"tokenizer.ggml.{gguf_name}_token_id")
+        if token is not None and 0 <= token < config["vocab_size"]:
+            config[f"{name}_token_id"] = token
     stops = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     stops = list(dict.fromkeys(stop for stop in stops if stop is not None))
     if len(stops) > 1:
@@ -376,12 +381,12 @@ def config_of(
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal that rounds to an f32: 1e-05 for 9.99999974e-06."""
+    """The shortest decimal that rounds to the same f32: 1e-05 for 9.99999974e-06."""
     return float(str(np.float32(value)))
 
 
 def _llama3_of(config: dict[str, Any], factors: np.ndarray, place: Path) -> dict[str, Any]:
-    """The parameters of Llama-3 scaling that give these factors. Raises InputError for others."""
+    """The Llama 3 scaling parameters of these factors. Raises InputError if there are none."""
     for scaling in LLAMA3_SCALINGS:
         architecture = architecture_of({**config, "rope_scaling": scaling}, str(place))
         expected = rope_factors(architecture)
@@ -394,7 +399,7 @@ def _llama3_of(config: dict[str, Any], factors: np.ndarray, place: Path) -> dict
 
 
 def rope_factors(architecture: Architecture) -> np.ndarray | None:
-    """[C/2] f32 that the plain frequencies are divided by; None without scaling."""
+    """[C/2] f32 divisors of the unscaled rotary frequencies; None without scaling."""
     if architecture.rope_scaling is None:
         return None
     plain = dataclasses.replace(architecture, rope_scaling=None)
@@ -402,11 +407,10 @@ def rope_factors(architecture: Architecture) -> np.ndarray | None:
 
 
 def open_gguf(folder: Path) -> Tensors:
-    """The weights behind an unpacked folder; no data is read yet.
+    """Opens the weights behind an unpacked folder without reading data.
 
     Raises:
-      InputError: a file that is gone or changed, listing every missing, misshapen and unknown
-        tensor.
+      InputError: a file that is gone or changed; lists every missing, misshapen and unknown tensor.
     """
     marker = read_json(folder / MARKER)
     path = Path(marker["file"])
@@ -421,20 +425,25 @@ def open_gguf(folder: Path) -> Tensors:
 
 
 def tensors_of(path: Path, architecture: Architecture, stored: dict[str, StoredGGUF]) -> Tensors:
-    """The tensors of a file under Hugging Face's names. Raises InputError as `open_gguf`."""
-    own = names_of(architecture)
-    stored = {name: one for name, one in stored.items() if name != ROPE_FACTORS}
-    found = {hf: stored.pop(name) for hf, name in own.items() if name in stored}
-    check_tensors(path, architecture, {**found, **stored})
-    # One stack holds all layers of a weight: the wider type where they differ.
-    at, dtypes = positions(architecture), {}
+    """The tensors of a file by Hugging Face name. Raises InputError as `open_gguf` does."""
+    unknown = {name: tensor for name, tensor in stored.items() if name != ROPE_FACTORS}
+    known = {
+        hf: unknown.pop(name) for hf, name in names_of(architecture).items() if name in unknown
+    }
+    check_tensors(path, architecture, {**known, **unknown})
+    # All layers of a weight share one stack: f32 if their types differ.
+    weight_of = {name: weight.name for name, (weight, _, _) in positions(architecture).items()}
+    stored_dtypes: dict[str, set[np.dtype]] = {}
+    for name, tensor in known.items():
+        stored_dtypes.setdefault(weight_of[name], set()).add(tensor.dtype)
+    dtypes = {}
     for name in hf_shapes(architecture):
-        members = {other.dtype for hf, other in found.items() if at[hf][0].name == at[name][0].name}
-        dtypes[name] = members.pop() if len(members) == 1 else PLAIN["F32"]
+        of_weight = stored_dtypes[weight_of[name]]
+        dtypes[name] = next(iter(of_weight)) if len(of_weight) == 1 else PLAIN["F32"]
     form = form_of(architecture)
 
     def read(name: str) -> np.ndarray:
-        return form.to_hf(name, found[name].read()).astype(dtypes[name], copy=False)
+        return form.to_hf(name, known[name].read()).astype(dtypes[name], copy=False)
 
     return Tensors(architecture, dtypes, read)
 
@@ -451,8 +460,10 @@ def names_of(architecture: Architecture) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Form:
-    """How the values of a file differ from Hugging Face's. `heads` is name -> heads of the q and k
-    weights whose rows lie in pairs; `offset` is added to the values of `norms`.
+    """Differences of a file's values from Hugging Face's.
+
+    heads: name -> number of heads, of the q and k weights whose rows are interleaved.
+    offset: added to the values of `norms`.
     """
 
     heads: dict[str, int]
@@ -477,12 +488,12 @@ class Form:
 
 
 def form_of(architecture: Architecture) -> Form:
-    """The form of an architecture's values in a file."""
-    family = next(one for one in FAMILIES.values() if one.model_type == architecture.kind)
+    """The form in which a file stores an architecture's values."""
+    (family,) = (family for family in FAMILIES.values() if family.model_type == architecture.kind)
     paired = {"q": architecture.query_heads, "k": architecture.kv_heads} if family.paired else {}
-    at = {name: weight.name for name, (weight, _, _) in positions(architecture).items()}
+    weight_of = {name: weight.name for name, (weight, _, _) in positions(architecture).items()}
     return Form(
-        {name: paired[own] for name, own in at.items() if own in paired},
-        frozenset(name for name, own in at.items() if own.endswith("norm")),
+        {name: paired[weight] for name, weight in weight_of.items() if weight in paired},
+        frozenset(name for name, weight in weight_of.items() if weight.endswith("norm")),
         family.norm_offset,
     )

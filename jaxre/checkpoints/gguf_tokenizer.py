@@ -1,12 +1,12 @@
-"""The tokenizer of a GGUF file as the files of a Hugging Face folder, and back.
+"""Converts the tokenizer of a GGUF file to the files of a Hugging Face folder, and back.
 
-GGUF has the vocabulary, the merges and the name of a pre-tokenizer (`tokenizer.ggml.pre`); what the
-name means is llama.cpp's code (`src/llama-vocab.cpp`). Here it is a table of what tokenizer.json
-says for it. Two kinds are known: byte-level BPE (`gpt2`), and Gemma's SentencePiece (`llama` in a
-gemma file), whose merges follow from the scores.
+GGUF stores the vocabulary, the merges and the name of a pre-tokenizer (`tokenizer.ggml.pre`).
+llama.cpp's code (`src/llama-vocab.cpp`) defines these names; PRES gives their equivalents in
+tokenizer.json. Two kinds are supported: byte-level BPE (`gpt2`), and Gemma's SentencePiece (`llama`
+in a gemma file), whose merges follow from the scores.
 
-llama.cpp knows neither normalisers nor added tokens that take white space: text that is not in
-Unicode's form C gives other tokens there than Qwen's own tokenizer, and a tokenizer with such added
+llama.cpp supports neither normalisers nor added tokens that strip white space: it tokenises text
+that is not in Unicode form C differently from Qwen's own tokenizer, and a tokenizer with such added
 tokens is not written.
 """
 
@@ -58,8 +58,8 @@ def _split(pattern: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Pre:
-    """What a name of `tokenizer.ggml.pre` stands for in tokenizer.json, and the class of
-    transformers that builds the same.
+    """The meaning of a name in `tokenizer.ggml.pre`: the settings of tokenizer.json, and the class
+    of transformers that builds the same tokenizer.
     """
 
     pre_tokenizer: dict[str, Any]
@@ -68,7 +68,7 @@ class Pre:
     ignore_merges: bool = False
 
 
-# Takes what tokenizer.json states, in transformers 4 and 5.
+# Follows tokenizer.json, in transformers 4 and 5.
 GENERIC = "PreTrainedTokenizerFast"
 PRES = {
     "qwen2": Pre(
@@ -111,8 +111,8 @@ GEMMA = {
         ],
     },
 }
-# Gemma's turns (its model card), for a pretrained file that has no template. A system turn is
-# refused, as by Google's own; its text then goes into the first user turn.
+# Gemma's turns (from its model card), for a pretrained file without a template. Like Google's own
+# it refuses a system turn, whose text then goes into the first user turn.
 GEMMA_TEMPLATE = (
     "{{ bos_token }}{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}"
@@ -130,10 +130,11 @@ def tokenizer_files(
     """Name -> content of tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
     Args:
-      fields: of the file; vocabulary: rows of its embeddings.
+      fields: of the file.
+      vocabulary: rows of its embeddings.
 
     Raises:
-      InputError: a tokenizer that is not known, or one with more tokens than embeddings.
+      InputError: an unsupported tokenizer, or one with more tokens than embeddings.
     """
     model = fields.get("tokenizer.ggml.model")
     tokens, types = (fields.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
@@ -145,16 +146,16 @@ def tokenizer_files(
         )
     gemma = model == "llama" and fields["general.architecture"] == "gemma3"
     if gemma:
-        built, class_name = _gemma(fields, tokens, place), "GemmaTokenizer"
+        tokenizer, class_name = _gemma(fields, tokens, place), "GemmaTokenizer"
     elif model == "gpt2":
-        built, class_name = _byte_level_bpe(fields, tokens, types, place)
+        tokenizer, class_name = _byte_level_bpe(fields, tokens, types, place)
     else:
         raise InputError(
             f"{place}: tokenizer.ggml.model {model!r} is not supported, byte-level BPE (gpt2) and"
             " Gemma's are; take the Hugging Face folder of the model"
         )
     kinds = (CONTROL, USER_DEFINED, UNKNOWN) if gemma else (CONTROL, USER_DEFINED)
-    built["added_tokens"] = [
+    tokenizer["added_tokens"] = [
         {
             "id": number,
             "content": token,
@@ -177,10 +178,7 @@ def tokenizer_files(
         number = fields.get(f"tokenizer.ggml.{field}_token_id")
         if number is not None and 0 <= number < len(tokens):
             config[f"{name}_token"] = tokens[number]
-    files: dict[str, dict[str, Any] | str] = {
-        "tokenizer.json": built,
-        "tokenizer_config.json": config,
-    }
+    files = {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
     template = fields.get("tokenizer.chat_template") or (GEMMA_TEMPLATE if gemma else None)
     if template:
         files["chat_template.jinja"] = template
@@ -200,31 +198,25 @@ def _byte_level_bpe(
     merges = fields.get("tokenizer.ggml.merges")
     if not isinstance(merges, list):
         raise InputError(f"{place}: has no tokenizer.ggml.merges; download it again")
-    # With the added tokens: one that the vocabulary lacks is numbered anew when it is read.
+    # Includes the added tokens: one missing from the vocabulary is renumbered when it is read.
     vocabulary = {
         token: number
         for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind != UNUSED
     }
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
+    tokenizer = _bpe_tokenizer(
+        vocabulary, [_pair(merge, place) for merge in merges], ignore_merges=pre.ignore_merges
+    )
+    return tokenizer | {
         "normalizer": pre.normalizer,
         "pre_tokenizer": pre.pre_tokenizer,
-        "post_processor": _begins_with(fields, tokens),
+        "post_processor": _bos_processor(fields, tokens),
         "decoder": _byte_level(use_regex=True),
-        "model": _bpe(
-            vocabulary,
-            [_pair(merge, place) for merge in merges],
-            ignore_merges=pre.ignore_merges,
-        ),
     }, pre.class_name
 
 
-def _begins_with(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any] | None:
-    """The post-processor of a tokenizer that begins a text with a token of its own."""
+def _bos_processor(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any] | None:
+    """The post-processor that puts the beginning-of-text token first; None if the file has none."""
     number = fields.get("tokenizer.ggml.bos_token_id")
     if fields.get("tokenizer.ggml.add_bos_token") is not True or number is None:
         return None
@@ -241,32 +233,42 @@ def _begins_with(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any] | 
 
 
 def _pair(merge: Any, place: Path | str) -> list[str]:
-    """The two sides of a merge, as llama.cpp cuts them: at the first space behind a character."""
+    """The two sides of a merge, split like llama.cpp at the first space after a character."""
     cut = merge.find(" ", 1) if isinstance(merge, str) else -1
     if cut < 0:
         raise InputError(f"{place}: the merge {merge!r} has no two sides; download it again")
     return [merge[:cut], merge[cut + 1 :]]
 
 
-def _bpe(vocabulary: dict[str, int], merges: list[list[str]], **settings: Any) -> dict[str, Any]:
+def _bpe_tokenizer(
+    vocabulary: dict[str, int], merges: list[list[str]], **settings: Any
+) -> dict[str, Any]:
+    """tokenizer.json of a BPE model with these settings, without its processing of text."""
     return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": vocabulary,
-        "merges": merges,
-        **settings,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "post_processor": None,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocabulary,
+            "merges": merges,
+            **settings,
+        },
     }
 
 
 def _gemma(fields: dict[str, Any], tokens: list[str], place: Path) -> dict[str, Any]:
-    """SentencePiece's BPE as merges: every pair of pieces that spells a piece, the piece with the
-    best score first (as transformers converts Gemma's tokenizer.model).
+    """Converts SentencePiece's BPE to merges: every pair of pieces that forms a piece, the piece
+    with the best score first (as transformers converts Gemma's tokenizer.model).
     """
     ids = {token: number for number, token in enumerate(tokens)}
     scores = fields.get("tokenizer.ggml.scores") or []
@@ -280,33 +282,28 @@ def _gemma(fields: dict[str, Any], tokens: list[str], place: Path) -> dict[str, 
             if left in ids and right in ids:
                 merges.append((-scores[number], number, ids[left], ids[right], left, right))
     merges.sort(key=lambda merge: (merge[0], -len(merge[4]), -len(merge[5]), merge[1:4]))
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        **GEMMA,
-        "post_processor": None,
-        "model": _bpe(
-            ids,
-            [[left, right] for *_, left, right in merges],
-            unk_token=tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        ),
-    }
+    tokenizer = _bpe_tokenizer(
+        ids,
+        [[left, right] for *_, left, right in merges],
+        unk_token=tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    return tokenizer | GEMMA
 
 
 def tokenizer_fields(
     folder: Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int, place: str
 ) -> dict[str, Any]:
-    """The fields of a file that say a folder's tokenizer.
+    """The GGUF fields that describe a folder's tokenizer.
 
     Args:
-      tokenizer: what transformers makes of the folder; vocabulary: rows of the embeddings.
+      tokenizer: the folder's, as transformers loads it.
+      vocabulary: rows of the embeddings.
 
     Raises:
-      InputError: a tokenizer that GGUF or llama.cpp has no word for, with `place` in front.
+      InputError: a tokenizer that GGUF or llama.cpp cannot express; the message starts with
+        `place`.
     """
     parts = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model, gemma = parts["model"], _same(parts, GEMMA, ("normalizer", "pre_tokenizer"))
@@ -324,12 +321,12 @@ def tokenizer_fields(
     ids = dict(model["vocab"])
     kinds = dict.fromkeys(ids, NORMAL)
     for token in parts["added_tokens"]:
-        eats = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
-        if eats or (token["normalized"] and parts["normalizer"] is not None):
+        unsupported = [name for name in ("lstrip", "rstrip", "single_word") if token[name]]
+        if unsupported or (token["normalized"] and parts["normalizer"] is not None):
             raise InputError(
                 f"{place}: the added token {token['content']!r} has"
-                f" {', '.join(eats) or 'normalized'} set, which llama.cpp does not know; use --to"
-                " hf"
+                f" {', '.join(unsupported) or 'normalized'} set, which llama.cpp does not support;"
+                " use --to hf"
             )
         ids[token["content"]] = token["id"]
         kinds[token["content"]] = CONTROL if token["special"] else USER_DEFINED
@@ -341,12 +338,12 @@ def tokenizer_fields(
     for token, number in ids.items():
         if number < vocabulary:  # Gemma's tokenizer has one more, for images
             tokens[number], types[number] = token, kinds[token]
-    merges = [_pair(one, place) if isinstance(one, str) else one for one in model["merges"]]
-    unsaid = [f"{left} {right}" for left, right in merges if " " in left[1:] or not right]
-    if unsaid and not gemma:
+    merges = [_pair(merge, place) if isinstance(merge, str) else merge for merge in model["merges"]]
+    ambiguous = [f"{left} {right}" for left, right in merges if " " in left[1:] or not right]
+    if ambiguous and not gemma:
         raise InputError(
-            f"{place}: the merge {unsaid[0]!r} has a space inside, which GGUF cannot say; use --to"
-            " hf"
+            f"{place}: the merge {ambiguous[0]!r} has a space inside, which GGUF cannot express;"
+            " use --to hf"
         )
     fields: dict[str, Any] = {
         "tokenizer.ggml.model": "llama" if gemma else "gpt2",
@@ -366,23 +363,22 @@ def tokenizer_fields(
     return fields
 
 
-def _same(parts: dict[str, Any], wanted: dict[str, Any], names: Sequence[str] = ()) -> bool:
+def _same(parts: dict[str, Any], expected: dict[str, Any], names: Sequence[str] = ()) -> bool:
     return all(
-        without(parts.get(name), "trim_offsets") == without(wanted[name], "trim_offsets")
-        for name in names or wanted
+        without(parts.get(name), "trim_offsets") == without(expected[name], "trim_offsets")
+        for name in names or expected
     )
 
 
 def _scores(tokens: list[str], types: list[int], merges: list[list[str]]) -> list[float]:
     """SentencePiece's scores: the piece that is merged first has the best one."""
-    first: dict[str, int] = {}
+    first_rank: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
-        first.setdefault(left + right, rank)
-    return [
-        -1000.0
-        if kind in (CONTROL, USER_DEFINED, UNUSED, UNKNOWN) and token not in first
-        else 0.0
-        if kind == BYTE
-        else -float(first.get(token, len(merges)))
-        for token, kind in zip(tokens, types, strict=True)
-    ]
+        first_rank.setdefault(left + right, rank)
+
+    def score(token: str, kind: int) -> float:
+        if kind in (CONTROL, USER_DEFINED, UNUSED, UNKNOWN) and token not in first_rank:
+            return -1000.0
+        return 0.0 if kind == BYTE else -float(first_rank.get(token, len(merges)))
+
+    return list(map(score, tokens, types))

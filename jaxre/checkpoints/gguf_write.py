@@ -1,7 +1,7 @@
-"""A GGUF file of a model, for llama.cpp, and the Modelfile that Ollama makes a model of it with.
+"""Writes a GGUF file for llama.cpp, and the Modelfile from which Ollama creates a model.
 
-llama.cpp keeps vectors (norms, biases) in f32 whatever the matrices are; so does this. Nothing here
-has run in Ollama.
+Vectors (norms, biases) are stored in f32 whatever the type of the matrices, as llama.cpp does.
+Nothing here has been run in Ollama.
 """
 
 from __future__ import annotations
@@ -26,40 +26,35 @@ from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture, LinearScaling, RopeScaling
 from jaxre.models.weights import AnyArchitecture
 
-BLOCK = 32  # values that share a scale in Q8_0
-# general.file_type (llama.h, LLAMA_FTYPE): what most of the file is stored as.
+BLOCK = 32  # values per scale in Q8_0
+# general.file_type (llama.h, LLAMA_FTYPE): the type of most tensors.
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}
 KINDS = {dtype: kind for kind, dtype in PLAIN.items()}
-# Stand for a conversation's turns while its template is rendered; no template writes such words.
+# Placeholders for the turns while a template is rendered; no template contains such words.
 SYSTEM, USER = "THE-SYSTEM-TURN", "THE-USER-TURN"
 LARGEST_Q8_0 = 127 * 65504.0  # the scale of a block is an f16
 
 
 def kinds_of(architecture: Architecture, stored: dict[str, np.dtype], kind: str | None) -> dict:
-    """Hugging Face name -> GGUF's word for what each tensor is stored as.
+    """Hugging Face name -> GGUF's name of the type in which to store each tensor.
 
     Args:
-      stored: dtypes of the source; kind: of the matrices, as the source has them if not given. In
-        Q8_0 a matrix whose rows are no multiple of 32 is stored as F16.
+      stored: dtypes of the source.
+      kind: of the matrices; None keeps that of the source. With Q8_0, a matrix whose row length is
+        not a multiple of 32 is stored as F16.
     """
     kinds = {}
     for name, shape in hf_shapes(architecture).items():
-        own = kind or KINDS[stored[name]]
+        kinds[name] = kind or KINDS[stored[name]]
         if len(shape) == 1:
-            own = "F32"
-        elif own == "Q8_0" and shape[-1] % BLOCK:
-            own = "F16"
-        kinds[name] = own
+            kinds[name] = "F32"
+        elif kind == "Q8_0" and shape[-1] % BLOCK:
+            kinds[name] = "F16"
     return kinds
 
 
-def value_dtype(kind: str) -> np.dtype:
-    """The dtype of a tensor's values when it is read back."""
-    return PLAIN.get(kind, PLAIN["F32"])
-
-
 def through_q8_0(value: np.ndarray) -> np.ndarray:
-    """What f32 values [..., a multiple of 32] are after Q8_0."""
+    """Rounds f32 values [..., a multiple of 32] to Q8_0 and back."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -67,7 +62,7 @@ def through_q8_0(value: np.ndarray) -> np.ndarray:
 
 
 def _encoded(value: np.ndarray, kind: str) -> np.ndarray:
-    """Values as a file stores them: a float type, or the bytes of blocks."""
+    """Values in the form of the file: a float type, or the bytes of Q8_0 blocks."""
     if kind != "Q8_0":
         return value
     from gguf import GGMLQuantizationType
@@ -80,8 +75,8 @@ def _encoded(value: np.ndarray, kind: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Speech:
-    """What a file says besides weights: its tokenizer's fields and template, the token that ends an
-    answer, and all that the template puts behind one.
+    """The tokenizer's GGUF fields, the chat template, the token that ends an answer, and the text
+    that the template puts after an answer.
     """
 
     fields: dict[str, Any]
@@ -93,19 +88,19 @@ class Speech:
 def speech_of(
     architecture: Architecture, side_files: dict[str, Path], like: Path, date: str
 ) -> Speech:
-    """The tokenizer and template that a folder and an adapter's side files make together.
+    """The tokenizer and template of a folder together with an adapter's side files.
 
     Raises:
-      InputError: a tokenizer that GGUF cannot say, or files that disagree.
+      InputError: a tokenizer that GGUF cannot express, or files that disagree.
     """
     if "tokenizer.json" not in side_files:
         raise InputError(f"{like}: no tokenizer.json; a GGUF file carries its tokenizer")
-    with tempfile.TemporaryDirectory(prefix="jaxre-") as made:
-        place = Path(made)
-        copy_side_files(side_files, place)
-        shutil.copyfile(like / "config.json", place / "config.json")
-        tokenizer = load_tokenizer(place)
-        fields = tokenizer_fields(place, tokenizer, architecture.vocabulary, str(like))
+    with tempfile.TemporaryDirectory(prefix="jaxre-") as temporary:
+        folder = Path(temporary)
+        copy_side_files(side_files, folder)
+        shutil.copyfile(like / "config.json", folder / "config.json")
+        tokenizer = load_tokenizer(folder)
+        fields = tokenizer_fields(folder, tokenizer, architecture.vocabulary, str(like))
     fields["tokenizer.ggml.add_bos_token"] = architecture.kind == "gemma3_text"
     template, stop, end = None, tokenizer.eos_token, ""
     default = tokenizer.chat_template
@@ -115,12 +110,12 @@ def speech_of(
         template = ChatTemplate(tokenizer, date, str(like))
         fields["tokenizer.chat_template"] = template.template
         turns = [{"role": "user", "content": "question"}]
-        (answered,) = template.encode([(turns, "answer")])
+        (encoded,) = template.encode([(turns, "answer")])
         end = template.split(turns, "answer")[1].removeprefix("answer")
-        supervised = answered.tokens[answered.prompt_length :]
+        supervised = encoded.tokens[encoded.prompt_length :]
         last = supervised[template.end_of_turn(supervised) - 1]
         if last in tokenizer.added_tokens_decoder:
-            # What training supervised ends an answer, whatever else the tokenizer calls its end.
+            # The last supervised token ends an answer, whatever end the tokenizer declares.
             fields["tokenizer.ggml.eos_token_id"] = fields["tokenizer.ggml.eot_token_id"] = last
             stop = tokenizer.convert_ids_to_tokens(last)
     return Speech(fields, template, stop, end)
@@ -134,11 +129,12 @@ def write_gguf(
     speech: Speech,
     name: str,
 ) -> None:
-    """Writes a file; two tensors are held at a time.
+    """Writes a file; holds two tensors at a time.
 
     Args:
-      kinds: as `kinds_of` gives them; tensors: (Hugging Face name, encoded array), in their order.
-      name: what the file calls the model.
+      kinds: from `kinds_of`.
+      tensors: (Hugging Face name, array) in the order of `kinds`.
+      name: of the model, recorded in the file.
     """
     from gguf import GGMLQuantizationType, GGUFWriter
 
@@ -155,11 +151,11 @@ def write_gguf(
     factors = rope_factors(architecture)
     if factors is not None:
         writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-    own, shapes = names_of(architecture), hf_shapes(architecture)
+    gguf_names, shapes = names_of(architecture), hf_shapes(architecture)
     for tensor, kind in kinds.items():
         bytes_shape = _bytes_shape(shapes[tensor], kind)
         writer.add_tensor_info(
-            own[tensor],
+            gguf_names[tensor],
             bytes_shape if kind == "Q8_0" else shapes[tensor],
             np.dtype(np.uint8 if kind == "Q8_0" else np.float32),
             int(np.prod(bytes_shape)),
@@ -182,13 +178,13 @@ def write_gguf(
 
 
 def arch_of(architecture: Architecture) -> str | None:
-    """GGUF's name of an architecture; None where it has none."""
+    """GGUF's name of an architecture; None if it has none."""
     names = {family.model_type: arch for arch, family in FAMILIES.items()}
     return names.get(architecture.kind)
 
 
 def check_writable(architecture: AnyArchitecture, place: str) -> None:
-    """Raises InputError for a model that has no form in GGUF."""
+    """Raises InputError for a model that GGUF cannot express."""
     if arch_of(architecture) is None:
         raise InputError(f"{place}: {architecture.kind} has no form in GGUF here; use --to hf")
     linear = isinstance(architecture.rope_scaling, LinearScaling)
@@ -203,8 +199,8 @@ def check_writable(architecture: AnyArchitecture, place: str) -> None:
             f"{place}: llama.cpp scales the rotation of llama alone, not of {architecture.kind};"
             " use --to hf"
         )
-    paused = tuple((layer + 1) % 4 != 0 for layer in range(architecture.layers))
-    if architecture.kind == "smollm3" and architecture.rotary != paused:
+    rotary = tuple((layer + 1) % 4 != 0 for layer in range(architecture.layers))
+    if architecture.kind == "smollm3" and architecture.rotary != rotary:
         raise InputError(
             f"{place}: llama.cpp leaves the rotation out in every fourth layer of smollm3, this"
             " model in others; use --to hf"
@@ -212,7 +208,7 @@ def check_writable(architecture: AnyArchitecture, place: str) -> None:
 
 
 def bytes_of(architecture: Architecture, kinds: dict[str, str]) -> int:
-    """Bytes that the tensors of a file take."""
+    """Total bytes of the tensors of a file."""
     shapes = hf_shapes(architecture)
     return sum(math.prod(_bytes_shape(shapes[name], kind)) for name, kind in kinds.items())
 
@@ -241,8 +237,7 @@ def _add_sizes(writer: Any, architecture: Architecture) -> None:
         prefix = arch_of(architecture)
         writer.add_float32(f"{prefix}.rope.freq_base_swa", architecture.local_rope_theta)
         writer.add_array(
-            f"{prefix}.attention.sliding_window_pattern",
-            [bool(one) for one in architecture.sliding],
+            f"{prefix}.attention.sliding_window_pattern", list(map(bool, architecture.sliding))
         )
 
 
@@ -258,21 +253,20 @@ def _add_field(writer: Any, name: str, value: Any) -> None:
 
 
 def modelfile(file: str, speech: Speech, system: str | None) -> str:
-    """What `ollama create NAME -f Modelfile` reads. Ollama has templates of its own language, so
-    the chat template is rendered once around a system and a user turn.
+    """Text for `ollama create NAME -f Modelfile`. Ollama has its own template language, so the chat
+    template is rendered once around a system and a user turn.
 
     Args:
-      system: the system turn of training, if there was one.
+      system: the system turn of training, if any.
     """
     lines = [f"FROM ./{file}"]
     template = speech.template
     if template is not None:
         turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}]
-        whole, bare = (template.render(some, generation=True) for some in (turns, turns[1:]))
-        before, _, rest = whole.partition(SYSTEM)
+        before, _, rest = template.render(turns, generation=True).partition(SYSTEM)
         between, _, after = rest.partition(USER)
-        start = bare.partition(USER)[0]
-        if speech.fields["tokenizer.ggml.add_bos_token"]:  # Ollama puts it in front itself
+        start = template.render(turns[1:], generation=True).partition(USER)[0]
+        if speech.fields["tokenizer.ggml.add_bos_token"]:  # Ollama adds it itself
             bos = template.tokenizer.bos_token or ""
             before, start = before.removeprefix(bos), start.removeprefix(bos)
         before, between, after, start = map(_literal, (before, between, after, start))
@@ -283,8 +277,8 @@ def modelfile(file: str, speech: Speech, system: str | None) -> str:
         )
     if any(re.search(r'"""[ \t]*(\n|$)', text) for text in (system or "", lines[-1][:-3])):
         raise InputError(
-            "three quotes end a line of the system turn or template, which a Modelfile cannot say;"
-            " change prompt.system, or use --to hf"
+            "three quotes end a line of the system turn or template, which a Modelfile cannot"
+            " express; change prompt.system, or use --to hf"
         )
     if system:
         lines.append(f'SYSTEM """{system}"""')
@@ -295,5 +289,5 @@ def modelfile(file: str, speech: Speech, system: str | None) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text inside a template of Go."""
-    return re.sub(r"\{\{|\{$", lambda found: f'{{{{ "{found.group()}" }}}}', text)
+    """Text escaped for a Go template."""
+    return re.sub(r"\{\{|\{$", lambda braces: f'{{{{ "{braces.group()}" }}}}', text)

@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out, driven by the weight table.
+"""Reads and writes Hugging Face folders, driven by the weight table.
 
 architecture, params = load_base(folder, jnp.float32)
 save_base(target, architecture, params, like=folder)
@@ -6,6 +6,7 @@ save_base(target, architecture, params, like=folder)
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxre.checkpoints.encoder_folder import BUFFERS, classifier_fields, stored_names, with_head_of
 from jaxre.checkpoints.shards import (
-    MEND_PICKLED,
+    CONVERT_PICKLED,
     STORED_DTYPES,
     Form,
     Stored,
@@ -38,9 +39,9 @@ from jaxre.models.architecture import EncoderArchitecture, read_architecture
 from jaxre.models.quantised import is_nf4, quantise_matrix
 from jaxre.models.weights import AnyArchitecture, Weight, places, tree_of
 
-# Tables that old versions of transformers stored beside the weights; they follow from config.json.
+# Tables that old versions of transformers stored with the weights; config.json determines them.
 HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-# What a folder carries beside its weights; copied on export.
+# Files beside the weights and config.json; copied on export.
 SIDE_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -54,18 +55,16 @@ SIDE_FILES = (
     "tokenizer.model",
 )
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
-TEMPLATES = "additional_chat_templates"  # a folder: a tokenizer's templates beside its default one
+TEMPLATES = "additional_chat_templates"  # folder of a tokenizer's non-default chat templates
 
 
 @dataclass(frozen=True)
 class Tensors:
-    """The weights of a folder, read one at a time, so that a model passes through without being
-    held.
+    """The weights of a folder, read one at a time, so that the whole model is never in memory.
 
-    `dtypes` is name -> stored dtype in the order in which they lie on disk, None for NF4;
-    `read(name)` gives one tensor. Names and layout are Hugging Face's, whatever the folder is.
-    `left_out` names stored tensors that are not weights of this architecture (the head of an
-    encoder's pretraining).
+    dtypes: name -> stored dtype in the order on disk, None for NF4.
+    read: name -> tensor. Names and layout are Hugging Face's, whatever the format of the folder.
+    left_out: stored tensors that this architecture does not use (an encoder's pretraining head).
     """
 
     architecture: AnyArchitecture
@@ -75,15 +74,15 @@ class Tensors:
 
 
 def folder_tensors(folder: Path) -> dict[str, Stored | str]:
-    """Hugging Face name -> tensor, from `model.safetensors` or, where there is none, the sharded
-    index (transformers' order).
+    """Hugging Face name -> tensor in the order on disk, from `model.safetensors` or else the
+    sharded index (transformers' order).
 
-    In the order in which they lie on disk. One that the index and its file do not agree on is what
-    is wrong with it: loaders differ in which of the two they follow.
+    If the index and the shards disagree on a tensor, its value is a description of the fault:
+    loaders differ in which of the two they follow.
 
     Raises:
-      InputError: no safetensors (pickled weights are never read), a broken index, a missing or
-        outside shard.
+      InputError: no safetensors (pickled weights are never read), a broken index, a shard that is
+        missing or outside the folder.
     """
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
@@ -99,8 +98,8 @@ def folder_tensors(folder: Path) -> dict[str, Stored | str]:
                 f"{index}: not a safetensors index; its weight_map must name a file for each tensor"
             )
         for shard in sorted(set(names.values())):
-            # The name decides, not where a link leads: the hub's cache links each file to a folder
-            # of blobs.
+            # Only the name is checked, not the target of a link: the hub's cache links each file to
+            # a folder of blobs.
             if shard in (".", "..") or Path(shard).name != shard or "\\" in shard:
                 raise InputError(
                     f"{index}: points at {shard}, outside the folder; an index may name files"
@@ -111,32 +110,28 @@ def folder_tensors(folder: Path) -> dict[str, Stored | str]:
                     f"{folder / shard}: no such file, though {index.name} names it; download it"
                     " again"
                 )
-        lying = [
-            pair
-            for shard in sorted(set(names.values()))
-            for pair in stored_tensors(folder / shard).items()
-        ]
-        found: dict[str, Stored | str] = {
-            name: one for name, one in lying if names.get(name) == one.path.name
-        }
-        found |= {
-            name: f"lies in {one.path.name}, where the index has it not"
-            for name, one in lying
-            if names.get(name) != one.path.name
-        }
-        return found | dict.fromkeys(
-            (name for name in names if name not in found),
+        listed: dict[str, Stored | str] = {}
+        misplaced: dict[str, Stored | str] = {}
+        for shard in sorted(set(names.values())):
+            for name, tensor in stored_tensors(folder / shard).items():
+                if names.get(name) == shard:
+                    listed[name] = tensor
+                else:
+                    misplaced[name] = f"lies in {shard}, where the index does not list it"
+        tensors = listed | misplaced
+        return tensors | dict.fromkeys(
+            (name for name in names if name not in tensors),
             "is not in its file, though the index says so",
         )
     pickled = sorted(path.name for path in folder.iterdir() if is_pickled(path.name))
     if pickled:
         raise InputError(
-            f"{folder}: only pickled weights ({pickled[0]}), which are never read; {MEND_PICKLED}"
+            f"{folder}: only pickled weights ({pickled[0]}), which are never read;"
+            f" {CONVERT_PICKLED}"
         )
-    # Of a hub's model the pickled files are not downloaded, so what it has of them is not known
-    # here.
+    # Pickled files are not downloaded from the hub, so they cannot be detected here.
     hub = (
-        f"; if it has pickled weights, which are never read, {MEND_PICKLED}"
+        f"; if it has pickled weights, which are never read, {CONVERT_PICKLED}"
         if folder.parent.name == "snapshots"
         else ""
     )
@@ -147,10 +142,10 @@ def folder_tensors(folder: Path) -> dict[str, Stored | str]:
 
 
 def open_base(folder: Path) -> Tensors:
-    """The weights of a Hugging Face folder; no data is read yet. An encoder's head may be missing.
+    """Opens the weights of a Hugging Face folder without reading data. An encoder may lack a head.
 
     Raises:
-      InputError: listing every missing, misshapen and unknown tensor, or a broken file.
+      InputError: lists every missing, misshapen and unknown tensor, or names a broken file.
     """
     folder = Path(folder)
     architecture = read_architecture(folder)
@@ -173,34 +168,34 @@ def open_base(folder: Path) -> Tensors:
             f"{folder}: config.json ties the head to the embeddings, but lm_head.weight differs"
             " from them; set tie_word_embeddings to false, or remove the tensor"
         )
-    wanted = hf_shapes(architecture)
-    dtypes = {name: one.dtype for name, one in stored.items() if name in wanted}
+    shapes = hf_shapes(architecture)
+    dtypes = {name: tensor.dtype for name, tensor in stored.items() if name in shapes}
     return Tensors(architecture, dtypes, lambda name: stored[name].read(), left_out)
 
 
 def load_base(
     folder: Path, dtype: np.dtype | None = None, quantise: str | None = None
 ) -> tuple[AnyArchitecture, dict]:
-    """The architecture and weights (numpy, our layout) from a folder.
+    """The architecture and weights (numpy, our layout) of a folder.
 
     Args:
-      dtype: of the dense arrays; as stored if not given.
-      quantise: "nf4" for projections as NF4, of the stored values; the host then holds the
-        quantised model and one tensor.
+      dtype: of the dense arrays; None keeps the stored dtype.
+      quantise: "nf4" quantises the projections; the host then holds the quantised model and one
+        dense tensor.
 
     Raises:
-      InputError: listing every missing, misshapen and unknown tensor, or a broken file.
+      InputError: lists every missing, misshapen and unknown tensor, or names a broken file.
     """
     tensors = open_base(folder)
     return gathered(quantised(tensors, folder) if quantise else tensors, dtype, folder)
 
 
 def quantised(tensors: Tensors, place: Path) -> Tensors:
-    """The same with the projections as NF4, each quantised when it is read; those that are NF4
-    already are taken as they are.
+    """The same weights with the projections quantised to NF4 as they are read; those already in NF4
+    are unchanged.
 
     Raises:
-      InputError: a model that has no such projections, with `place` in front.
+      InputError: a model without such projections; the message starts with `place`.
     """
     check_quantisable(tensors.architecture, place)
     at = positions(tensors.architecture)
@@ -208,18 +203,16 @@ def quantised(tensors: Tensors, place: Path) -> Tensors:
 
     def read(name: str) -> np.ndarray | NF4Weight:
         value = tensors.read(name)
-        return (
-            quantise_matrix(value, f"{place}: {name}")
-            if dtypes[name] is None and not is_nf4(value)
-            else value
-        )
+        if dtypes[name] is None and not is_nf4(value):
+            return quantise_matrix(value, f"{place}: {name}")
+        return value
 
     return Tensors(tensors.architecture, dtypes, read)
 
 
 def check_quantisable(architecture: AnyArchitecture, place: str | Path) -> None:
-    """Raises InputError for an encoder: NF4 holds a frozen base of LoRA, and encoders are trained
-    whole.
+    """Raises InputError for an encoder: NF4 is for the frozen base of LoRA, and all weights of an
+    encoder are trained.
     """
     if isinstance(architecture, EncoderArchitecture):
         raise InputError(
@@ -229,14 +222,14 @@ def check_quantisable(architecture: AnyArchitecture, place: str | Path) -> None:
 
 
 def gathered(tensors: Tensors, dtype: np.dtype | None, place: Path) -> tuple[AnyArchitecture, dict]:
-    """The architecture and all weights as our pytree; each tensor goes straight into its place of
-    the stack.
+    """The architecture and all weights as our pytree; each tensor is read straight into its slice
+    of the stack.
 
     Args:
-      dtype: of the dense arrays; as stored if not given.
+      dtype: of the dense arrays; None keeps the stored dtype.
 
     Raises:
-      InputError: layers of one weight that differ in dtype, with `place` in front.
+      InputError: layers of one weight differ in dtype; the message starts with `place`.
     """
     at = positions(tensors.architecture)
     chosen = {
@@ -255,10 +248,11 @@ def gathered(tensors: Tensors, dtype: np.dtype | None, place: Path) -> tuple[Any
     for name in tensors.dtypes:
         weight, path, index = at[name]
         value = tensors.read(name)
-        for whole, one in zip(
-            jax.tree.leaves(arrays[path]), jax.tree.leaves(value), strict=True
-        ):  # four of an NF4 weight
-            whole[index] = transposed(one) if weight.transpose and not is_nf4(value) else one
+        if weight.transpose and not is_nf4(value):
+            value = transposed(value)
+        # An NF4 weight has four leaves.
+        for stack, leaf in zip(jax.tree.leaves(arrays[path]), jax.tree.leaves(value), strict=True):
+            stack[index] = leaf
     return tensors.architecture, tree_of(arrays.items())
 
 
@@ -279,15 +273,14 @@ def save_base(
 
     Args:
       params: our pytree (numpy or jax arrays).
-      like: the folder whose config.json, tokenizer and generation config are carried along.
-      dtype: of the stored weights; as they are if not given.
-      config: the fields of config.json, where they are not those of `like` (a model trained from
-        scratch).
-      tokenizer: where it is not that of `like` (an encoder's, with its entity markers).
-      replace: whether a folder that is there already is replaced.
+      like: folder to copy config.json, tokenizer and generation config from.
+      dtype: of the stored weights; None keeps that of `params`.
+      config: fields of config.json, if not those of `like` (a model trained from scratch).
+      tokenizer: if not that of `like` (an encoder's, with its entity markers).
+      replace: replaces an existing folder.
 
     Raises:
-      InputError: the target exists (and is not to be replaced) or cannot be made.
+      InputError: the target exists (and `replace` is off) or cannot be made.
     """
     leaves = {name: _leaf(params, path) for name, (_, path, _) in positions(architecture).items()}
     dtypes = {name: np.dtype(dtype or leaf.dtype) for name, leaf in leaves.items()}
@@ -314,12 +307,12 @@ def write_base(
     tokenizer: PreTrainedTokenizerBase | None = None,
     side_files: dict[str, Path] | None = None,
 ) -> None:
-    """Fills an empty folder as `save_base` does, from tensors that come one at a time.
+    """Fills an empty folder as `save_base` does, from a stream of tensors.
 
     Args:
       dtypes: Hugging Face name -> dtype of every tensor.
       tensors: (name, array in Hugging Face's layout), in any order.
-      side_files: name -> path, where they are not those of `like`.
+      side_files: name -> path, if not those of `like`.
     """
     fields = dict(read_json(like / "config.json") if config is None else config)
     shapes = hf_shapes(architecture)
@@ -337,26 +330,26 @@ def write_base(
 
 
 def side_files_of(folder: Path, adapter: Path | None = None) -> dict[str, Path]:
-    """Name -> path of what `folder` carries beside its weights; what `adapter` has is taken from
-    there.
+    """Name -> path of the tokenizer and generation config of `folder`; files of `adapter` take
+    precedence.
 
-    An adapter with a whole tokenizer takes the place of the base's: added tokens or templates of
-    two do not mix.
+    A complete tokenizer of the adapter replaces that of the base entirely, so that added tokens and
+    templates of the two do not mix.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for place in filter(None, (folder, adapter)):
         if (place / "tokenizer_config.json").is_file() and any(
             (place / name).is_file() for name in VOCABULARIES
         ):
-            found = {name: path for name, path in found.items() if name == "generation_config.json"}
-        found |= {
+            files = {name: path for name, path in files.items() if name == "generation_config.json"}
+        files |= {
             name: place / name for name in (*SIDE_FILES, TEMPLATES) if (place / name).exists()
         }
-    return found
+    return files
 
 
 def copy_side_files(files: dict[str, Path], target: Path) -> None:
-    """Tokenizer and generation config, as `side_files_of` gives them."""
+    """Copies the files and folders that `side_files_of` returns."""
     for name, path in files.items():
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target / name)
 
@@ -364,8 +357,8 @@ def copy_side_files(files: dict[str, Path], target: Path) -> None:
 def positions(
     architecture: AnyArchitecture,
 ) -> dict[str, tuple[Weight, tuple[str, ...], int | EllipsisType]]:
-    """Hugging Face name -> (row, path in our pytree, index of the layer in a stack or `...`) of
-    each tensor.
+    """Hugging Face name -> (row of the weight table, path in our pytree, layer index in the stack
+    or `...`) of each tensor.
     """
     return {
         name: (weight, path, layer if path[0] == "layers" else ...)
@@ -377,24 +370,22 @@ def positions(
 def transposed(matrix: np.ndarray) -> np.ndarray:
     """A matrix [I, O] as a contiguous [O, I].
 
-    Sixty-four rows at a time, copied aside with a gap between them: at a stride of a power of two a
-    column's lines share one set of the cache. Measured on [11008, 2048] in bf16: 1,700 MB/s,
-    numpy's copy of `matrix.T` 270.
+    Copies 64 rows at a time through a buffer with padded rows: at a power-of-two stride the lines
+    of a column fall into one cache set. Measured on [11008, 2048] in bf16: 1,700 MB/s, against 270
+    for numpy's copy of `matrix.T`.
     """
     inputs, outputs = matrix.shape
-    turned = np.empty((outputs, inputs), matrix.dtype)
-    aside = np.empty((64, outputs + 32), matrix.dtype)[:, :outputs]
+    result = np.empty((outputs, inputs), matrix.dtype)
+    buffer = np.empty((64, outputs + 32), matrix.dtype)[:, :outputs]
     for row in range(0, inputs, 64):
-        rows = aside[: inputs - row]
+        rows = buffer[: inputs - row]
         rows[...] = matrix[row : row + 64]
-        turned[:, row : row + 64] = rows.T
-    return turned
+        result[:, row : row + 64] = rows.T
+    return result
 
 
 def hf_shapes(architecture: AnyArchitecture) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape in its layout, of every tensor that a folder of this architecture
-    must have.
-    """
+    """Hugging Face name -> shape in its layout, of every tensor that this architecture requires."""
     return {
         name: weight.shape(architecture)[:: -1 if weight.transpose else 1]
         for weight, path, _, _ in places(architecture)
@@ -409,9 +400,9 @@ def hf_tensors(
     for weight, path, _, _ in places(architecture):
         value = np.asarray(_leaf(params, path))  # one copy to the host per array, not per layer
         for layer, name in enumerate(_hf_names_at(architecture, weight, path)):
-            one = value[layer] if path[0] == "layers" else value
-            one = one.astype(dtype or one.dtype, copy=False)
-            yield name, transposed(one) if weight.transpose else np.ascontiguousarray(one)
+            tensor = value[layer] if path[0] == "layers" else value
+            tensor = tensor.astype(dtype or tensor.dtype, copy=False)
+            yield name, transposed(tensor) if weight.transpose else np.ascontiguousarray(tensor)
 
 
 def _leaf(params: dict, path: tuple[str, ...]) -> Any:
@@ -421,9 +412,7 @@ def _leaf(params: dict, path: tuple[str, ...]) -> Any:
 
 
 def check_free(target: Path) -> None:
-    """Raises InputError where something stands in the way of a new folder; an empty folder does
-    not.
-    """
+    """Raises InputError if a new folder cannot take this path; an empty folder may be there."""
     if target.is_dir() and (os.path.ismount(target.resolve()) or target.resolve() == Path.cwd()):
         raise InputError(
             f"{target}: is the current folder or a mount point, which no folder can replace; name a"
@@ -435,64 +424,57 @@ def check_free(target: Path) -> None:
         raise InputError(f"{target}: exists already; remove it or name another folder")
 
 
-class atomic_folder:
-    """A folder that is renamed into place when the block ends well, and removed when it does not.
+@contextlib.contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder that is renamed to `target` when the block succeeds, and removed when it fails.
 
-    Where the target is a link to a folder, that folder is meant and the link stays.
+    If the target is a link to a folder, that folder is written and the link stays.
 
     Args:
-      replace: whether a folder that is there already is replaced (it stays until the new one is
-        whole).
+      replace: replaces an existing folder, which stays until the new one is complete.
 
     Raises:
-      InputError: the target is a file, a folder that is not empty (unless replaced), or cannot be
-        made.
+      InputError: the target is a file, a non-empty folder (unless replaced), or cannot be made.
     """
-
-    def __init__(self, target: Path, *, replace: bool = False):
-        self.target, self.replace = Path(target), replace
-
-    def __enter__(self) -> Path:
-        if not (self.replace and self.target.is_dir()):
-            check_free(self.target)
-        self.place = self.target.resolve()
-        self.partial = self.place.with_name(f".{self.place.name}.partial-{os.getpid()}")
-        self.old = self.place.with_name(f".{self.place.name}.old-{os.getpid()}")
-        try:
-            for left in self.place.parent.glob(f".{glob.escape(self.place.name)}.partial-*"):
-                if not _alive(left.name.rpartition("-")[2]):
-                    shutil.rmtree(left)
-                    print(
-                        f"removed {left}, the unfinished folder of a process that was killed",
-                        file=sys.stderr,
-                    )
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise InputError(
-                f"{self.target}: cannot be made ({error.strerror}: {error.filename}); name another"
-                " folder"
-            ) from None
-        return self.partial
-
-    def __exit__(self, kind, error, trace) -> None:
-        if kind is not None:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return
-        try:
-            if self.replace and self.place.is_dir():
-                self.place.rename(self.old)
-            # takes the place of an empty folder, and fails on what came there meanwhile
-            self.partial.rename(self.place)
-        except OSError as failure:
-            shutil.rmtree(self.partial, ignore_errors=True)
-            if self.old.is_dir():
-                self.old.rename(self.place)
-            raise InputError(
-                f"{self.target}: cannot be put in its place ({failure.strerror}); remove what came"
-                " there meanwhile or name another folder"
-            ) from None
-        shutil.rmtree(self.old, ignore_errors=True)
+    target = Path(target)
+    if not (replace and target.is_dir()):
+        check_free(target)
+    final = target.resolve()
+    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
+    old = final.with_name(f".{final.name}.old-{os.getpid()}")
+    try:
+        for leftover in final.parent.glob(f".{glob.escape(final.name)}.partial-*"):
+            if not _alive(leftover.name.rpartition("-")[2]):
+                shutil.rmtree(leftover)
+                print(
+                    f"removed {leftover}, the unfinished folder of a process that was killed",
+                    file=sys.stderr,
+                )
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(
+            f"{target}: cannot be made ({error.strerror}: {error.filename}); name another folder"
+        ) from None
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    try:
+        if replace and final.is_dir():
+            final.rename(old)
+        # Replaces an empty folder, and fails if anything else has appeared meanwhile.
+        partial.rename(final)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if old.is_dir():
+            old.rename(final)
+        raise InputError(
+            f"{target}: cannot be put in its place ({error.strerror}); remove what came there"
+            " meanwhile or name another folder"
+        ) from None
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _alive(pid: str) -> bool:
@@ -500,17 +482,13 @@ def _alive(pid: str) -> bool:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return False
-    except (
-        OSError,
-        ValueError,
-        OverflowError,
-    ):  # another user's process, or a name that is not ours
-        return True
+    except (OSError, ValueError, OverflowError):
+        pass  # another user's process, or a folder that we did not name
     return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object. Raises InputError."""
+    """Reads a JSON object from a file. Raises InputError if that fails."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -527,29 +505,22 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_tensors(folder: Path, architecture: AnyArchitecture, stored: dict[str, Any]) -> None:
-    """Raises InputError listing every tensor that is missing, misshapen, of no floating-point type,
-    or not known.
+    """Raises InputError listing every tensor that is missing, misshapen, not floating-point, or
+    unknown.
     """
     shapes = hf_shapes(architecture)
     problems = [
-        f"{name} {found}"
-        for name, found in stored.items()
-        if isinstance(found, str) and not HARMLESS.fullmatch(name)
+        f"{name} {tensor}"
+        for name, tensor in stored.items()
+        if isinstance(tensor, str) and not HARMLESS.fullmatch(name)
     ]
     for name, expected in shapes.items():
-        if name not in stored:
-            problems.append(f"{name} is missing")
-        elif isinstance(found := stored[name], str):
-            continue
-        elif found.shape != expected:
-            problems.append(f"{name} has shape {list(found.shape)}, expected {list(expected)}")
-        elif isinstance(found, Stored) and found.kind not in STORED_DTYPES:
-            problems.append(
-                f"{name} is stored as {found.kind}, which is not one of {', '.join(STORED_DTYPES)}"
-            )
+        tensor = stored.get(name)
+        if not isinstance(tensor, str) and (fault := tensor_fault(tensor, expected)):
+            problems.append(f"{name} {fault}")
     known = set(shapes)
     if architecture.tied_head:
-        known.add("lm_head.weight")  # compared with the embeddings by the caller
+        known.add("lm_head.weight")  # the caller compares it with the embeddings
     problems += [
         f"{name} is not known"
         for name in sorted(stored)
@@ -559,32 +530,43 @@ def check_tensors(folder: Path, architecture: AnyArchitecture, stored: dict[str,
         raise InputError(f"{folder}: {'; '.join(problems)}; the weights do not fit config.json")
 
 
+def tensor_fault(tensor: Any, shape: tuple[int, ...]) -> str | None:
+    """The reason why a stored tensor (None if missing) cannot be a weight of this shape, if any."""
+    if tensor is None:
+        return "is missing"
+    if tensor.shape != shape:
+        return f"has shape {list(tensor.shape)}, expected {list(shape)}"
+    if isinstance(tensor, Stored) and tensor.kind not in STORED_DTYPES:
+        return f"is stored as {tensor.kind}, which is not one of {', '.join(STORED_DTYPES)}"
+    return None
+
+
 def uniform_dtypes(
     architecture: AnyArchitecture, dtypes: dict[str, np.dtype | None], place: Path
 ) -> dict[str, np.dtype | None]:
-    """Name of our weight -> its dtype, from that of each tensor; None is NF4.
+    """Name of our weight -> its dtype, from the dtypes of the tensors; None is NF4.
 
     Raises:
-      InputError: listing the weights whose layers differ in dtype, which no stack can hold.
+      InputError: lists the weights whose layers differ in dtype and so cannot be stacked.
     """
-    kinds: dict[str, set[np.dtype | None]] = {}
+    by_weight: dict[str, set[np.dtype | None]] = {}
     for name, (weight, _, _) in positions(architecture).items():
-        kinds.setdefault(weight.name, set()).add(dtypes[name])
-    mixed = {
-        name: " and ".join(sorted(dtype.name for dtype in found))
-        for name, found in kinds.items()
-        if len(found) > 1
-    }
+        by_weight.setdefault(weight.name, set()).add(dtypes[name])
+    mixed = [
+        f"{name} is stored as {' and '.join(sorted(dtype.name for dtype in stored))}"
+        for name, stored in by_weight.items()
+        if len(stored) > 1
+    ]
     if mixed:
-        listed = "; ".join(f"{name} is stored as {found}" for name, found in mixed.items())
         raise InputError(
-            f"{place}: {listed} in different layers; choose one with jaxre convert --dtype"
+            f"{place}: {'; '.join(mixed)} in different layers; choose one with jaxre convert"
+            " --dtype"
         )
-    return {name: found.pop() for name, found in kinds.items()}
+    return {name: stored.pop() for name, stored in by_weight.items()}
 
 
 def _hf_names_at(architecture: AnyArchitecture, weight: Weight, path: tuple[str, ...]) -> list[str]:
     """The Hugging Face names of one array of our pytree: L-1 for a stack, else one."""
-    if path[0] == "layers":
-        return [weight.hf.format(layer=layer) for layer in range(architecture.layers - 1)]
-    return [weight.hf.format(layer=architecture.layers - 1)]
+    last = architecture.layers - 1
+    layers = range(last) if path[0] == "layers" else [last]
+    return [weight.hf.format(layer=layer) for layer in layers]

@@ -1,12 +1,12 @@
-"""Our own folder: `config.json`, the tokenizer, and the pytree as it lies in memory, each array a
+"""Reads and writes jaxre folders: `config.json`, the tokenizer, and our pytree with each array as a
 TensorStore (Zarr 3).
 
     write_native(folder, architecture, dtypes, tensors, like=base_folder)
     architecture, params = load_native(folder, np.dtype("float32"))
 
-A chunk is one layer at most, so tensors are written as they come, nothing is stacked in memory, and
-a host may read the part it needs. A chunk carries its checksum, and one that is lost is an error.
-The projections may be NF4: each is then stored as its four arrays.
+A chunk is at most one layer, so tensors are written as they arrive without stacking them in memory,
+and a host can read just the part it needs. Each chunk has a checksum; a missing chunk is an error.
+An NF4 projection is stored as its four arrays.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from jaxre.models.quantised import is_nf4
 from jaxre.models.weights import AnyArchitecture, places, tree_of
 
 MARKER, WEIGHTS, VERSION = "jaxre.json", "weights", 2
-CHUNK_BYTES = 64 * 2**20  # at most; a layer that is larger is cut along its first dimension
-MEND = "convert the Hugging Face folder again"
+CHUNK_BYTES = 64 * 2**20  # at most; a larger layer is split along its first dimension
+REMEDY = "convert the Hugging Face folder again"
 
 
 def is_native(folder: Path) -> bool:
-    """Whether a folder is ours."""
+    """True for a jaxre folder."""
     return (folder / MARKER).is_file()
 
 
 def stored_quantised(folder: Path) -> str | None:
-    """How the projections of our folder are stored: "nf4", or None where they are dense."""
+    """The stored format of a jaxre folder's projections: "nf4", or None if they are dense."""
     return read_json(folder / MARKER).get("quantised")
 
 
@@ -63,18 +63,17 @@ def write_native(
     *,
     side_files: dict[str, Path] | None = None,
 ) -> None:
-    """Fills an empty folder; `like` gives config.json, tokenizer and generation config.
+    """Fills an empty folder; copies config.json, tokenizer and generation config from `like`.
 
     Args:
-      side_files: name -> path of these two, where they are not those of `like`.
-      dtypes: Hugging Face name -> dtype of every tensor; None, of all projections, where they come
-        as NF4.
-      tensors: (name, array in Hugging Face's layout) of each, once, in any order; two are held at a
-        time. None may change later.
+      dtypes: Hugging Face name -> dtype of every tensor; None for all projections if they are NF4.
+      tensors: (name, array in Hugging Face's layout) of each tensor once, in any order; two are
+        held at a time. The arrays must not change afterwards.
+      side_files: name -> path of tokenizer and generation config, if not those of `like`.
 
     Raises:
-      InputError: layers of one weight that differ in dtype.
-      OSError: the disk does not take them.
+      InputError: layers of one weight differ in dtype.
+      OSError: the disk refuses a write.
     """
     stored = uniform_dtypes(architecture, dtypes, like)
     stores = {}
@@ -82,22 +81,21 @@ def write_native(
         if 0 in shape:
             continue  # a model of one layer has no stack, and TensorStore holds no empty array
         if stored[weight.name] is None:
-            made = {
+            arrays = {
                 field: _create(folder, (*path, field), *form)
                 for field, form in forms(shape[:-3:-1], shape[:-2]).items()
             }
-            stores[path] = NF4Weight(**made, shape=shape[:-3:-1])
+            stores[path] = NF4Weight(**arrays, shape=shape[:-3:-1])
         else:
             stores[path] = _create(folder, path, shape, stored[weight.name])
     at, writing = positions(architecture), None
-    # where a tensor is refused too: what is still written would bring the folder back that is then
-    # removed
+    # Waits after an error too: a pending write would recreate the folder after its removal.
     try:
         for name, tensor in tensors:
             weight, path, index = at.pop(name)
             array = transposed(tensor) if weight.transpose and not is_nf4(tensor) else tensor
-            _wait(writing)  # so that one is written while the next is read
-            # Nobody changes the array, so it need not be copied: measured twice as fast.
+            _wait(writing)  # a tensor is written while the next one is read
+            # The array does not change, so it need not be copied: measured twice as fast.
             writing = jax.tree.map(
                 lambda store, part, index=index: store[index].write(
                     part, can_reference_source_data_indefinitely=True
@@ -118,7 +116,7 @@ def write_native(
 
 
 def open_native(folder: Path) -> Tensors:
-    """The weights of our folder; no data is read yet.
+    """Opens the weights of a jaxre folder without reading data.
 
     Raises:
       InputError: another version, or weights that are broken or do not fit config.json (all
@@ -142,25 +140,25 @@ def open_native(folder: Path) -> Tensors:
 def load_native(
     folder: Path, dtype: np.dtype | None = None, quantise: str | None = None
 ) -> tuple[AnyArchitecture, dict]:
-    """Architecture and weights (numpy) of our folder.
+    """Architecture and weights (numpy) of a jaxre folder.
 
     Args:
-      dtype: of the dense arrays; as stored if not given.
-      quantise: "nf4" for projections as NF4; those that are stored so are taken as they are.
+      dtype: of the dense arrays; None keeps the stored dtype.
+      quantise: "nf4" for NF4 projections; those stored as NF4 are not quantised again.
 
     Raises:
       InputError: another version, or weights that are broken or do not fit config.json (all
         listed).
     """
+    folder = Path(folder)
     if quantise and not stored_quantised(folder):
         return gathered(quantised(open_native(folder), folder), dtype, folder)
-    architecture, stores = _open(Path(folder))
+    architecture, stores = _open(folder)
     arrays = {}
     for path, store in stores.items():
-        arrays[path] = _read(
-            Path(folder),
-            store if dtype is None or is_nf4(store) else ts.cast(store, np.dtype(dtype)),
-        )
+        if dtype is not None and not is_nf4(store):
+            store = ts.cast(store, np.dtype(dtype))
+        arrays[path] = _read(folder, store)
     for _, path, shape, _ in places(architecture):
         if 0 in shape:
             last = arrays["last", path[1]]
@@ -171,63 +169,61 @@ def load_native(
 def _open(
     folder: Path,
 ) -> tuple[AnyArchitecture, dict[tuple[str, ...], ts.TensorStore | NF4Weight]]:
-    """The store of each array of our pytree; of an NF4 weight its four, as an NF4Weight."""
+    """The store of each array of our pytree; an NF4 weight is an NF4Weight of its four stores."""
     version, nf4 = read_json(folder / MARKER).get("version"), stored_quantised(folder)
     if version != VERSION:
         raise InputError(
             f"{folder / MARKER}: version {version!r} is not known, this jaxre reads {VERSION};"
-            f" {MEND}"
+            f" {REMEDY}"
         )
     if nf4 not in (None, "nf4"):
-        raise InputError(f"{folder / MARKER}: quantised as {nf4!r}, this jaxre reads nf4; {MEND}")
+        raise InputError(f"{folder / MARKER}: quantised as {nf4!r}, this jaxre reads nf4; {REMEDY}")
     architecture = read_architecture(folder)
     weights = folder / WEIGHTS
     if not weights.is_dir():
-        raise InputError(f"{weights}: no such folder; {MEND}")
-    found = {path.name for path in weights.iterdir()}
+        raise InputError(f"{weights}: no such folder; {REMEDY}")
+    names = {path.name for path in weights.iterdir()}
     if isinstance(architecture, EncoderArchitecture):
-        architecture = with_head_of(architecture, found)
-    held = [place for place in places(architecture) if 0 not in place[2]]
+        architecture = with_head_of(architecture, names)
+    not_empty = [place for place in places(architecture) if 0 not in place[2]]
     expected = {}
-    for weight, path, shape, _ in held:
-        parts = {path: (shape, None)}  # any of the dtypes of weights
+    for weight, path, shape, _ in not_empty:
+        parts = {path: (shape, None)}  # any of STORED_DTYPES
         if nf4 and weight.lora:
             parts = {
                 (*path, field): form for field, form in forms(shape[:-3:-1], shape[:-2]).items()
             }
         expected |= {".".join(part): (part, *form) for part, form in parts.items()}
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not known" for name in sorted(found - expected.keys())]
+    problems = [f"{name} is missing" for name in expected if name not in names]
+    problems += [f"{name} is not known" for name in sorted(names - expected.keys())]
     stores = {}
     for name, (path, shape, dtype) in expected.items():
-        if name not in found:
+        if name not in names:
             continue
-        # Without this option a chunk that is lost would read as zeros.
+        # Without fill_missing_data_reads=False a missing chunk would read as zeros.
         spec = {
             "driver": "zarr3",
             "kvstore": _location(folder, path),
             "fill_missing_data_reads": False,
         }
         try:
-            stores[path] = ts.open(spec, read=True).result()
+            store = stores[path] = ts.open(spec, read=True).result()
         except ValueError as error:
             raise _unreadable(folder, error) from None
-        if stores[path].shape != shape:
-            problems.append(f"{name} has shape {list(stores[path].shape)}, expected {list(shape)}")
-        kinds, kind = (
-            [dtype] if dtype else list(STORED_DTYPES.values()),
-            stores[path].dtype.numpy_dtype,
-        )
-        if kind not in kinds:
+        if store.shape != shape:
+            problems.append(f"{name} has shape {list(store.shape)}, expected {list(shape)}")
+        allowed = [dtype] if dtype else list(STORED_DTYPES.values())
+        stored = store.dtype.numpy_dtype
+        if stored not in allowed:
             problems.append(
-                f"{name} is stored as {kind.name}, which is not"
-                f" {' or '.join(one.name for one in kinds)}"
+                f"{name} is stored as {stored.name}, which is not"
+                f" {' or '.join(dtype.name for dtype in allowed)}"
             )
     if problems:
         raise InputError(
-            f"{weights}: {'; '.join(problems)}; the weights do not fit config.json; {MEND}"
+            f"{weights}: {'; '.join(problems)}; the weights do not fit config.json; {REMEDY}"
         )
-    for weight, path, shape, _ in held:
+    for weight, path, shape, _ in not_empty:
         if nf4 and weight.lora:
             stores[path] = NF4Weight(
                 **{field: stores.pop((*path, field)) for field in forms(shape[:-3:-1])},
@@ -269,7 +265,7 @@ def _create(
 
 
 def _location(folder: Path, path: tuple[str, ...]) -> dict[str, str | bool]:
-    # Left to the kernel when a chunk reaches the disk, as with every other file that we write.
+    # Without file_io_sync the kernel decides when a chunk reaches the disk, as for all our files.
     return {
         "driver": "file",
         "path": f"{folder.absolute() / WEIGHTS / '.'.join(path)}/",
@@ -279,21 +275,21 @@ def _location(folder: Path, path: tuple[str, ...]) -> dict[str, str | bool]:
 
 def _read(folder: Path, store: ts.TensorStore | NF4Weight) -> np.ndarray | NF4Weight:
     try:
-        return jax.tree.map(lambda one: np.asarray(one.read().result()), store)
+        return jax.tree.map(lambda array: np.asarray(array.read().result()), store)
     except ValueError as error:
         raise _unreadable(folder, error) from None
 
 
 def _wait(writing: ts.WriteFutures | NF4Weight | None) -> None:
     try:
-        for one in jax.tree.leaves(writing):
-            one.result()
-    except ValueError as error:  # TensorStore's class for what the disk refuses
+        for future in jax.tree.leaves(writing):
+            future.result()
+    except ValueError as error:  # TensorStore raises it for a failed write
         raise OSError(_reason(error)) from None
 
 
 def _unreadable(folder: Path, error: ValueError) -> InputError:
-    return InputError(f"{folder / WEIGHTS}: the store cannot be read ({_reason(error)}); {MEND}")
+    return InputError(f"{folder / WEIGHTS}: the store cannot be read ({_reason(error)}); {REMEDY}")
 
 
 def _reason(error: ValueError) -> str:

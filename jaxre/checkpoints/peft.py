@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's layout, in and out, driven by the weight table.
+"""Reads and writes LoRA adapters in PEFT's layout, driven by the weight table.
 
     save_adapter(target, architecture, lora, factors, "Qwen/Qwen2.5-0.5B-Instruct", base_folder)
     lora, factors = load_adapter(folder, architecture)
@@ -19,8 +19,14 @@ import numpy as np
 from pydantic import ValidationError
 from safetensors.numpy import save_file
 
-from jaxre.checkpoints.huggingface import atomic_folder, copy_side_files, read_json, side_files_of
-from jaxre.checkpoints.shards import STORED_DTYPES, is_pickled, stored_tensors
+from jaxre.checkpoints.huggingface import (
+    atomic_folder,
+    copy_side_files,
+    read_json,
+    side_files_of,
+    tensor_fault,
+)
+from jaxre.checkpoints.shards import is_pickled, stored_tensors
 from jaxre.config import LORA_TARGETS, Lora
 from jaxre.errors import InputError
 from jaxre.models.architecture import Architecture, EncoderArchitecture
@@ -29,8 +35,8 @@ from jaxre.models.weights import Weight, table
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
-# Fields of adapter_config.json that we read, or that say nothing about what the adapter computes.
-_READ = {
+# Fields of adapter_config.json that are read, are checked, or do not affect what is computed.
+_KNOWN = {
     "peft_type",
     "task_type",
     "base_model_name_or_path",
@@ -39,9 +45,13 @@ _READ = {
     "lora_alpha",
     "lora_dropout",
     "use_rslora",
-}
-_CHECKED = {"bias", "rank_pattern", "alpha_pattern", "init_lora_weights", "revision"}
-_IDLE = {
+    # checked
+    "bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "init_lora_weights",
+    "revision",
+    # without effect
     "auto_mapping",
     "corda_config",
     "ensure_weight_tying",
@@ -55,9 +65,9 @@ _IDLE = {
     "qalora_group_size",
     "runtime_config",
 }
-# Initialisations that leave the base as it is. The others (pissa, olora, corda, loftq, ...) change
-# it.
+# Initialisations that leave the base unchanged; pissa, olora, corda, loftq and others do not.
 _HARMLESS_INITIAL = (True, False, None, "gaussian", "orthogonal", "eva")
+_EMPTY = ("", [], {})
 
 
 def save_adapter(
@@ -74,13 +84,13 @@ def save_adapter(
     not at all.
 
     Args:
-      factors: in the form of `models.lora.init_adapter` (numpy or jax arrays); stored in f32.
+      factors: in the layout of `models.lora.init_adapter` (numpy or jax arrays); stored in f32.
       base_name: hub id, shipped name or folder of the base; a folder is written as an absolute
         path.
-      replace: whether a folder that is there already is replaced.
+      replace: replaces an existing folder.
 
     Raises:
-      InputError: the target exists (and is not to be replaced) or cannot be made.
+      InputError: the target exists (and `replace` is off) or cannot be made.
     """
     base = Path(base_name).expanduser()
     weights = {weight.name: weight for weight in table(architecture)}
@@ -116,11 +126,11 @@ def save_adapter(
 
 
 def load_adapter(folder: Path, architecture: Architecture) -> tuple[Lora, dict]:
-    """An adapter's settings and factors (numpy f32, the form of `models.lora.init_adapter`).
+    """An adapter's settings and factors (numpy f32, in the layout of `models.lora.init_adapter`).
 
     Raises:
-      InputError: a missing or broken file, a feature we do not have (named), or tensors that do not
-        fit the base, all of them listed.
+      InputError: a missing or broken file, an unsupported feature (named), or tensors that do not
+        fit the base (all listed).
     """
     folder = Path(folder)
     if isinstance(architecture, EncoderArchitecture):
@@ -132,9 +142,9 @@ def load_adapter(folder: Path, architecture: Architecture) -> tuple[Lora, dict]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         pickled = sorted(
-            one.name
-            for one in folder.iterdir()
-            if one.stem == "adapter_model" and is_pickled(one.name)
+            file.name
+            for file in folder.iterdir()
+            if file.stem == "adapter_model" and is_pickled(file.name)
         )
         if pickled:
             raise InputError(
@@ -152,17 +162,11 @@ def load_adapter(folder: Path, architecture: Architecture) -> tuple[Lora, dict]:
         }
     problems, stored = [], stored_tensors(path)
     for weight, layer, side, name, shape in _peft_names(architecture, lora):
-        found = stored.pop(name, None)
-        if found is None:
-            problems.append(f"{name} is missing")
-        elif found.shape != shape:
-            problems.append(f"{name} has shape {list(found.shape)}, expected {list(shape)}")
-        elif found.kind not in STORED_DTYPES:
-            problems.append(
-                f"{name} is stored as {found.kind}, which is not one of {', '.join(STORED_DTYPES)}"
-            )
+        tensor = stored.pop(name, None)
+        if fault := tensor_fault(tensor, shape):
+            problems.append(f"{name} {fault}")
         else:
-            _at(factors, architecture, weight, layer)[side][...] = found.read().T
+            _at(factors, architecture, weight, layer)[side][...] = tensor.read().T
     problems += [f"{name} is not known" for name in sorted(stored)]
     if problems:
         raise InputError(
@@ -173,7 +177,7 @@ def load_adapter(folder: Path, architecture: Architecture) -> tuple[Lora, dict]:
 
 
 def base_name_of(folder: Path) -> str:
-    """What an adapter folder names as its base. Raises InputError if it names none."""
+    """The base that an adapter folder names. Raises InputError if it names none."""
     path = Path(folder) / CONFIG_FILE
     settings = read_json(path)
     name = settings.get("base_model_name_or_path")
@@ -231,34 +235,28 @@ def _read_settings(folder: Path, architecture: Architecture) -> Lora:
 
 
 def _unsupported(settings: dict[str, Any]) -> list[str]:
-    """Each setting that changes what the adapter computes in a way we do not have, as
-    `field=value`.
-    """
-    found = [
+    """Settings that change what the adapter computes and are not supported, as `field=value`."""
+    fields = [
         field
         for field, value in settings.items()
-        if field not in _READ | _CHECKED | _IDLE and not _is_off(value)
+        # not 0, which may be a layer number
+        if field not in _KNOWN and value is not None and value is not False and value not in _EMPTY
     ]
     if settings.get("bias", "none") != "none":
-        found.append("bias")
+        fields.append("bias")
     for pattern, common in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         values = settings.get(pattern) or {}
         if not isinstance(values, dict) or any(
             value != settings.get(common) for value in values.values()
         ):
-            found.append(pattern)
+            fields.append(pattern)
     if settings.get("init_lora_weights") not in _HARMLESS_INITIAL:
-        found.append("init_lora_weights")
-    return [f"{field}={json.dumps(settings[field])}" for field in found]
+        fields.append("init_lora_weights")
+    return [f"{field}={json.dumps(settings[field])}" for field in fields]
 
 
-def _is_off(value: Any) -> bool:
-    # not 0, which may be the number of a layer
-    return value is None or value is False or value in ("", [], {})
-
-
-def _target_names(wanted: Any, architecture: Architecture, path: Path) -> tuple[str, ...]:
-    """Our projections that `target_modules` means, by PEFT's own rules (a list of name endings, or
+def _target_names(target_modules: Any, architecture: Architecture, path: Path) -> tuple[str, ...]:
+    """Our names of the projections in `target_modules`, by PEFT's rules (a list of name endings, or
     one regular expression).
     """
     rows = [weight for weight in table(architecture) if weight.lora]
@@ -266,36 +264,40 @@ def _target_names(wanted: Any, architecture: Architecture, path: Path) -> tuple[
         weight.name: [_module(weight).format(layer=layer) for layer in range(architecture.layers)]
         for weight in rows
     }
-    if wanted == "all-linear":
+    if target_modules == "all-linear":
         return tuple(modules)
-    if isinstance(wanted, str):
+    if isinstance(target_modules, str):
         try:
-            rules = [re.compile(wanted)]
+            rules = [re.compile(target_modules)]
         except re.error as error:
             raise InputError(
                 f"{path}: target_modules is not a regular expression ({error}); correct it or list"
                 " the modules"
             ) from None
-    elif isinstance(wanted, list) and wanted and all(isinstance(ending, str) for ending in wanted):
-        rules = [re.compile(rf"(.*\.)?{re.escape(ending)}") for ending in wanted]
+    elif (
+        isinstance(target_modules, list)
+        and target_modules
+        and all(isinstance(ending, str) for ending in target_modules)
+    ):
+        rules = [re.compile(rf"(.*\.)?{re.escape(ending)}") for ending in target_modules]
     else:
         raise InputError(
-            f"{path}: target_modules is {wanted!r}; it must name at least one projection"
+            f"{path}: target_modules is {target_modules!r}; it must name at least one projection"
         )
     matched = {
-        name: [any(rule.fullmatch(module) for rule in rules) for module in list_]
-        for name, list_ in modules.items()
+        name: [any(rule.fullmatch(module) for rule in rules) for module in layers]
+        for name, layers in modules.items()
     }
     if partial := [name for name, layers in matched.items() if any(layers) and not all(layers)]:
         raise InputError(
             f"{path}: target_modules takes {', '.join(partial)} of some layers only; adapters here"
             " span all layers"
         )
-    everything = [module for list_ in modules.values() for module in list_]
-    if idle := [
-        rule.pattern for rule in rules if not any(rule.fullmatch(module) for module in everything)
+    all_modules = [module for layers in modules.values() for module in layers]
+    if unmatched := [
+        rule.pattern for rule in rules if not any(rule.fullmatch(module) for module in all_modules)
     ]:
-        names = ", ".join(pattern.removeprefix(r"(.*\.)?") for pattern in idle)
+        names = ", ".join(pattern.removeprefix(r"(.*\.)?") for pattern in unmatched)
         known = ", ".join(_module(weight).rpartition(".")[2] for weight in rows)
         raise InputError(
             f"{path}: target_modules names {names}, which LoRA does not adapt here; it adapts"
@@ -311,7 +313,9 @@ def _module(weight: Weight) -> str:
 def _peft_names(
     architecture: Architecture, lora: Lora
 ) -> Iterator[tuple[Weight, int, str, str, tuple[int, int]]]:
-    """(row, layer, side "a" or "b", PEFT's name, PEFT's shape) of each tensor of an adapter."""
+    """(row of the weight table, layer, side "a" or "b", PEFT's name, PEFT's shape) of each tensor
+    of an adapter.
+    """
     for weight in table(architecture):
         if not weight.lora or weight.name not in lora.targets:
             continue
@@ -323,7 +327,7 @@ def _peft_names(
 
 
 def _at(factors: dict, architecture: Architecture, weight: Weight, layer: int) -> dict:
-    """The pair {"a", "b"} of one layer, as views where the factors are numpy."""
+    """The pair {"a", "b"} of one layer; views if the factors are numpy arrays."""
     if layer == architecture.layers - 1:
         return factors["last"][weight.name]
     return {side: factors["layers"][weight.name][side][layer] for side in ("a", "b")}

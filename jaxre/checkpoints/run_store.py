@@ -1,6 +1,6 @@
-"""The checkpoints of a run: Orbax, written in the background, the best and the latest kept.
+"""Checkpoints of a run, written by Orbax in the background; the best and the latest are retained.
 
-A checkpoint that was being written when the process died is never finalised and never restored.
+A checkpoint that was incomplete when the process died is never restored.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class RunStore:
     """Checkpoints under `folder`.
 
     Args:
-      keep: how many of the latest are kept, beside the best.
-      best: "f1" (highest) or "loss" (lowest), among the checkpoints that were validated.
+      keep: number of latest checkpoints to retain, beside the best.
+      best: "f1" (highest) or "loss" (lowest), among the validated checkpoints.
     """
 
     def __init__(self, folder: Path, keep: int, best: str):
@@ -46,7 +46,7 @@ class RunStore:
 
     @property
     def latest(self) -> int | None:
-        """Step of the latest whole checkpoint."""
+        """Step of the latest complete checkpoint."""
         return self.manager.latest_step()
 
     @property
@@ -56,30 +56,25 @@ class RunStore:
         return self.latest if best is None else best
 
     def save(self, step: int, state: Any, metrics: dict[str, float] | None) -> None:
-        """Starts writing; returns once the state is copied off the devices, so that it may be
-        donated.
+        """Starts writing; returns once the state is copied off the devices and may be donated.
 
-        On CPU nothing is copied: the writer holds the buffers, and XLA does not reuse a held buffer
-        that is donated.
+        On CPU nothing is copied: the writer holds the buffers, and XLA does not reuse a donated
+        buffer that is held.
         """
-        self.manager.save(step, args=ocp.args.StandardSave(_stored(state)), metrics=metrics)
+        self.manager.save(step, args=ocp.args.StandardSave(_without_empty(state)), metrics=metrics)
 
     def restore(self, step: int, like: Any) -> Any:
         """The state of `step`, in the shapes, dtypes and shardings of `like` (arrays or shapes),
         whatever mesh it was saved from.
         """
-        leaves, form = jax.tree.flatten(shapes_of(like))
-        restored = iter(
-            jax.tree.leaves(
-                self.manager.restore(
-                    step, args=ocp.args.StandardRestore(_stored(form.unflatten(leaves)))
-                )
-            )
-        )
-        return form.unflatten(next(restored) if leaf.size else _empty(leaf) for leaf in leaves)
+        leaves, structure = jax.tree.flatten(shapes_of(like))
+        target = _without_empty(structure.unflatten(leaves))
+        state = self.manager.restore(step, args=ocp.args.StandardRestore(target))
+        restored = iter(jax.tree.leaves(state))
+        return structure.unflatten(next(restored) if leaf.size else _empty(leaf) for leaf in leaves)
 
     def wait(self) -> None:
-        """Returns when everything is on disk."""
+        """Waits until everything is on disk."""
         self.manager.wait_until_finished()
 
     def close(self) -> None:
@@ -93,8 +88,8 @@ def shapes_of(state: Any) -> Any:
     )
 
 
-def _stored(state: Any) -> Any:
-    """TensorStore holds no empty array: the stack of a model of one layer is left out."""
+def _without_empty(state: Any) -> Any:
+    """Omits empty arrays (the stack of a one-layer model), which TensorStore cannot store."""
     return jax.tree.map(lambda leaf: leaf if leaf.size else None, state)
 
 

@@ -1,13 +1,12 @@
-"""Safetensors files, read and written one tensor at a time.
+"""Reads and writes safetensors files one tensor at a time.
 
-    tensors = {name: one.read() for name, one in stored_tensors(path).items()}
+    tensors = {name: tensor.read() for name, tensor in stored_tensors(path).items()}
     write_shards(folder, {"model.norm.weight": ((64,), np.dtype(np.float32))}, tensors.items())
 
-`safetensors.numpy.save_file` wants every tensor of a file in memory at once: 5 GB a shard. Here all
-headers are written first (sizes are known before any weight is read), then each tensor at its
-place, in whatever order they come. `safe_open` checks a file; its data is read straight into numpy,
-which measured 4 times as fast as `get_tensor`, and maps no pages that would count as the process's
-memory.
+`safetensors.numpy.save_file` needs all tensors of a file in memory: 5 GB a shard. Here the headers
+are written first (sizes are known before any weight is read), then each tensor at its offset, in
+any order. `safe_open` checks a file, but the data is read straight into numpy: measured 4 times as
+fast as `get_tensor`, and without mapped pages that would count as the process's memory.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxre.errors import InputError
 
-# Safetensors' words for the types a weight may have.
+# Safetensors' names of the types that a weight may have.
 STORED_DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -35,7 +34,7 @@ STORED_DTYPES = {
 SHARD_BYTES = 5 * 10**9  # transformers' and the hub's usual size
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-MEND_PICKLED = (
+CONVERT_PICKLED = (
     "convert them with transformers: model.save_pretrained(folder, safe_serialization=True)"
 )
 
@@ -44,9 +43,7 @@ Form = tuple[tuple[int, ...], np.dtype]  # shape and dtype of a tensor
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of a file, of which only the header was read. `kind` is safetensors' word for its
-    dtype.
-    """
+    """One tensor of a file, known from the header. `kind` is safetensors' name of its dtype."""
 
     path: Path
     kind: str
@@ -56,17 +53,17 @@ class Stored:
 
     @property
     def dtype(self) -> np.dtype:
-        """Raises KeyError for a type that is none of STORED_DTYPES."""
+        """Raises KeyError for a type that is not in STORED_DTYPES."""
         return STORED_DTYPES[self.kind]
 
     def read(self) -> np.ndarray:
-        """The tensor. Raises InputError where the disk does not give it."""
+        """The tensor. Raises InputError if the disk fails."""
         data = read_bytes(self.path, self.start, self.bytes)
         return data.view(self.dtype).reshape(self.shape)
 
 
 def read_bytes(path: Path, start: int, count: int) -> np.ndarray:
-    """[count] uint8 of a file. Raises InputError where the disk does not give them."""
+    """[count] uint8 of a file from offset `start`. Raises InputError if the disk fails."""
     try:
         data = np.fromfile(path, np.uint8, count, offset=start)
     except OSError as error:
@@ -79,20 +76,20 @@ def read_bytes(path: Path, start: int, count: int) -> np.ndarray:
 
 
 def is_pickled(name: str) -> bool:
-    """Whether a file has pickled weights (or is the index of such), by its name."""
+    """True if a file's name is that of pickled weights or of their index."""
     return name.lower().removesuffix(".index.json").endswith(PICKLED)
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:
-    """Name -> tensor of a safetensors file, in the order in which they lie in it.
+    """Name -> tensor of a safetensors file, in the order of their data.
 
     Raises:
       InputError: a file that is missing, truncated, corrupt or pickled.
     """
     if is_pickled(path.name):
-        raise InputError(f"{path}: pickled weights, which are never read; {MEND_PICKLED}")
+        raise InputError(f"{path}: pickled weights, which are never read; {CONVERT_PICKLED}")
     try:
-        # checks that header, types, shapes and length agree
+        # Checks that header, types, shapes and length agree.
         safe_open(path, framework="np", backend="pread")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -102,44 +99,35 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
             f"{path}: not a whole safetensors file ({error}); download it again"
         ) from None
     header.pop("__metadata__", None)
-    return {
-        name: Stored(
-            path,
-            entry["dtype"],
-            tuple(entry["shape"]),
-            8 + length + entry["data_offsets"][0],
-            _extent(entry),
+    tensors = {}
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, end = entry["data_offsets"]
+        tensors[name] = Stored(
+            path, entry["dtype"], tuple(entry["shape"]), 8 + length + start, end - start
         )
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-    }
-
-
-def _extent(entry: dict) -> int:
-    start, end = entry["data_offsets"]
-    return end - start
+    return tensors
 
 
 def write_shards(
     folder: Path, forms: dict[str, Form], tensors: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes `model.safetensors`, or shards of at most SHARD_BYTES (a larger tensor is one alone)
-    and their index.
+    """Writes `model.safetensors`, or shards of at most SHARD_BYTES with their index; a larger
+    tensor has a shard of its own.
 
     Args:
-      forms: name -> (shape, dtype) of every tensor, in the order in which they are laid out.
-      tensors: (name, array of that form) of each, once, in any order; one is held at a time.
+      forms: name -> (shape, dtype) of every tensor, in the order of their data.
+      tensors: (name, array of that form) of each tensor once, in any order; one is held at a time.
 
     Raises:
-      ValueError: tensors that are not those of `forms`.
-      OSError: the disk does not take them.
+      ValueError: tensors that do not match `forms`.
+      OSError: the disk refuses a write.
     """
-    words = {dtype: word for word, dtype in STORED_DTYPES.items()}
+    kinds = {dtype: kind for kind, dtype in STORED_DTYPES.items()}
     shards = _shards(forms)
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in _counted(shards)]
-    )
+    count = len(shards)
+    names = ["model.safetensors"]
+    if count > 1:
+        names = [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
     places = {}
     with contextlib.ExitStack() as stack:
         for file_name, members in zip(names, shards, strict=True):
@@ -148,12 +136,12 @@ def write_shards(
             for name in members:
                 start, end = end, end + _bytes(forms[name])
                 header[name] = {
-                    "dtype": words[forms[name][1]],
+                    "dtype": kinds[forms[name][1]],
                     "shape": forms[name][0],
                     "data_offsets": (start, end),
                 }
             text = json.dumps(header, separators=(",", ":")).encode()
-            text += b" " * (-len(text) % 8)  # so that the data is aligned
+            text += b" " * (-len(text) % 8)  # aligns the data
             file = stack.enter_context((folder / file_name).open("wb"))
             file.write(len(text).to_bytes(8, "little") + text)
             places |= {
@@ -167,7 +155,7 @@ def write_shards(
             file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
         if places:
             raise ValueError(f"not written: {', '.join(places)}")
-    if len(shards) > 1:
+    if count > 1:
         index = {
             "metadata": {"total_size": sum(map(_bytes, forms.values()))},
             "weight_map": {
@@ -182,7 +170,7 @@ def write_shards(
 
 
 def _shards(forms: dict[str, Form]) -> list[list[str]]:
-    """The names of each shard; wide types first, which keeps every tensor aligned to its own."""
+    """The names in each shard; wide types come first, which aligns every tensor to its type."""
     shards: list[list[str]] = [[]]
     size = 0
     for name in sorted(forms, key=lambda name: -forms[name][1].itemsize):
@@ -192,10 +180,6 @@ def _shards(forms: dict[str, Form]) -> list[list[str]]:
         shards[-1].append(name)
         size += _bytes(forms[name])
     return shards
-
-
-def _counted(shards: list) -> range:
-    return range(1, len(shards) + 1)
 
 
 def _bytes(form: Form) -> int:

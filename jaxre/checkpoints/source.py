@@ -1,10 +1,10 @@
-"""Anything a user may call a model, opened: one function for training, prediction and conversion.
+"""Opens any kind of model, for training, prediction and conversion.
 
     loaded = open_model("runs/quickstart", compute_dtype("auto"))
 
-What a folder is, is decided in this order: `jaxre.json` (our own folder), `gguf.json` (what a GGUF
-file unpacks to), `adapter_config.json` (a PEFT adapter), `config.json` (Hugging Face),
-`config.yaml` (a run). What is no folder is a GGUF file, a named base or a hub id.
+The kind of a folder follows from the first of these files: `jaxre.json` (jaxre), `gguf.json` (an
+unpacked GGUF file), `adapter_config.json` (a PEFT adapter), `config.json` (Hugging Face),
+`config.yaml` (a run). Anything else is a GGUF file, a named base or a hub id.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from jaxre.checkpoints.huggingface import Tensors, gathered, open_base, quantise
 from jaxre.checkpoints.native import is_native, load_native, open_native
 from jaxre.checkpoints.packaged import PACKAGED, check_packaged, packaged_file
 from jaxre.checkpoints.peft import CONFIG_FILE, base_name_of, load_adapter
-from jaxre.checkpoints.shards import MEND_PICKLED, is_pickled
+from jaxre.checkpoints.shards import CONVERT_PICKLED, is_pickled
 from jaxre.config import Config, Lora, load_config, shipped
-from jaxre.errors import InputError
+from jaxre.errors import InputError, first_line
 from jaxre.models.architecture import ENCODERS, KINDS
 from jaxre.models.weights import AnyArchitecture
 from jaxre.product_rates import product_rates
 
-CPU_DTYPE = "JAXRE_CPU_DTYPE"  # what model.dtype=auto is on a CPU, without measuring
+CPU_DTYPE = "JAXRE_CPU_DTYPE"  # sets model.dtype=auto on a CPU, without measuring
 
 Kind = Literal["jaxre", "gguf", "peft", "hf", "run"]
 
@@ -39,10 +39,13 @@ Kind = Literal["jaxre", "gguf", "peft", "hf", "run"]
 class Loaded:
     """A model in memory.
 
-    `folder` carries its tokenizer and config.json; `name` is what to call it; `base` its weights
-    (numpy, our layout) without the adapter; `lora` and `factors` (numpy f32) the adapter, if it has
-    one, and `adapter` its folder. `kind` is what was opened; `base_name` what an adapter on it
-    names as its base; `quantise` how a dense base was quantised.
+    folder: has its tokenizer and config.json.
+    name: for tables and messages.
+    base: weights without the adapter (numpy, our layout).
+    lora, factors, adapter: settings, factors (numpy f32) and folder of the adapter, if any.
+    kind: of the model that was opened.
+    base_name: the base that the adapter names.
+    quantise: how a dense base was quantised.
     """
 
     folder: Path
@@ -58,8 +61,8 @@ class Loaded:
 
 
 def resolve_model(path: str) -> Path:
-    """The local folder of a model: a folder, what the project ships or a package carries by name,
-    what a GGUF file unpacks to, or a hub snapshot.
+    """The local folder of a model: a folder, a base shipped with jaxre or inside a package, an
+    unpacked GGUF file, or a hub snapshot.
 
     Raises:
       InputError: none of these, or a file that does not open.
@@ -81,12 +84,11 @@ def resolve_model(path: str) -> Path:
     if folder.is_file() and is_gguf_file(folder):
         return unpacked(folder)
     if folder.is_file():
-        why = (
-            f"holds pickled weights, which are never read; {MEND_PICKLED}"
-            if is_pickled(folder.name)
-            else "is a file; give its folder"
-        )
-        raise InputError(f"{path}: {why}")
+        if is_pickled(folder.name):
+            raise InputError(
+                f"{path}: holds pickled weights, which are never read; {CONVERT_PICKLED}"
+            )
+        raise InputError(f"{path}: is a file; give its folder")
     if path.count("/") != 1 or path.startswith((".", "/", "~", "runs/")):
         raise InputError(
             f"{path}: no such run or model folder; give a folder, a GGUF file, a hub id OWNER/NAME,"
@@ -102,24 +104,21 @@ def resolve_model(path: str) -> Path:
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
         raise InputError(
-            f"{path}: not a folder, and the hub did not give it ({reason}); download it and give"
-            " the folder"
+            f"{path}: not a folder, and the hub did not give it ({first_line(error)}); download it"
+            " and give the folder"
         ) from None
 
 
 class Chosen(NamedTuple):
-    """A dtype of base weights and products, and why in words; `why` is empty where it was set."""
+    """A dtype of base weights and products, and the reason in words; empty if the user set it."""
 
     dtype: np.dtype
     why: str = ""
 
 
 def compute_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> np.dtype:
-    """The dtype of base weights and products of a decoder that is not trained whole; auto is as
-    `chosen_dtype` says.
-    """
+    """The dtype that `chosen_dtype` chooses."""
     return chosen_dtype(setting).dtype
 
 
@@ -127,29 +126,29 @@ def dtype_of(config: Config) -> Chosen:
     """The dtype of base weights and products of a run, and why."""
     on_cpu = config.model.dtype == "auto" and jax.default_backend() == "cpu"
     if on_cpu and config.train.method == "full":
-        return Chosen(np.dtype(np.float32), "float32: a CPU that trains all weights keeps to it")
+        return _chosen("float32", "float32: a CPU that trains all weights keeps to it")
     if on_cpu and config.model.quantise:
-        return Chosen(np.dtype(np.float32), "float32: NF4 weights are multiplied in it on a CPU")
+        return _chosen("float32", "float32: NF4 weights are multiplied in it on a CPU")
     return chosen_dtype(config.model.dtype)
 
 
 def chosen_dtype(setting: Literal["auto", "float32", "bfloat16"]) -> Chosen:
-    """The dtype of base weights and products of a decoder that is not trained whole, and why.
+    """The dtype of base weights and products of a decoder without full fine-tuning, and why.
 
-    auto is bfloat16 on an accelerator. On a CPU it is what multiplies faster, measured once
-    (`jaxre.product_rates`), or what JAXRE_CPU_DTYPE names; float32 where several processes train,
-    of which each would measure for itself.
+    auto is bfloat16 on an accelerator. On a CPU it is JAXRE_CPU_DTYPE if set, else the faster of
+    the two, measured once (`jaxre.product_rates`); but float32 with several processes, each of
+    which would measure for itself.
     """
-    if setting == "auto" and jax.default_backend() != "cpu":
-        return _chosen("bfloat16", "bfloat16: an accelerator is there")
     if setting != "auto":
         return _chosen(setting)
-    if (given := os.environ.get(CPU_DTYPE)) is not None:
-        if given not in ("float32", "bfloat16"):
+    if jax.default_backend() != "cpu":
+        return _chosen("bfloat16", "bfloat16: an accelerator is there")
+    if (name := os.environ.get(CPU_DTYPE)) is not None:
+        if name not in ("float32", "bfloat16"):
             raise InputError(
-                f"{CPU_DTYPE}={given}: no such dtype; set float32 or bfloat16, or unset it"
+                f"{CPU_DTYPE}={name}: no such dtype; set float32 or bfloat16, or unset it"
             )
-        return _chosen(given, f"{given}: {CPU_DTYPE} says so")
+        return _chosen(name, f"{name}: {CPU_DTYPE} says so")
     if jax.process_count() > 1:
         return _chosen("float32", "float32: several processes with CPU cores alone")
     rates = product_rates()
@@ -162,8 +161,8 @@ def _chosen(name: str, why: str = "") -> Chosen:
 
 @dataclass(frozen=True)
 class Located:
-    """Where the parts of a model lie: `folder` holds its base weights, `adapter` its adapter, if it
-    has one. The rest as in Loaded.
+    """Locations of a model's parts: `folder` has the base weights, `adapter` the adapter, if any.
+    The other fields are as in Loaded.
     """
 
     folder: Path
@@ -175,22 +174,22 @@ class Located:
 
 
 def locate(path: str | Path, quantise: str | None = None) -> Located:
-    """The parts of a model, of which nothing is read yet.
+    """Locates the parts of a model without reading weights.
 
     Args:
       path: a Hugging Face folder, a jaxre folder, a GGUF file, a PEFT adapter, a run folder, the
         name of a base or a hub id.
-      quantise: "nf4" for a base with NF4 projections; a run with an adapter takes its own setting,
-        for its adapter belongs to that base.
+      quantise: "nf4" for a base with NF4 projections; a run with an adapter uses its own setting,
+        because its adapter was trained on that base.
 
     Raises:
-      InputError: nothing of the kind, or an unfinished run.
+      InputError: none of these, or an unfinished run.
     """
     folder = resolve_model(str(path))
     kind = kind_of(folder)
-    given = Path(path).expanduser()
-    name = given.absolute().name if given.is_dir() else str(path)
-    name = given.stem if given.is_file() else name
+    local = Path(path).expanduser()
+    name = local.absolute().name if local.is_dir() else str(path)
+    name = local.stem if local.is_file() else name
     if kind == "peft":
         return _with_adapter(folder, folder, name, kind, quantise)
     if kind == "run":
@@ -203,49 +202,38 @@ def locate(path: str | Path, quantise: str | None = None) -> Located:
 
 
 def open_weights(folder: Path, quantise: str | None = None) -> Tensors:
-    """The base weights of a folder, to be read one at a time. Raises
-    InputError for weights that do not fit.
+    """Opens the base weights of a folder, to be read one at a time. Raises InputError for weights
+    that do not fit.
     """
-    opened = open_native if is_native(folder) else open_gguf if is_gguf(folder) else open_base
-    tensors = opened(folder)
+    open_folder = open_native if is_native(folder) else open_gguf if is_gguf(folder) else open_base
+    tensors = open_folder(folder)
     return quantised(tensors, folder) if quantise else tensors
 
 
 def open_model(path: str | Path, dtype: np.dtype | None, quantise: str | None = None) -> Loaded:
-    """A model's architecture, base weights and adapter.
+    """Loads a model's architecture, base weights and adapter.
 
     Args:
-      path, quantise: what `locate` takes.
-      dtype: of the dense base weights; as stored if None.
+      path, quantise: as for `locate`.
+      dtype: of the dense base weights; None keeps the stored dtype.
 
     Raises:
-      InputError: nothing of the kind, an unfinished run, or weights that do not fit.
+      InputError: no such model, an unfinished run, or weights that do not fit.
     """
-    found = locate(path, quantise)
-    if is_native(found.folder):
-        architecture, base = load_native(found.folder, dtype, found.quantise)
+    model = locate(path, quantise)
+    if is_native(model.folder):
+        architecture, base = load_native(model.folder, dtype, model.quantise)
     else:
-        tensors = open_weights(found.folder, found.quantise)
-        architecture, base = gathered(tensors, dtype, found.folder)
-    lora, factors = (
-        (None, None) if found.adapter is None else load_adapter(found.adapter, architecture)
-    )
-    return Loaded(
-        found.folder,
-        found.name,
-        architecture,
-        base,
-        lora,
-        factors,
-        found.kind,
-        found.base_name,
-        found.quantise,
-        found.adapter,
-    )
+        tensors = open_weights(model.folder, model.quantise)
+        architecture, base = gathered(tensors, dtype, model.folder)
+    lora = factors = None
+    if model.adapter is not None:
+        lora, factors = load_adapter(model.adapter, architecture)
+    return Loaded(**vars(model), architecture=architecture, base=base, lora=lora, factors=factors)
 
 
 def kind_of(folder: Path) -> Kind:
-    """What a folder is. Raises InputError if it is none of the kinds we know."""
+    """The kind of model in a folder. Raises InputError if there is none."""
     if is_native(folder):
         return "jaxre"
     if is_gguf(folder):
@@ -263,12 +251,11 @@ def kind_of(folder: Path) -> Kind:
 
 
 def tokenizer_folder(config: Config) -> Path:
-    """The folder whose tokenizer a run uses: that of its base, or `model.path` itself for weights
-    from scratch.
+    """The folder whose tokenizer a run uses: that of its base, or `model.path` itself if the run
+    trains from scratch.
 
     Raises:
-      InputError: no such model, or a decoder where the objective needs an encoder, or the other way
-        round.
+      InputError: no such model, or an objective for the other kind of model (decoder, encoder).
     """
     scratch = config.model.architecture
     folder = base_of(config.model.path)[1] if scratch is None else resolve_model(config.model.path)
@@ -304,16 +291,17 @@ def check_finished(folder: Path, config: Config) -> None:
 def base_of(
     name: str, seen: frozenset[Path] = frozenset(), adapter: Path | None = None
 ) -> tuple[str, Path]:
-    """The base weights behind a name: what an adapter on them names as its base (a hub id, else the
+    """The base weights behind a model: their name for an adapter's config (a hub id, else the
     absolute folder), and their folder.
 
     A run that starts from an adapter continues that adapter, so both have the same base.
 
     Args:
-      adapter: the PEFT folder that names this base; PEFT's adapters do not stack.
+      seen: folders already followed.
+      adapter: the PEFT folder that names this base; PEFT adapters do not stack.
 
     Raises:
-      InputError: the chain ends nowhere or in itself, or an adapter's base is itself an adapter.
+      InputError: the chain of bases is broken or circular, or an adapter's base is an adapter.
     """
     folder = resolve_model(name)
     if folder.resolve() in seen:
@@ -325,10 +313,9 @@ def base_of(
     if kind == "gguf":
         return name if name in PACKAGED else str(file_of(folder)), folder
     if kind in ("hf", "jaxre"):
-        # PEFT would take a shipped name for a hub id.
-        return (
-            name if "/" in name and not Path(name).expanduser().is_dir() else str(folder.resolve())
-        ), folder
+        # PEFT would take the name of a shipped base for a hub id.
+        is_hub_id = "/" in name and not Path(name).expanduser().is_dir()
+        return name if is_hub_id else str(folder.resolve()), folder
     config = load_config(folder / "config.yaml") if kind == "run" else None
     if config:
         check_finished(folder, config)
@@ -340,9 +327,9 @@ def base_of(
             f" with jaxre convert {name} TARGET --to hf --merge, and name TARGET as"
             " base_model_name_or_path"
         )
-    return (
-        base_of(config.model.path, seen) if config else base_of(base_name_of(folder), seen, folder)
-    )
+    if config:
+        return base_of(config.model.path, seen)
+    return base_of(base_name_of(folder), seen, folder)
 
 
 def _with_adapter(

@@ -1,14 +1,15 @@
 """The token cache: TensorStore arrays in a folder or a gs:// bucket, one entry per digest.
 
-An entry is complete once its `manifest.json` exists, which is written last; a killed writer
-leaves an entry that the next run writes again. The manifest holds a checksum of each array,
-because a lost chunk of an array reads as zeros. Writers of one digest write the same bytes, so
-several processes may write an entry at once.
+An entry is complete once its `manifest.json` exists, which is written last; if the writer is
+killed, the next run writes the entry again. The manifest has a checksum of each array, because a
+missing chunk reads as zeros. All writers of a digest write the same bytes, so several processes may
+write an entry at once.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import zlib
 from collections.abc import Callable
@@ -26,7 +27,7 @@ _TYPES = {"tokens": np.int32, "starts": np.int64, "prompt_lengths": np.int32, "i
 
 
 def cached_tokens(cache: str, digest: str, make: Callable[[], TokenSet]) -> tuple[TokenSet, bool]:
-    """The entry of `digest`, made and stored if it is not there.
+    """The entry of `digest`, made and stored if it is missing.
 
     Args:
       cache: a folder, or a TensorStore URL such as gs://bucket/folder.
@@ -37,20 +38,20 @@ def cached_tokens(cache: str, digest: str, make: Callable[[], TokenSet]) -> tupl
     Raises:
       InputError: the cache cannot be opened or written.
     """
-    found = stored_tokens(cache, digest)
-    if found is not None:
-        return found, True
-    made = make()
+    tokens = stored_tokens(cache, digest)
+    if tokens is not None:
+        return tokens, True
+    tokens = make()
     try:
-        _write_entry(cache, digest, made)
+        _write_entry(cache, digest, tokens)
     except (ValueError, OSError) as error:
         raise _unusable(cache, error) from None
-    return made, False
+    return tokens, False
 
 
 def stored_tokens(cache: str, digest: str) -> TokenSet | None:
-    """The entry of `digest`, None if there is none or it is damaged. Raises InputError as
-    `cached_tokens`.
+    """The entry of `digest`; None if it is missing or damaged. Raises InputError as `cached_tokens`
+    does.
     """
     try:
         return _read_entry(cache, digest)
@@ -59,8 +60,8 @@ def stored_tokens(cache: str, digest: str) -> TokenSet | None:
 
 
 def read_note(cache: str, key: str) -> dict[str, Any] | None:
-    """What `write_note` left under `key`, None if there is nothing or it is damaged. Raises
-    InputError as `cached_tokens`.
+    """The value that `write_note` stored under `key`; None if it is missing or damaged. Raises
+    InputError as `cached_tokens` does.
     """
     try:
         read = ts.KvStore.open(location(cache, key)).result().read("note.json").result()
@@ -74,8 +75,8 @@ def read_note(cache: str, key: str) -> dict[str, Any] | None:
 
 
 def write_note(cache: str, key: str, value: dict[str, Any]) -> None:
-    """Keeps a small JSON value, unless the cache cannot be written: what a note tells can be found
-    out again.
+    """Stores a small JSON value; does nothing if the cache cannot be written, because a note can be
+    computed again.
     """
     note = json.dumps({"value": value, "checksum": _checksum(value)})
     with contextlib.suppress(ValueError, OSError):
@@ -87,19 +88,19 @@ def _checksum(value: dict[str, Any]) -> int:
 
 
 def location(cache: str, digest: str, name: str = "") -> str | dict[str, str]:
-    """TensorStore's key-value store of an entry, or of one of its arrays."""
+    """TensorStore's key-value store of an entry, or of the array `name` in it."""
     tail = f"{digest}/{name}/" if name else f"{digest}/"
     if "://" in cache:
         return f"{cache.rstrip('/')}/{tail}"
-    # Not a file:// URL, in which %, ? and # of a folder's name would mean something else.
+    # Not a file:// URL, where %, ? and # in a folder's name would have a special meaning.
     return {"driver": "file", "path": f"{Path(cache).expanduser().absolute()}/{tail}"}
 
 
 def _unusable(cache: str, error: Exception) -> InputError:
-    # TensorStore's message repeats every path on the way to the reason, which comes last.
-    told = str(error).splitlines()[0].split(" [")[0].rpartition(": ")[2]
+    # TensorStore's message lists paths first; the reason comes last.
+    reason = str(error).splitlines()[0].split(" [")[0].rpartition(": ")[2]
     return InputError(
-        f"data.cache={cache}: cannot be used ({told}); point data.cache to a folder that can be"
+        f"data.cache={cache}: cannot be used ({reason}); point data.cache to a folder that can be"
         " written"
     )
 
@@ -122,21 +123,15 @@ def _read_entry(cache: str, digest: str) -> TokenSet | None:
     return TokenSet(**arrays, ids=tuple(ids))
 
 
-def _write_entry(cache: str, digest: str, made: TokenSet) -> None:
-    ids = np.frombuffer(json.dumps(made.ids).encode(), np.uint8)
-    arrays = {
-        "tokens": made.tokens,
-        "starts": made.starts,
-        "prompt_lengths": made.prompt_lengths,
-        "ids": ids,
-    }
-    arrays = {name: np.ascontiguousarray(arrays[name], kind) for name, kind in _TYPES.items()}
+def _write_entry(cache: str, digest: str, tokens: TokenSet) -> None:
+    values = vars(tokens) | {"ids": np.frombuffer(json.dumps(tokens.ids).encode(), np.uint8)}
+    arrays = {name: np.ascontiguousarray(values[name], dtype) for name, dtype in _TYPES.items()}
     for name, array in arrays.items():
         _write(cache, digest, name, array)
     manifest = {
         "digest": digest,
-        "examples": len(made),
-        "tokens": int(made.tokens.size),
+        "examples": len(tokens),
+        "tokens": int(tokens.tokens.size),
         "checksums": {name: zlib.crc32(array) for name, array in arrays.items()},
     }
     ts.KvStore.open(location(cache, digest)).result().write(
@@ -145,31 +140,23 @@ def _write_entry(cache: str, digest: str, made: TokenSet) -> None:
 
 
 def _read(cache: str, digest: str, name: str) -> np.ndarray:
-    array = (
-        ts.open({"driver": "zarr3", "kvstore": location(cache, digest, name)})
-        .result()
-        .read()
-        .result()
-    )
-    return np.ascontiguousarray(array, _TYPES[name])
+    store = ts.open({"driver": "zarr3", "kvstore": location(cache, digest, name)}).result()
+    return np.ascontiguousarray(store.read().result(), _TYPES[name])
 
 
 def _write(cache: str, digest: str, name: str, value: np.ndarray) -> None:
-    spec = {"driver": "zarr3", "kvstore": location(cache, digest, name)}
-    # A chunk is stored at its full size, however little of it is used.
-    layout = ts.ChunkLayout(chunk_shape=[max(1, min(CHUNK, value.size))])
-    # Written over, not deleted first: another process may be writing the same.
+    open_array = functools.partial(
+        ts.open,
+        {"driver": "zarr3", "kvstore": location(cache, digest, name)},
+        create=True,
+        dtype=value.dtype,
+        shape=value.shape,
+        # A chunk takes its full size on disk, even if partly used.
+        chunk_layout=ts.ChunkLayout(chunk_shape=[max(1, min(CHUNK, value.size))]),
+    )
+    # Overwritten, not deleted first: another process may be writing the same.
     try:
-        array = ts.open(
-            spec, create=True, open=True, dtype=value.dtype, shape=value.shape, chunk_layout=layout
-        ).result()
-    except ValueError:  # what a damaged entry left
-        array = ts.open(
-            spec,
-            create=True,
-            delete_existing=True,
-            dtype=value.dtype,
-            shape=value.shape,
-            chunk_layout=layout,
-        ).result()
+        array = open_array(open=True).result()
+    except ValueError:  # left over from a damaged entry
+        array = open_array(delete_existing=True).result()
     array.write(value).result()

@@ -1,5 +1,5 @@
-"""A config's data as tokens: splits with their schema, template and demonstrations, and the packing
-plan.
+"""Loads a config's data as tokens: splits with schema, template and demonstrations; and plans their
+packing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pyarrow
 from transformers import PreTrainedTokenizerBase
 
 from jaxre import __version__
+from jaxre.code_digest import code_digest
 from jaxre.config import Config, Source, shipped
 from jaxre.data.cache import cached_tokens, read_note, stored_tokens, write_note
 from jaxre.data.markers import add_markers, encode_marked, marked_digest, marked_text, markers_in
@@ -46,12 +47,13 @@ Pools = Mapping[str, Sequence[Example]]
 
 @dataclass(frozen=True)
 class Split:
-    """One split: its examples that fit a row as tokens, and on request what they were made from.
+    """One split: the tokens of the examples that fit a row, and on request the examples themselves.
 
-    `examples` and `questions` go together and are read when they are first asked for; `tokens`
-    leaves out the examples whose ids are in `dropped`; `digest` is that of the token cache;
-    `counts` are of its sources; `truncation` is what cutting the dropped ones would have done to
-    their answers, None where there are no answers.
+    tokens: without the examples whose ids are in `dropped`.
+    examples, questions: of all examples, in the same order; read on first access.
+    digest: key in the token cache.
+    counts: examples of each source.
+    truncation: effect of cutting long examples on their answers; None if there are no answers.
     """
 
     tokens: TokenSet
@@ -74,12 +76,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run trains and validates on.
+    """The data that a run trains and validates on.
 
-    `schemas` is None for the language-model objective, `template` for that and for classification.
-    `new_tokens` are the entity markers that classification gave the tokenizer, as `add_markers`
-    returns them. `recipe` is that of `recipe_of`. `told` is what a user should know of labels, line
-    by line.
+    schemas: None for the language-model objective.
+    template: None for the language-model objective and for classification.
+    new_tokens: entity markers that classification added, as `add_markers` returns them.
+    recipe: from `recipe_of`.
+    notices: lines about labels for the user.
     """
 
     train: Split
@@ -89,7 +92,7 @@ class Dataset:
     tokenizer: PreTrainedTokenizerBase
     new_tokens: Mapping[int, list[int]] = field(default_factory=dict)
     recipe: str | None = None
-    told: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def schema(self) -> Schema:
@@ -104,7 +107,7 @@ def load_dataset(config: Config, folder: Path) -> Dataset:
       folder: of the model, for its tokenizer and chat template.
 
     Raises:
-      InputError: anything in the data, the template or the schema that cannot be used.
+      InputError: the data, the template or the schema cannot be used.
     """
     tokenizer = load_tokenizer(folder)
     if config.train.objective == "lm":
@@ -113,37 +116,38 @@ def load_dataset(config: Config, folder: Path) -> Dataset:
     if config.train.objective == "classify":
         return _load_marked(config, tokenizer)
     template = ChatTemplate(tokenizer, config.prompt.date, str(folder))
-    pool = functools.cache(
-        lambda: mixtures.read(
-            config.data.train, "data.train", lambda given: leaks.load_train(config.data, given)
+
+    @functools.cache
+    def pool() -> mixtures.Pool:
+        return mixtures.read(
+            config.data.train,
+            "data.train",
+            lambda train_sources: leaks.load_train(config.data, train_sources),
         )
-    )
+
+    def examples() -> list[Example]:
+        return pool().examples
+
+    def pools() -> Pools:
+        return pool().by_dataset
+
     recipe = recipe_of(config, template)
-    known = recipe and read_note(config.data.cache, recipe)
-    stored = known and stored_tokens(config.data.cache, known["digest"])
+    note = recipe and read_note(config.data.cache, recipe)
+    tokens = note and stored_tokens(config.data.cache, note["digest"])
+    stored = (note["digest"], tokens) if tokens else None
     if stored:
-        schemas, told = Schemas.from_json(known["labels"]), known["told"]
-        counts = tuple(Count(*count) for count in known["counts"])
+        schemas, notices = Schemas.from_json(note["labels"]), note["notices"]
+        counts = tuple(Count(*count) for count in note["counts"])
     else:
-        schemas, counts = labels.schemas_of(config.data, pool().by_dataset), pool().counts
-        told = schemas.check(pool().examples, "data.train", strict=config.prompt.enumerate)
-    pools = lambda: pool().by_dataset  # noqa: E731
-    read = lambda: pool().examples  # noqa: E731
-    train = tokenise(
-        config,
-        read,
-        schemas,
-        template,
-        pools,
-        "data.train",
-        (known["digest"], stored) if stored else None,
-    )
+        schemas, counts = labels.schemas_of(config.data, pools()), pool().counts
+        notices = schemas.check(examples(), "data.train", strict=config.prompt.enumerate)
+    train = tokenise(config, examples, schemas, template, pools, "data.train", stored)
     train = dataclasses.replace(train, counts=counts)
-    # Not where a file changed between its digest and its reading.
+    # Not stored if a file changed between its digest and its reading.
     if recipe and not stored and recipe == recipe_of(config, template):
         note = {
             "labels": schemas.to_json(),
-            "told": told,
+            "notices": notices,
             "counts": list(map(dataclasses.astuple, counts)),
             "digest": train.digest,
         }
@@ -152,40 +156,34 @@ def load_dataset(config: Config, folder: Path) -> Dataset:
     if config.data.validation:
         held_out = mixtures.read(config.data.validation, "data.validation")
         schemas = labels.with_given(schemas, config.data, by_dataset(held_out.examples))
-        told = told + schemas.check(held_out.examples, "data.validation")
+        notices = notices + schemas.check(held_out.examples, "data.validation")
         validation = tokenise(
             config, lambda: held_out.examples, schemas, template, pools, "data.validation"
         )
         validation = dataclasses.replace(validation, counts=held_out.counts)
-    told = (*labels.told_tested(config.data), *told)
-    return Dataset(train, validation, schemas, template, tokenizer, recipe=recipe, told=told)
+    notices = (*labels.label_source_notices(config.data), *notices)
+    return Dataset(train, validation, schemas, template, tokenizer, recipe=recipe, notices=notices)
 
 
 def recipe_of(config: Config, template: ChatTemplate) -> str | None:
-    """Digest of what the training split's tokens are made from: bytes of its files, settings,
-    template, and our code that reads them.
+    """Digest of everything that the training split's tokens are made from: bytes of its files,
+    settings, template, and our code that reads them.
 
-    None where a source has no local files to tell by (the hub); it is read every time.
+    None if a source has no local files (the hub); it is then read every time.
     """
     listed = config.data.labels if isinstance(config.data.labels, dict) else {}
-    collected = [one for one in listed.values() if isinstance(one, Source)]
+    label_sources = [source for source in listed.values() if isinstance(source, Source)]
     held_out = leaks.held_out_of(config.data)
-    read = [*mixtures.sources_of(config.data.train), *collected, *held_out]
+    read = [*mixtures.sources_of(config.data.train), *label_sources, *held_out]
     files = [sources.digest_of(source) for source in read]
     if None in files:
         return None
-    code = hashlib.sha256(f"{__version__} {pyarrow.__version__}".encode())
-    parts = [
-        path
-        for package in ("data", "relations")
-        for path in sorted((Path(__file__).parents[1] / package).glob("*.py"))
-    ]
-    for path in (*parts, *sorted(shipped("definitions").glob("*.yaml"))):
+    code = hashlib.sha256(f"{__version__} {pyarrow.__version__} {_own_code()}".encode())
+    for path in sorted(shipped("definitions").glob("*.yaml")):
         code.update(path.read_bytes())
-    data = config.data.model_dump(include={"train", "labels"})
     settings = [
-        data,
-        [one.model_dump() for one in held_out],
+        config.data.model_dump(include={"train", "labels"}),
+        [source.model_dump() for source in held_out],
         config.prompt.model_dump(),
         config.seed,
         config.train.row_length,
@@ -195,6 +193,13 @@ def recipe_of(config: Config, template: ChatTemplate) -> str | None:
     ).hexdigest()
 
 
+@functools.cache
+def _own_code() -> str:
+    """Digest of our code that reads, renders and tokenises."""
+    packages = (Path(__file__).parent, Path(__file__).parents[1] / "relations")
+    return code_digest(path for package in packages for path in sorted(package.glob("*.py")))
+
+
 def ask(
     config: Config, examples: Sequence[Example], schemas: Schemas, pools: Pools
 ) -> list[list[Turn]]:
@@ -202,8 +207,7 @@ def ask(
     own dataset.
 
     Raises:
-      InputError: a dataset without schema or, where demonstrations are asked for, training
-        examples.
+      InputError: a dataset without schema or, with demonstrations, without training examples.
     """
     turns = {}
     for name, members in by_dataset(examples).items():
@@ -213,13 +217,13 @@ def ask(
                 f"{name}: not a dataset of data.train, so there are no demonstrations of it; set"
                 " prompt.shots=0, or train on it"
             )
-        asked = questions_of(
+        questions = questions_of(
             members,
             config.prompt,
             schemas.of(name).labels,
             demonstrator(pool, config.prompt, config.seed),
         )
-        turns.update(zip((example.id for example in members), asked, strict=True))
+        turns.update(zip((example.id for example in members), questions, strict=True))
     return [turns[example.id] for example in examples]
 
 
@@ -232,11 +236,12 @@ def tokenise(
     place: str,
     stored: tuple[str, TokenSet] | None = None,
 ) -> Split:
-    """Examples as tokens, from the cache where it has them.
+    """Tokenises examples, or reads their tokens from the cache.
 
     Args:
-      read: gives the examples; pools: the training ones of each dataset, for demonstrations.
-      stored: digest and tokens, if they are known; then nothing is read.
+      read: returns the examples.
+      pools: returns the training examples of each dataset, for demonstrations.
+      stored: digest and tokens, if known; then nothing is read.
     """
     questions = functools.cache(
         lambda: ask(config, read(), schemas, pools() if config.prompt.shots else {})
@@ -261,30 +266,34 @@ def _load_marked(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     schema = schemas.of(ANY)
     schema.check(train, "data.train")
     new_tokens = add_markers(tokenizer, train)
-    known, number = (
-        markers_in(tokenizer),
-        {label: number for number, label in enumerate(schema.labels)},
-    )
+    markers = markers_in(tokenizer)
+    number_of = {label: number for number, label in enumerate(schema.labels)}
     held_out = sources.load(config.data.validation) if config.data.validation else None
     if held_out is not None:
         schema.check(held_out, "data.validation")
 
     def split(examples: list[Example], place: str) -> Split:
-        texts = [marked_text(example, known) for example in examples]
+        texts = [marked_text(example, markers) for example in examples]
         digest = marked_digest(examples, texts, tokenizer)
         tokens, cached = cached_tokens(
             config.data.cache, digest, lambda: encode_marked(examples, texts, tokenizer)
         )
-        numbers = np.array([number[example.relation] for example in examples], np.int32)
+        numbers = np.array([number_of[example.relation] for example in examples], np.int32)
         fitting, dropped = dataclasses.replace(tokens, labels=numbers).fitting(
             config.train.row_length, config.data.too_long, place
         )
         return Split(fitting, dropped, cached, lambda: examples)
 
     validation = None if held_out is None else split(held_out, "data.validation")
-    told = tuple(labels.told_tested(config.data))
+    notices = tuple(labels.label_source_notices(config.data))
     return Dataset(
-        split(train, "data.train"), validation, schemas, None, tokenizer, new_tokens, told=told
+        split(train, "data.train"),
+        validation,
+        schemas,
+        None,
+        tokenizer,
+        new_tokens,
+        notices=notices,
     )
 
 
@@ -308,40 +317,29 @@ def make_plan(config: Config, tokens: TokenSet, shards: int, share: bool = True)
     """The run's packing plan for a mesh whose rows are shared by `shards` devices.
 
     Args:
-      share: False packs every example with a prefix of its own; loss and gradients are the same.
+      share: False gives every example its own copy of its prefix, with the same loss and gradients.
 
     Raises:
-      InputError: as the planners, or rows that the devices cannot share.
+      InputError: as the planners do, or the rows cannot be divided among the devices.
     """
     prefixes = find_prefixes(tokens)
-    prefixes = prefixes if share else prefixes.unshared()
     train = config.train
-    supervised = supervised_of(config, tokens)
+    plan = functools.partial(
+        plan_by_tokens if train.batch_examples is None else plan_by_examples,
+        tokens.lengths,
+        supervised_of(config, tokens),
+        prefixes if share else prefixes.unshared(),
+        seed=config.seed,
+        epochs=train.epochs,
+        row_length=train.row_length,
+        accumulation=train.accumulation,
+    )
     if train.batch_examples is not None:
-        return plan_by_examples(
-            tokens.lengths,
-            supervised,
-            prefixes,
-            seed=config.seed,
-            epochs=train.epochs,
-            row_length=train.row_length,
-            examples=train.batch_examples,
-            accumulation=train.accumulation,
-            shards=shards,
-        )
+        return plan(examples=train.batch_examples, shards=shards)
     rows = train.batch_tokens // (train.row_length * train.accumulation)
     if rows % shards:
         raise InputError(
             f"train.batch_tokens gives {rows} rows, which {shards} devices (mesh data x fsdp)"
             " cannot share; make it a multiple"
         )
-    return plan_by_tokens(
-        tokens.lengths,
-        supervised,
-        prefixes,
-        seed=config.seed,
-        epochs=train.epochs,
-        row_length=train.row_length,
-        rows=rows,
-        accumulation=train.accumulation,
-    )
+    return plan(rows=rows)

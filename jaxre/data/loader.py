@@ -1,5 +1,5 @@
-"""Updates prepared and put on the device ahead by a Grain thread. Resume needs only the step
-number.
+"""Prepares updates ahead of time and puts them on the device in a Grain thread. Resuming needs only
+the step number.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ def updates(
     first: int = 0,
     prompt_weight: float = 0.0,
     put: Callable[[Rows], Rows] = lambda rows: rows,
-    ahead: int = 2,
 ) -> Iterator[Rows]:
-    """Rows of the updates `first`, `first + 1`, ... of the plan.
+    """Rows of the updates `first`, `first + 1`, ... of the plan, prepared two updates ahead.
 
     Args:
-      put: host arrays to where the update reads them; called by the thread, so that a step waits
-        for no transfer.
-      ahead: updates prepared and put before they are asked for.
+      put: transfers host arrays to the devices; the thread calls it, so that no step waits for a
+        transfer.
     """
     steps = grain.MapDataset.range(first, len(plan.updates)).map(
         lambda step: put(fill_update(examples, plan.prefixes, plan.updates[step], prompt_weight))
     )
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=ahead)))
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))

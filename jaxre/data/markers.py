@@ -2,10 +2,10 @@
 
     The [E1:PERSON] Ada Lovelace [/E1:PERSON] wrote the [E2:WORK] Notes [/E2:WORK].
 
-Untyped (`[E1]`) where an example has no entity types, and where a type did not occur in training.
+Markers are untyped (`[E1]`) if an example has no entity types or a type did not occur in training.
 (Study: protocol, encoder baseline; typed entity markers: Zhou & Chen 2021, arXiv:2102.01373,
-section 3.) The tokenizer says which markers there are: training adds what is missing, prediction
-uses what it finds.
+section 3.) The tokenizer determines the markers: training adds missing ones, prediction uses those
+that exist.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MARKER = re.compile(r"\[/?E[12](:.*)?\]", re.DOTALL)
 
 
 def markers(role: str, kind: str | None = None) -> tuple[str, str]:
-    """The markers before and after an entity; role is E1 (head) or E2 (tail)."""
+    """The markers before and after an entity of type `kind`; role is E1 (head) or E2 (tail)."""
     name = f"{role}:{kind}" if kind else role
     return f"[{name}]", f"[/{name}]"
 
@@ -38,18 +38,17 @@ def markers(role: str, kind: str | None = None) -> tuple[str, str]:
 def add_markers(
     tokenizer: PreTrainedTokenizerBase, train: Iterable[Example]
 ) -> dict[int, list[int]]:
-    """Gives the tokenizer the markers of the training examples and the untyped ones.
+    """Adds the markers of the training examples and the untyped markers to the tokenizer.
 
-    A marker takes the white space before it, so that RoBERTa's tokens of the words around it are
-    the usual ones.
+    A marker strips the white space before it, so that RoBERTa tokenises the words around it as
+    usual.
 
     Returns:
-      Id -> ids of the tokens that describe it, of each marker that the tokenizer did not have: `@`
-      or `#`, the marks that Zhou & Chen found best, and the type's words.
+      For each new marker, id -> ids of tokens that describe it: `@` or `#`, which worked best for
+      Zhou & Chen, and the words of the type.
 
     Raises:
-      InputError: a tokenizer whose numbering has gaps, so that a new token gets the id of an old
-        one.
+      InputError: the tokenizer's ids have gaps, so that a new token would get the id of another.
     """
     typed = {marker for example in train for pair in _markers_of(example) for marker in pair}
     names = [*markers("E1"), *markers("E2"), *sorted(typed - {*markers("E1"), *markers("E2")})]
@@ -69,13 +68,13 @@ def add_markers(
 
 
 def markers_in(tokenizer: PreTrainedTokenizerBase) -> frozenset[str]:
-    """The markers that a tokenizer has."""
+    """The markers in a tokenizer."""
     return frozenset(token for token in tokenizer.added_tokens_encoder if _MARKER.fullmatch(token))
 
 
 def unknown_types(examples: Iterable[Example], known: frozenset[str]) -> list[str]:
-    """Ids of the examples that have an entity type for which there is no marker, or none though
-    there are typed markers.
+    """Ids of the examples with an entity type that has no marker, or without a type where typed
+    markers exist.
     """
     typed = {
         role for role in ("E1", "E2") if any(marker.startswith(f"[{role}:") for marker in known)
@@ -92,26 +91,24 @@ def unknown_types(examples: Iterable[Example], known: frozenset[str]) -> list[st
 
 
 def marked_text(example: Example, known: frozenset[str]) -> str:
-    """What the encoder reads. An entity that is not in the text (`marks.locate`) is not marked.
+    """The encoder's input. An entity that is not in the text (`marks.locate`) is not marked.
 
     Args:
       known: `markers_in` the tokenizer.
 
     Raises:
-      InputError: the text holds a marker.
+      InputError: the text contains a marker.
     """
-    found = next((marker for marker in known if marker in example.text), None)
-    if found:
+    present = next((marker for marker in known if marker in example.text), None)
+    if present:
         raise InputError(
-            f"example {example.id}: the text holds {found}, which marks an entity here; write it"
+            f"example {example.id}: the text holds {present}, which marks an entity here; write it"
             " another way"
         )
-    pairs = _markers_of(example)
-    before_after = [
-        pair if pair[0] in known else markers(role)
-        for role, pair in zip(("E1", "E2"), pairs, strict=True)
-    ]
-    tags = tuple(tag for before, after in before_after for tag in (f"{before} ", f" {after}"))
+    tags = ()
+    for role, pair in zip(("E1", "E2"), _markers_of(example), strict=True):
+        before, after = pair if pair[0] in known else markers(role)
+        tags += (f"{before} ", f" {after}")
     spans = locate(example.text, example.head, example.tail, example.head_span, example.tail_span)
     return insert_marks(example.text, *spans, tags)
 
@@ -119,10 +116,10 @@ def marked_text(example: Example, known: frozenset[str]) -> str:
 def encode_marked(
     examples: Sequence[Example], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> TokenSet:
-    """Marked texts as tokens, between the tokenizer's own first and last one; nothing is cut.
+    """Tokenises marked texts, with the tokenizer's own first and last token; nothing is cut.
 
     Raises:
-      InputError: a tokenizer without entity markers, or one that does not begin with its
+      InputError: a tokenizer without entity markers, or one that does not begin a text with its
         classification token.
     """
     if not set((*markers("E1"), *markers("E2"))) <= markers_in(tokenizer):
@@ -145,7 +142,7 @@ def encode_marked(
 def marked_digest(
     examples: Sequence[Example], texts: Sequence[str], tokenizer: PreTrainedTokenizerBase
 ) -> str:
-    """Digest of everything the tokens depend on: ids, marked texts, tokenizer."""
+    """Digest of everything that determines the tokens: ids, marked texts, tokenizer."""
     digest = hashlib.sha256(f"classify {FORMAT} {tokenizer_digest(tokenizer)}\n".encode())
     for example, text in zip(examples, texts, strict=True):
         digest.update(json.dumps([example.id, text]).encode())

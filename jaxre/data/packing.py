@@ -1,9 +1,9 @@
-"""The packing plan: which example goes to which row of which update.
+"""The packing plan: assigns examples to the rows of updates.
 
-A plan is a pure function of lengths, prefixes, seed and epoch, so that a run resumes from its step
+A plan is a pure function of lengths, prefixes, seed and epoch, so a run resumes from its step
 number alone. Rows of one update are packed from examples in random order; updates are never sorted
-by length. Examples of a row that begin alike share that beginning (`prefixes.py`), so a row's load
-is the tokens of its prefix tree. Letters: B rows, T tokens in a row, S supervised positions in a
+by length. Examples of a row share their common prefix (`prefixes.py`), so the load of a row is the
+number of tokens in its prefix tree. Letters: B rows, T tokens in a row, S supervised positions in a
 row.
 """
 
@@ -23,8 +23,8 @@ from jaxre.errors import InputError
 
 MAX_SHAPES = 3
 ROUND = 16  # prefix and span are multiples of this
-# The head and a last layer run at supervised positions only: such a place costs 0.3 (SmolLM2-135M)
-# to 0.4 (Qwen2.5-0.5B) of a token.
+# Cost of a supervised position, as a share of a token: only there the head and the last layer run.
+# 0.3 in SmolLM2-135M, 0.4 in Qwen2.5-0.5B.
 HEAD = 0.3
 
 
@@ -32,8 +32,8 @@ HEAD = 0.3
 class RowShape:
     """The fixed shape [rows, T] with S supervised positions of one micro-batch.
 
-    prefix, span: where attention must look: if token i sees token j, then `i - j < span` or `j <
-    prefix`; None and 0 tell nothing (the whole row).
+    prefix, span: bound where attention must look: token i sees token j only if `i - j < span` or
+    `j < prefix`. span None means the whole row.
     """
 
     rows: int
@@ -45,8 +45,8 @@ class RowShape:
 
 @dataclass(frozen=True)
 class Update:
-    """One update: `micro[a][b]` lists the examples of row b of micro-batch a, by rank; missing rows
-    are all pad.
+    """One update: `micro[a][b]` lists the examples in row b of micro-batch a, by rank; missing rows
+    are all padding.
     """
 
     shape: RowShape
@@ -56,9 +56,10 @@ class Update:
 class Fill(NamedTuple):
     """Shares of a plan's first epoch.
 
-    pad: of the places in rows that hold no token; supervised: supervised tokens in the examples'
-    tokens; shared: of the examples' tokens that take no place of their own; idle: of the places for
-    supervised positions that hold none.
+    pad: of the row positions without a token.
+    supervised: of the examples' tokens that are supervised.
+    shared: of the examples' tokens that need no position of their own.
+    idle: of the reserved supervised positions that are unused.
     """
 
     pad: float
@@ -72,7 +73,7 @@ class Plan:
     """The updates of a whole run, in order; `epoch_ends[e]` is the number of updates up to the end
     of epoch e.
 
-    prefixes: what examples beside each other in a row share, and nothing else.
+    prefixes: only what neighbouring examples in a row share.
     """
 
     updates: tuple[Update, ...]
@@ -89,7 +90,7 @@ class Plan:
         )
 
     def fill(self, lengths: np.ndarray, supervised: np.ndarray) -> Fill:
-        """How full the rows of the first epoch are; arguments as given to the planner."""
+        """Fill of the first epoch's rows; `lengths` and `supervised` as passed to the planner."""
         updates = self.updates[: self.epoch_ends[0]]
         packed = lay_out(
             [row for update in updates for micro in update.micro for row in micro],
@@ -98,25 +99,24 @@ class Plan:
             self.prefixes,
         )
         rows = [len(update.micro) * update.shape.rows for update in updates]
-        room = sum(count * update.shape.length for count, update in zip(rows, updates, strict=True))
-        places = sum(
-            count * update.shape.supervised for count, update in zip(rows, updates, strict=True)
-        )
-        real, targets = int(lengths[packed.members].sum()), int(supervised[packed.members].sum())
+        positions = np.dot(rows, [update.shape.length for update in updates])
+        reserved = np.dot(rows, [update.shape.supervised for update in updates])
+        tokens, targets = int(lengths[packed.members].sum()), int(supervised[packed.members].sum())
         return Fill(
-            1 - packed.loads.sum() / room,
-            targets / real,
-            1 - packed.loads.sum() / real,
-            1 - packed.supervised.sum() / places,
+            pad=1 - packed.loads.sum() / positions,
+            supervised=targets / tokens,
+            shared=1 - packed.loads.sum() / tokens,
+            idle=1 - packed.supervised.sum() / reserved,
         )
 
 
 class Layout(NamedTuple):
-    """Where examples stand in rows.
+    """Positions of examples in rows.
 
-    members: [m] the examples of all rows; row, shared, ends: [m] of each its row, the tokens that
-    it shares with the one before it and the place after its last token. loads, supervised: [rows]
-    tokens and supervised positions.
+    members: [m] the examples of all rows.
+    row, shared, ends: [m] the row of each, the number of tokens it shares with the example before
+      it, and the position after its last token.
+    loads, supervised: [rows] tokens and supervised positions.
     """
 
     members: np.ndarray
@@ -130,24 +130,26 @@ class Layout(NamedTuple):
 def lay_out(
     rows: Sequence[Sequence[int]], lengths: np.ndarray, supervised: np.ndarray, prefixes: Prefixes
 ) -> Layout:
-    """The places of the members of rows."""
+    """Computes the positions of the examples in each row."""
     members, row, shared = prefixes.along(rows)
     own = lengths[members] - shared
     loads = np.bincount(row, own, len(rows)).astype(np.int64)
     ends = np.cumsum(own) - (np.cumsum(loads) - loads)[row]
-    # A supervised token that is shared is one position, with the weight of all its examples.
+    # A shared supervised token is one position, with the weight of all its examples.
     targets = np.bincount(row, np.minimum(supervised[members], own), len(rows)).astype(np.int64)
     return Layout(members, row, shared, ends, loads, targets)
 
 
 def shape_of(rows: int, length: int, packed: Layout, lengths: np.ndarray) -> RowShape:
     """The tightest shape of [rows, length] for the packed rows."""
-    first = np.flatnonzero(np.diff(packed.row, prepend=-1))  # of each row that is not empty
-    inner = np.where(np.diff(packed.row, prepend=-1) == 0, packed.shared, length)
-    roots = np.minimum.reduceat(inner, first)  # what all of a row share; `length` for a row of one
+    new_row = np.diff(packed.row, prepend=-1) != 0
+    first = np.flatnonzero(new_row)  # of each non-empty row
+    inner = np.where(new_row, length, packed.shared)
+    # The tokens that all members of a row share; `length` for a single member.
+    roots = np.minimum.reduceat(inner, first)
     prefix = _round_up(int(roots[roots < length].max(initial=0)), ROUND)
-    # Members that share more than the root with the one before them see that one's tokens: they are
-    # one run of places.
+    # A member that shares more than the root with the one before it sees that one's tokens, so both
+    # belong to one run of positions.
     starts = packed.ends - (lengths[packed.members] - packed.shared)
     begins = inner <= np.repeat(
         np.where(roots < length, roots, 0), np.diff(first, append=len(inner))
@@ -155,7 +157,7 @@ def shape_of(rows: int, length: int, packed: Layout, lengths: np.ndarray) -> Row
     begins[first] = True
     runs = np.flatnonzero(begins)
     last = np.append(runs[1:], len(inner)) - 1
-    # a pad sees itself
+    # The initial 1: padding sees itself.
     span = _round_up(
         int((packed.ends[last] - np.maximum(starts[runs], prefix)).max(initial=1)), ROUND
     )
@@ -176,19 +178,19 @@ def plan_by_tokens(
     rows: int,
     accumulation: int,
 ) -> Plan:
-    """Whole epochs packed into rows of `row_length` (`pack_rows`), then the rows shuffled into
+    """Packs whole epochs into rows of `row_length` (`pack_rows`), then shuffles the rows into
     updates.
 
     A row holds examples of one group (`group_examples`).
 
     Args:
-      lengths, supervised: [n] tokens and supervised tokens of each example; all lengths fit a row.
-      prefixes: what examples have in common; nothing if not given.
+      lengths, supervised: [n] tokens and supervised tokens of each example.
+      prefixes: what examples share; None for nothing.
       rows: B of a micro-batch.
       accumulation: micro-batches of an update.
 
     Raises:
-      InputError: no example at all.
+      InputError: no example, or one that is longer than a row.
     """
     _check(lengths, row_length)
     groups, prefixes = group_examples(
@@ -196,14 +198,15 @@ def plan_by_tokens(
     )
     packed = []
     for epoch in range(epochs):
-        place = np.argsort(shuffled(len(lengths), seed, epoch))  # of each example in the epoch
+        rank = np.argsort(shuffled(len(lengths), seed, epoch))  # of each example in the epoch
         packed.append([])
         for group in groups:
-            order = np.argsort(place[[bundle[0] for bundle in group.bundles]])
-            found = pack_rows(group.lengths, group.supervised, order, row_length - group.prefix)
+            order = np.argsort(rank[[bundle[0] for bundle in group.bundles]])
             packed[-1] += [
                 tuple(example for number in sorted(row) for example in group.bundles[number])
-                for row in found
+                for row in pack_rows(
+                    group.lengths, group.supervised, order, row_length - group.prefix
+                )
             ]
     shape = shape_of(
         rows,
@@ -239,30 +242,30 @@ def plan_by_examples(
     shards: int = 1,
     multiple: int = 128,
 ) -> Plan:
-    """The next `examples` of the shuffled epoch for each update, packed alone into one of at most
-    three shapes.
+    """Packs the next `examples` of the shuffled epoch into each update, in one of at most
+    MAX_SHAPES shapes.
 
     Args:
-      prefixes: what examples have in common; nothing if not given.
+      prefixes: what examples share; None for nothing.
       examples: per update, over all its micro-batches.
       shards: the number of rows is a multiple of this (devices that share the rows).
       multiple: row lengths are multiples of this (cuDNN's and the kernels' block).
 
     Raises:
-      InputError: no example at all.
+      InputError: no example, or one that is longer than a row.
     """
     _check(lengths, row_length)
-    found, prefixes = group_examples(
+    groups, prefixes = group_examples(
         prefixes or Prefixes.nothing(len(lengths)), lengths, supervised, row_length, bundled=False
     )
     group_of = np.empty(len(lengths), np.int64)
-    for number, group in enumerate(found):
+    for number, group in enumerate(groups):
         group_of[[example for bundle in group.bundles for example in bundle]] = number
     spread = functools.partial(
         balance,
         lengths=lengths.tolist(),
         groups=group_of.tolist(),
-        prefixes=[group.prefix for group in found],
+        prefixes=[group.prefix for group in groups],
     )
     multiple = min(multiple, row_length)
     batches, ends = [], []
@@ -274,9 +277,7 @@ def plan_by_examples(
     rank = prefixes.rank.tolist()
 
     def pack(rows: int) -> tuple[list[list[tuple[int, ...]]], np.ndarray]:
-        """The rows of each update, micro-batch by micro-batch, and the tokens of its fullest
-        row.
-        """
+        """The rows of each update, micro-batch by micro-batch, and the load of its fullest row."""
         packed = [
             [
                 tuple(sorted(row, key=rank.__getitem__))
@@ -296,22 +297,18 @@ def plan_by_examples(
         rows = _round_up(max(rows + 1, -(-rows * int(need.max()) // row_length)), shards)
         packed, need = pack(rows)
     need = np.minimum(-(-need // multiple) * multiple, row_length)
-    chosen = choose_lengths(need)
-    fitted = [min(length for length in chosen if length >= wanted) for wanted in need.tolist()]
-    shapes = {}
-    for length in set(fitted):
-        members = [
-            row
-            for update, own in zip(packed, fitted, strict=True)
-            if own == length
-            for row in update
-        ]
-        shapes[length] = shape_of(
-            rows, length, lay_out(members, lengths, supervised, prefixes), lengths
-        )
+    lengths_used = np.array(choose_lengths(need))
+    row_lengths = lengths_used[np.searchsorted(lengths_used, need)].tolist()
+    by_length: dict[int, list[tuple[int, ...]]] = {}
+    for length, update in zip(row_lengths, packed, strict=True):
+        by_length.setdefault(length, []).extend(update)
+    shapes = {
+        length: shape_of(rows, length, lay_out(same_length, lengths, supervised, prefixes), lengths)
+        for length, same_length in by_length.items()
+    }
     updates = tuple(
         Update(shapes[length], tuple(map(tuple, _chunks(update, rows))))
-        for length, update in zip(fitted, packed, strict=True)
+        for length, update in zip(row_lengths, packed, strict=True)
     )
     return Plan(updates, tuple(ends), prefixes)
 
@@ -319,34 +316,34 @@ def plan_by_examples(
 def pack_rows(
     lengths: np.ndarray, supervised: np.ndarray, order: np.ndarray, row_length: int
 ) -> list[tuple[int, ...]]:
-    """Items to rows of `row_length`, by the better of two heuristics, with even supervised
-    positions; ties fall by `order`.
+    """Packs items into rows of `row_length` by the better of two heuristics, with even supervised
+    positions; `order` breaks ties.
 
-    Inside a row the items stand by `order`, not by length.
+    The items of a row are sorted by `order`, not by length.
     """
     rank = np.empty(len(lengths), np.int64)
     rank[order] = np.arange(len(order))
     ranks = rank.tolist()
-    found = []
-    for find in (_best_fit, _pair_fit):
-        rows = _even_supervised(
-            list(find(lengths, order.tolist(), row_length)), lengths, supervised, rank
-        )
-        most = max(int(supervised[row].sum()) for row in rows)
-        found.append((len(rows) * (row_length + HEAD * most), rows))
-    rows = min(found, key=lambda one: one[0])[1]
-    return [tuple(sorted(row, key=ranks.__getitem__)) for row in rows]
+
+    def cost(rows: list[list[int]]) -> float:
+        return len(rows) * (row_length + HEAD * max(int(supervised[row].sum()) for row in rows))
+
+    packings = [
+        _even_supervised(list(pack(lengths, order.tolist(), row_length)), lengths, supervised, rank)
+        for pack in (_best_fit, _pair_fit)
+    ]
+    return [tuple(sorted(row, key=ranks.__getitem__)) for row in min(packings, key=cost)]
 
 
 def _even_supervised(
     rows: list[list[int]], lengths: np.ndarray, supervised: np.ndarray, rank: np.ndarray
 ) -> list[list[int]]:
-    """Items of equal length exchanged between rows, so that the fullest row has few more supervised
-    positions than the mean.
+    """Exchanges items of equal length between rows, so that the maximum of supervised positions is
+    close to the mean.
 
-    Length by length, the rows with most get the items with fewest. The head runs at as many
-    positions of every row as the fullest has. On SemEval's prompts of 67 to 189 tokens the fullest
-    row of 512 had 88 with a mean of 58, now at most 80 with a mean of 54.
+    For each length, the rows with most positions get the items with fewest. The head runs at as
+    many positions in every row as the maximum. On SemEval's prompts (67 to 189 tokens) in rows of
+    512 the maximum was 88 with a mean of 58; it is now at most 80 with a mean of 54.
     """
     sizes = [len(row) for row in rows]
     items = np.fromiter(itertools.chain.from_iterable(rows), np.int64)
@@ -355,21 +352,21 @@ def _even_supervised(
     by_length = np.argsort(lengths[items], kind="stable")
     for slots in np.split(by_length, np.flatnonzero(np.diff(lengths[items][by_length])) + 1):
         slots = slots[np.argsort(-totals[row[slots]], kind="stable")]
-        own = items[slots]
-        items[slots] = own[np.lexsort((rank[own], supervised[own]))]
+        same_length = items[slots]
+        items[slots] = same_length[np.lexsort((rank[same_length], supervised[same_length]))]
         np.add.at(totals, row[slots], supervised[items[slots]])
     return [part.tolist() for part in np.split(items, np.cumsum(sizes)[:-1])]
 
 
 def _best_fit(lengths: np.ndarray, order: list[int], row_length: int) -> list[list[int]]:
-    """Best fit decreasing: the longest first, each to the fullest row that has room.
+    """Best fit decreasing: the longest first, each into the fullest row with enough room.
 
-    Open rows are kept by remaining room in one bit set, so a row is found in one step.
+    A bit set of the remaining rooms gives that row in one step.
     """
     by_length = np.array(order)[np.argsort(-lengths[order], kind="stable")]
     rows: list[list[int]] = []
     open_rows: list[list[int]] = [[] for _ in range(row_length + 1)]  # room -> rows with that room
-    rooms = 0  # bit r is set when open_rows[r] is not empty
+    rooms = 0  # bit r is set if open_rows[r] is not empty
     for example, length in zip(by_length.tolist(), lengths[by_length].tolist(), strict=True):
         fitting = rooms >> length
         if fitting:
@@ -389,34 +386,34 @@ def _best_fit(lengths: np.ndarray, order: list[int], row_length: int) -> list[li
 
 
 def _pair_fit(lengths: np.ndarray, order: list[int], row_length: int) -> Iterator[list[int]]:
-    """Row by row: the longest left, then the next of `order` while there is much room, then the
-    pairs that leave least.
+    """Fills row by row: the longest example left, then the next of `order` while there is much
+    room, then the pairs that leave least room.
 
-    Best fit decreasing puts the long with the long and ends with room that no example is short
-    enough for. Measured on SemEval's 8,000 prompts (67 to 189 tokens) it fills rows of 512 to
-    95.0% and of 1,024 to 97.4%, this 97.2% and 99.1%; rows of two or three examples it fills
-    better.
+    Best fit decreasing puts long examples together and ends with room for which no example is short
+    enough. Measured on SemEval's 8,000 prompts (67 to 189 tokens): it fills rows of 512 to 95.0%
+    and of 1,024 to 97.4%, this 97.2% and 99.1%. With two or three examples a row it is better.
     """
     length_of, mean = lengths.tolist(), float(lengths.mean())
     left: dict[int, list[int]] = {}  # length -> examples of it, the next of `order` last
     for example in reversed(order):
         left.setdefault(length_of[example], []).append(example)
-    have = sum(1 << length for length in left)  # bit l is set when left[l] is not empty
+    available = sum(1 << length for length in left)  # bit l is set if left[l] is not empty
     taken = bytearray(len(length_of))
     upcoming = 0
 
     def upto(room: int) -> int:
-        return have & ((2 << room) - 1)
+        """The available lengths that fit the room, as a bit set."""
+        return available & ((2 << room) - 1)
 
-    while have:
+    while available:
         row, room = [], row_length
-        pick = have.bit_length() - 1
+        pick = available.bit_length() - 1
         while True:
             row.append(left[pick].pop())
             taken[row[-1]] = 1
             room -= pick
             if not left[pick]:
-                have &= ~(1 << pick)
+                available &= ~(1 << pick)
             if not upto(room):
                 break
             if room > 4 * mean:
@@ -427,16 +424,16 @@ def _pair_fit(lengths: np.ndarray, order: list[int], row_length: int) -> Iterato
                     continue
             pick = upto(room).bit_length() - 1
             least = room - pick
-            # Of a pair, the longer one; the most even pair first.
-            longer = upto(room) >> (room // 2) << (room // 2)
-            while longer and least:
-                one = (longer & -longer).bit_length() - 1
-                longer &= longer - 1
-                others = upto(room - one)
-                if others >> one == 1 and len(left[one]) == 1:
-                    others &= (1 << one) - 1  # it cannot be paired with itself
-                if others and room - one - (others.bit_length() - 1) < least:
-                    pick, least = one, room - one - (others.bit_length() - 1)
+            # Tries the longer length of each pair, the most even pair first.
+            candidates = upto(room) >> (room // 2) << (room // 2)
+            while candidates and least:
+                longer = (candidates & -candidates).bit_length() - 1
+                candidates &= candidates - 1
+                shorter = upto(room - longer)
+                if shorter >> longer == 1 and len(left[longer]) == 1:
+                    shorter &= (1 << longer) - 1  # it cannot be paired with itself
+                if shorter and room - longer - (shorter.bit_length() - 1) < least:
+                    pick, least = longer, room - longer - (shorter.bit_length() - 1)
         yield row
 
 
@@ -447,10 +444,10 @@ def balance(
     groups: Sequence[int] | None = None,
     prefixes: Sequence[int] = (0,),
 ) -> list[list[int]]:
-    """Examples spread over `rows` rows, the longest first, each to the emptiest row.
+    """Spreads examples over `rows` rows, the longest first, each into the emptiest row.
 
-    groups: [n] of each example, all one if not given; a row holds the `prefixes[g]` first tokens of
-    group g's examples once.
+    groups: [n] the group of each example; None for a single group. A row stores the first
+      `prefixes[g]` tokens of group g's examples once.
     """
     packed: list[list[int]] = [[] for _ in range(rows)]
     held: list[set[int]] = [set() for _ in range(rows)]
@@ -483,8 +480,8 @@ def choose_lengths(need: np.ndarray) -> list[int]:
 def shuffled(count: int, seed: int, epoch: int, salt: int = 0) -> np.ndarray:
     """A permutation of range(count) that depends on its arguments only.
 
-    Philox's raw words in stable order: NumPy promises the bits of a generator for every platform
-    and version, but not what `permutation` makes of them.
+    Sorts Philox's raw words: NumPy guarantees the bits of a generator across platforms and
+    versions, but not the result of `permutation`.
     """
     key = np.random.SeedSequence([seed, epoch, salt]).generate_state(2, np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")

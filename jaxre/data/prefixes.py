@@ -1,12 +1,10 @@
-"""Which examples begin alike: found by comparing their tokens, once for a token set, then decided
-for a plan.
+"""Common prefixes of examples: computed once for a token set, then grouped for a plan.
 
-Sorted by their prompts, examples that begin alike stand side by side, and what two of them have in
-common is the least that neighbours between them have in common. So one number per pair of
-neighbours tells what any two share (longest common prefixes of a suffix array: Manber & Myers
-1990).
+Examples are sorted by their prompts, so the common prefix of any two is the shortest among the
+neighbours between them. One number per pair of neighbours is therefore enough (longest common
+prefixes of a suffix array: Manber & Myers 1990).
 
-Only tokens of prompts are shared: an answer stands once for each example, whatever others answer.
+Only prompt tokens are shared; every example has its own answer tokens.
 """
 
 from __future__ import annotations
@@ -19,29 +17,29 @@ import numpy as np
 
 from jaxre.data.tokens import TokenSet
 
-# A group needs as many rows of tokens: each group ends with a row that is not full.
+# Rows of tokens that a group needs at least, because the last row of each group is not full.
 GROUP_ROWS = 8
-# Fewer tokens in common than these do not bring examples together in a row, so that it stays a
-# random sample. On SemEval (25 tokens in common of 92) rows of sentences with the same first words
-# too would hold 4% fewer tokens.
+# Common tokens that are worth placing examples in one row for. With fewer, a row stays a random
+# sample: on SemEval (25 common tokens of 92), also grouping sentences with the same first words
+# would save 4% of the tokens.
 WORTH = 8
-COMPARED = 32  # tokens of a pair of prompts at a time
-AT_ONCE = 4_000_000  # tokens that are compared or digested at a time, of 8 bytes in a few arrays
-# Attention to so many keys costs as much as the rest of a token's layers: 3,072 in SmolLM2-135M,
+COMPARED = 32  # tokens of a pair of prompts compared at a time
+AT_ONCE = 4_000_000  # tokens compared or digested at a time, of 8 bytes in a few arrays
+# Attention to this many keys costs as much as the rest of a token's layers: 3,072 in SmolLM2-135M,
 # 8,300 in Qwen2.5-0.5B.
 KEYS_A_TOKEN = 4096
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """What the n examples of a token set share in a row, and whose dropout their tokens follow.
+    """Common prefixes of the n examples of a token set, and the dropout mask of each token.
 
     order: [n] int64, the examples sorted by their prompt's tokens; rank: its inverse.
-    least: [levels, n] int32, `least[k, r]` is the least number of tokens that neighbours in that
-    order have in common, over the 2^k pairs of neighbours from (r - 1, r) on.
-    owners: [total tokens] uint32, whose dropout mask a token follows: the digest of the tokens up
-    to it where another example begins with the same, else the digest of the example's id. It does
-    not hang on what a plan shares.
+    least: [levels, n] int32, `least[k, r]` is the smallest number of tokens that neighbours in that
+      order share, over the 2^k pairs of neighbours from (r - 1, r) on.
+    owners: [total tokens] uint32, key of a token's dropout mask: the digest of the tokens up to it
+      if another example begins with the same tokens, else the digest of the example's id. It does
+      not depend on what a plan shares.
     """
 
     order: np.ndarray
@@ -51,7 +49,7 @@ class Prefixes:
 
     @classmethod
     def of(cls, order: np.ndarray, neighbours: np.ndarray, owners: np.ndarray | None) -> Prefixes:
-        """neighbours: [n] int32, what the example of rank r has in common with that of rank r - 1;
+        """neighbours: [n] int32, tokens that the example of rank r shares with that of rank r - 1;
         0 for the first.
         """
         rank = np.empty_like(order)
@@ -78,8 +76,8 @@ class Prefixes:
         return self.least[0]
 
     def common(self, some: np.ndarray, others: np.ndarray) -> np.ndarray:
-        """[m] int64 leading tokens that examples `some` [m] share with `others` [m], all of them
-        different from those.
+        """[m] int64 leading tokens that examples `some` [m] share with `others` [m]; the two
+        examples of each pair must differ.
         """
         ranks = self.rank[some], self.rank[others]
         first, last = np.minimum(*ranks) + 1, np.maximum(*ranks)
@@ -89,8 +87,8 @@ class Prefixes:
         ).astype(np.int64)
 
     def along(self, rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The members of all rows, the row of each, and how many leading tokens it shares with the
-        one before it (the first: 0).
+        """The members of all rows, the row of each, and the number of leading tokens it shares with
+        the member before it in its row (0 for the first).
         """
         sizes = np.fromiter(map(len, rows), np.int64, len(rows))
         members = np.fromiter(itertools.chain.from_iterable(rows), np.int64, int(sizes.sum()))
@@ -103,11 +101,10 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class Group:
-    """Examples that a row may hold together: they share `prefix` tokens, and those of a bundle
-    more.
+    """Examples that may be in one row: they share `prefix` tokens, and those of a bundle more.
 
-    bundles: the examples of each, by rank. lengths, supervised: [bundles] int64 tokens beyond the
-    prefix, and supervised ones.
+    bundles: the examples of each, by rank.
+    lengths, supervised: [bundles] int64 tokens beyond the prefix, and supervised tokens.
     """
 
     prefix: int
@@ -119,69 +116,62 @@ class Group:
 def find_prefixes(tokens: TokenSet) -> Prefixes:
     """Sorts the examples and compares neighbours.
 
-    Examples to classify share nothing: an encoder's token sees all of its example.
+    Examples for classification share nothing: an encoder's token sees its whole example.
     """
     n = len(tokens)
     owners = np.repeat(tokens.owners, tokens.lengths)
     if tokens.labels is not None:
         return Prefixes.nothing(n, owners)
-    # Words with the high byte first sort as bytes do.
+    # Big-endian words sort like their bytes.
     words = memoryview(tokens.tokens.astype(">u4").tobytes())
-    bounds = zip(
-        (4 * tokens.starts).tolist(),
-        (4 * (tokens.starts[:-1] + tokens.prompt_lengths)).tolist(),
-        strict=False,
-    )
-    keys = [bytes(words[start:end]) for start, end in bounds]
+    starts = (4 * tokens.starts[:-1]).tolist()
+    ends = (4 * (tokens.starts[:-1] + tokens.prompt_lengths)).tolist()
+    keys = [bytes(words[start:end]) for start, end in zip(starts, ends, strict=True)]
     order = np.array(sorted(range(n), key=keys.__getitem__), np.int64)
     neighbours = np.zeros(n, np.int32)
     for pairs in np.array_split(np.arange(1, n), max(1, n * COMPARED // AT_ONCE)):
-        neighbours[pairs] = _in_common(tokens, order[pairs - 1], order[pairs])
-    found = Prefixes.of(order, neighbours, owners)
-    shareable = (
-        np.maximum(neighbours, np.append(neighbours[1:], 0).astype(np.int32))[found.rank]
-        if n
-        else neighbours
-    )
+        neighbours[pairs] = _common_prefix(tokens, order[pairs - 1], order[pairs])
+    prefixes = Prefixes.of(order, neighbours, owners)
+    shareable = np.maximum(neighbours, np.append(neighbours, np.int32(0))[1:])[prefixes.rank]
     for some in np.array_split(np.arange(n), max(1, int(shareable.sum()) // AT_ONCE)):
         counts = shareable[some].astype(np.int64)
-        place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        index = np.repeat(tokens.starts[some], counts) + place
-        owners[index] = digests(tokens.tokens[index], place)
-    return found
+        positions = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        index = np.repeat(tokens.starts[some], counts) + positions
+        owners[index] = digests(tokens.tokens[index], positions)
+    return prefixes
 
 
-def _in_common(tokens: TokenSet, some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """[m] int64 leading tokens that the prompts of examples `some` [m] and `others` [m] have in
-    common.
-    """
+def _common_prefix(tokens: TokenSet, some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """[m] int64 leading tokens that the prompts of examples `some` [m] and `others` [m] share."""
     most = np.minimum(tokens.prompt_lengths[some], tokens.prompt_lengths[others]).astype(np.int64)
     common = np.zeros(len(some), np.int64)
-    alike, depth = np.arange(len(some)), 0
-    while len(alike):
-        place = depth + np.arange(COMPARED)
-        # Behind the last token of all anything will do: it is beyond `most`.
-        one, other = (
+    open_pairs, depth = np.arange(len(some)), 0
+    while len(open_pairs):
+        positions = depth + np.arange(COMPARED)
+        # An index past the last token may be clipped: it is beyond `most`.
+        a, b = (
             tokens.tokens[
-                np.minimum(tokens.starts[chosen[alike], None] + place, len(tokens.tokens) - 1)
+                np.minimum(
+                    tokens.starts[examples[open_pairs], None] + positions, len(tokens.tokens) - 1
+                )
             ]
-            for chosen in (some, others)
+            for examples in (some, others)
         )
-        same = (one == other) & (place < most[alike, None])
-        whole = same.all(axis=1)
-        common[alike] = depth + np.where(whole, COMPARED, same.argmin(axis=1))
-        alike, depth = alike[whole], depth + COMPARED
+        same = (a == b) & (positions < most[open_pairs, None])
+        all_same = same.all(axis=1)
+        common[open_pairs] = depth + np.where(all_same, COMPARED, same.argmin(axis=1))
+        open_pairs, depth = open_pairs[all_same], depth + COMPARED
     return common
 
 
 def digests(tokens: np.ndarray, place: np.ndarray) -> np.ndarray:
-    """[m] int32 tokens -> [m] uint32, each the digest of its stretch up to it: sums of their hashes
-    by place.
+    """[m] int32 tokens -> [m] uint32, the digest of each token's sequence up to it: the sum of the
+    hashes of token and position.
 
-    The hash is SplitMix64's finaliser (Steele, Lea & Flood 2014) of token and place.
+    The hash is SplitMix64's finaliser (Steele, Lea & Flood 2014).
 
     Args:
-      place: [m] int64 of each token in its stretch, from 0; stretches stand side by side.
+      place: [m] int64 position of each token in its sequence, from 0; sequences are concatenated.
     """
     word = tokens.astype(np.uint64) << np.uint64(32) | (place + 1).astype(np.uint64)
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -189,7 +179,7 @@ def digests(tokens: np.ndarray, place: np.ndarray) -> np.ndarray:
     word ^= word >> np.uint64(31)
     sums = np.cumsum(word, dtype=np.uint64)
     first = np.flatnonzero(place == 0)
-    # whatever overflowed, the difference is right
+    # Sums may overflow; their differences are still right.
     before = np.repeat((sums - word)[first], np.diff(first, append=len(place)))
     return ((sums - before) >> np.uint64(32)).astype(np.uint32)
 
@@ -197,46 +187,49 @@ def digests(tokens: np.ndarray, place: np.ndarray) -> np.ndarray:
 def group_examples(
     prefixes: Prefixes, lengths: np.ndarray, supervised: np.ndarray, row_length: int, bundled: bool
 ) -> tuple[list[Group], Prefixes]:
-    """The groups whose examples share rows, and the prefixes with nothing in common but what is to
-    be shared.
+    """Groups examples that share rows, and reduces the prefixes to what is to be shared.
 
     A group is a subtree of the examples' prefix tree that fills rows of its own. A bundle is a run
-    of its examples with much more in common than the group, such as pairs of one sentence; on
-    CoNLL04 with the plain sentence first the groups alone leave 77% of the tokens, bundles 36%. A
-    bundle's shared tokens are seen from all of it, so a bundle longer than the longest example
-    widens what every token must look at; those are made where the saved tokens are worth it.
+    of its examples that share much more than the group, such as pairs of one sentence. On CoNLL04
+    with the plain sentence first, groups alone leave 77% of the tokens, bundles 36%. Every member
+    of a bundle sees its shared tokens, so a bundle longer than the longest example widens the span
+    of attention for all tokens; such bundles are made only if they save enough tokens.
 
     Args:
       lengths, supervised: [n] tokens and supervised tokens of each example.
-      bundled: whether to make bundles at all.
+      bundled: makes bundles; otherwise each example is alone.
     """
-    depths, members = _subtrees(prefixes, lengths, row_length)
-    longest = max(
-        int(lengths[chosen].max()) - depth for depth, chosen in zip(depths, members, strict=True)
-    )
-    plans = []
-    for limit in (longest, row_length) if bundled else (0,):
-        groups = [
-            _bundle(prefixes, lengths, supervised, depth, chosen, min(limit, row_length - depth))
-            for depth, chosen in zip(depths, members, strict=True)
+    subtrees = _subtrees(prefixes, lengths, row_length)
+    longest = max(int(lengths[members].max()) - depth for depth, members in subtrees)
+
+    def grouped(limit: int) -> list[Group]:
+        return [
+            _bundle(prefixes, lengths, supervised, depth, members, min(limit, row_length - depth))
+            for depth, members in subtrees
         ]
-        room = sum(
+
+    def cost(groups: list[Group]) -> float:
+        tokens = sum(
             int(group.lengths.sum()) * row_length / (row_length - group.prefix) for group in groups
         )
         span = max(int(group.lengths.max()) for group in groups)
-        plans.append((room * (1 + (max(depths) + span) / KEYS_A_TOKEN), groups))
-    groups = min(plans, key=lambda plan: plan[0])[1]
+        deepest = max(group.prefix for group in groups)
+        return tokens * (1 + (deepest + span) / KEYS_A_TOKEN)
+
+    groups = min(map(grouped, (longest, row_length) if bundled else (0,)), key=cost)
     neighbours = prefixes.neighbours.copy()
     for group in groups:
-        apart = prefixes.rank[[bundle[0] for bundle in group.bundles[1:]]]
-        neighbours[apart] = np.minimum(neighbours[apart], group.prefix)
+        first = prefixes.rank[[bundle[0] for bundle in group.bundles[1:]]]
+        neighbours[first] = np.minimum(neighbours[first], group.prefix)
     return groups, Prefixes.of(prefixes.order, neighbours, prefixes.owners)
 
 
 def _subtrees(
     prefixes: Prefixes, lengths: np.ndarray, row_length: int
-) -> tuple[list[int], list[np.ndarray]]:
-    """Of each group the tokens that all of it have in common, and its examples by rank."""
+) -> list[tuple[int, np.ndarray]]:
+    """For each group, the number of tokens that all of its examples share, and the examples by
+    rank.
+    """
     neighbours, n = prefixes.neighbours, len(lengths)
     before = np.concatenate([[0], np.cumsum(lengths[prefixes.order])])
     depths = [int(neighbours[1:].min()) if n > 1 else 0]
@@ -261,8 +254,7 @@ def _subtrees(
             else:
                 open_nodes.append((low, high, number))
     members = [prefixes.order[group == number] for number in range(len(depths))]
-    kept = [number for number, chosen in enumerate(members) if len(chosen)]
-    return [depths[number] for number in kept], [members[number] for number in kept]
+    return [pair for pair in zip(depths, members, strict=True) if len(pair[1])]
 
 
 def _bundle(
@@ -273,26 +265,19 @@ def _bundle(
     members: np.ndarray,
     limit: int,
 ) -> Group:
-    """A group whose bundles hold at most `limit` tokens, or one example."""
-    shared = (
-        np.concatenate([[depth], prefixes.common(members[:-1], members[1:])])
-        if len(members)
-        else members
-    )
-    joins, whole = shared - depth >= WORTH, lengths[members].astype(np.int64) - depth
-    own = np.where(joins, whole + depth - shared, whole)
+    """A group whose bundles have at most `limit` tokens, or one example."""
+    shared = np.concatenate([[depth], prefixes.common(members[:-1], members[1:])])
+    joins, alone = shared - depth >= WORTH, lengths[members].astype(np.int64) - depth
+    own = np.where(joins, alone + depth - shared, alone)
     starts, load = [], limit
-    for number, (joined, more, alone) in enumerate(
-        zip(joins.tolist(), own.tolist(), whole.tolist(), strict=True)
-    ):
-        load += more
-        if not joined or load > limit:
+    tokens = zip(joins.tolist(), own.tolist(), alone.tolist(), strict=True)
+    for number, (join, own_tokens, all_tokens) in enumerate(tokens):
+        load += own_tokens
+        if not join or load > limit:
             starts.append(number)
-            load = alone
-    own[starts] = whole[starts]
-    listed = members.tolist()
-    bundles = [listed[start:end] for start, end in itertools.pairwise([*starts, len(listed)])]
-    loads, targets = (
-        np.add.reduceat(one, starts) for one in (own, np.minimum(supervised[members], own))
-    )
-    return Group(depth, bundles, loads, targets)
+            load = all_tokens
+    own[starts] = alone[starts]
+    examples = members.tolist()
+    bundles = [examples[start:end] for start, end in itertools.pairwise([*starts, len(examples)])]
+    targets = np.minimum(supervised[members], own)
+    return Group(depth, bundles, np.add.reduceat(own, starts), np.add.reduceat(targets, starts))

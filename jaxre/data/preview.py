@@ -1,4 +1,4 @@
-"""`jaxre prepare`: what a run would train on, shown before it does."""
+"""`jaxre prepare`: shows the data that a run would train on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 
 from jaxre.config import Config, Mixture
 from jaxre.data.cache import read_note, write_note
-from jaxre.data.dataset import Dataset, load_dataset, make_plan, supervised_of
+from jaxre.data.dataset import Dataset, Split, load_dataset, make_plan, supervised_of
 from jaxre.data.tokens import TokenSet
 from jaxre.errors import InputError
 from jaxre.relations import mixtures, sources
@@ -28,18 +28,18 @@ BAR = 40
 
 
 def preview(config: Config, folder: Path) -> Group:
-    """Counts, also of each source, labels, leakage, length histogram, packing, and three examples
-    decoded with the supervised part marked.
+    """Shows counts (in all and of each source), labels, leakage, a histogram of lengths, packing,
+    and three decoded examples with the supervised part marked.
 
     Args:
       folder: of the model, for its tokenizer.
 
     Raises:
-      InputError: as `load_dataset`.
+      InputError: as `load_dataset` does.
     """
     dataset = load_dataset(config, folder)
     test = sources.load(config.data.test) if config.data.test and dataset.schemas else []
-    parts = [_counts(config, dataset, test), *_mixed(config, dataset)]
+    parts = [_counts(config, dataset, test), *_mixture_parts(config, dataset)]
     if dataset.schemas is not None:
         parts += [*_labels(dataset), _leakage(dataset, test)]
     parts += [
@@ -50,73 +50,56 @@ def preview(config: Config, folder: Path) -> Group:
     return Group(*parts)
 
 
-def told_leaks(config: Config, dataset: Dataset) -> str:
-    """One line on how many held-out examples have a text of train; "" where there are none to look
-    at.
+def leak_notice(config: Config, dataset: Dataset) -> str:
+    """One line on how many held-out examples have a text of train; "" if there are no held-out
+    examples to compare.
 
-    A test split on the hub is left out, for training should not wait for it; one that does not load
-    is said to be so. The line is kept in the token cache, so that a second start need not read the
-    training examples for it.
+    Skips a test split on the hub, so that training does not wait for it, and reports one that does
+    not load. The token cache stores the line, so that a second start need not read the training
+    examples for it.
     """
-    given = {
+    splits = {
         name: getattr(config.data, name)
         for name in ("validation", "test")
         if getattr(config.data, name)
     }
     compared = [
         dataset.recipe,
-        *(digest for one in given.values() for digest in mixtures.digests_of(one)),
+        *(digest for split in splits.values() for digest in mixtures.digests_of(split)),
     ]
-    settings = {name: source.model_dump() for name, source in given.items()}
-    key = (
-        None
-        if None in compared
-        else hashlib.sha256(json.dumps(["leaks", compared, settings]).encode()).hexdigest()
-    )
-    if key and (note := read_note(config.data.cache, key)):
-        return note["told"]
-    told = []
-    for name, examples in (
-        ("validation", lambda: dataset.validation.examples),
-        ("test", lambda: sources.load(config.data.test)),
-    ):
-        if (
-            name not in given
-            or dataset.schemas is None
-            or (name == "test" and given[name].dataset.startswith(PREFIX))
-        ):
+    key = None
+    if None not in compared:
+        settings = {name: split.model_dump() for name, split in splits.items()}
+        key = hashlib.sha256(json.dumps(["leaks", compared, settings]).encode()).hexdigest()
+        if note := read_note(config.data.cache, key):
+            return note["notices"]
+    notices = []
+    for name, split in splits.items():
+        if dataset.schemas is None or (name == "test" and split.dataset.startswith(PREFIX)):
             continue
         try:
-            held_out = examples()
+            held_out = sources.load(split) if name == "test" else dataset.validation.examples
         except InputError as error:
-            told.append(f"{name} not read ({error})")
+            notices.append(f"{name} not read ({error})")
             continue
-        found = sources.overlap(dataset.train.examples, held_out)
-        told.append(
-            f"{len(found.same_text):,} of {len(held_out):,} in {name} ({len(found.same_pair):,}"
-            " with the same pair)"
+        overlap = sources.overlap(dataset.train.examples, held_out)
+        notices.append(
+            f"{len(overlap.same_text):,} of {len(held_out):,} in {name}"
+            f" ({len(overlap.same_pair):,} with the same pair)"
         )
-    line = f"examples whose text also occurs in train: {', '.join(told)}" if told else ""
+    line = f"examples whose text also occurs in train: {', '.join(notices)}" if notices else ""
     if key:
-        write_note(config.data.cache, key, {"told": line})
+        write_note(config.data.cache, key, {"notices": line})
     return line
 
 
 def _counts(config: Config, dataset: Dataset, test: list[Example]) -> Table:
     table = Table(title=f"data of {config.name}", title_justify="left")
-    for column in (
-        "split",
-        "examples",
-        "tokens",
-        "supervised",
-        "longest",
-        "too long",
-        "token cache",
-    ):
-        table.add_column(column, justify="left" if column in ("split", "token cache") else "right")
-    for name, split in (("train", dataset.train), ("validation", dataset.validation)):
-        if split is None:
-            continue
+    table.add_column("split")
+    for column in ("examples", "tokens", "supervised", "longest", "too long"):
+        table.add_column(column, justify="right")
+    table.add_column("token cache")
+    for name, split in _splits(dataset):
         tokens = split.tokens
         row = (
             len(tokens),
@@ -133,44 +116,57 @@ def _counts(config: Config, dataset: Dataset, test: list[Example]) -> Table:
     return table
 
 
-def told_data(config: Config, dataset: Dataset) -> list[str]:
-    """Lines on the sources of a mixture, then on labels that come from where they should not, or
-    are not known.
+def _splits(dataset: Dataset) -> list[tuple[str, Split]]:
+    """Names and splits of the training data and, if there is one, the validation data."""
+    splits = (("train", dataset.train), ("validation", dataset.validation))
+    return [(name, split) for name, split in splits if split is not None]
+
+
+def _mixtures(config: Config, dataset: Dataset) -> list[tuple[str, Split]]:
+    return [
+        (name, split)
+        for name, split in _splits(dataset)
+        if isinstance(getattr(config.data, name), Mixture)
+    ]
+
+
+def data_notices(config: Config, dataset: Dataset) -> list[str]:
+    """Lines on the sources of each mixture, then on labels from improper sources and unknown
+    labels.
     """
     lines = []
-    for name, split in (("train", dataset.train), ("validation", dataset.validation)):
-        if isinstance(getattr(config.data, name), Mixture):
-            listed = ", ".join(
-                f"{count.used:,} of {count.read:,} of {count.source} ({count.domain})"
-                for count in split.counts
-            )
-            lines.append(f"{name}: {listed}")
-    return [*lines, *dataset.told]
+    for name, split in _mixtures(config, dataset):
+        listed = ", ".join(
+            f"{count.used:,} of {count.read:,} of {count.source} ({count.domain})"
+            for count in split.counts
+        )
+        lines.append(f"{name}: {listed}")
+    return [*lines, *dataset.notices]
 
 
-def _mixed(config: Config, dataset: Dataset) -> list[Table | Text]:
-    """A table of the sources for each mixture, and what is to be said of labels."""
+def _mixture_parts(config: Config, dataset: Dataset) -> list[Table | Text]:
+    """A table of the sources of each mixture, and the notices about labels."""
     parts = []
-    for name, split in (("train", dataset.train), ("validation", dataset.validation)):
-        if not isinstance(getattr(config.data, name), Mixture):
-            continue
+    for name, split in _mixtures(config, dataset):
         table = Table(title=f"sources of {name}", title_justify="left")
-        for column in ("source", "domain", "examples", "used"):
-            table.add_column(column, justify="left" if column in ("source", "domain") else "right")
+        table.add_column("source")
+        table.add_column("domain")
+        table.add_column("examples", justify="right")
+        table.add_column("used", justify="right")
         for count in split.counts:
             table.add_row(
                 Text(count.source), Text(count.domain), f"{count.read:,}", f"{count.used:,}"
             )
         parts.append(table)
-    return [*parts, *(Text(line, style="bold red") for line in dataset.told)]
+    return [*parts, *(Text(line, style="bold red") for line in dataset.notices)]
 
 
 def _labels(dataset: Dataset) -> list[Table]:
     tables = []
     for name, examples in by_dataset(dataset.train.examples).items():
         counts = label_counts(examples)
-        of = "the training split" if ANY in dataset.schemas.by_dataset else name
-        table = Table(title=Text(f"labels of {of}"), title_justify="left")
+        place = "the training split" if ANY in dataset.schemas.by_dataset else name
+        table = Table(title=Text(f"labels of {place}"), title_justify="left")
         table.add_column("label")
         table.add_column("examples", justify="right")
         table.add_column("")
@@ -189,16 +185,16 @@ def _leakage(dataset: Dataset, test: list[Example]) -> Text:
         ("test", test),
     ):
         datasets = by_dataset(examples)
-        for of, members in datasets.items():
-            found = sources.overlap(dataset.train.examples, members)
-            texts, pairs = len(found.same_text), len(found.same_pair)
-            place = f"{name}, {of}" if len(datasets) > 1 else name
+        for dataset_name, members in datasets.items():
+            overlap = sources.overlap(dataset.train.examples, members)
+            texts, pairs = len(overlap.same_text), len(overlap.same_pair)
+            place = f"{name}, {dataset_name}" if len(datasets) > 1 else name
             lines.append(
                 f"{place}: {texts} examples have a text of train, {pairs} also the same"
-                f" pair{_few(found.same_text)}"
+                f" pair{_few(overlap.same_text)}"
             )
-    for name, split in (("train", dataset.train), ("validation", dataset.validation)):
-        if split and split.dropped:
+    for name, split in _splits(dataset):
+        if split.dropped:
             lines.append(
                 f"{name}: {len(split.dropped)} examples are longer than a row and left"
                 f" out{_few(split.dropped)}"
@@ -255,15 +251,9 @@ def _shown(dataset: Dataset, number: int) -> Panel:
     if tokens.labels is not None:
         text = Text(dataset.tokenizer.decode(ids), style="dim")
         text.append(f" ⟦{dataset.schema.labels[tokens.labels[number]]}⟧", style="bold green")
-        return Panel(
-            text,
-            title=Text(f"{tokens.ids[number]}: {len(ids)} tokens, ⟦label⟧"),
-            title_align="left",
-        )
-    text = Text(dataset.tokenizer.decode(ids[:prompt]), style="dim")
-    text.append("⟦" + dataset.tokenizer.decode(ids[prompt:]) + "⟧", style="bold green")
-    return Panel(
-        text,
-        title=Text(f"{tokens.ids[number]}: {prompt} + {len(ids) - prompt} tokens, ⟦supervised⟧"),
-        title_align="left",
-    )
+        title = f"{len(ids)} tokens, ⟦label⟧"
+    else:
+        text = Text(dataset.tokenizer.decode(ids[:prompt]), style="dim")
+        text.append("⟦" + dataset.tokenizer.decode(ids[prompt:]) + "⟧", style="bold green")
+        title = f"{prompt} + {len(ids) - prompt} tokens, ⟦supervised⟧"
+    return Panel(text, title=Text(f"{tokens.ids[number]}: {title}"), title_align="left")

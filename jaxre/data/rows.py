@@ -1,4 +1,4 @@
-"""Packed rows: the arrays a step reads, and how a plan's update becomes them.
+"""Fills packed rows: the arrays that a step reads, from an update of the plan.
 
 Letters: A micro-batches of an update, B rows, T tokens in a row, S supervised positions in a row.
 """
@@ -19,11 +19,12 @@ class Rows(NamedTuple):
     """One batch of packed rows; an update has a leading axis A.
 
     tokens, positions, visible_until: [B, T] int32. Positions restart with each example and continue
-    after tokens that it shares; token i sees token j exactly when `j <= i < visible_until[j]`; a
-    pad token sees itself. owner: [B, T] uint32, whose dropout mask a token follows.
+      after the tokens that it shares; token i sees token j exactly if `j <= i < visible_until[j]`;
+      padding sees itself.
+    owner: [B, T] uint32, the key of a token's dropout mask.
     supervised, targets: [B, S] int32, weights: [B, S] f32. The logits at row position
-    `supervised[b, s]` are scored against `targets[b, s]`; unused places have weight 0. Examples of
-    one prompt are scored at one position each against its own target.
+      `supervised[b, s]` are scored against `targets[b, s]`; unused entries have weight 0. Examples
+      with the same prompt have an entry each.
     """
 
     tokens: np.ndarray
@@ -36,19 +37,16 @@ class Rows(NamedTuple):
 
 
 def empty_rows(shape: RowShape) -> Rows:
-    """All-pad rows."""
+    """Rows of padding only."""
     B, T, S = shape.rows, shape.length, shape.supervised
-    tokens = np.zeros((B, T), np.int32)
-    alone = np.broadcast_to(np.arange(1, T + 1, dtype=np.int32), (B, T)).copy()
-    supervised = np.zeros((B, S), np.int32)
     return Rows(
-        tokens,
-        np.zeros_like(tokens),
-        alone,
-        np.zeros((B, T), np.uint32),
-        supervised,
-        supervised.copy(),
-        np.zeros((B, S), np.float32),
+        tokens=np.zeros((B, T), np.int32),
+        positions=np.zeros((B, T), np.int32),
+        visible_until=np.tile(np.arange(1, T + 1, dtype=np.int32), (B, 1)),
+        owner=np.zeros((B, T), np.uint32),
+        supervised=np.zeros((B, S), np.int32),
+        targets=np.zeros((B, S), np.int32),
+        weights=np.zeros((B, S), np.float32),
     )
 
 
@@ -61,17 +59,17 @@ def fill_rows(
 ) -> Rows:
     """The rows of one micro-batch; `packed[b]` lists the examples of row b.
 
-    An example shares the tokens that `prefixes` says with the one before it in its row. With a
-    `prompt_weight` the prompt's tokens, all but the first, are supervised too, at that weight; one
-    that k examples share is supervised once, at k times the weight. Where the examples have labels,
-    the first token of each is scored against its label.
+    `prefixes` gives the tokens that an example shares with the one before it in its row. With a
+    `prompt_weight`, all tokens of the prompt but the first are supervised too, at that weight; a
+    token that k examples share is supervised once, at k times the weight. If the examples have
+    labels, the first token of each is scored against its label.
 
     Raises:
       ValueError: the rows do not fit the shape.
     """
     rows = empty_rows(shape)
     shared_by_row = iter(prefixes.along(packed)[2].tolist())
-    # of the last example's tokens: row position; place among the targets
+    # For each token of the last example: its position in the row; its index among the targets.
     path, scored = np.zeros((2, shape.length), np.int64)
     for b, members in enumerate(packed):
         start = count = 0
@@ -111,7 +109,9 @@ def fill_rows(
 
 
 def _check_reach(rows: Rows, shape: RowShape) -> None:
-    """Attention looks where the shape says; a pair outside of it would be left out silently."""
+    """Raises ValueError for a pair of tokens outside the shape's span, which attention would ignore
+    silently.
+    """
     if shape.span is None:
         return
     seen = rows.visible_until[:, shape.prefix :] - np.arange(

@@ -1,9 +1,10 @@
-"""The tokenizer of a model folder, and the proof that its files agree on the data.
+"""Loads the tokenizer of a model folder and checks that its files agree on the data.
 
-A folder may describe its tokenizer twice: `tokenizer.json` states a pre-tokenizer and a normaliser,
-and transformers builds those of the class that `config.json` or `tokenizer_config.json` names and
-ignores the file's (Qwen2, GPT-2). What is trained on one and served by a program that reads the
-other answers differently, so every text is tokenised by both, and a difference stops the run.
+A folder may describe its tokenizer twice: `tokenizer.json` has a pre-tokenizer and a normaliser,
+but for some classes (Qwen2, GPT-2) that `config.json` or `tokenizer_config.json` names,
+transformers ignores these and builds its own. A model that is trained with one tokenizer and served
+with the other answers differently, so every text is tokenised by both, and a difference stops the
+run.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ SHOWN = 20
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, as transformers builds it. Raises InputError if there is
-    none.
+    """Loads the tokenizer of a model folder, as transformers builds it. Raises InputError if that
+    fails.
     """
     path = folder / FILE
     if not path.is_file():
@@ -41,18 +42,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     stated.no_truncation()
     stated.no_padding()
     same = _pipeline(tokenizer.backend_tokenizer) == _pipeline(stated)
-    # Read by `token_ids`. None where both are built alike, which saves tokenising twice.
+    # Read by `token_ids`. None if both are built identically, which saves tokenising twice.
     tokenizer.stated = None if same else stated
     return tokenizer
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Digest of a tokenizer, but for its truncation and padding, which a call switches on and
-    off.
-    """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    kept = {name: value for name, value in backend.items() if name not in ("truncation", "padding")}
-    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()
+    """Digest of a tokenizer without its truncation and padding, which calls switch on and off."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    parts = {name: value for name, value in parts.items() if name not in ("truncation", "padding")}
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def token_ids(
@@ -64,7 +63,7 @@ def token_ids(
       special: adds the tokenizer's own first and last token.
 
     Raises:
-      InputError: `tokenizer.json` gives other tokens than transformers for one of the texts.
+      InputError: `tokenizer.json` and transformers tokenise one of the texts differently.
     """
     if not texts:
         return []
@@ -77,29 +76,31 @@ def token_ids(
     )["input_ids"]
     stated = getattr(tokenizer, "stated", None)
     if stated is not None:
-        found = stated.encode_batch_fast(list(texts), add_special_tokens=special)
-        for text, own, other in zip(texts, ids, found, strict=True):
+        from_file = stated.encode_batch_fast(list(texts), add_special_tokens=special)
+        for text, own, other in zip(texts, ids, from_file, strict=True):
             if own != other.ids:
                 _refuse(tokenizer, text, own, other.ids)
     return ids
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[Any]) -> None:
-    """Adds `AddedToken`s to the tokenizer, and to the one that its file states."""
+    """Adds `AddedToken`s to the tokenizer, and to that of its `tokenizer.json` if it differs."""
     tokenizer.add_tokens(list(tokens))
     stated = getattr(tokenizer, "stated", None)
     if stated is not None:
-        for token in tokens:  # in their order, which numbers them
+        for token in tokens:  # in order, which determines their ids
             (stated.add_special_tokens if token.special else stated.add_tokens)([token])
 
 
 def _pipeline(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides the ids of a text: the file without offsets, decoding, cutting and padding."""
+    """The parts of tokenizer.json that determine token ids: no offsets, decoder, truncation or
+    padding.
+    """
     parts = json.loads(tokenizer.to_str())
     for name in ("version", "truncation", "padding", "decoder"):
         parts.pop(name, None)
     after = parts["post_processor"] or {}
-    # Moves offsets, or puts no token anywhere.
+    # Changes offsets only, or adds no token.
     if after.get("type") == "ByteLevel" or after.get("special_tokens") == {}:
         parts["post_processor"] = None
     model = parts["model"]
@@ -110,28 +111,33 @@ def _pipeline(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def without(value: Any, name: str) -> Any:
-    """Nested dictionaries without one key, wherever it stands."""
+    """Nested dictionaries without the key `name` at any level."""
     if isinstance(value, dict):
-        return {key: without(one, name) for key, one in value.items() if key != name}
-    # Merges are lists of lists, 150,000 of them, and hold no settings.
+        return {key: without(inner, name) for key, inner in value.items() if key != name}
+    # Merges, 150,000 lists without settings, are skipped.
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return [without(one, name) for one in value]
+        return [without(inner, name) for inner in value]
     return value
+
+
+def common_length(a: Sequence, b: Sequence) -> int:
+    """Length of the common prefix of two sequences."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _refuse(
     tokenizer: PreTrainedTokenizerBase, text: str, own: Sequence[int], other: Sequence[int]
 ) -> None:
-    same = next(
-        (i for i, (one, two) in enumerate(zip(own, other, strict=False)) if one != two),
-        min(len(own), len(other)),
-    )
+    same = common_length(own, other)
     start = tokenizer.decode(own[:same])
     here = text[len(start) :][:SHOWN] if text.startswith(start) else text[:SHOWN]
-    one, two = (tokenizer.convert_ids_to_tokens(list(ids[same : same + 3])) for ids in (own, other))
+    built, stated = (
+        tokenizer.convert_ids_to_tokens(list(ids[same : same + 3])) for ids in (own, other)
+    )
     raise InputError(
         f"{tokenizer.name_or_path}: its files disagree on the tokens of {here!r}: transformers"
-        f" ({type(tokenizer).__name__}) gives {one}, {FILE} {two}; a model tuned on one answers"
-        " differently where the other is read. If transformers' are right, write the file again"
-        " with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        f" ({type(tokenizer).__name__}) gives {built}, {FILE} {stated}; a model tuned on one"
+        " answers differently where the other is read. If transformers' are right, write the file"
+        " again with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
     )

@@ -1,4 +1,4 @@
-"""Tokenised examples of a split, and how examples and raw text become them.
+"""Tokenises examples and raw text.
 
 A `TokenSet` is three flat arrays and the ids, so that it can be cached and memory-mapped.
 """
@@ -35,10 +35,13 @@ FORMAT = 1  # part of every digest: raise it when the meaning of the tokens chan
 
 @dataclass(frozen=True)
 class Truncation:
-    """What cutting each example after `limit` tokens, as others do, would do to its answer.
+    """Effect on answers if examples were cut after `limit` tokens, as other trainers do.
 
-    examples: in all; cut: longer than the limit; answer_gone: no token of the answer would be left;
-    answer_cut: some would be, not all; longest: tokens of the longest example.
+    examples: number of all examples.
+    cut: examples longer than the limit.
+    answer_gone: examples that would lose their whole answer.
+    answer_cut: examples that would lose part of it.
+    longest: tokens of the longest example.
     """
 
     limit: int
@@ -53,10 +56,12 @@ class Truncation:
 class TokenSet:
     """Tokens of n examples.
 
-    tokens: [total] int32; starts: [n + 1] int64; prompt_lengths: [n] int32, at least 1, tokens of
-    example i from there on are supervised; ids: n example ids; labels: [n] int32 for
-    classification, the number of each example's label, which is asked for at its first token (then
-    no token is supervised).
+    tokens: [total] int32.
+    starts: [n + 1] int64, offsets of the examples.
+    prompt_lengths: [n] int32, at least 1; the tokens of an example from there on are supervised.
+    ids: n example ids.
+    labels: [n] int32 for classification, the label number of each example, predicted at its first
+      token; then no token is supervised.
     """
 
     tokens: np.ndarray
@@ -67,12 +72,12 @@ class TokenSet:
 
     @classmethod
     def of(cls, encoded: Iterable[Encoded], ids: Sequence[str]) -> TokenSet:
-        # Four bytes a token as they come: as Python integers 200,000 examples take a gigabyte.
+        # Four bytes a token from the start: as Python integers 200,000 examples take a gigabyte.
         tokens, starts, prompts = array.array("i"), array.array("q", [0]), array.array("i")
-        for one in encoded:
-            tokens.extend(one.tokens)
+        for example in encoded:
+            tokens.extend(example.tokens)
             starts.append(len(tokens))
-            prompts.append(one.prompt_length)
+            prompts.append(example.prompt_length)
         return cls(
             np.array(tokens, np.int32),
             np.array(starts, np.int64),
@@ -100,22 +105,26 @@ class TokenSet:
 
     @property
     def owners(self) -> np.ndarray:
-        """[n] uint32 digest of each example's id: whose dropout mask its tokens follow."""
-        return np.array([_owner(name) for name in self.ids], np.uint32)
+        """[n] uint32 digest of each example's id, the key of its dropout mask."""
+        return np.array([_id_digest(name) for name in self.ids], np.uint32)
 
     def truncation(self, limit: int) -> Truncation:
-        """What truncation on the right would lose, were it done: tokens 0 to limit - 1 of each
-        example would be left.
-        """
+        """Counts what would be lost if only the first `limit` tokens of each example were used."""
         gone, longer = self.prompt_lengths >= limit, self.lengths > limit
-        counts = (int(one.sum()) for one in (longer, gone, longer & ~gone))
-        return Truncation(limit, len(self), *counts, longest=int(self.lengths.max(initial=0)))
+        return Truncation(
+            limit,
+            examples=len(self),
+            cut=int(longer.sum()),
+            answer_gone=int(gone.sum()),
+            answer_cut=int((longer & ~gone).sum()),
+            longest=int(self.lengths.max(initial=0)),
+        )
 
     def fitting(self, row_length: int, too_long: str, place: str) -> tuple[TokenSet, list[str]]:
         """The examples that fit a row, and the ids of those that do not.
 
         Raises:
-          InputError: `too_long` is "error" and there is one, or none fits.
+          InputError: `too_long` is "error" and one does not fit, or none fits.
         """
         fits = self.lengths <= row_length
         dropped = [name for name, keep in zip(self.ids, fits, strict=True) if not keep]
@@ -144,18 +153,15 @@ class TokenSet:
         )
 
     def held_out(self, share: float) -> tuple[TokenSet, TokenSet]:
-        """(the rest, a share chosen by a fixed hash of the ids); the repeats of a sentence
-        (`id#1@0`) stay together.
+        """(the rest, a share chosen by a fixed hash of the ids). Repeats of a sentence (`id#1@0`)
+        stay together.
         """
-        outside = (
-            np.array([_owner(name.rpartition("#")[0] or name) for name in self.ids], np.uint32)
-            < share * 2**32
-        )
-        return self.subset(~outside), self.subset(outside)
+        hashes = [_id_digest(name.rpartition("#")[0] or name) for name in self.ids]
+        chosen = np.array(hashes, np.uint32) < share * 2**32
+        return self.subset(~chosen), self.subset(chosen)
 
 
-def _owner(name: str) -> int:
-    """32-bit digest of an example id."""
+def _id_digest(name: str) -> int:
     return zlib.crc32(name.encode("utf-8", "surrogatepass"))
 
 
@@ -165,8 +171,8 @@ def questions_of(
     labels: Sequence[str],
     demonstrations: Callable[[Example], list[Example]],
 ) -> list[list[dict[str, str]]]:
-    """The chat turns of each example, up to and including the question; `labels` is the schema of
-    all.
+    """The chat turns of each example up to and including the question; all have the schema
+    `labels`.
     """
     systems = {
         name: system_turn(prompt, labels, name)
@@ -181,13 +187,13 @@ def questions_of(
 def demonstrator(
     train: Sequence[Example], prompt: Prompt, seed: int
 ) -> Callable[[Example], list[Example]]:
-    """example -> its demonstrations, drawn from the training split; never the example itself."""
+    """Returns example -> its demonstrations from the training split, never the example itself."""
     if not prompt.shots:
         return lambda example: []
     grouped = by_label(train)
     if prompt.demonstrations == "per_example":
         return lambda example: choose_demonstrations(grouped, prompt, seed, example)
-    # Drawn once; an example whose text is among them gets the next in line.
+    # Drawn once; an example with the text of one of them gets the next in line instead.
     fixed = choose_demonstrations(grouped, prompt, seed)
     texts = {squeezed(demonstration.text) for demonstration in fixed}
     return lambda example: (
@@ -202,7 +208,7 @@ def encode_examples(
     questions: Sequence[Sequence[dict[str, str]]],
     template: ChatTemplate,
 ) -> TokenSet:
-    """Questions answered by their gold labels, as tokens."""
+    """Tokenises the questions with their gold labels as answers."""
     pairs = [
         (question, example.relation) for question, example in zip(questions, examples, strict=True)
     ]
@@ -215,8 +221,8 @@ def examples_digest(
     template: ChatTemplate,
     row_length: int,
 ) -> str:
-    """Digest of everything the tokens depend on: ids, prompts with demonstrations, answers,
-    tokenizer, template, date, length.
+    """Digest of everything that determines the tokens: ids, prompts with demonstrations, answers,
+    tokenizer, template, date, row length.
     """
     digest = hashlib.sha256(f"sft {FORMAT} {template.digest} {row_length}\n".encode())
     for example, question in zip(examples, questions, strict=True):
@@ -226,12 +232,12 @@ def examples_digest(
 
 def read_texts(text: Text) -> list[tuple[str, str]]:
     """(name, text) of the documents and sentences of the language-model objective. Raises
-    InputError.
+    InputError if there are none or they cannot be read.
     """
     documents = []
-    for given in text.paths:
-        path = Path(given).expanduser()
-        path = path if path.exists() else data_root() / given
+    for name in text.paths:
+        path = Path(name).expanduser()
+        path = path if path.exists() else data_root() / name
         files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
         if not files or not files[0].is_file():
             raise InputError(
@@ -257,22 +263,18 @@ def read_texts(text: Text) -> list[tuple[str, str]]:
 
 def texts_digest(documents: Sequence[tuple[str, str]], tokenizer, row_length: int) -> str:
     """Digest of documents, tokenizer and row length."""
-    digest = hashlib.sha256(
-        (
-            f"lm {FORMAT} {row_length} {tokenizer_digest(tokenizer)} {tokenizer.eos_token_id}\n"
-        ).encode()
-    )
+    settings = f"lm {FORMAT} {row_length} {tokenizer_digest(tokenizer)} {tokenizer.eos_token_id}\n"
+    digest = hashlib.sha256(settings.encode())
     for name, document in documents:
         digest.update(json.dumps([name, document]).encode())
     return digest.hexdigest()
 
 
 def encode_texts(documents: Sequence[tuple[str, str]], tokenizer, row_length: int) -> TokenSet:
-    """Documents as tokens, ended by the end-of-text token and cut into pieces of a row; every token
-    but a piece's first is supervised.
+    """Tokenises documents, appends the end-of-text token and cuts them into pieces of a row; every
+    token but a piece's first is supervised.
 
-    A last piece of one token, the end-of-text alone, has nothing to be predicted from and is left
-    out.
+    A last piece of one token (end-of-text) is dropped, because nothing precedes it.
 
     Raises:
       InputError: the tokenizer has no end-of-text token.

@@ -1,3 +1,3 @@
-"""What a run is worth: predictions table, metrics, significance, cached frontier predictions,
-baselines, report.
+"""Evaluation: predictions, baselines and comparisons here; scores and significance in `metrics`;
+frontier models' cached answers in `frontier`; tables, figures and the HTML page in `report`.
 """

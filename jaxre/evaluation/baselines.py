@@ -1,5 +1,4 @@
-"""What a model must beat: the most frequent label, and TF-IDF with logistic regression in two
-variants.
+"""Baselines: the most frequent label, and TF-IDF with logistic regression in two variants.
 
     prediction = tfidf_marked(train, test)
     prediction.labels, prediction.probabilities          # N labels, [N, C]
@@ -25,13 +24,13 @@ from jaxre.errors import InputError
 from jaxre.relations.marks import locate
 from jaxre.relations.schema import Example
 
-# Inverse regularisation: the best of 1, 3, 10, 30 on a held-out tenth of SemEval's training split
-# (0.738) and on the validation split of facts (0.726); 10 is behind by less than 0.01.
+# Inverse regularisation: best of 1, 3, 10, 30 on a held-out tenth of SemEval's training split
+# (0.738) and on the validation split of facts (0.726); 10 is worse by less than 0.01.
 _C = 30.0
 _WORD = re.compile(r"\w+|[^\w\s]")
-# Words of the context outside of the two entities; lengths of suffixes and of a between-text that
-# is a feature as a whole.
-_NEAR, _SUFFIX, _WHOLE = 2, 3, 6
+_CONTEXT = 2  # words before and after the two entities
+_SUFFIX = 3  # letters
+_PHRASE = 6  # words between the entities, at most, for the text between to be a feature
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class BaselinePrediction:
 
 
 def majority(train: Sequence[Example], test: Sequence[Example]) -> BaselinePrediction:
-    """The most frequent label of `train` (of equals the first), with the label shares as
+    """Predicts the most frequent label of `train` (of several, the first), with the label shares as
     probabilities.
     """
     _check(train, test)
@@ -60,32 +59,31 @@ def majority(train: Sequence[Example], test: Sequence[Example]) -> BaselinePredi
 
 def tfidf_sentence(train: Sequence[Example], test: Sequence[Example]) -> BaselinePrediction:
     """Logistic regression on words and word pairs of the sentence; the entities are not marked."""
-    return _fit(train, test, lambda example: list(_sentence_features(example)))
+    return _fit(train, test, _sentence_features)
 
 
 def tfidf_marked(train: Sequence[Example], test: Sequence[Example]) -> BaselinePrediction:
     """Logistic regression on words with their role: head, tail, between them, just before and
     after, anywhere.
     """
-    return _fit(train, test, lambda example: list(_marked_features(example)))
+    return _fit(train, test, _marked_features)
 
 
 def _fit(
-    train: Sequence[Example], test: Sequence[Example], features: Callable[[Example], list[str]]
+    train: Sequence[Example], test: Sequence[Example], features: Callable[[Example], Iterator[str]]
 ) -> BaselinePrediction:
     _check(train, test)
-    # logistic regression needs two classes; with one there is nothing to learn
+    # Logistic regression needs two classes.
     if len({example.relation for example in train}) == 1:
         return majority(train, test)
-    # Features that occur once double the time and change F1 on SemEval by 0.003; a few hundred
-    # examples need them.
+    # Features that occur once double the time and change F1 on SemEval by 0.003; only training sets
+    # of a few hundred examples need them.
     vectoriser = TfidfVectorizer(
         analyzer=features, sublinear_tf=True, min_df=2 if len(train) >= 1000 else 1
     )
     inputs: csr_matrix = vectoriser.fit_transform(train)
-    model = LogisticRegression(C=_C, max_iter=300).fit(
-        inputs, [example.relation for example in train]
-    )
+    labels = [example.relation for example in train]
+    model = LogisticRegression(C=_C, max_iter=300).fit(inputs, labels)
     probabilities = model.predict_proba(vectoriser.transform(test))  # N C
     classes = tuple(str(label) for label in model.classes_)
     return BaselinePrediction(
@@ -108,8 +106,8 @@ def _sentence_features(example: Example) -> Iterator[str]:
 
 
 def _marked_features(example: Example) -> Iterator[str]:
-    """Prefixes say where a word stands. Which entity comes first in the text is a feature too:
-    labels have directions.
+    """Words with prefixes for their position, and the order of the entities, because labels have
+    directions.
     """
     head, tail = locate(
         example.text, example.head, example.tail, example.head_span, example.tail_span
@@ -131,10 +129,10 @@ def _marked_features(example: Example) -> Iterator[str]:
     yield "head first" if head < tail else "tail first"
     yield f"distance {min(len(between), 10)}"
     yield from (f"between {word}" for word in (*between, *_pairs(between)))
-    if len(between) <= _WHOLE:
+    if len(between) <= _PHRASE:
         yield f"all between {' '.join(between)}"
-    yield from (f"before {word}" for word in _words(example.text[:left_start])[-_NEAR:])
-    yield from (f"after {word}" for word in _words(example.text[right_end:])[:_NEAR])
+    yield from (f"before {word}" for word in _words(example.text[:left_start])[-_CONTEXT:])
+    yield from (f"after {word}" for word in _words(example.text[right_end:])[:_CONTEXT])
 
 
 def _words(text: str) -> list[str]:

@@ -1,13 +1,13 @@
-"""Our predictions against cached answers of another model, example by example.
+"""Compares our predictions with cached answers of another model, example by example.
 
-    comparison = compare(read_predictions(path), read_cache(cache, examples),
-        read_label_map(labels))
+    cache = read_cache(cache_path, examples)
+    comparison = compare(read_predictions(path), cache, read_label_map(labels))
     print(comparison.to_json()["difference"])
 
-Rows join by example id or prompt hash, or by what the cache's adapter proved (frontier.py).
-What does not join is counted and listed with its reason, never guessed. Before anything is compared
-the cache is checked: how many of our examples it answers, whether its gold labels are ours, what
-its labels are; what is wrong is a warning above the figures, or stops.
+Rows join by example id, by prompt hash, or by the proof of the cache's adapter (frontier/cache.py).
+Rows that do not join are counted and listed with the reason, never guessed. The cache is checked
+first: its coverage of our examples, its gold labels, its label spellings. A problem is a warning
+above the figures, or an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.text import Text
 
 from jaxre.config import Source
 from jaxre.errors import InputError
-from jaxre.evaluation.cache import (
+from jaxre.evaluation.frontier.cache import (
     ENOUGH,
     Answer,
     Cache,
@@ -35,10 +35,9 @@ from jaxre.evaluation.cache import (
     one_negative,
     same_dataset,
 )
-from jaxre.evaluation.frontier import read_cache
-from jaxre.evaluation.metrics import Scores, score
-from jaxre.evaluation.predictions import Prediction, read_predictions
-from jaxre.evaluation.significance import (
+from jaxre.evaluation.frontier.read import read_cache
+from jaxre.evaluation.metrics.scores import Scores, score
+from jaxre.evaluation.metrics.significance import (
     Interval,
     McNemar,
     PairedBootstrap,
@@ -46,19 +45,20 @@ from jaxre.evaluation.significance import (
     mcnemar,
     paired_bootstrap,
 )
+from jaxre.evaluation.predictions import Prediction, read_predictions
 from jaxre.relations.label_map import LabelMap, read_label_map
 from jaxre.relations.schema import Example, is_negative, normalise_label
 from jaxre.relations.sources import load
 
 # More unrelated pairs per related pair than any sentence has: a cache covers all pairs of a
-# sentence, the predictions those that their run drew.
+# sentence, predictions only the pairs that their run drew.
 ALL_PAIRS = 1e6
 SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Quadrant:
-    """Examples where `ours` and `cached` are right or wrong, with the first few ids."""
+    """Number of examples where ours and cached are right or wrong, with the first few ids."""
 
     ours_right: bool
     cached_right: bool
@@ -68,7 +68,7 @@ class Quadrant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two systems on the same joined examples; `difference` is ours - cached, in positive-class
+    """Two systems on the same joined examples. difference: ours - cached, in positive-class
     micro-F1.
     """
 
@@ -86,7 +86,7 @@ class Comparison:
     not_joined: dict[str, tuple[str, ...]]  # reason -> ids of our predictions
     leftover: dict[str, tuple[str, ...]]  # reason -> cached items
     notes: tuple[str, ...]
-    warnings: tuple[str, ...]  # what makes the figures of the cache doubtful
+    warnings: tuple[str, ...]  # reasons to doubt the figures of the cache
 
     @property
     def join_rate(self) -> float:
@@ -103,24 +103,19 @@ def compare_files(
     model: str | None = None,
     coverage: float | None = None,
 ) -> Comparison:
-    """`compare` from paths; loads the examples of the predicted split where the cache is joined by
-    text and entities.
+    """`compare` for files; loads the examples of the predicted split if the cache is joined by text
+    and entities.
     """
     rows = read_predictions(predictions)
     label_map = None if labels is None else read_label_map(labels)
-    return compare(
-        rows,
-        read_cache(cache, lambda: covered_examples(rows, str(predictions))),
-        label_map,
-        model,
-        coverage,
-    )
+    answers = read_cache(cache, lambda: covered_examples(rows, str(predictions)))
+    return compare(rows, answers, label_map, model, coverage)
 
 
 def covered_examples(rows: Sequence[Prediction], place: str) -> list[Example]:
-    """The whole split that `rows` are predictions for, all entity pairs included, in file order.
+    """Loads the whole split that `rows` are predictions for, with all entity pairs, in file order.
 
-    Raises InputError when ids are not `DATASET/SPLIT/...` of one split of one benchmark.
+    Raises InputError if ids are not `DATASET/SPLIT/...` of one split of one benchmark.
     """
     dataset = rows[0].eval_dataset_name
     splits = {row.example_id.removeprefix(f"{dataset}/").split("/")[0] for row in rows}
@@ -145,29 +140,29 @@ def compare(
     model: str | None = None,
     coverage: float | None = None,
 ) -> Comparison:
-    """Joins, maps labels, and compares.
+    """Joins predictions and answers, maps labels, and compares.
 
     Args:
       predictions: ours, each example once.
-      cache: cached answers; with several models `model` names one. Rows of the dataset, gen_type
-        and prompt_shot of our predictions are taken where the cache has several.
+      cache: cached answers. `model` selects one of several models; of several datasets, gen_types,
+        prompt_shots and prompt_styles, those of our predictions are used.
       label_map: applied to gold labels and to our predictions, and to cached labels that it lists.
-        All labels that mean "no relation" are one label here.
-      coverage: the least share of the predictions that must join; below `cache.ENOUGH` there is a
-        warning if it is not given.
+        All labels that mean "no relation" count as one label.
+      coverage: least share of the predictions that must join; if None, a share below
+        `cache.ENOUGH` is a warning.
 
     Raises:
       InputError: nothing joins (shows an id and a hash of each side), or less than `coverage`;
-        several models and none named; a prediction without gold label, or one that the map does not
-        list; gold labels that the two sides spell differently.
+        several models and none named; a prediction without gold label, or with a gold label that
+        the map does not list; gold labels that the two sides spell differently.
     """
     answers, notes = _select(cache, predictions, model)
     joined = join(predictions, answers, cache.uncovered)
-    found = joined.found
-    if not found:
+    pairs = joined.found
+    if not pairs:
         raise InputError(_nothing_joined(predictions, answers, cache))
-    warnings = _coverage(len(found), len(predictions), coverage, cache)
-    rows, theirs = [row for row, _ in found], [answer for _, answer in found]
+    warnings = _coverage(len(pairs), len(predictions), coverage, cache)
+    rows, theirs = [row for row, _ in pairs], [answer for _, answer in pairs]
     if unlabelled := [row.example_id for row in rows if not row.relation]:
         raise InputError(
             f"{len(unlabelled):,} predictions have no gold label (first {unlabelled[0]!r}); fill"
@@ -182,7 +177,7 @@ def compare(
         for row in rows
     ]
     cached = [common_label(answer.label, label_map) for answer in theirs]
-    warnings += _check_gold(found, label_map, cache)
+    warnings += _check_gold(pairs, label_map, cache)
     if label_map and (
         strays := sum(not (is_negative(label) or label_map.is_common(label)) for label in ours)
     ):
@@ -224,10 +219,10 @@ def compare(
 def join_answers(
     predictions: Sequence[Prediction], cache: Cache, model: str | None = None
 ) -> tuple[list[tuple[Prediction, Answer]], dict[str, tuple[str, ...]], list[str]]:
-    """Each prediction with the cached answer for it, the ids of those without one by reason, and in
-    what the settings of both differ.
+    """Joins predictions with cached answers: pairs, ids of predictions without an answer by reason,
+    and notes on different settings.
 
-    Raises InputError as `compare`.
+    Raises InputError like `compare`.
     """
     answers, notes = _select(cache, predictions, model)
     joined = join(predictions, answers, cache.uncovered)
@@ -237,7 +232,7 @@ def join_answers(
 def _select(
     cache: Cache, predictions: Sequence[Prediction], model: str | None
 ) -> tuple[list[Answer], list[str]]:
-    """The answers of one model in the setting of our predictions."""
+    """Answers of one model in the setting of our predictions, and notes on different settings."""
     answers, notes = list(cache.answers), []
     for name, ours in (
         ("dataset", predictions[0].eval_dataset_name),
@@ -247,22 +242,21 @@ def _select(
         ("prompt_style", predictions[0].prompt_style),
     ):
         offered = sorted({getattr(answer, name) for answer in answers} - {""})
-        # as the cache spells it
-        if name == "dataset":
-            ours = next((one for one in offered if same_dataset(one, ours)), ours)
+        if name == "dataset":  # in the spelling of the cache
+            ours = next((spelling for spelling in offered if same_dataset(spelling, ours)), ours)
         if name == "model" and (len(offered) > 1 or model) and model not in offered:
-            given = f"not {model!r}" if model else "and none was chosen"
+            choice = f"not {model!r}" if model else "and none was chosen"
             raise InputError(
                 f"{cache.place}: holds answers of {', '.join(offered) or 'an unnamed model'},"
-                f" {given}; name one with --model"
+                f" {choice}; name one with --model"
             )
         if len(offered) > 1 and ours not in offered:
-            mend = (
+            advice = (
                 f"but the predictions are for {ours!r}; predict in one of these settings"
                 if ours
                 else "and none was chosen; name one"
             )
-            raise InputError(f"{cache.place}: holds {name} {', '.join(offered)}, {mend}")
+            raise InputError(f"{cache.place}: holds {name} {', '.join(offered)}, {advice}")
         if ours in offered:
             answers = [answer for answer in answers if getattr(answer, name) == ours]
         elif offered and ours:
@@ -289,8 +283,8 @@ def _nothing_joined(
 
 
 def _coverage(joined: int, predictions: int, least: float | None, cache: Cache) -> list[str]:
-    """A warning, if the cache answers few of our examples; InputError if fewer than the user
-    wants.
+    """Returns a warning if the cache answers few of our examples; raises InputError if fewer than
+    the user requires.
     """
     share = joined / predictions
     if least is not None and share < least:
@@ -307,18 +301,18 @@ def _coverage(joined: int, predictions: int, least: float | None, cache: Cache) 
 
 
 def _check_gold(
-    found: Sequence[tuple[Prediction, Answer]], label_map: LabelMap | None, cache: Cache
+    pairs: Sequence[tuple[Prediction, Answer]], label_map: LabelMap | None, cache: Cache
 ) -> list[str]:
-    """A warning, if gold labels differ; InputError if most do: the label spellings differ, and F1
-    of the cache would be wrong.
+    """Returns a warning if gold labels differ; raises InputError if most do: then label spellings
+    differ, and F1 of the cache would be wrong.
     """
-    differ = gold_differs(found, label_map)
+    differ = gold_differs(pairs, label_map)
     if not differ:
         return []
-    positive = sum(not is_negative(row.relation) for row, _ in found)
+    positive = sum(not is_negative(row.relation) for row, _ in pairs)
     if len(differ) > max(positive, 1) / 2:
         row, answer = differ[0]
-        mend = (
+        advice = (
             f"correct {label_map.place}"
             if label_map
             else "give a label map with --labels (configs/labels has some)"
@@ -326,7 +320,7 @@ def _check_gold(
         ours = common_gold(row, label_map)
         raise InputError(
             f"{cache.place}: gold labels differ: {ours!r} here, {answer.gold!r} there (example"
-            f" {row.example_id}); {mend}"
+            f" {row.example_id}); {advice}"
         )
     ids = ", ".join(row.example_id for row, _ in differ[:SHOWN])
     return [f"gold labels differ for {len(differ):,} joined examples ({ids}); ours are used"]
@@ -335,7 +329,7 @@ def _check_gold(
 def _strange_answers(
     answers: Sequence[Answer], labels: Sequence[str], schema: Sequence[str]
 ) -> list[str]:
-    """Notes on cached answers that are no label: they count as wrong."""
+    """Notes on cached answers that are not labels; they count as wrong."""
     known = {normalise_label(label) for label in schema}
     outside = Counter(
         label for label in map(normalise_label, labels) if label != "none" and label not in known
@@ -354,20 +348,27 @@ def _strange_answers(
 
 
 def _right(predicted: Sequence[str], gold: Sequence[str]) -> np.ndarray:
-    return np.array([_same(label, truth) for label, truth in zip(predicted, gold, strict=True)])
+    return np.array(
+        [
+            normalise_label(label) == normalise_label(truth)
+            for label, truth in zip(predicted, gold, strict=True)
+        ]
+    )
 
 
-def _same(label: str, other: str) -> bool:
-    return normalise_label(label) == normalise_label(other)
-
-
-def _quadrant(rows, ours_right, cached_right, ours: bool, cached: bool) -> Quadrant:
+def _quadrant(
+    rows: Sequence[Prediction],
+    ours_right: np.ndarray,
+    cached_right: np.ndarray,
+    ours: bool,
+    cached: bool,
+) -> Quadrant:
     members = np.flatnonzero((ours_right == ours) & (cached_right == cached))
     return Quadrant(ours, cached, len(members), tuple(rows[i].example_id for i in members[:SHOWN]))
 
 
 def comparison_table(comparison: Comparison) -> Group:
-    """A comparison for the terminal: scores, per class, who was right where, what did not join."""
+    """Builds the terminal tables: scores, F1 per class, who was right where, what did not join."""
     c = comparison
     scores = Table(
         title=f"{c.joined:,} of {c.predictions:,} predictions joined ({c.join_rate:.1%})",

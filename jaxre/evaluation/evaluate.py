@@ -1,8 +1,7 @@
-"""`jaxre evaluate`: the scores of a predictions file, as a table and as JSON."""
+"""`jaxre evaluate`: scores of a predictions file, as a table and as JSON."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -14,44 +13,45 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxre.errors import InputError
-from jaxre.evaluation.metrics import Scores, score, semeval_official_f1
+from jaxre.evaluation.metrics.scores import Scores, score, semeval_official_f1
 from jaxre.evaluation.predictions import Prediction, read_predictions
+from jaxre.evaluation.writing import replacing
 from jaxre.relations import semeval
 from jaxre.relations.schema import is_negative
 
 
 def evaluate_file(path: str | Path) -> Scores:
-    """Scores of a predictions file.
+    """Scores a predictions file.
 
     Raises:
-      InputError: a file that cannot be read, or without gold labels.
+      InputError: the file cannot be read or lacks gold labels.
     """
     return evaluate_rows(read_predictions(path), str(path))
 
 
 def evaluate_rows(rows: Sequence[Prediction], place: str) -> Scores:
-    """Scores of prediction rows, with the official one for SemEval's. The schema is that of the
-    probabilities, where the rows have them.
+    """Scores prediction rows, with the official score for SemEval-2010 Task 8. The schema is the
+    set of labels that have probabilities or bounds, if any.
 
     Raises:
       InputError: a row without a gold label.
     """
-    unlabelled = [row.example_id for row in rows if not row.relation]
-    if unlabelled:
+    if unlabelled := [row.example_id for row in rows if not row.relation]:
         raise InputError(
             f"{place}: {len(unlabelled)} rows have no gold label (first {unlabelled[0]}); fill the"
             " column relation"
         )
-    schema = sorted({label for row in rows for label in row.probabilities or ()}) or None
+    schema = {label for row in rows for label in (*(row.probabilities or ()), *(row.bounds or ()))}
     gold, predicted = [row.relation for row in rows], [row.generated_relation for row in rows]
     datasets = {row.eval_dataset_name for row in rows}
-    return score_dataset(datasets.pop() if len(datasets) == 1 else "", gold, predicted, schema)
+    dataset = datasets.pop() if len(datasets) == 1 else ""
+    return score_dataset(dataset, gold, predicted, sorted(schema) or None)
 
 
 def score_dataset(
     dataset: str, gold: Sequence[str], predicted: Sequence[str], schema: Sequence[str] | None
 ) -> Scores:
-    """`score`, with the official one of SemEval-2010 Task 8 for that dataset. Raises InputError: no
+    """`score`, with the official score if the dataset is SemEval-2010 Task 8. Raises InputError: no
     examples, or different lengths.
     """
     official = None
@@ -61,7 +61,7 @@ def score_dataset(
 
 
 def evaluation_table(scores: Scores) -> Group:
-    """Headline figures, then one line per class, then the most confused pairs."""
+    """Builds the terminal tables: headline figures, one line per class, most confused pairs."""
     head = Table(show_header=False, title=f"{scores.examples:,} examples", title_justify="left")
     if scores.collapsed:
         head.add_row("COLLAPSED", "one label is predicted for every example", style="bold red")
@@ -80,15 +80,9 @@ def evaluation_table(scores: Scores) -> Group:
     classes = Table(title="per class", title_justify="left")
     for column in ("label", "precision", "recall", "F1", "gold", "predicted"):
         classes.add_column(column, justify="left" if column == "label" else "right")
-    for one in scores.per_class:
-        classes.add_row(
-            Text(one.label),
-            f"{one.precision:.3f}",
-            f"{one.recall:.3f}",
-            f"{one.f1:.3f}",
-            str(one.support),
-            str(one.predicted),
-        )
+    for row in scores.per_class:
+        shares = (f"{share:.3f}" for share in (row.precision, row.recall, row.f1))
+        classes.add_row(Text(row.label), *shares, str(row.support), str(row.predicted))
     confused = Table(title="most confused", title_justify="left")
     for column in ("gold", "predicted", "count"):
         confused.add_column(column)
@@ -98,16 +92,6 @@ def evaluation_table(scores: Scores) -> Group:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes JSON whole or not at all. Raises InputError for a file that cannot be written."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes JSON atomically. Raises InputError for a file that cannot be written."""
+    with replacing(Path(path)) as partial:
         partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); name another file"
-        ) from None

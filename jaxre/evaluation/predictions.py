@@ -1,11 +1,10 @@
-"""The predictions table: one row per example, in the study's long format, as Parquet and CSV side
-by side.
+"""Predictions tables: one row per example, in the study's long format, as both Parquet and CSV.
 
     write_predictions("runs/x/predictions/test", rows)      # test.parquet and test.csv
     rows = read_predictions("runs/x/predictions/test.csv")
 
-Both files hold the same rows. In the CSV everything is text, so the labels `no`, `NA` and
-`null` survive; probabilities are one JSON object per row.
+Both files have the same rows. CSV cells are text, so the labels `no`, `NA` and `null` survive;
+probabilities are one JSON object per row.
 """
 
 from __future__ import annotations
@@ -30,12 +29,14 @@ GenType = Literal["gen_open", "gen_constrained"]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One prediction. `score` is its log-probability, `probabilities` maps each label of the schema
-    to its own.
+    """One prediction. `score` is its log-probability; `probabilities` maps each label of the schema
+    to its probability.
 
-    `prompt_hash` is that of the example (`Example.prompt_hash`) where it has one, else of `prompt`.
-    `status` is "truncated" where the limit of new tokens ended an answer, "refusal" of frontier
-    models, else empty. `date` (YYYY-MM-DD) and cost are known of those alone.
+    `prompt_hash` is that of the example (`Example.prompt_hash`) if it has one, otherwise that of
+    `prompt`. With `predict --above P`, `probabilities` are those of generating each label, and the
+    other labels have an upper bound in `bounds`. `status` is "truncated" if the limit of new tokens
+    ended the answer, "refusal" for refusals of frontier models, otherwise empty. `date`
+    (YYYY-MM-DD) and `cost_usd` are known for frontier models only.
     """
 
     example_id: str
@@ -47,7 +48,7 @@ class Prediction:
     tuned_dataset_name: str = ""  # "frontier" for cached answers of a frontier model
     model_shot: str = "0"
     prompt_shot: str = "0"
-    prompt_style: str = ""  # of relations/prompt_styles.py, if one was asked for
+    prompt_style: str = ""  # of relations/prompt_styles.py, if any
     prompt: str = ""
     prompt_hash: str = ""
     score: float | None = None
@@ -57,32 +58,23 @@ class Prediction:
     date: str = ""
     cost_usd: float | None = None
     status: str = ""
+    bounds: dict[str, float] | None = None
 
 
 # The study's columns first, in its order.
 _ARROW = pa.schema(
     [
-        *(
-            (name, pa.string())
-            for name in (
-                "eval_dataset_name",
-                "relation",
-                "gen_type",
-                "model_id",
-                "tuned_dataset_name",
-            )
-        ),
-        *(
-            (name, pa.string())
-            for name in (
-                "model_shot",
-                "prompt_shot",
-                "generated_relation",
-                "prompt",
-                "prompt_hash",
-                "example_id",
-            )
-        ),
+        ("eval_dataset_name", pa.string()),
+        ("relation", pa.string()),
+        ("gen_type", pa.string()),
+        ("model_id", pa.string()),
+        ("tuned_dataset_name", pa.string()),
+        ("model_shot", pa.string()),
+        ("prompt_shot", pa.string()),
+        ("generated_relation", pa.string()),
+        ("prompt", pa.string()),
+        ("prompt_hash", pa.string()),
+        ("example_id", pa.string()),
         ("prompt_style", pa.string()),
         ("score", pa.float64()),
         ("probabilities", pa.map_(pa.string(), pa.float64())),
@@ -91,6 +83,7 @@ _ARROW = pa.schema(
         ("date", pa.string()),
         ("cost_usd", pa.float64()),
         ("status", pa.string()),
+        ("bounds", pa.map_(pa.string(), pa.float64())),
     ]
 )
 COLUMNS = tuple(_ARROW.names)
@@ -102,16 +95,16 @@ def write_predictions(path: str | Path, rows: Sequence[Prediction]) -> tuple[Pat
     """Writes `path.parquet` and then `path.csv`; each appears complete or not at all.
 
     Args:
-      path: without suffix (`.parquet` or `.csv` is taken off); an existing folder gets the name
+      path: without suffix (`.parquet` or `.csv` is removed); in an existing folder, the name is
         `predictions`.
       rows: at least one, each example once.
 
-    Returns the two paths. Raises InputError when there is no row or an example occurs twice.
+    Returns the two paths. Raises InputError if there is no row or an example occurs twice.
     """
     stem = stem_of(Path(path))
     check_unique(rows, str(stem))
     stem.parent.mkdir(parents=True, exist_ok=True)
-    targets = stem.with_name(stem.name + ".parquet"), stem.with_name(stem.name + ".csv")
+    targets = parquet_of(path), stem.with_name(stem.name + ".csv")
     drafts = tuple(target.with_name(f".{target.name}.{os.getpid()}.part") for target in targets)
     try:
         _write_parquet(drafts[0], rows)
@@ -128,8 +121,8 @@ def read_predictions(path: str | Path) -> list[Prediction]:
     """Reads a predictions file.
 
     Args:
-      path: a .parquet or .csv file, or their common name without suffix, or a folder that
-        `write_predictions` filled.
+      path: a .parquet or .csv file, their common name without suffix, or a folder with one
+        predictions table.
 
     Raises:
       InputError: no such file, a column is missing, a cell cannot be read, an example occurs twice,
@@ -137,16 +130,15 @@ def read_predictions(path: str | Path) -> list[Prediction]:
     """
     path = _existing(Path(path))
     table = read_table(path)
-    missing = [name for name in _REQUIRED if name not in table[0]]
-    if missing:
-        mend = "a file that `jaxre predict` wrote has it"
+    if missing := [name for name in _REQUIRED if name not in table[0]]:
+        advice = "a file that `jaxre predict` wrote has it"
         if missing == ["example_id"] and "prompt_hash" in table[0]:
-            mend = (
+            advice = (
                 "this looks like a cache of frontier predictions; give it as CACHE to `jaxre"
                 " compare`"
             )
         raise InputError(
-            f"{path}: no column {missing[0]!r} (columns: {', '.join(table[0])}); {mend}"
+            f"{path}: no column {missing[0]!r} (columns: {', '.join(table[0])}); {advice}"
         )
     rows = [
         _prediction(row, f"{path}:{number}")
@@ -157,8 +149,8 @@ def read_predictions(path: str | Path) -> list[Prediction]:
 
 
 def read_table(path: Path) -> list[dict[str, Any]]:
-    """Rows of a .parquet or .csv file as plain dicts, at least one; CSV cells are text. Raises
-    InputError.
+    """Reads a .parquet or .csv file with at least one row as plain dicts; CSV cells are text.
+    Raises InputError.
     """
     if not path.is_file():
         raise InputError(
@@ -176,7 +168,7 @@ def read_table(path: Path) -> list[dict[str, Any]]:
 
 
 def check_unique(rows: Sequence[Prediction], place: str) -> None:
-    """Raises InputError when there are no rows or two rows have one example id."""
+    """Raises InputError if there are no rows or two rows have the same example id."""
     if not rows:
         raise InputError(f"{place}: no predictions; was the split empty?")
     seen = set()
@@ -194,10 +186,14 @@ def as_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
+def parquet_of(path: Path) -> Path:
+    """Path of the Parquet file that `write_predictions` writes."""
+    stem = stem_of(Path(path))
+    return stem.with_name(stem.name + ".parquet")
+
+
 def stem_of(path: Path) -> Path:
-    """What the names of both files begin with: a path without .parquet or .csv; in a folder,
-    `predictions`.
-    """
+    """Common stem of both files: the path without .parquet or .csv; in a folder, `predictions`."""
     if path.is_dir():
         return path / "predictions"
     return path.with_suffix("") if path.suffix in (".parquet", ".csv") else path
@@ -205,13 +201,13 @@ def stem_of(path: Path) -> Path:
 
 def _existing(path: Path) -> Path:
     if path.is_dir():
-        found = sorted(path.glob("*.parquet")) or sorted(path.glob("*.csv"))
-        if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
+        files = sorted(path.glob("*.parquet")) or sorted(path.glob("*.csv"))
+        if len(files) != 1:
+            names = ", ".join(file.name for file in files) or "none"
             raise InputError(
-                f"{path}: a folder with {len(found)} predictions files ({names}); name one of them"
+                f"{path}: a folder with {len(files)} predictions files ({names}); name one of them"
             )
-        return found[0]
+        return files[0]
     if path.suffix not in (".parquet", ".csv"):
         for suffix in (".parquet", ".csv"):
             if path.with_name(path.name + suffix).is_file():
@@ -221,9 +217,8 @@ def _existing(path: Path) -> Path:
 
 def _write_parquet(path: Path, rows: Sequence[Prediction]) -> None:
     columns: dict[str, list] = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
-    columns["probabilities"] = [
-        None if cell is None else list(cell.items()) for cell in columns["probabilities"]
-    ]
+    for name in ("probabilities", "bounds"):
+        columns[name] = [None if cell is None else list(cell.items()) for cell in columns[name]]
     pq.write_table(pa.table(columns, schema=_ARROW), path, compression="zstd")
 
 
@@ -242,7 +237,7 @@ def _csv_cell(value: Any) -> str:
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
-    # the default of 131,072 is less than a long prompt with many demonstrations
+    # The default of 131,072 is shorter than a long prompt with many demonstrations.
     csv.field_size_limit(sys.maxsize)
     rows = []
     try:
@@ -274,13 +269,8 @@ def _prediction(row: dict[str, Any], place: str) -> Prediction:
     values: dict[str, Any] = {name: as_text(row[name]) for name in _TEXT if name in row}
     if not values["example_id"]:
         raise InputError(f"{place}: empty example_id; every row needs the id of its example")
-    values["score"] = _cell(row.get("score"), float, "score", place)
-    values["probabilities"] = _cell(
-        row.get("probabilities"), _probabilities, "probabilities", place
-    )
-    values["input_tokens"] = _cell(row.get("input_tokens"), int, "input_tokens", place)
-    values["output_tokens"] = _cell(row.get("output_tokens"), int, "output_tokens", place)
-    values["cost_usd"] = _cell(row.get("cost_usd"), float, "cost_usd", place)
+    for name, read in _OPTIONAL.items():
+        values[name] = _cell(row.get(name), read, name, place)
     return Prediction(**values)
 
 
@@ -299,3 +289,13 @@ def _cell(value: Any, read: Callable[[Any], Any], name: str, place: str) -> Any:
 def _probabilities(value: Any) -> dict[str, float]:
     table = json.loads(value) if isinstance(value, str) else value
     return {str(label): float(probability) for label, probability in table.items()}
+
+
+_OPTIONAL: dict[str, Callable[[Any], Any]] = {
+    "score": float,
+    "probabilities": _probabilities,
+    "bounds": _probabilities,
+    "input_tokens": int,
+    "output_tokens": int,
+    "cost_usd": float,
+}

@@ -1,11 +1,11 @@
-"""Attention to keys that lie in several places: what a batch shares, what a row or a slot has of
-its own.
+"""Attention over keys stored in several places: a prefix shared by the batch, and the keys of each
+row or slot.
 
-The keys are never put side by side. With scores s of the parts, m the highest of all of them and E
+The keys are never concatenated. With scores s of the parts, m the highest of all of them and E
 = exp(s - m), the context is the sum of E V over the parts divided by the sum of E: one softmax over
 all keys, in f32 (at least).
 
-Letters: B rows, T tokens in a row, S positions asked for, H query heads, K key/value heads, G =
+Letters: B rows, T tokens in a row, S selected positions, H query heads, K key/value heads, G =
 H/K, C head channels, M queries of a key head, U keys of a part, P keys of the prefix.
 """
 
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxre_kernels.attention import Window
+from jaxre_kernels.attention import Window, visible_mask
 
 QUERIES = 128  # of a block of a row
 NEAR_MULTIPLE = 32  # keys behind a block, rounded up
@@ -156,16 +156,14 @@ def chosen_attention(
     window: Window | None = None,
 ) -> jax.Array:
     """`row_attention` of the queries [B, S, H, C] at row positions [B, S] alone."""
-    key = jnp.arange(visible_until.shape[1])
-    # B S T
-    visible = (key <= positions[..., None]) & (positions[..., None] < visible_until[:, None])
     keys, values = (array.transpose(0, 2, 1, 3) for array in (k, v))
     G = q.shape[2] // k.shape[2]
+    visible = visible_mask(visible_until, queries=positions)  # B S T
     own = Part(keys, values, _for_heads(visible, G))
     if window is not None:
         own = own._replace(positions=window.positions)
-        asked = jnp.take_along_axis(window.positions, positions, axis=1)
-        window = window._replace(positions=jnp.repeat(asked, G, axis=1))
+        selected = jnp.take_along_axis(window.positions, positions, axis=1)
+        window = window._replace(positions=jnp.repeat(selected, G, axis=1))
     return _ungrouped(joint_attention(_grouped(q, k.shape[2]), [*before, own], window), q.shape)
 
 
@@ -175,8 +173,8 @@ def window_of(positions: jax.Array, length: jax.Array | int | None) -> Window | 
 
 
 def block_of(length: int, span: int) -> tuple[int, int]:
-    """How many queries of a row look together, and how far back; all of them where that is no less,
-    or where blocks do not divide it.
+    """Queries in a block, and how many keys before the block it reads; the whole row where blocks
+    would save nothing or do not divide it.
     """
     back = -(-(span - 1) // NEAR_MULTIPLE) * NEAR_MULTIPLE
     return (QUERIES, back) if back + QUERIES < length and length % QUERIES == 0 else (length, 0)

@@ -21,19 +21,17 @@ from jaxre.data.prefixes import Prefixes, find_prefixes
 from jaxre.data.rows import Rows, fill_rows
 from jaxre.data.tokens import TokenSet
 from jaxre.errors import InputError
-from jaxre.inference.model import on_mesh
 from jaxre.models.architecture import EncoderArchitecture
 from jaxre.models.encoder import Tree, classify
 from jaxre.models.ops import Ops
+from jaxre.models.sharding import put_rows
 
 ROW_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
 class ClassificationPlan:
-    """Which example goes to which row of which batch; all batches have one shape. A plan can be run
-    again and again.
-    """
+    """The assignment of examples to rows and batches of one shape; a plan can run repeatedly."""
 
     tokens: TokenSet
     batches: tuple[Update, ...]
@@ -99,24 +97,24 @@ def run_classification(
     params: Tree,
     architecture: EncoderArchitecture,
     plan: ClassificationPlan,
-    settled: Callable[[dict[int, np.ndarray]], None] = lambda scores: None,
+    on_results: Callable[[dict[int, np.ndarray]], None] = lambda scores: None,
 ) -> np.ndarray:
     """Log-probability of every label for every example, [n, N] f64.
 
     Args:
-      settled: called with example -> [N] log-probabilities after each batch.
+      on_results: called with example -> [N] log-probabilities after each batch.
     """
     scores = np.zeros((len(plan.tokens), len(architecture.labels)))
     for batch in plan.batches:
         (packed,) = batch.micro
-        rows = on_mesh(fill_rows(plan.tokens, plan.prefixes, packed, batch.shape), plan.sharding)
+        rows = put_rows(fill_rows(plan.tokens, plan.prefixes, packed, batch.shape), plan.sharding)
         # B S N
         found = np.asarray(
             log_probabilities(params, rows, architecture=architecture, sharding=plan.sharding)
         )
         for b, row in enumerate(packed):
             scores[list(row)] = found[b, : len(row)]
-        settled({example: scores[example] for row in packed for example in row})
+        on_results({example: scores[example] for row in packed for example in row})
     return scores
 
 

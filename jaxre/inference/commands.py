@@ -1,7 +1,8 @@
-"""`jaxre predict`: which prompt, labels and data a prediction takes, and where its rows go."""
+"""`jaxre predict`: the prompt, labels and data of a prediction, and where its rows are written."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,11 +21,13 @@ from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import demonstrator
 from jaxre.errors import InputError
 from jaxre.evaluation.evaluate import evaluate_rows
-from jaxre.evaluation.predictions import Prediction, stem_of, write_predictions
+from jaxre.evaluation.predictions import Prediction, parquet_of, stem_of, write_predictions
 from jaxre.inference.counter import Counter
+from jaxre.inference.hosts import join_rows, share_of, wait_for_all
 from jaxre.inference.journal import Journal, identity_of
 from jaxre.inference.predict import Mode, predict_examples
 from jaxre.models.architecture import EncoderArchitecture
+from jaxre.models.sharding import join_processes
 from jaxre.relations import sources
 from jaxre.relations.columns import NoColumn, RecordWithoutColumn
 from jaxre.relations.hub import PREFIX
@@ -38,29 +41,31 @@ from jaxre.relations.tables import is_file
 
 @dataclass(frozen=True)
 class Predicted:
-    """What `predict_data` did: its rows, the Parquet file they are in, and a line to print."""
+    """The rows of a prediction, the Parquet file that holds them, and a line to print; `shown`
+    unless another process prints it.
+    """
 
     rows: list[Prediction]
     path: Path
     summary: Text
+    shown: bool = True
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model with the config, prompt, schema and demonstrations that it predicts a dataset
-    with.
-    """
+    """A model, and the config, prompt, schema and demonstrations for one dataset."""
 
     loaded: Loaded
     config: Config
     prompt: Prompt
-    asked: DatasetTask
+    dataset_task: DatasetTask
     folder: Path | None  # of the run, if it is one
 
     def predict(
         self,
         examples: list[Example],
         mode: Mode,
+        above: float | None = None,
         answered: Mapping[str, Prediction] | None = None,
         start: Callable[[int], None] = lambda known: None,
         record: Callable[[list[Prediction]], None] = lambda rows: None,
@@ -69,11 +74,12 @@ class Task:
         return predict_examples(
             self.loaded,
             examples,
-            self.asked.schema.labels,
+            self.dataset_task.schema.labels,
             self.prompt,
             config.predict,
             mode=mode,
-            demonstrations=demonstrator(self.asked.train, self.prompt, config.seed),
+            above=above,
+            demonstrations=demonstrator(self.dataset_task.train, self.prompt, config.seed),
             tuned_dataset_name=(
                 name_of(config.data.train)
                 if self.loaded.factors is not None or self.folder
@@ -117,6 +123,7 @@ def predict_text(
     config_path: Path | None,
     data: str | None = None,
     style: str | None = None,
+    above: float | None = None,
 ) -> Table:
     """The labels of one marked text with their probabilities, the most probable first; the one
     answer with its own, where the mode gives no more. `data` says whose labels, where the run has
@@ -126,25 +133,27 @@ def predict_text(
     """
     example = parse_marked(text)
     config, prompt, folder = open_config(model, config_path, style)
-    asked = task_of(config, source_of(config, data, None) if data else None, shots=prompt.shots)
+    dataset_task = task_of(
+        config, source_of(config, data, None) if data else None, shots=prompt.shots
+    )
     task = Task(
         open_model(model, dtype_of(config).dtype, config.model.quantise),
         config,
         prompt,
-        asked,
+        dataset_task,
         folder,
     )
     # whose shipped label definitions the prompt may hold
-    if asked.dataset:
-        example = replace(example, dataset=asked.dataset)
-    (row,) = task.predict([example], mode)
+    if dataset_task.dataset:
+        example = replace(example, dataset=dataset_task.dataset)
+    (row,) = task.predict([example], mode, above)
     # not markup: a head may be "[/b]"
     table = Table(title=Text(f"{example.head} -> {example.tail}"), title_justify="left")
-    told = [*asked.told, *filter(None, [untyped_notice(task.loaded, [example])])]
+    notices = [*dataset_task.notices, *filter(None, [untyped_notice(task.loaded, [example])])]
     table.add_column("label")
     table.add_column("probability", justify="right")
     if row.probabilities is None:
-        told.append(
+        notices.append(
             "the probability that the model writes this and nothing else; --mode score compares all"
             " labels"
         )
@@ -154,7 +163,13 @@ def predict_text(
             table.add_row(
                 Text(label), f"{share:.4f}", style="bold" if label == row.generated_relation else ""
             )
-    table.caption = "\n".join(told) or None
+        for label, bound in sorted((row.bounds or {}).items(), key=lambda item: -item[1]):
+            table.add_row(Text(label), f"at most {bound:.4g}", style="dim")
+        if above is not None:
+            notices.append(
+                "probabilities that the model writes each label, not shares of their sum"
+            )
+    table.caption = "\n".join(notices) or None
     return table
 
 
@@ -167,9 +182,11 @@ def predict_data(
     config_path: Path | None,
     console: Console,
     style: str | None = None,
+    above: float | None = None,
 ) -> Predicted:
-    """Predicts a split and writes its rows, by default to `predictions/DATASET-SPLIT-MODE[-STYLE]`
-    in the run folder.
+    """Predicts a split and writes its rows, by default to
+    `predictions/DATASET-SPLIT-MODE[-aboveP][-STYLE]` in the run folder. On several hosts each
+    predicts its share (`hosts.py`) and the first writes all rows.
 
     Args:
       style: one of `prompt_styles.STYLES`, in place of the run's own prompt.
@@ -177,28 +194,32 @@ def predict_data(
     Raises:
       InputError: unknown data, labels outside of the schema, prompts that do not fit.
     """
+    join_processes()
+    first_process = jax.process_index() == 0
+    say = functools.partial(console.print, markup=False) if first_process else lambda line: None
     config, prompt, folder = open_config(model, config_path, style)
     source, examples = load_source(config, data, split)
-    asked = task_of(config, source, examples[0].dataset, prompt.shots)
+    dataset_task = task_of(config, source, examples[0].dataset, prompt.shots)
     gold = sum(bool(example.relation) for example in examples)
     labelled = gold == len(examples)
     dtype, why = dtype_of(config)
-    told = [
+    notices = [
         *([f"model.dtype=auto: {why}"] if why else []),
-        *asked.told,
-        *(Schemas({ANY: asked.schema}).check(examples, source.dataset) if labelled else []),
+        *dataset_task.notices,
+        *(Schemas({ANY: dataset_task.schema}).check(examples, source.dataset) if labelled else []),
     ]
     task = Task(
         open_model(model, dtype, config.model.quantise),
         config,
         prompt,
-        asked,
+        dataset_task,
         folder,
     )
-    for line in [*told, *filter(None, [untyped_notice(task.loaded, examples)])]:
-        console.print(line, markup=False)
+    for line in [*notices, *filter(None, [untyped_notice(task.loaded, examples)])]:
+        say(line)
     dataset = Path(source.dataset).stem.replace("/", "_").replace(":", "_")
-    name = "-".join(part for part in (dataset, source.split, mode, style) if part)
+    threshold = "" if above is None else f"above{above:g}"
+    name = "-".join(part for part in (dataset, source.split, mode, threshold, style) if part)
     if folder is None:
         name = f"{task.loaded.name.rpartition('/')[2]}-{name}"
     target = output or (folder or Path()) / "predictions" / name
@@ -206,7 +227,8 @@ def predict_data(
         filter(None, (task.loaded.folder, task.loaded.adapter)),
         [
             mode,
-            asked.schema.labels,
+            above,
+            dataset_task.schema.labels,
             prompt.model_dump(),
             config.predict.max_new_tokens,
             dtype.name,
@@ -215,68 +237,64 @@ def predict_data(
             __version__,
         ],
     )
-    journal = Journal(stem_of(Path(target)), identity)
+    stem = stem_of(Path(target))
+    processes, mine = jax.process_count(), share_of(examples)
+    if processes > 1:
+        say(f"{processes} processes predict {len(mine):,} examples each, or one less")
+        stem = stem.with_name(f"{stem.name}.{jax.process_index() + 1}-of-{processes}")
+    journal = Journal(stem, identity)
     if journal.replaced:
-        console.print(
-            f"{journal.replaced:,} answers of another model, prompt or mode are replaced",
-            markup=False,
-        )
+        say(f"{journal.replaced:,} answers of another model, prompt or mode are replaced")
 
     def start(known: int) -> None:
         counter.known = counter.done = known
         if known:
-            console.print(f"{known:,} of {len(examples):,} were answered before", markup=False)
+            say(f"{known:,} of {len(mine):,} were answered before")
 
     def record(rows: list[Prediction]) -> None:
         journal.add(rows)
         counter.advance(len(rows))
 
-    counter = Counter(console, len(examples))
+    counter = Counter(console if first_process else Console(quiet=True), len(mine))
     try:
         with counter:
-            rows = task.predict(examples, mode, journal.rows, start, record)
+            rows = task.predict(mine, mode, above, journal.rows, start, record) if mine else []
     except BaseException:
         journal.close()
         raise
+    rows = join_rows(rows)
     if style:
         rows = [replace(row, prompt_style=style) for row in rows]
-    path, _ = write_predictions(target, rows)
+    path = parquet_of(Path(target))
+    if first_process:
+        write_predictions(target, rows)
+    wait_for_all("predictions are written")  # before a share that a kill may need again goes
     journal.remove()
-    if not labelled:
-        return Predicted(
-            rows,
-            path,
-            Text(
-                f"{len(rows):,} examples, {gold or 'no'} gold"
-                f" labels{'; not scored' if gold else ''}"
-            ),
-        )
-    found = evaluate_rows(rows, str(path))
-    official = (
-        ""
-        if found.semeval_official_f1 is None
-        else f", official SemEval macro-F1 {found.semeval_official_f1:.4f}"
-    )
-    told = "; COLLAPSED: one label is predicted for every example" if found.collapsed else ""
-    if cut := sum(row.status == "truncated" for row in rows):
-        told += (
-            f"; {cut:,} answers reach the {config.predict.max_new_tokens} tokens of"
+    return Predicted(rows, path, summary_of(rows, gold, config, path), first_process)
+
+
+def summary_of(rows: list[Prediction], gold: int, config: Config, path: Path) -> Text:
+    """A line on rows of which `gold` have a gold label: their scores where all have one."""
+    count = f"{len(rows):,} examples"
+    if gold < len(rows):
+        return Text(f"{count}, {gold or 'no'} gold labels{'; not scored' if gold else ''}")
+    scores = evaluate_rows(rows, str(path))
+    official = scores.semeval_official_f1
+    parts = [f"{count}: F1 {scores.f1:.4f}, accuracy {scores.accuracy:.4f}"]
+    if official is not None:
+        parts.append(f", official SemEval macro-F1 {official:.4f}")
+    if scores.collapsed:
+        parts.append("; COLLAPSED: one label is predicted for every example")
+    if truncated := sum(row.status == "truncated" for row in rows):
+        parts.append(
+            f"; {truncated:,} answers reach the {config.predict.max_new_tokens} tokens of"
             " predict.max_new_tokens without an end"
         )
-    return Predicted(
-        rows,
-        path,
-        Text(
-            f"{len(rows):,} examples: F1 {found.f1:.4f}, accuracy"
-            f" {found.accuracy:.4f}{official}{told}"
-        ),
-    )
+    return Text("".join(parts))
 
 
 def untyped_notice(loaded: Loaded, examples: list[Example]) -> str | None:
-    """What to say of the examples that an encoder reads with markers other than those of its
-    training, if there are any.
-    """
+    """A notice on examples whose entity types an encoder has no marker for, or None."""
     if not isinstance(loaded.architecture, EncoderArchitecture):
         return None
     unknown = unknown_types(examples, markers_in(load_tokenizer(loaded.folder)))
@@ -291,7 +309,7 @@ def untyped_notice(loaded: Loaded, examples: list[Example]) -> str | None:
 def load_source(
     config: Config, data: str | None, split: str | None
 ) -> tuple[Source, list[Example]]:
-    """What `source_of` names, and its examples.
+    """The source that `source_of` returns, and its examples.
 
     Data that the config does not name is read with the column mapping of the config's first source
     of the same kind (file or hub) whose columns it has, with or without that of the relation; with
@@ -333,15 +351,15 @@ def _known(config: Config) -> list[Source]:
 
 
 def _kind(dataset: str) -> str | None:
-    """Of data whose columns may be mapped."""
+    """The kind of data whose columns may be mapped: "hub" or "file"; None for any other."""
     if dataset.startswith(PREFIX):
         return "hub"
     return "file" if is_file(dataset) else None
 
 
 def source_of(config: Config, data: str | None, split: str | None) -> Source:
-    """What `--data` and `--split` name; the settings of the config's source of the same dataset are
-    kept.
+    """The source that `--data` and `--split` name, with the settings of the config's source of the
+    same dataset.
     """
     if data is None:
         if config.data.test is None:

@@ -2,9 +2,9 @@
 
     answers = generate(model, prompts, stop_ids, max_new_tokens)
 
-What all prompts begin with is computed once (`prefix.py`). A fixed number of slots (`slots.py`)
-decode together; when as many are done as waiting prompts fit a packed row, those take their places,
-in the same two compiled programs: one fills slots, one is a `while_loop` of a token per slot and
+Their shared prefix is computed once (`prefix.py`). A fixed number of slots (`slots.py`) decode
+together; when as many are done as waiting prompts fit a packed row, those take their places, in the
+same two compiled programs: one fills slots, one is a `while_loop` of a token per slot and
 step. What a slot computes between its end and the next prompt counts for nothing.
 
 Greedy means the most probable token, whatever a model's generation_config.json says of sampling or
@@ -53,7 +53,7 @@ class Generation:
 
 
 class State(NamedTuple):
-    """What decoding carries from step to step.
+    """The state that decoding carries from step to step.
 
     step: int32, of all slots, which says the column; token: [S] int32, the last one of each; new:
     [S, N] int32, counts: [S] int32 and scores: [S] f32 of the answers so far; running: [S] bool,
@@ -94,14 +94,14 @@ def decode(
     *,
     batch_tokens: int = 8192,
     names: Sequence[str] | None = None,
-    settled: Callable[[dict[int, Generation]], None] = lambda answers: None,
+    on_results: Callable[[dict[int, Generation]], None] = lambda answers: None,
 ) -> list[Generation]:
     """Greedy decoding of n prompts.
 
     Args:
       batch_tokens: about the tokens that all slots hold, new ones included.
       names: of the prompts, for messages; their numbers if not given.
-      settled: called with prompt -> answer of those that have just ended.
+      on_results: called with prompt -> answer of those that have just ended.
 
     Raises:
       InputError: no prompt, an empty one, or one that leaves no room for the new tokens.
@@ -123,12 +123,12 @@ def decode(
                 empty_slots(sizes, model.architecture, params["embed"].dtype), max_new_tokens
             )
             waiting = deque(sizes.chunks(owns))
-            at_work: dict[int, int] = {}  # slot -> prompt
-            while waiting or at_work:
-                free = [slot for slot in range(sizes.slots) if slot not in at_work]
+            active: dict[int, int] = {}  # slot -> prompt
+            while waiting or active:
+                free = [slot for slot in range(sizes.slots) if slot not in active]
                 if waiting and len(waiting[0]) <= len(free):
                     chunk = waiting.popleft()
-                    at_work |= dict(zip(free, chunk, strict=False))
+                    active |= dict(zip(free, chunk, strict=False))
                     state = fill(
                         params,
                         factors,
@@ -138,7 +138,7 @@ def decode(
                         stops,
                         **run,
                     )
-                    if waiting and len(waiting[0]) <= sizes.slots - len(at_work):
+                    if waiting and len(waiting[0]) <= sizes.slots - len(active):
                         continue
                 left = sizes.slots - len(waiting[0]) if waiting else 0
                 state = decode_until(params, factors, prefix, state, stops, np.int32(left), **run)
@@ -146,16 +146,16 @@ def decode(
                     np.asarray(array)
                     for array in (state.new, state.counts, state.scores, state.running)
                 )
-                done = [slot for slot in at_work if not running[slot]]
+                done = [slot for slot in active if not running[slot]]
                 answers = {
-                    at_work.pop(slot): Generation(
+                    active.pop(slot): Generation(
                         new[slot, : counts[slot]].tolist(), float(scores[slot])
                     )
                     for slot in done
                 }
                 for prompt, answer in answers.items():
                     results[prompt] = answer
-                settled(answers)
+                on_results(answers)
     return results
 
 

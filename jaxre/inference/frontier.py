@@ -23,10 +23,10 @@ from rich.text import Text
 from jaxre.config import Config, Source
 from jaxre.data.tokens import demonstrator, questions_of
 from jaxre.errors import InputError
-from jaxre.evaluation.cache_check import CacheCheck, check_cache
 from jaxre.evaluation.evaluate import write_json
-from jaxre.evaluation.frontier import read_cache
-from jaxre.evaluation.frontier_requests import (
+from jaxre.evaluation.frontier.check import CacheCheck, check_cache
+from jaxre.evaluation.frontier.read import read_cache
+from jaxre.evaluation.frontier.requests import (
     Ask,
     Manifest,
     Request,
@@ -35,8 +35,8 @@ from jaxre.evaluation.frontier_requests import (
     read_manifest,
     write_requests,
 )
-from jaxre.evaluation.frontier_results import Collected, Outcome, collect
-from jaxre.evaluation.metrics import MALFORMED_CHARACTERS
+from jaxre.evaluation.frontier.results import Collected, Outcome, collect
+from jaxre.evaluation.metrics.scores import MALFORMED_CHARACTERS
 from jaxre.evaluation.predictions import Prediction, stem_of, write_predictions
 from jaxre.inference.commands import load_source
 from jaxre.inference.decoding import clean_answer
@@ -60,7 +60,7 @@ class Exported:
     files: list[Path]
     manifest: Path
     summary: str
-    told: tuple[str, ...]
+    notices: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class _Task:
     prompts: list[list[dict[str, str]]]
     gen_type: str
     prompt_shot: str
-    told: tuple[str, ...]
+    notices: tuple[str, ...]
 
 
 def export_requests(
@@ -119,7 +119,7 @@ def export_requests(
         f"{manifest.examples:,} examples, {len(manifest.requests):,} requests to {ask.model}"
         f" ({task.gen_type}, {task.prompt_shot}-shot), {characters / manifest.examples:,.0f}"
         f" characters a prompt, at most {ask.max_tokens} tokens an answer",
-        task.told,
+        task.notices,
     )
 
 
@@ -224,9 +224,7 @@ def summarise(
     rows: Sequence[Prediction],
     price: tuple[float, float] | None,
 ) -> dict[str, Any]:
-    """The account of an import: what was asked, what came back, what is missing, and what it
-    cost.
-    """
+    """Summary of an import: requests, answers, what is missing, and the cost."""
     known = {normalise_label(label) for label in manifest.labels}
     answers = [normalise_label(row.generated_relation) for row in rows if row.status != "refusal"]
     costs = [_cost(outcome, price) for outcome in collected.outcomes]
@@ -391,27 +389,30 @@ def check_file(
         label_map=label_map,
         least=least,
     )
-    return dataclasses.replace(check, notes=(*task.told, *check.notes))
+    return dataclasses.replace(check, notes=(*task.notices, *check.notes))
 
 
 def _task(config: Config, source: Source, examples: list[Example], style: str) -> _Task:
     prompt = styled(config.prediction_prompt, style) if style else config.prediction_prompt
-    asked = task_of(config, source, examples[0].dataset, prompt.shots)
+    dataset_task = task_of(config, source, examples[0].dataset, prompt.shots)
     labelled = all(example.relation for example in examples)
-    told = (
-        *asked.told,
-        *(Schemas({ANY: asked.schema}).check(examples, source.dataset) if labelled else ()),
+    notices = (
+        *dataset_task.notices,
+        *(Schemas({ANY: dataset_task.schema}).check(examples, source.dataset) if labelled else ()),
     )
     questions = questions_of(
-        examples, prompt, asked.schema.labels, demonstrator(asked.train, prompt, config.seed)
+        examples,
+        prompt,
+        dataset_task.schema.labels,
+        demonstrator(dataset_task.train, prompt, config.seed),
     )
     return _Task(
         examples,
-        asked.schema,
+        dataset_task.schema,
         questions,
         "gen_constrained" if prompt.enumerate else "gen_open",
         str(prompt.shots),
-        told,
+        notices,
     )
 
 
@@ -420,7 +421,7 @@ def _errors(collected: Collected) -> dict[str, int]:
 
 
 def _counts(names: Iterable[str]) -> dict[str, int]:
-    """How often each occurs, the most frequent first; the same for any order of the names."""
+    """Counts of the names, the most frequent first, independent of their order."""
     return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 

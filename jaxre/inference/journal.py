@@ -1,12 +1,12 @@
-"""Rows of a prediction as they come, so that one that was killed goes on where it stopped.
+"""A journal of finished rows, so that a killed prediction continues where it stopped.
 
     journal = Journal(stem, identity)
     rows = predict_examples(..., answered=journal.rows, record=journal.add)
     write_predictions(stem, rows)
     journal.remove()
 
-The file lies hidden beside the predictions: a line that says what is asked of which model, then a
-line a row. A line that a kill cut short is dropped.
+A hidden file beside the predictions: one line identifies the model and the request, then one line
+per row. A line that a kill cut short is dropped.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from jaxre.errors import InputError
 from jaxre.evaluation.predictions import Prediction
 
 
-def identity_of(folders: Iterable[Path], asked: Any) -> str:
-    """Digest of a model's files (name, size and time of change) and of what is asked."""
+def identity_of(folders: Iterable[Path], request: Any) -> str:
+    """Digest of a model's files (name, size, modification time) and of the request."""
     files = [
         [file.name, file.stat().st_size, file.stat().st_mtime_ns]
         for folder in folders
@@ -33,7 +33,7 @@ def identity_of(folders: Iterable[Path], asked: Any) -> str:
         # Predictions and journals may lie beside the weights.
         if file.is_file() and file.suffix not in (".parquet", ".csv", ".jsonl")
     ]
-    return hashlib.sha256(json.dumps([files, asked], default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([files, request], default=str).encode()).hexdigest()
 
 
 class Journal:

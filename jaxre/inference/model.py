@@ -1,19 +1,15 @@
-"""What inference needs of a model: weights, architecture, adapter."""
+"""A model as inference takes it: weights, architecture, adapter."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from jaxre.models.activations import activations_for
 from jaxre.models.architecture import Architecture
 from jaxre.models.decoder import Adapter, Tree
-
-Rows = TypeVar("Rows", bound=tuple)
 
 
 @dataclass(frozen=True)
@@ -37,22 +33,6 @@ def on_device(model: Model) -> tuple[Tree, Tree | None]:
     """(params, factors) as device arrays; what is on devices stays where it is."""
     params = activations_for(model.params, jax.default_backend())
     return jax.tree.map(jnp.asarray, (params, model.factors))
-
-
-def on_mesh(rows: Rows, sharding: NamedSharding | None) -> Rows:
-    """A named tuple of host arrays [B, ...], spread over a mesh if there is one; every process
-    holds all and gives its own.
-    """
-    if sharding is None:
-        return rows
-    return type(rows)(
-        *(
-            jax.make_array_from_callback(
-                array.shape, sharding, lambda index, array=array: array[index]
-            )
-            for array in rows
-        )
-    )
 
 
 def adapter_of(factors: Tree | None, scale: float) -> Adapter | None:

@@ -31,7 +31,7 @@ from jaxre.inference.classification import plan_classification, run_classificati
 from jaxre.inference.decoding import Generation, clean_answer, decode
 from jaxre.inference.model import Model
 from jaxre.inference.scoring import plan_scoring, probabilities, run_scoring
-from jaxre.inference.search import best_labels, no_number
+from jaxre.inference.search import Best, Bounded, best_labels, labels_above, no_number
 from jaxre.models.architecture import EncoderArchitecture, check_vocabulary
 from jaxre.models.lora import scale_of
 from jaxre.relations.schema import Example, hash_prompt
@@ -57,6 +57,7 @@ def predict_examples(
     settings: Predict,
     *,
     mode: Mode = "score",
+    above: float | None = None,
     demonstrations: Callable[[Example], list[Example]] = lambda example: [],
     tuned_dataset_name: str = "",
     model_shot: str = "0",
@@ -71,6 +72,9 @@ def predict_examples(
       demonstrations: of an example, as `jaxre.data.tokens.demonstrator` makes them.
       mode: "score" gives the most probable label of the schema, and all probabilities; "best" that
         label alone; "generate" what the model writes, cleaned, whether or not it is a label.
+      above: with "score", only the best label and labels that the model writes with a higher
+        probability than this get their own (exact, not divided by the sum over the labels), the
+        rest an upper bound (`Prediction.bounds`).
       tuned_dataset_name, model_shot: what the model was tuned on and with how many shots, for the
         study's columns.
       answered: example id -> row of an earlier, unfinished call; it is taken where its prompt is
@@ -83,11 +87,14 @@ def predict_examples(
       end-of-turn token; `prompt` is the text the model read.
 
     Raises:
-      InputError: no example, a prompt that does not fit, labels that cannot be told apart, a faulty
+      InputError: no example, a prompt that does not fit, labels that the tokenizer makes the same,
+      a faulty
         template.
     """
     if not examples:
         raise InputError("there is no example to predict; is the split empty?")
+    if above is not None:
+        _check_above(above, mode, loaded)
     if isinstance(loaded.architecture, EncoderArchitecture):
         return _predict_labels(
             loaded, examples, labels, settings, mode, tuned_dataset_name, answered, start, record
@@ -112,12 +119,12 @@ def predict_examples(
     }
     lengths = [len(ids) for ids in tokens]
     rows = _Rows(examples, texts, common, lengths, answered or {}, record)
-    start(len(examples) - len(rows.asked))
-    if not rows.asked:
+    start(len(examples) - len(rows.pending))
+    if not rows.pending:
         return rows.all()
     model = model_of(loaded)
-    asked = [tokens[i] for i in rows.asked]
-    names = [examples[i].id for i in rows.asked]
+    prompts = [tokens[i] for i in rows.pending]
+    names = [examples[i].id for i in rows.pending]
     run = {"batch_tokens": settings.batch_tokens, "names": names}
     if mode == "generate":
         stops = stop_ids(template, questions[0], loaded.folder)
@@ -126,7 +133,7 @@ def predict_examples(
             plain = template.tokenizer.batch_decode(
                 [one.tokens for one in found.values()], skip_special_tokens=True
             )
-            rows.settle(
+            rows.add(
                 {
                     number: {
                         "generated_relation": clean_answer(text),
@@ -138,44 +145,69 @@ def predict_examples(
                 }
             )
 
-        decode(model, asked, stops, settings.max_new_tokens, **run, settled=written)
+        decode(model, prompts, stops, settings.max_new_tokens, **run, on_results=written)
         return rows.all()
-    answers = [answers[i] for i in rows.asked]
+    answers = [answers[i] for i in rows.pending]
 
-    def label(number: int, choice: int, score: float, shares: np.ndarray | None) -> dict:
+    def row_of(number: int, label: int, score: float, **more: dict[str, float]) -> dict:
         return {
-            "generated_relation": labels[choice],
+            "generated_relation": labels[label],
             "score": score,
-            "probabilities": (
-                None if shares is None else dict(zip(labels, shares.tolist(), strict=True))
-            ),
-            "output_tokens": len(answers[number][choice]),
+            "output_tokens": len(answers[number][label]),
+            **more,
         }
 
-    def best(found: Mapping[int, tuple[int, float]]) -> None:
-        rows.settle({number: label(number, *one, None) for number, one in found.items()})
+    def best(results: Mapping[int, Best]) -> None:
+        rows.add({number: row_of(number, *result) for number, result in results.items()})
 
-    def scored(found: Mapping[int, np.ndarray]) -> None:
-        rows.settle(
-            {
-                number: label(
-                    number, int(one.argmax()), float(one.max()), probabilities(one[None])[0]
-                )
-                for number, one in found.items()
-            }
-        )
+    def bounded(results: Mapping[int, Bounded]) -> None:
+        fresh = {}
+        for number, (scores, exact) in results.items():
+            shares = np.exp(scores).tolist()
+            fresh[number] = row_of(
+                number,
+                label := int(np.where(exact, scores, -np.inf).argmax()),
+                float(scores[label]),
+                probabilities={labels[i]: shares[i] for i in np.flatnonzero(exact)},
+                bounds={labels[i]: shares[i] for i in np.flatnonzero(~exact)},
+            )
+        rows.add(fresh)
+
+    def scored(results: Mapping[int, np.ndarray]) -> None:
+        fresh = {}
+        for number, scores in results.items():
+            shares = dict(zip(labels, probabilities(scores[None])[0].tolist(), strict=True))
+            label = int(scores.argmax())
+            fresh[number] = row_of(number, label, float(scores[label]), probabilities=shares)
+        rows.add(fresh)
 
     if mode == "best":
-        best_labels(model, asked, answers, **run, settled=best)
+        best_labels(model, prompts, answers, **run, on_results=best)
+    elif above is not None:
+        labels_above(model, prompts, answers, above, **run, on_results=bounded)
     else:
-        plan = plan_scoring(asked, answers, loaded.architecture, **run)
-        run_scoring(model, plan, settled=scored)
+        plan = plan_scoring(prompts, answers, loaded.architecture, **run)
+        run_scoring(model, plan, on_results=scored)
     return rows.all()
 
 
+def _check_above(above: float, mode: str, loaded: Loaded) -> None:
+    """Raises InputError for a threshold that is no probability or goes with another mode or an
+    encoder.
+    """
+    if not 0 < above < 1:
+        raise InputError(f"--above {above:g}: is no probability; give one between 0 and 1")
+    if mode != "score":
+        raise InputError(f"--above {above:g}: bounds the scores of labels; use --mode score")
+    if isinstance(loaded.architecture, EncoderArchitecture):
+        raise InputError(
+            f"{loaded.name}: an encoder computes all probabilities at once; leave --above out"
+        )
+
+
 class _Rows:
-    """The rows of a prediction as they come. `asked` numbers the examples that no earlier call has
-    answered; results are numbered by their place in it.
+    """Collects the rows of a prediction. `pending` lists the examples without an earlier answer;
+    results are numbered by their place in it.
     """
 
     def __init__(
@@ -200,15 +232,15 @@ class _Rows:
                 self.rows[i] = dataclasses.replace(
                     row, relation=example.relation, eval_dataset_name=example.dataset, **common
                 )
-        self.asked = [i for i in range(len(examples)) if i not in self.rows]
+        self.pending = [i for i in range(len(examples)) if i not in self.rows]
 
-    def settle(self, found: Mapping[int, dict]) -> None:
+    def add(self, found: Mapping[int, dict]) -> None:
         """Raises InputError, as the search does, for a score that is no number: its label would be
         that of the first place.
         """
         fresh = {}
         for number, row in found.items():
-            i = self.asked[number]
+            i = self.pending[number]
             example = self.examples[i]
             if row["score"] != row["score"]:
                 raise InputError(no_number(example.id))
@@ -262,14 +294,14 @@ def _predict_labels(
     common = {"model_id": loaded.name, "tuned_dataset_name": tuned_dataset_name}
     lengths = tokens.lengths.tolist()
     rows = _Rows(examples, texts, common, lengths, answered or {}, record)
-    start(len(examples) - len(rows.asked))
-    if not rows.asked:
+    start(len(examples) - len(rows.pending))
+    if not rows.pending:
         return rows.all()
     chosen = np.zeros(len(examples), bool)
-    chosen[rows.asked] = True
+    chosen[rows.pending] = True
     # whatever the gold labels
-    asked = dataclasses.replace(tokens, labels=np.zeros(len(tokens), np.int32)).subset(chosen)
-    plan = plan_classification(asked, architecture, batch_tokens=settings.batch_tokens)
+    pending = dataclasses.replace(tokens, labels=np.zeros(len(tokens), np.int32)).subset(chosen)
+    plan = plan_classification(pending, architecture, batch_tokens=settings.batch_tokens)
     columns = [architecture.labels.index(label) for label in labels]
 
     def settle(found: Mapping[int, np.ndarray]) -> None:
@@ -282,7 +314,7 @@ def _predict_labels(
                 "score": float(scores[choice]),
                 "probabilities": dict(zip(labels, shares.tolist(), strict=True)),
             }
-        rows.settle(settled)
+        rows.add(settled)
 
     run_classification(jax.tree.map(jnp.asarray, loaded.base), architecture, plan, settle)
     return rows.all()

@@ -1,5 +1,4 @@
-"""The prompt prefix that examples of a dataset share: found by comparing tokens, computed once, its
-keys and values kept.
+"""Shared prompt prefixes: found by comparing tokens, computed once, their keys and values cached.
 
     (group,) = shared_prefixes(prompts, batch_tokens=8192)
     prefix = prefix_keys(params, factors, group.tokens, 64, architecture=..., scale=...)
@@ -38,9 +37,7 @@ PREFIX_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class Group:
-    """Examples, and the tokens that all of their prompts begin with (none where that would save
-    nothing).
-    """
+    """Examples, and the prefix that all their prompts share (empty where sharing saves nothing)."""
 
     members: tuple[int, ...]
     tokens: tuple[int, ...]
@@ -133,7 +130,7 @@ def _owners(common: np.ndarray, lengths: np.ndarray, worth: int) -> np.ndarray:
 
 
 def _in_common(one: np.ndarray, other: np.ndarray) -> int:
-    """How many tokens two prompts begin with alike."""
+    """Length of the common prefix of two prompts."""
     least = min(len(one), len(other))
     differ = one[:least] != other[:least]
     return int(differ.argmax()) if differ.any() else least
@@ -142,7 +139,7 @@ def _in_common(one: np.ndarray, other: np.ndarray) -> int:
 def own_tokens(
     prompts: Sequence[Sequence[int]], groups: Sequence[Group]
 ) -> list[dict[int, Sequence[int]]]:
-    """For each group, the tokens of its prompts after those that all of them begin with."""
+    """For each group, the tokens of its prompts after the shared prefix."""
     return [
         {member: prompts[member][len(group.tokens) :] for member in group.members}
         for group in groups
@@ -162,9 +159,7 @@ def prefixes_of(
     scale: float,
     sharding: NamedSharding | None = None,
 ) -> Iterator[Prefix | None]:
-    """The prefix of each group, computed when it is asked for; None for all where none shares a
-    token.
-    """
+    """The prefix of each group, computed lazily; None for all where no group has one."""
     P = padded_length(groups)
     for group in groups:
         tokens = np.zeros((1, P), np.int32)

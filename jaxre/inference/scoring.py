@@ -5,11 +5,12 @@
     shares = probabilities(scores)                      # [N, labels], each row sums to 1
 
 The score of a label is the sum of the log-probabilities of its tokens and of the end-of-turn token
-after them, as tokenised inside the chat template; so a label that begins another one is told apart
-by its end. Prompt and labels of an example are one tree (`trees.py`): the prompt is computed once
-for all labels, a beginning that labels share once for those. Several trees are packed in a row,
-without what all of their prompts begin with, which is computed once (`prefix.py`). Where only the
-best label is asked for: `search.py`.
+after them, as tokenised inside the chat template; so a label that begins another one
+is distinguished by its end. Prompt and labels of an example are one tree (`trees.py`): the prompt
+is computed once for all labels, a beginning that labels share once for those. Several trees are
+packed in a row without the prefix that all their prompts share, which is computed once
+(`prefix.py`).
+For the best label alone see `search.py`.
 
 Letters: B rows, T tokens in a row, S predicting positions in a row, W targets of a position,
 D embedding, V vocabulary, N examples.
@@ -33,13 +34,14 @@ from jaxre.inference.attention import (
     row_attention,
     window_of,
 )
-from jaxre.inference.model import Model, adapter_of, on_device, on_mesh
+from jaxre.inference.model import Model, adapter_of, on_device
 from jaxre.inference.prefix import Prefix, prefixes_of
 from jaxre.inference.tree_rows import ScoringPlan, TreeRows, fill_trees, plan_scoring
 from jaxre.inference.trees import Answers
 from jaxre.models.architecture import Architecture
-from jaxre.models.decoder import Chosen, Tree, head, run_layers, take
+from jaxre.models.decoder import Chosen, Tree, head, pruning_pays, run_layers, take
 from jaxre.models.ops import Ops
+from jaxre.models.sharding import put_rows
 
 __all__ = [
     "Model",
@@ -94,13 +96,13 @@ def run_scoring(
     model: Model,
     plan: ScoringPlan,
     *,
-    settled: Callable[[dict[int, np.ndarray]], None] = lambda scores: None,
+    on_results: Callable[[dict[int, np.ndarray]], None] = lambda scores: None,
 ) -> np.ndarray:
     """Runs a plan: [N, labels] f64 log-probabilities. One compilation serves every batch and every
     later run.
 
     Args:
-      settled: called with example -> [labels] log-probabilities after each batch.
+      on_results: called with example -> [labels] log-probabilities after each batch.
     """
     params, factors = on_device(model)
     scores = np.zeros((len(plan.prompts), len(plan.trees[0].valid)))
@@ -113,7 +115,7 @@ def run_scoring(
                 tree = plan.trees[example]
                 scores[example] = tree.scores(values[b, first : first + len(tree.targets)])
                 first += len(tree.targets)
-        settled({example: scores[example] for row in batch for example in row})
+        on_results({example: scores[example] for row in batch for example in row})
 
     waiting = None
     computed = prefixes_of(
@@ -123,7 +125,7 @@ def run_scoring(
     for number, batch in enumerate(plan.batches):
         if plan.owners[number] != owner:
             prefix, owner = next(computed), plan.owners[number]
-        rows = on_mesh(fill_trees(plan, number), plan.sharding)
+        rows = put_rows(fill_trees(plan, number), plan.sharding)
         result = target_log_probabilities(
             params,
             factors,
@@ -177,13 +179,11 @@ def target_log_probabilities(
         return row_attention(q, k, v, rows.visible_until, before(cache), span, near), None
 
     def attend_last(q, k, v, cache, window):
-        asked = (rows.supervised, rows.visible_until)
+        selected = (rows.supervised, rows.visible_until)
         near = window_of(rows.positions, window)
-        return chosen_attention(q, k, v, *asked, before(cache), near), None
+        return chosen_attention(q, k, v, *selected, before(cache), near), None
 
-    # The last layer is needed where a token is predicted; its attention there is dense, so it pays
-    # where those are few.
-    pruned = Chosen(rows.supervised, attend_last) if T >= 2 * S else None
+    pruned = Chosen(rows.supervised, attend_last) if pruning_pays(T, S) else None
     caches, adapter = prefix and prefix.caches, adapter_of(factors, scale)
     x, _ = run_layers(
         params,

@@ -1,17 +1,21 @@
-"""The best label of each example by best-first search over the tree of its labels.
+"""Best-first search over the tree of labels: the best label of each example, or every label more
+probable than a threshold.
 
     best, scores = best_labels(model, prompts, answers)
         # [n] label numbers, [n] their log-probabilities
+    scores, exact = labels_above(model, prompts, answers, 0.01)
+        # [n, labels] log-probabilities, exact or upper bounds
 
 A log-probability only falls along a path (here too: a logit minus a log-sum-exp that is at least as
-large, added up in f64), so the score of a node bounds those of all labels below it. The best open
-node of every example is read, in one batched step for all (`slots.py`), until the best that is open
-is a label: then no other label can have a higher score. Of labels with equal scores the first of
-the schema is the best, as `argmax` says of all scores: of equal bounds the node with the first
-label below it is read first.
+large, added up in f64), so the score of a node bounds those of all labels below it. Each batched
+step (`slots.py`) reads the open node with the highest score of every example, until a label beats
+all open nodes: no other label can then have a higher score. With a threshold, nodes whose score
+exceeds it are read too; every label is then exact, or bounded by the open node above it. Of labels
+with equal scores the first of the schema is the best, as in `argmax`: of nodes with equal scores
+the one with the first label below it is read first.
 
-An example reads a node at most once, and at most COLUMNS of them. If that settles nothing, its
-labels lie close together, and all of them are scored (`scoring.py`), which is exact too.
+An example reads a node at most once, and at most COLUMNS of them. If that is not enough, its labels
+lie close together, and all of them are scored (`scoring.py`), which is exact too.
 
 Letters: S slots, R arriving prompts, W columns of nodes, J targets of a node, N nodes, V
 vocabulary.
@@ -21,10 +25,11 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,14 +56,32 @@ from jaxre.models.decoder import Tree, head
 
 COLUMNS = 64
 
+Result = TypeVar("Result")
+
+
+class Best(NamedTuple):
+    """The label with the highest score, and that score."""
+
+    label: int
+    score: float
+
+
+class Bounded(NamedTuple):
+    """scores: [labels] f64 log-probabilities, upper bounds of them where `exact` [labels] is
+    false.
+    """
+
+    scores: np.ndarray
+    exact: np.ndarray
+
 
 @dataclass(frozen=True)
 class Branches:
-    """A label tree as the search walks it. Row 0 is the prompt's end, row n + 1 is node n, as in
-    `AnswerTree.targets`.
+    """A label tree as the search walks it. Row 0 is the end of the prompt, row n + 1 is node n, as
+    in `AnswerTree.targets`.
 
-    after: per row and target, (the row that it leads to or -1, the label that it ends or -1).
-    first: per row, the first label of the schema below it. parents: per row, the row before it.
+    after: for each row and target, (the next row or -1, the label that ends there or -1).
+    first: for each row, the first label of the schema below it. parents: the row before each.
     """
 
     tree: AnswerTree
@@ -90,36 +113,45 @@ class Branches:
 
 @dataclass
 class Search:
-    """An example at work.
+    """The search of one example.
 
-    open: heap of (minus the score, first label below, row or -1 for a label). columns: of the rows
-    that were read.
+    above: log-probability; nodes with a higher score are read even after the best label is known.
+    open: heap of (minus the score, first label below, row). labels: log-probabilities of the labels
+    reached. columns: where each row that was read is stored.
     """
 
     example: int
     name: str | int
     branches: Branches
+    above: float = math.inf
     open: list[tuple[float, int, int]] = field(default_factory=list)
+    labels: dict[int, float] = field(default_factory=dict)
+    best: tuple[float, int] = (math.inf, -1)  # minus the score, the label
     columns: dict[int, int] = field(default_factory=dict)
 
     def read(self, row: int, score: float, log_probabilities: np.ndarray) -> None:
-        """Opens what a row of this score leads to; log_probabilities: [J] of its targets. Raises
-        InputError for one that is no number.
+        """Opens the nodes after a row with this score; log_probabilities: [J] of its targets.
+        Raises InputError for NaN.
         """
-        for (lead, end), share in zip(
+        for (lead, label), log_probability in zip(
             self.branches.after[row], log_probabilities.tolist(), strict=False
         ):
-            if share != share:
+            if log_probability != log_probability:
                 raise InputError(no_number(self.name))
-            if end >= 0:
-                heapq.heappush(self.open, (-(score + share), end, -1))
+            reached = score + log_probability
+            if label >= 0:
+                self.labels[label] = reached
+                self.best = min(self.best, (-reached, label))
             if lead >= 0:
-                heapq.heappush(self.open, (-(score + share), self.branches.first[lead], lead))
+                heapq.heappush(self.open, (-reached, self.branches.first[lead], lead))
 
     @property
-    def found(self) -> bool:
-        """Whether the best that is open is a label."""
-        return self.open[0][2] < 0
+    def done(self) -> bool:
+        """Whether the best label is known, and every label above the threshold."""
+        if not self.open:
+            return True
+        minus, first, _ = self.open[0]
+        return self.best <= (minus, first) and -minus <= self.above
 
     def path(self, row: int) -> list[int]:
         """The columns of the rows between the prompt and a row."""
@@ -128,10 +160,26 @@ class Search:
             columns.append(self.columns[row])
         return columns
 
+    def bounded(self) -> Bounded:
+        """The score of every label, or that of the open node above it."""
+        count = len(self.branches.tree.valid)
+        scores, exact = np.zeros(count), np.zeros(count, bool)
+        for minus, _, row in self.open:
+            below = [row]
+            while below:
+                for lead, label in self.branches.after[below.pop()]:
+                    if label >= 0:
+                        scores[label] = -minus
+                    if lead >= 0:
+                        below.append(lead)
+        reached = list(self.labels)
+        scores[reached], exact[reached] = list(self.labels.values()), True
+        return Bounded(scores, exact)
+
 
 class Reading(NamedTuple):
-    """What a step reads: tokens, depths [S] int32 and the columns that each sees [S, W] bool, as
-    `step_slots` takes them.
+    """The nodes that a step reads: tokens, depths [S] int32 and the columns that each sees [S, W]
+    bool, as `step_slots` takes them.
 
     targets: [S, J] int32.
     """
@@ -149,7 +197,7 @@ def best_labels(
     *,
     batch_tokens: int = 8192,
     names: Sequence[str] | None = None,
-    settled: Callable[[dict[int, tuple[int, float]]], None] = lambda found: None,
+    on_results: Callable[[dict[int, Best]], None] = lambda results: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The label with the highest score of each example, and that score.
 
@@ -157,13 +205,81 @@ def best_labels(
       prompts, answers: as those of `score_labels`.
       batch_tokens: about the tokens that all slots hold.
       names: of the examples, for messages; their numbers if not given.
-      settled: called with example -> (label, log-probability) of those that have just ended.
+      on_results: called with example -> result for those that have just ended.
 
     Returns:
       [n] int64 numbers of labels, [n] f64 log-probabilities.
 
     Raises:
-      InputError: as `score_labels`, or a score that is no number.
+      InputError: as `score_labels`, or a score that is NaN.
+    """
+    results = _search(
+        model,
+        prompts,
+        answers,
+        math.inf,
+        lambda search: Best(search.best[1], -search.best[0]),
+        lambda scores: Best(int(scores.argmax()), float(scores.max())),
+        batch_tokens=batch_tokens,
+        names=names,
+        on_results=on_results,
+    )
+    labels, scores = zip(*results, strict=True)
+    return np.array(labels, np.int64), np.array(scores)
+
+
+def labels_above(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Answers],
+    probability: float,
+    *,
+    batch_tokens: int = 8192,
+    names: Sequence[str] | None = None,
+    on_results: Callable[[dict[int, Bounded]], None] = lambda results: None,
+) -> Bounded:
+    """The exact score of the best label of each example and of all labels that the model writes
+    with a higher probability than given, and proven upper bounds, none above it, for the rest.
+
+    Args:
+      probability: between 0 and 1. It is that of writing the label and its end-of-turn token, not
+        divided by the sum over the labels: a share of that sum needs the scores of all.
+      The others: as those of `best_labels`.
+
+    Returns:
+      [n, labels] scores and which of them are exact.
+
+    Raises:
+      InputError: as `best_labels`.
+    """
+    results = _search(
+        model,
+        prompts,
+        answers,
+        math.log(probability),
+        Search.bounded,
+        lambda scores: Bounded(scores, np.ones(len(scores), bool)),
+        batch_tokens=batch_tokens,
+        names=names,
+        on_results=on_results,
+    )
+    return Bounded(*map(np.stack, zip(*results, strict=True)))
+
+
+def _search(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Answers],
+    above: float,
+    of_search: Callable[[Search], Result],
+    of_scores: Callable[[np.ndarray], Result],
+    *,
+    batch_tokens: int,
+    names: Sequence[str] | None,
+    on_results: Callable[[dict[int, Result]], None],
+) -> list[Result]:
+    """The result of each example: of its search or, if that read all nodes it may, of the scores
+    of all its labels.
     """
     check_prompts(prompts, names)
     trees = trees_of(answers)
@@ -173,7 +289,7 @@ def best_labels(
         number: Branches.of(tree) for number, tree in {id(tree): tree for tree in trees}.items()
     }
     params, factors = on_device(model)
-    best, scores = np.zeros(len(prompts), np.int64), np.zeros(len(prompts))
+    results: dict[int, Result] = {}
     unsettled: list[int] = []
     kinds = [branch.tree for branch in branches.values()]
     J, W = (
@@ -185,34 +301,30 @@ def best_labels(
     computed = prefixes_of(params, factors, groups, model.architecture, model.scale)
     ready = Model(params, model.architecture, factors, model.scale)
 
-    def search_of(example: int) -> Search:
-        return Search(example, names[example] if names else example, branches[id(trees[example])])
+    def begin(example: int) -> Search:
+        name = names[example] if names else example
+        return Search(example, name, branches[id(trees[example])], above)
 
     for group, owns, plan, prefix in zip(groups, every, plans, computed, strict=True):
-        for done in _ended(ready, prefix, len(group.tokens), owns, plan, J, search_of):
-            for search in done:
-                if search.found:
-                    best[search.example], scores[search.example] = (
-                        search.open[0][1],
-                        -search.open[0][0],
-                    )
-                else:
-                    unsettled.append(search.example)
-            ended = [search.example for search in done if search.found]
-            settled({one: (int(best[one]), float(scores[one])) for one in ended})
+        for ended in _ended(ready, prefix, len(group.tokens), owns, plan, J, begin):
+            unsettled += [search.example for search in ended if not search.done]
+            fresh = {search.example: of_search(search) for search in ended if search.done}
+            results |= fresh
+            on_results(fresh)
     if unsettled:
-        some = sorted(unsettled)
+        unsettled.sort()
         plan = plan_scoring(
-            [prompts[example] for example in some],
-            [answers[example] for example in some],
+            [prompts[example] for example in unsettled],
+            [answers[example] for example in unsettled],
             model.architecture,
             batch_tokens=batch_tokens,
-            names=names and [names[example] for example in some],
+            names=names and [names[example] for example in unsettled],
         )
-        found = run_scoring(model, plan)
-        best[some], scores[some] = found.argmax(axis=1), found.max(axis=1)
-        settled({one: (int(best[one]), float(scores[one])) for one in some})
-    return best, scores
+        scores = run_scoring(model, plan)
+        fresh = dict(zip(unsettled, map(of_scores, scores), strict=True))
+        results |= fresh
+        on_results(fresh)
+    return [results[example] for example in range(len(prompts))]
 
 
 def _ended(
@@ -222,12 +334,12 @@ def _ended(
     owns: Mapping[int, Sequence[int]],
     plan: Sequence[Sizes],
     J: int,
-    search_of: Callable[[int], Search],
+    begin: Callable[[int], Search],
 ) -> Iterator[list[Search]]:
-    """Searches for prompts behind one prefix; yields those that have found their label, or read as
-    many nodes as they may.
+    """Searches for prompts after one prefix; yields those that are done, or have read as many
+    nodes as they may.
 
-    A search is begun when its prompt takes a slot, and kept no longer than that: its heap can be
+    A search begins when its prompt takes a slot and is dropped when it is yielded: its heap can be
     large.
     """
     weights, run = (
@@ -238,52 +350,49 @@ def _ended(
         W = sizes.columns
         slots = empty_slots(sizes, model.architecture, model.params["embed"].dtype)
         waiting = deque(sizes.chunks(owns))
-        at_work: dict[int, Search] = {}  # of each slot
+        active: dict[int, Search] = {}  # of each slot
         step = 0
-        while waiting or at_work:
-            free = [slot for slot in range(sizes.slots) if slot not in at_work]
+        while waiting or active:
+            free = [slot for slot in range(sizes.slots) if slot not in active]
             if waiting and len(waiting[0]) <= len(free):
                 chunk = waiting.popleft()
-                begun = [search_of(example) for example in chunk]
-                at_work |= dict(zip(free, begun, strict=False))
+                begun = [begin(example) for example in chunk]
+                active |= dict(zip(free, begun, strict=False))
                 roots = [search.branches.tree.targets[0] for search in begun]
                 arrivals = arrivals_of(chunk, free, owns, depth, sizes)
-                slots, found = fill(
+                slots, log_probabilities = fill(
                     *weights,
                     slots,
                     arrivals,
                     targets_of(dict(enumerate(roots)), sizes.arrivals, J),
                     **run,
                 )
-                for search, shares in zip(begun, np.asarray(found), strict=False):
+                for search, shares in zip(begun, np.asarray(log_probabilities), strict=False):
                     search.read(0, 0.0, shares)
             else:
-                rows = {slot: heapq.heappop(search.open) for slot, search in at_work.items()}
+                rows = {slot: heapq.heappop(search.open) for slot, search in active.items()}
                 column = step % W
-                slots, found = read_nodes(
+                slots, log_probabilities = read_nodes(
                     *weights,
                     slots,
-                    reading_of(at_work, rows, sizes.slots, W, J),
+                    reading_of(active, rows, sizes.slots, W, J),
                     np.int32(column),
                     **run,
                 )
-                found = np.asarray(found)
+                log_probabilities = np.asarray(log_probabilities)
                 for slot, (minus, _, row) in rows.items():
-                    at_work[slot].columns[row] = column
-                    at_work[slot].read(row, -minus, found[slot])
+                    active[slot].columns[row] = column
+                    active[slot].read(row, -minus, log_probabilities[slot])
                 step += 1
             ended = [
-                slot for slot, search in at_work.items() if search.found or len(search.columns) == W
+                slot for slot, search in active.items() if search.done or len(search.columns) == W
             ]
             if ended:
-                yield [at_work.pop(slot) for slot in ended]
+                yield [active.pop(slot) for slot in ended]
 
 
 def no_number(name: str | int) -> str:
-    return (
-        f"example {name}: the model gives scores that are no numbers (NaN); its weights need"
-        " mending"
-    )
+    return f"example {name}: the model gives scores that are no numbers (NaN); check its weights"
 
 
 def targets_of(targets: Mapping[int, np.ndarray], places: int, J: int) -> np.ndarray:
@@ -295,15 +404,15 @@ def targets_of(targets: Mapping[int, np.ndarray], places: int, J: int) -> np.nda
 
 
 def reading_of(
-    at_work: dict[int, Search], rows: dict[int, tuple[float, int, int]], S: int, W: int, J: int
+    active: dict[int, Search], rows: dict[int, tuple[float, int, int]], S: int, W: int, J: int
 ) -> Reading:
-    """The rows that were taken from the heaps, as arrays."""
+    """The rows taken from the heaps, as arrays."""
     tokens, depths, seen = np.zeros(S, np.int32), np.zeros(S, np.int32), np.zeros((S, W), bool)
     for slot, (_, _, row) in rows.items():
-        search, tree = at_work[slot], at_work[slot].branches.tree
+        search, tree = active[slot], active[slot].branches.tree
         tokens[slot], depths[slot] = tree.tokens[row - 1], tree.depths[row - 1]
         seen[slot, search.path(row)] = True
-    targets = {slot: at_work[slot].branches.tree.targets[row] for slot, (_, _, row) in rows.items()}
+    targets = {slot: active[slot].branches.tree.targets[row] for slot, (_, _, row) in rows.items()}
     return Reading(tokens, depths, seen, targets_of(targets, S, J))
 
 

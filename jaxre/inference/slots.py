@@ -1,9 +1,8 @@
-"""Slots: the keys and values of examples at work, each in a place of its own that the next example
-takes over.
+"""Slots: places for the keys and values of the examples in progress, reused as examples end.
 
 A slot holds the own tokens of its prompt (what follows the shared prefix), and a ring of W columns
 for the tokens after it. All slots write the column of the same step, so a step changes one column
-and nothing is moved; who sees which columns is told for each slot. It may read a column for W
+and nothing is moved; each slot says which columns it sees. It may read a column for W
 steps. Waiting prompts come in packed: back to back in one row of fixed length, then each to its
 slot.
 

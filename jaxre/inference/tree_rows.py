@@ -1,5 +1,4 @@
-"""Packing of scoring: which example's tree goes to which row of which batch, and the arrays a step
-reads.
+"""The packing plan of scoring (the row and batch of each example's tree) and the arrays of a step.
 
 Letters: B rows, T tokens in a row, S predicting positions in a row, W targets of a position.
 """
@@ -30,7 +29,8 @@ class TreeRows(NamedTuple):
     """One batch of packed trees.
 
     tokens, positions, visible_until: [B, T] int32, as in `jaxre.data.rows.Rows`.
-    supervised: [B, S] int32 row positions; targets: [B, S, W] int32, what each is asked for.
+    supervised: [B, S] int32 row positions; targets: [B, S, W] int32, the tokens scored at
+    each.
     """
 
     tokens: np.ndarray
@@ -42,12 +42,11 @@ class TreeRows(NamedTuple):
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """Which example goes to which row of which batch; every batch has the same shape [B, T], [B, S,
-    W].
+    """The assignment of examples to rows and batches, all of one shape [B, T], [B, S, W].
 
-    batches[n][b] lists the examples of row b of batch n; missing rows are all pad. They are all of
-    group owners[n] and begin with its tokens, which have no place in the row. span: an example
-    takes no more places.
+    batches[n][b] lists the examples of row b of batch n; missing rows are all pad. All of them
+    belong to group owners[n], whose prefix takes no place in the row. span: the longest example in
+    a row.
     """
 
     prompts: Sequence[Sequence[int]]

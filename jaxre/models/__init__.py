@@ -1,1 +1,1 @@
-"""Decoders, their weight table, LoRA."""
+"""Decoders and encoders, their weight tables, LoRA, sharding."""

@@ -1,9 +1,9 @@
-"""The dtype of a decoder's activations: that of its norms and biases.
+"""The dtype of a decoder's activations, which is the dtype of its norms and biases.
 
-On an accelerator it is that of all weights. On a CPU products of bf16 run at twice the rate of f32
-where their results are f32 (`jaxre_kernels.linear`): beside projections, embeddings and head in
-bf16 norms and biases are f32, and with them what lies between the products: residual stream, norms,
-rotation, SwiGLU, and all of their gradients.
+On an accelerator all weights share it. On a CPU bf16 products run at twice the rate of f32 if their
+results are f32 (`jaxre_kernels.linear`). So projections, embeddings and head are bf16, norms and
+biases f32, and with them everything between the products: residual stream, norms, rotation, SwiGLU,
+and their gradients.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Tree = dict[str, Any]
 
 
 def activations_for(params: Tree, platform: str) -> Tree:
-    """A decoder's weights with the norms and biases in f32 where it runs on a CPU in bf16.
+    """Casts the norms and biases of a bf16 decoder to f32 on a CPU.
 
-    As they are for any other platform or dtype, and where projections are NF4: those are
-    dequantised to the dtype of the activations, so nothing would be multiplied in bf16.
+    Returns the weights unchanged for any other platform or dtype, and for NF4 projections: those
+    are dequantised to the dtype of the activations, so nothing would be multiplied in bf16.
     """
     if platform != "cpu" or params["embed"].dtype != jnp.bfloat16 or is_quantised(params):
         return params

@@ -1,8 +1,10 @@
-"""What the `config.json` of a decoder or an encoder says, in our letters."""
+"""Architectures: the `config.json` of a decoder or an encoder, read and checked."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,18 +14,18 @@ from jaxre.errors import InputError
 
 @dataclass(frozen=True)
 class Kind:
-    """What a `model_type` means where its config.json is silent (the defaults of transformers'
-    configuration classes).
+    """Defaults of a `model_type` for fields that its config.json omits, those of transformers'
+    configuration classes.
 
-    SmolLM3-3B's own config.json does not say that its head is tied.
+    The config.json of SmolLM3-3B omits that its head is tied.
     """
 
     tied_head: bool = False
     rope_theta: float = 10000.0
     qkv_bias: bool = False
     qk_norm: bool = False
-    head_channels: int | None = None  # the embedding over the query heads
-    rotary_pauses: int | None = None  # every so many layers one does not rotate
+    head_channels: int | None = None  # None: embedding / query heads
+    unrotated_every: int | None = None  # every n-th layer does not rotate; None: all rotate
     activation: str = "silu"
 
 
@@ -33,7 +35,7 @@ KINDS = {
     "llama": Kind(),
     "qwen2": Kind(qkv_bias=True),
     "qwen3": Kind(qk_norm=True, head_channels=128),
-    "smollm3": Kind(tied_head=True, rope_theta=2_000_000.0, rotary_pauses=4),
+    "smollm3": Kind(tied_head=True, rope_theta=2_000_000.0, unrotated_every=4),
     "gemma3_text": Kind(
         tied_head=True,
         rope_theta=1_000_000.0,
@@ -44,7 +46,7 @@ KINDS = {
 }
 GEMMA3 = "gemma3_text"
 GEMMA3_LOCAL_THETA = 10_000.0
-GEMMA3_PATTERN = 6  # of so many layers the last one is global
+GEMMA3_PATTERN = 6  # every sixth layer is global
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """All rotary frequencies divided by one factor (`rope_type: linear`; Gemma 3 from 4B on)."""
+    """Division of all rotary frequencies by a factor (`rope_type: linear`; Gemma 3 from 4B on)."""
 
     factor: float
 
@@ -68,14 +70,14 @@ class LinearScaling:
 class Architecture:
     """Sizes and switches of a decoder.
 
-    `qk_norm` is whether each head's query and key pass an RMSNorm before they rotate (Qwen3).
-    `rotary[l]` is whether layer l rotates queries and keys (SmolLM3 leaves every fourth out).
+    qk_norm: each head's query and key pass an RMSNorm before they rotate (Qwen3). rotary[l]: layer
+    l rotates queries and keys (SmolLM3 leaves out every fourth layer).
 
-    The rest is Gemma 3's. `sliding[l]` is whether a token of layer l sees only the `window`
-    positions that end with its own; such layers rotate with `local_rope_theta`, unscaled.
-    `unit_offset_norms`: a norm multiplies by 1 + w, not by w. `norms_after`: attention and MLP have
-    a norm behind them too. `embedding_scale` multiplies embeddings that enter the first layer.
-    `score_scale` multiplies scores in place of C^-1/2.
+    Gemma 3 only:
+    sliding[l]: a token of layer l sees only the `window` positions that end with its own; such
+    layers rotate with `local_rope_theta`, unscaled. unit_offset_norms: a norm multiplies by 1 + w,
+    not by w. norms_after: attention and MLP are followed by a norm too. embedding_scale: factor on
+    the embeddings that enter the first layer. score_scale: factor on scores in place of C^-1/2.
     """
 
     kind: str
@@ -109,7 +111,7 @@ class Architecture:
         return not self.tied_head
 
     def layer_window(self, layer: int) -> int | None:
-        """Positions that a token of a layer sees, its own included; None where all."""
+        """Number of positions visible to a token of a layer, its own included; None if all are."""
         return self.window if self.sliding and self.sliding[layer] else None
 
     def size(self, letters: str) -> int:
@@ -131,10 +133,10 @@ ENCODERS = ("bert", "roberta")
 class EncoderArchitecture:
     """Sizes and switches of an encoder with its classification head.
 
-    `labels` are the head's, in the order of its logits; () where there is no head. `dense` is
-    whether the tanh layer before it is there (BERT's pooler, the first layer of RoBERTa's head).
-    The token at position p of its example takes row p + `position_offset` of the position table.
-    `dropout` is that of hidden states while training, `head_dropout` the head's.
+    labels: of the head, in the order of its logits; () without a head. dense: the head has its tanh
+    layer (BERT's pooler, the first layer of RoBERTa's head). position_offset: the token at
+    position p of its example takes row p + offset of the position table. dropout: of hidden states
+    while training; head_dropout: of the head.
     """
 
     tied_head: ClassVar[bool] = False  # there is no vocabulary head
@@ -173,10 +175,10 @@ class EncoderArchitecture:
 
 
 def read_architecture(folder: Path) -> Architecture | EncoderArchitecture:
-    """The architecture of a folder in Hugging Face layout.
+    """Reads the architecture of a folder in Hugging Face layout.
 
     Raises:
-      InputError: no config.json, or one that is not JSON or not of a known decoder or encoder.
+      InputError: config.json is missing, is not JSON, or describes no known decoder or encoder.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -193,11 +195,11 @@ def read_architecture(folder: Path) -> Architecture | EncoderArchitecture:
 
 
 def architecture_of(config: dict[str, Any], place: str) -> Architecture | EncoderArchitecture:
-    """The architecture that the fields of a config.json describe.
+    """Builds the architecture from the fields of a config.json; errors name `place`.
 
     Raises:
-      InputError: an unknown model_type, a missing field, a size that cannot be, or a feature that
-        we do not have.
+      InputError: an unknown model_type, a missing field, an impossible size, or an unsupported
+        feature.
     """
     if config.get("model_type") in ENCODERS:
         return _encoder_of(config, place)
@@ -213,19 +215,21 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
             f" {', '.join((*KINDS, *ENCODERS))}"
         )
     _refuse_unsupported(config, kind, place)
-    try:
+    with _wrong_fields(place):
         layers, embedding, heads = (
             _size(config[field], field, place)
             for field in ("num_hidden_layers", "hidden_size", "num_attention_heads")
         )
         gemma3 = kind is KINDS[GEMMA3]
         rope = _gemma3_rope(config, place)[0] if gemma3 else _rope_of(config)
+        # Llama defaults to the query heads; the defaults of other classes fit no model here.
+        kv_field = config.get if kind is KINDS["llama"] else config.__getitem__
         architecture = Architecture(
             kind=config["model_type"],
             layers=layers,
             embedding=embedding,
             query_heads=heads,
-            kv_heads=_size(_kv_heads(config, kind) or heads, "num_key_value_heads", place),
+            kv_heads=_size(kv_field("num_key_value_heads") or heads, "num_key_value_heads", place),
             head_channels=_size(
                 config.get("head_dim") or kind.head_channels or embedding // heads,
                 "head_dim",
@@ -245,15 +249,6 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
             activation=ACTIVATIONS[kind.activation],
             **(_gemma3_fields(config, layers, embedding, place) if gemma3 else {}),
         )
-    except KeyError as error:
-        raise InputError(
-            f"{place}: the field {error.args[0]} is missing; download the model again, or add it"
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{place}: a field has the wrong type ({error}); download the model again, or"
-            " correct it"
-        ) from None
     if heads % architecture.kv_heads:
         raise InputError(
             f"{place}: num_attention_heads {heads} is not a multiple of num_key_value_heads"
@@ -265,6 +260,22 @@ def architecture_of(config: dict[str, Any], place: str) -> Architecture | Encode
             " channels"
         )
     return architecture
+
+
+@contextmanager
+def _wrong_fields(place: str) -> Iterator[None]:
+    """Raises InputError for a field that the block misses or cannot convert."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(
+            f"{place}: the field {error.args[0]} is missing; download the model again, or add it"
+        ) from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{place}: a field has the wrong type ({error}); download the model again, or"
+            " correct it"
+        ) from None
 
 
 def _refuse_unsupported(config: dict[str, Any], kind: Kind, place: str) -> None:
@@ -318,34 +329,36 @@ def _size(value: Any, field: str, place: str) -> int:
 
 
 def _rotary_layers(config: dict[str, Any], kind: Kind, layers: int, place: str) -> tuple[bool, ...]:
-    if kind.rotary_pauses is None:
+    if kind.unrotated_every is None:
         return (True,) * layers
-    listed = config.get("no_rope_layers")  # 1 where a layer does rotate, despite the name
-    if listed is None:
+    rotates = config.get("no_rope_layers")  # 1 if a layer does rotate, despite the name
+    if rotates is None:
         interval = _size(
-            config.get("no_rope_layer_interval") or kind.rotary_pauses,
+            config.get("no_rope_layer_interval") or kind.unrotated_every,
             "no_rope_layer_interval",
             place,
         )
-        listed = [(layer + 1) % interval != 0 for layer in range(layers)]
-    if len(listed) < layers:
+        rotates = [(layer + 1) % interval != 0 for layer in range(layers)]
+    if len(rotates) < layers:
         raise InputError(
-            f"{place}: no_rope_layers lists {len(listed)} of {layers} layers; list each"
+            f"{place}: no_rope_layers lists {len(rotates)} of {layers} layers; list each"
         )
-    return tuple(bool(flag) for flag in listed[:layers])
+    return tuple(bool(flag) for flag in rotates[:layers])
 
 
 def _rope_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The rope fields; what they say goes before the top level's, as in transformers."""
+    """The rope fields, which take precedence over those of the top level, as in transformers."""
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
 def _gemma3_rope(config: dict[str, Any], place: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The rope fields of global and of sliding layers. What transformers 5 writes for each kind of
-    layer goes before the older fields of the top level, `rope_scaling` before both.
+    """The rope fields of global and of sliding layers.
+
+    `rope_scaling` takes precedence over the fields that transformers 5 writes for each kind of
+    layer, and these over the older fields of the top level.
 
     Raises:
-      InputError: fields that do not say which layers they are for, or scaled sliding layers.
+      InputError: fields that do not name their layers, or scaled sliding layers.
     """
     nested = config.get("rope_parameters") or {}
     scaling = config.get("rope_scaling") or {}
@@ -356,21 +369,20 @@ def _gemma3_rope(config: dict[str, Any], place: str) -> tuple[dict[str, Any], di
         )
     if "type" in scaling and "rope_type" not in scaling:  # transformers 5 reads it as no scaling
         raise InputError(f"{place}: rope_scaling.type is called rope_type in Gemma 3; rename it")
-    everywhere = {**(nested.get("full_attention") or {}), **scaling}
     sliding = nested.get("sliding_attention") or {}
     if sliding.get("rope_type", "default") != "default":
         raise InputError(
             f"{place}: rope scaling {sliding['rope_type']!r} of sliding layers is not supported;"
             " take a model that scales global layers alone"
         )
-    return everywhere, sliding
+    return {**(nested.get("full_attention") or {}), **scaling}, sliding
 
 
 def _gemma3_fields(
     config: dict[str, Any], layers: int, embedding: int, place: str
 ) -> dict[str, Any]:
-    """The fields of an Architecture that only Gemma 3 has; a missing field means what it means to
-    transformers' Gemma3TextConfig.
+    """Fields of an Architecture that only Gemma 3 has, with the defaults of transformers'
+    Gemma3TextConfig.
     """
     types = config.get("layer_types")
     if types is None:
@@ -404,17 +416,6 @@ def _gemma3_fields(
     }
 
 
-def _kv_heads(config: dict[str, Any], kind: Kind) -> int | None:
-    """None is as many as query heads. Llama's default when the field is missing; the other classes
-    have numbers, of no model here.
-    """
-    return (
-        config.get("num_key_value_heads")
-        if kind is KINDS["llama"]
-        else config["num_key_value_heads"]
-    )
-
-
 def _rope_scaling(
     config: dict[str, Any], rope: dict[str, Any], kind: Kind, place: str
 ) -> RopeScaling | LinearScaling | None:
@@ -442,8 +443,9 @@ def _rope_scaling(
 
 
 def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
-    """BERT's or RoBERTa's config.json. RoBERTa counts positions from the row after its pad
-    token's.
+    """Builds the architecture from BERT's or RoBERTa's config.json.
+
+    RoBERTa counts positions from the row after its pad token's.
     """
     for field, supported in (
         ("hidden_act", "gelu"),
@@ -457,7 +459,7 @@ def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
                 f" {supported!r}"
             )
     kind = config["model_type"]
-    try:
+    with _wrong_fields(place):
         sizes = {
             name: _size(config[field], field, place)
             for name, field in (
@@ -472,7 +474,7 @@ def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
         }
         dropout = float(config.get("hidden_dropout_prob", 0.1))
         head_dropout = config.get("classifier_dropout")
-        # transformers' default: two labels.
+        # transformers' default: two labels
         labels = config.get("id2label") or {
             number: f"LABEL_{number}" for number in range(int(config.get("num_labels", 2)))
         }
@@ -486,15 +488,6 @@ def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
             head_dropout=dropout if head_dropout is None else float(head_dropout),
             initializer_range=float(config.get("initializer_range", 0.02)),
         )
-    except KeyError as error:
-        raise InputError(
-            f"{place}: the field {error.args[0]} is missing; download the model again, or add it"
-        ) from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{place}: a field has the wrong type ({error}); download the model again, or"
-            " correct it"
-        ) from None
     if architecture.embedding % architecture.heads:
         raise InputError(
             f"{place}: hidden_size {architecture.embedding} is not a multiple of"
@@ -517,7 +510,7 @@ def _encoder_of(config: dict[str, Any], place: str) -> EncoderArchitecture:
 
 
 def check_vocabulary(highest: int, architecture: Architecture | EncoderArchitecture) -> None:
-    """Raises InputError if the highest token id is outside of the model's vocabulary."""
+    """Raises InputError if the highest token id is outside the model's vocabulary."""
     if highest >= architecture.vocabulary:
         raise InputError(
             f"the tokenizer gives token {highest}, but vocab_size of the model is"

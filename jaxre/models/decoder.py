@@ -16,13 +16,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxre_kernels.attention import Window, masked_attention
+from jaxre_kernels.attention import Window, masked_attention, visible_mask
 from jaxre_kernels.cross_entropy import logits_of
 from jaxre_kernels.linear import dense_linear, packed, unpacked
 from jaxre_kernels.lora import Factors, group_words
@@ -33,13 +33,13 @@ from jaxre.models.ops import ONE_DEVICE, Ops
 from jaxre.models.quantised import is_nf4
 
 Tree = dict[str, Any]
-# Positions that a token of a layer sees, its own included; None where all.
+# Number of positions visible to a token of a layer, its own included; None if all are.
 Length = jax.Array | int | None
 # (q, k, v, cache of the layer, window of the layer) -> (context, new cache of the layer)
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any, Length], tuple[jax.Array, Any]]
 
 GROUPS = ("qkv", "o", "gate_up", "down")
-NO_WINDOW = np.iinfo(np.int32).max  # of a global layer in a stack that has sliding ones
+NO_WINDOW = np.iinfo(np.int32).max  # window of a global layer in a stack with sliding layers
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,25 @@ class Adapter:
     keys: jax.Array | None = None
 
 
+class Layer(NamedTuple):
+    """One layer, or all scanned layers with a leading axis.
+
+    weights: projections and norms by name. factors: LoRA factors as in `Adapter`. cache: as
+    `Attend` takes and returns it. index: [] int32, number of the layer. rotates: whether it has
+    rotary positions. window: its `Length`; NO_WINDOW or None for a global layer.
+    """
+
+    weights: Tree
+    factors: Tree
+    cache: Any
+    index: jax.Array | int
+    rotates: jax.Array | bool
+    window: Length = None
+
+
 @dataclass(frozen=True)
 class Chosen:
-    """The row positions [B, S] int32 that the last layer is computed at, and the attention of their
+    """Row positions [B, S] int32 where the last layer is computed, and attention for their
     queries.
     """
 
@@ -83,40 +99,46 @@ def forward(
     """Packed rows to hidden states, before the final norm.
 
     Args:
-      params: base weights in the compute dtype, or with projections that are `NF4Weight`s.
+      params: base weights in the compute dtype; projections may be `NF4Weight`s.
       tokens, positions, visible_until: [B, T] int32, the packed rows.
       adapter: LoRA factors, if any.
-      ops: of the devices that it runs on.
-      chosen: [B, S] int32, the row positions that are asked for; all if not given. The last layer
-        then computes keys and values everywhere and all else at these positions only.
-      prefix, span: where attention looks, see `jaxre_kernels.attention`.
-      remat: what the backward pass computes again: `none` or `block` (from a layer's input).
+      ops: operations of the devices that run it.
+      chosen: [B, S] int32, row positions to return; all by default. The last layer then computes
+        only keys and values at every position, and everything else at these.
+      prefix, span: bounds of attention, see `jaxre_kernels.attention`.
+      remat: what the backward pass recomputes: `none` or `block` (from a layer's input).
 
     Returns:
-      [B, T, D] of the weights' dtype, or [B, S, D] of the chosen positions.
+      [B, T, D] of the weights' dtype, or [B, S, D] at the chosen positions.
     """
 
-    def attend(q, k, v, cache, window):
-        near = {} if window is None else {"window": Window(positions, window)}
-        return ops.attention(q, k, v, visible_until, prefix=prefix, span=span, **near), cache
+    def window_of(length: Length) -> Window | None:
+        return None if length is None else Window(positions, length)
 
-    def attend_last(q, k, v, cache, window):
-        index = jnp.arange(visible_until.shape[1])
-        # B S T
-        mask = (index <= chosen[..., None]) & (chosen[..., None] < visible_until[:, None, :])
-        if window is not None:
-            asked = take(positions[..., None], chosen)  # B S 1
-            mask &= asked - positions[:, None] < window
+    def attend(q, k, v, cache, length):
+        window = window_of(length)
+        context = ops.attention(q, k, v, visible_until, window=window, prefix=prefix, span=span)
+        return context, cache
+
+    def attend_last(q, k, v, cache, length):
+        mask = visible_mask(visible_until, window_of(length), queries=chosen)
         return masked_attention(q, k, v, mask), cache
 
-    # Its attention is dense, S x T scores: where most of a row is supervised (language modelling),
-    # the whole layer is cheaper.
-    pruned = chosen is not None and 2 * chosen.shape[1] <= tokens.shape[1]
+    pruned = chosen is not None and pruning_pays(tokens.shape[1], chosen.shape[1])
     last = Chosen(chosen, attend_last) if pruned else None
     x, _ = run_layers(
         params, tokens, positions, architecture, attend, None, adapter, ops, last, remat == "block"
     )
     return x if chosen is None or pruned else take(x, chosen)
+
+
+def pruning_pays(length: int, chosen: int) -> bool:
+    """True if it is cheaper to compute the last layer only at the chosen positions.
+
+    Its attention is dense there, so the whole layer is cheaper if most of a row is chosen (language
+    modelling).
+    """
+    return 2 * chosen <= length
 
 
 def run_layers(
@@ -131,20 +153,21 @@ def run_layers(
     pruned: Chosen | None = None,
     remat_layers: bool = False,
 ) -> tuple[jax.Array, Any]:
-    """Embeds `tokens` [B, T] and runs every layer; `caches` is `{"layers": stacked, "last": one}`
-    or None.
+    """Embeds `tokens` [B, T] and runs every layer.
 
-    With `remat_layers` the backward pass keeps the inputs of the layers and computes the rest
-    again. The last layer is left as it is: its backward pass comes first, when all of its values
-    are there.
+    Args:
+      caches: `{"layers": stacked, "last": cache of the last layer}`, or None.
+      pruned: restricts the last layer to chosen positions.
+      remat_layers: the backward pass stores only the inputs of the layers and recomputes the rest.
+        Not of the last layer: its backward pass comes first, while its values still exist.
 
     Returns:
-      [B, T, D] hidden states before the final norm ([B, S, D] where the last layer is `pruned` to
-      chosen positions), and the new caches in the same form.
+      [B, T, D] hidden states before the final norm ([B, S, D] if `pruned`), and the new caches in
+      the same form.
     """
     with jax.named_scope("embed"):
         x = params["embed"][tokens].astype(params["norm"].dtype)  # B T D
-        if architecture.embedding_scale is not None:  # rounded before it multiplies, as it is there
+        if architecture.embedding_scale is not None:  # rounded first, as in transformers
             x = x * jnp.asarray(architecture.embedding_scale, x.dtype)
         x = ops.constrain(x)
     angles = rotary_angles(positions, architecture)
@@ -152,9 +175,7 @@ def run_layers(
     caches = caches or {"layers": None, "last": None}
 
     def step(x, layer):
-        weights, low_rank, cache, index, rotates, window = layer
-        given = (weights, low_rank, x, angles, rotates, index, architecture, attend, cache, adapter)
-        x, cache = run_layer(*given, ops, window=window)
+        x, cache = run_layer(layer, x, angles, architecture, attend, adapter, ops)
         return ops.constrain(x), cache
 
     stacked = None
@@ -164,57 +185,52 @@ def run_layers(
         windows = None
         if architecture.window is not None:
             lengths = [architecture.layer_window(layer) for layer in range(architecture.layers - 1)]
-            windows = jnp.array([NO_WINDOW if one is None else one for one in lengths], jnp.int32)
+            lengths = [NO_WINDOW if length is None else length for length in lengths]
+            windows = jnp.array(lengths, jnp.int32)
+        layers = Layer(
+            params["layers"], factors["layers"], caches["layers"], index, rotates, windows
+        )
         # A scan needs no barrier against the compiler merging the two computations.
         scanned = jax.checkpoint(step, prevent_cse=False) if remat_layers else step
-        x, stacked = jax.lax.scan(
-            scanned,
-            x,
-            (params["layers"], factors["layers"], caches["layers"], index, rotates, windows),
-        )
-    last = (
+        x, stacked = jax.lax.scan(scanned, x, layers)
+    last = Layer(
         params["last"],
         factors["last"],
-        x,
-        angles,
-        architecture.rotary[-1],
+        caches["last"],
         architecture.layers - 1,
-        architecture,
+        architecture.rotary[-1],
+        architecture.layer_window(architecture.layers - 1),
     )
-    window = architecture.layer_window(architecture.layers - 1)
-    x, cache = run_layer(*last, attend, caches["last"], adapter, ops, pruned, window)
+    x, cache = run_layer(last, x, angles, architecture, attend, adapter, ops, pruned)
     return ops.constrain(x), {"layers": stacked, "last": cache}
 
 
 def run_layer(
-    weights: Tree,
-    low_rank: Tree,
+    layer: Layer,
     x: jax.Array,
     angles: jax.Array,
-    rotates: jax.Array | bool,
-    index: jax.Array | int,
     architecture: Architecture,
     attend: Attend,
-    cache: Any,
     adapter: Adapter | None,
     ops: Ops = ONE_DEVICE,
     pruned: Chosen | None = None,
-    window: Length = None,
 ) -> tuple[jax.Array, Any]:
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), each result normed before it is
-    added where the architecture says so. x is [B, T, D]; the result too, or [B, S, D] where
-    `pruned`.
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)); with `norms_after`, each term is
+    normed before it is added.
 
-    `angles` are `rotary_angles`; `window` is the layer's, NO_WINDOW or None where it is global.
+    Args:
+      x: [B, T, D].
+      angles: `rotary_angles`.
+
+    Returns:
+      [B, T, D], or [B, S, D] if `pruned`, and the layer's new cache.
     """
+    weights, window = layer.weights, layer.window
     C = architecture.head_channels
     norm = partial(norm_of, weights, architecture=architecture)
-    scale = score_factor(architecture)
 
     def project(inputs: jax.Array, names: tuple[str, ...], group: str) -> list[jax.Array]:
-        return input_group(
-            inputs, names, GROUPS.index(group), weights, low_rank, index, adapter, ops
-        )
+        return input_group(inputs, names, GROUPS.index(group), layer, adapter, ops)
 
     def heads(array: jax.Array) -> jax.Array:
         return array.reshape(*array.shape[:2], -1, C)
@@ -226,7 +242,7 @@ def run_layer(
             q, k, v = project(normed, ("q", "k", "v"), "qkv")
         else:
             k, v = project(normed, ("k", "v"), "qkv")
-            # From here on only the chosen positions, with the dropout of their tokens.
+            # From here on only the chosen positions, with the dropout keys of their tokens.
             x, normed, query_angles = (
                 take(array, pruned.positions) for array in (x, normed, angles)
             )
@@ -240,14 +256,14 @@ def run_layer(
         if architecture.qk_norm:
             q, k = norm("q_norm", q), norm("k_norm", k)
         if architecture.local_rope_theta is None:
-            q, k = rotate(q, query_angles, rotates), rotate(k, angles, rotates)
+            q, k = rotate(q, query_angles, layer.rotates), rotate(k, angles, layer.rotates)
         else:
             sliding = window is not None and window != NO_WINDOW
-            q = rotate_in_layer(q, query_angles, sliding, scale)
+            q = rotate_in_layer(q, query_angles, sliding, query_factor(architecture))
             k = rotate_in_layer(k, angles, sliding, 1.0)
         # attention multiplies in the dtype of keys and values
-        dtype = products_in(weights["k"], x)
-        context, cache = attend(q, k.astype(dtype), v.astype(dtype), cache, window)
+        dtype = product_dtype(weights["k"], x)
+        context, cache = attend(q, k.astype(dtype), v.astype(dtype), layer.cache, window)
         (out,) = project(context.reshape(*context.shape[:2], -1), ("o",), "o")
         x = x + (norm("attention_out_norm", out) if architecture.norms_after else out)
     with jax.named_scope("mlp"):
@@ -256,7 +272,7 @@ def run_layer(
         if architecture.activation == "gelu_tanh":
             hidden = geglu(gate, up)
         else:
-            hidden = swiglu(gate, up, products_in(weights["down"], x))
+            hidden = swiglu(gate, up, product_dtype(weights["down"], x))
         (out,) = project(hidden, ("down",), "down")
         return x + (norm("mlp_out_norm", out) if architecture.norms_after else out), cache
 
@@ -265,29 +281,27 @@ def input_group(
     x: jax.Array,
     names: tuple[str, ...],
     group: int,
-    weights: Tree,
-    low_rank: Tree,
-    index: jax.Array | int,
+    layer: Layer,
     adapter: Adapter | None,
     ops: Ops,
 ) -> list[jax.Array]:
-    """The projections `names` of one input [B, T, I], each with its LoRA term and bias if it has
-    one.
+    """The projections `names` of one input [B, T, I], each with its LoRA term and bias, if any.
 
-    Projections of a group see the same dropout mask (PEFT draws one per projection).
+    Projections of a group share a dropout mask (PEFT draws a mask per projection).
     """
-    chosen = [weights[name] for name in names]
+    weights = [layer.weights[name] for name in names]
     if adapter is None:
         outputs = [
             nf4_linear(x, weight) if is_nf4(weight) else dense_linear(x, weight)
-            for weight in chosen
+            for weight in weights
         ]
     else:
+        low_rank = layer.factors
         factors = [Factors(**low_rank[name]) if name in low_rank else None for name in names]
         rate = 0.0 if adapter.keys is None else adapter.rate
-        words = group_words(adapter.keys, index, group) if rate else None
-        outputs = ops.lora_group(x, chosen, factors, words, adapter.scale, rate)
-    biases = (weights.get(f"{name}_bias") for name in names)
+        words = group_words(adapter.keys, layer.index, group) if rate else None
+        outputs = ops.lora_group(x, weights, factors, words, adapter.scale, rate)
+    biases = (layer.weights.get(f"{name}_bias") for name in names)
     return [y if bias is None else y + bias for y, bias in zip(outputs, biases, strict=True)]
 
 
@@ -304,9 +318,7 @@ def head(params: Tree, x: jax.Array, architecture: Architecture) -> jax.Array:
 def head_factors(
     params: Tree, x: jax.Array, architecture: Architecture
 ) -> tuple[jax.Array, jax.Array]:
-    """The final norm of x, [..., D], and the vocabulary head, [V, D]: the logits are their
-    product.
-    """
+    """Factors of the logits: the final norm of x, [..., D], and the vocabulary head, [V, D]."""
     return norm_of(params, "norm", x, architecture), (
         params["embed"] if architecture.tied_head else params["head"]
     )
@@ -318,12 +330,12 @@ def norm_of(weights: Tree, name: str, x: jax.Array, architecture: Architecture) 
     return rms(x, weights[name], architecture.norm_epsilon)
 
 
-# Autodiff would keep four more arrays [B, T, F] of swiglu, and those of rms_norm in f32; both are
-# formed again in the backward pass from their inputs, which are kept anyway.
+# Autodiff would store four more arrays [B, T, F] for swiglu, and those of rms_norm in f32. The
+# backward pass recomputes both from their inputs, which are stored anyway.
 
 
 def swiglu(gate: jax.Array, up: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """silu(gate) * up (Shazeer 2020), of their dtype; `dtype` is that of the product behind it."""
+    """silu(gate) * up (Shazeer 2020), in their dtype; `dtype` is that of the product after it."""
     return (_swiglu if gate.dtype == dtype else partial(_swiglu_packed, dtype))(gate, up)
 
 
@@ -334,7 +346,7 @@ def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _swiglu_packed(dtype: DTypeLike, gate: jax.Array, up: jax.Array) -> jax.Array:
-    """The same; kept for the backward pass are gate and up in `dtype`."""
+    """`_swiglu` that stores gate and up in `dtype` for the backward pass."""
     return jax.nn.silu(gate) * up
 
 
@@ -342,8 +354,8 @@ def _swiglu_forward(dtype, gate, up):
     return _swiglu_packed(dtype, gate, up), (packed(gate, dtype), packed(up, dtype))
 
 
-def _swiglu_backward(dtype, kept, dy):
-    gate, up = (unpacked(one, dtype).astype(dy.dtype) for one in kept)
+def _swiglu_backward(dtype, residuals, dy):
+    gate, up = (unpacked(residual, dtype).astype(dy.dtype) for residual in residuals)
     return jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)[1](dy)
 
 
@@ -352,8 +364,8 @@ _swiglu_packed.defvjp(_swiglu_forward, _swiglu_backward)
 
 @partial(jax.checkpoint, prevent_cse=False)
 def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """gelu(gate) * up with gelu's tanh form (Hendrycks & Gimpel 2016), which is in f32 (at least)
-    and rounded once, as torch does.
+    """gelu(gate) * up with the tanh form of gelu (Hendrycks & Gimpel 2016), computed in f32 (at
+    least) and rounded once, as in torch.
     """
     wide = gate.astype(jnp.promote_types(gate.dtype, jnp.float32))
     return jax.nn.gelu(wide, approximate=True).astype(gate.dtype) * up
@@ -361,28 +373,30 @@ def geglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def unit_offset_rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
-    """`rms_norm` by 1 + weight, the product in f32 (at least): rounded once, behind it (Gemma)."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return (normed * (1 + weight.astype(wide.dtype))).astype(x.dtype)
-
-
-def products_in(weight: jax.Array | NF4Weight | NF4Tiles, x: jax.Array) -> jnp.dtype:
-    """The dtype in which x and a weight are multiplied."""
-    return x.dtype if is_nf4(weight) else weight.dtype
+    """`rms_norm` with weight 1 + w, multiplied in f32 (at least) and rounded once (Gemma)."""
+    normed = _normalised(x, epsilon)
+    return (normed * (1 + weight.astype(normed.dtype))).astype(x.dtype)
 
 
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=2)
 def rms_norm(x: jax.Array, weight: jax.Array, epsilon: float) -> jax.Array:
     """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, statistics in f32 (at least)."""
+    return _normalised(x, epsilon).astype(x.dtype) * weight
+
+
+def _normalised(x: jax.Array, epsilon: float) -> jax.Array:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
-    return normed.astype(x.dtype) * weight
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + epsilon)
+
+
+def product_dtype(weight: jax.Array | NF4Weight | NF4Tiles, x: jax.Array) -> jnp.dtype:
+    """The dtype in which x and a weight are multiplied."""
+    return x.dtype if is_nf4(weight) else weight.dtype
 
 
 def rotary_angles(positions: jax.Array, architecture: Architecture) -> jax.Array:
-    """[B, T] positions -> [B, T, C/2] f32 angles in radians; [B, T, C] where sliding layers rotate
-    otherwise, those of global layers before theirs.
+    """[B, T] positions -> [B, T, C/2] f32 angles in radians; with local frequencies [B, T, C], the
+    angles of global layers before those of sliding layers.
     """
     frequencies = rotary_frequencies(architecture)
     if architecture.local_rope_theta is not None:
@@ -399,11 +413,10 @@ def plain_frequencies(theta: float, channels: int) -> np.ndarray:
 
 
 def rotary_frequencies(architecture: Architecture) -> np.ndarray:
-    """[C/2] f32, radians per position, with the f32 roundings of transformers; those of global
-    layers.
+    """[C/2] f32, radians per position of global layers, with the f32 roundings of transformers.
 
     At position 100,000 one unit in the last place of a frequency turns a channel pair by 0.006
-    radians, so the values the models were trained with are the right ones, not the exact ones:
+    radians, so these must be the values that the models were trained with, not the exact ones:
     the power is rounded to f32, then its reciprocal (rounding once differs in a third of the
     channels).
     """
@@ -413,17 +426,8 @@ def rotary_frequencies(architecture: Architecture) -> np.ndarray:
         return frequencies
     if isinstance(scaling, LinearScaling):
         return frequencies / np.float32(scaling.factor)
-    # Llama 3.1: long wavelengths are slowed by `factor`, short ones kept, between them
-    # interpolated.
-    factor, low, high, length = map(
-        np.float32,
-        (
-            scaling.factor,
-            scaling.low_freq_factor,
-            scaling.high_freq_factor,
-            scaling.original_length,
-        ),
-    )
+    # Llama 3.1 slows long wavelengths by `factor`, leaves short ones and interpolates between.
+    factor, low, high, length = map(np.float32, dataclasses.astuple(scaling))
     wavelength = np.float32(2 * math.pi) / frequencies
     smooth = (length / wavelength - low) / (high - low)
     between = (1 - smooth) * frequencies / factor + smooth * frequencies
@@ -435,8 +439,8 @@ def rotary_frequencies(architecture: Architecture) -> np.ndarray:
 
 
 def rotate(x: jax.Array, angles: jax.Array, rotates: jax.Array | bool = True) -> jax.Array:
-    """Rotary positions in Hugging Face's layout: channel c pairs with c + C/2. x is [B, T, heads,
-    C].
+    """Rotary positions of x [B, T, heads, C] in Hugging Face's layout: channel c pairs with
+    c + C/2.
     """
     wide = jnp.promote_types(x.dtype, jnp.float32)
     cosine, sine = (f(angles.astype(wide))[:, :, None, :] for f in (jnp.cos, jnp.sin))  # B T 1 C/2
@@ -449,21 +453,23 @@ def rotate(x: jax.Array, angles: jax.Array, rotates: jax.Array | bool = True) ->
     return jnp.where(rotates, turned.astype(x.dtype), x)
 
 
-# Autodiff would keep the chosen cosines and sines of every layer, C f32 numbers a token; they are
-# formed again from angles that all layers share.
+# Autodiff would store the cosines and sines of every layer, C f32 numbers a token; the backward
+# pass recomputes them from the angles, which all layers share.
 @partial(jax.checkpoint, prevent_cse=False, static_argnums=3)
 def rotate_in_layer(
     x: jax.Array, angles: jax.Array, sliding: jax.Array | bool, factor: float
 ) -> jax.Array:
-    """factor x `rotate` with the angles [B, T, C] of a global or a sliding layer, rounded once."""
-    everywhere, local = jnp.split(angles, 2, axis=-1)
+    """`rotate` by the angles [B, T, C] of a global or a sliding layer, times `factor`, rounded
+    once.
+    """
+    global_angles, local_angles = jnp.split(angles, 2, axis=-1)
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    turned = rotate(wide, jnp.where(sliding, local, everywhere))
+    turned = rotate(wide, jnp.where(sliding, local_angles, global_angles))
     return (turned if factor == 1.0 else turned * factor).astype(x.dtype)
 
 
-def score_factor(architecture: Architecture) -> float:
-    """What queries are multiplied by for attention, which multiplies scores by C^-1/2."""
+def query_factor(architecture: Architecture) -> float:
+    """Factor on queries for `score_scale`, as attention itself multiplies scores by C^-1/2."""
     if architecture.score_scale is None:
         return 1.0
     return architecture.score_scale / architecture.head_channels**-0.5

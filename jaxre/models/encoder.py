@@ -2,9 +2,9 @@
 plain pytrees.
 
 Learned positions, LayerNorm after each sum, attention in both directions inside an example, GELU.
-Layers but the last are scanned; the last runs at the chosen positions only, as only those are
-classified. The weights are those of `weights.py`; BERT and RoBERTa differ there by names, here by
-the offset of positions and the head's dropout.
+All layers but the last are scanned; the last runs only at the chosen positions, which are
+classified. `weights.py` declares the weights; BERT and RoBERTa differ in their names there, and
+here in the offset of positions and the head's dropout.
 
 Letters: B rows, T tokens in a row, S chosen positions in a row, D embedding, H heads, C head
 channels, F feed-forward, V vocabulary, N labels.
@@ -29,8 +29,7 @@ from jaxre.models.weights import places
 
 Tree = dict[str, Any]
 
-# Places of a layer where hidden states are dropped; the embeddings and the head count as layers of
-# their own.
+# Dropout sites in a layer; the embeddings and the head count as layers of their own.
 AFTER_ATTENTION, AFTER_MLP = range(2)
 
 
@@ -50,12 +49,12 @@ def classify(
     Args:
       params: weights in the compute dtype.
       tokens, positions, visible_until: [B, T] int32, the packed rows. Examples share no prefix, so
-        the tokens of one example, and no others, have one `visible_until`: they see each other.
+        tokens have the same `visible_until`, and see each other, only within an example.
       chosen: [B, S] int32.
       keys: [B, T] uint32 dropout keys of the tokens; None switches dropout off. Attention weights
         are never dropped (transformers drops them too while training).
-      ops: of the devices that share the rows.
-      remat: what the backward pass computes again: `none` or `block` (from a layer's input).
+      ops: operations of the devices that share the rows.
+      remat: what the backward pass recomputes: `none` or `block` (from a layer's input).
 
     Returns:
       [B, S, N] f32 logits.
@@ -71,21 +70,21 @@ def classify(
             x, params["embed_norm"], params["embed_norm_bias"], architecture.norm_epsilon
         )
         x = ops.constrain(drop(x, keys, architecture.layers, 0, architecture.dropout))
-    # Positions count from the first token of an example; a pad token's is 0, and it sees itself.
+    # Positions count from the first token of an example; a pad token has 0 and sees itself.
     visible_from = jnp.arange(tokens.shape[1]) - positions  # B T
 
-    def everywhere(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return ops.attention(q, k, v, visible_until, visible_from)
 
-    def where_chosen(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        asked = chosen[..., None]  # B S 1
+    def attend_last(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        query = chosen[..., None]  # B S 1
         return masked_attention(
-            q, k, v, (visible_from[:, None] <= asked) & (asked < visible_until[:, None])
+            q, k, v, (visible_from[:, None] <= query) & (query < visible_until[:, None])
         )
 
     def step(x: jax.Array, layer: tuple[Tree, jax.Array]) -> tuple[jax.Array, None]:
         weights, index = layer
-        return ops.constrain(run_layer(weights, x, x, everywhere, index, architecture, keys)), None
+        return ops.constrain(run_layer(weights, x, x, attend, index, architecture, keys)), None
 
     if architecture.layers > 1:
         scanned = jax.checkpoint(step, prevent_cse=False) if remat == "block" else step
@@ -94,7 +93,7 @@ def classify(
         keys = at(keys[..., None])[..., 0]  # B S
     # B S D
     x = run_layer(
-        params["last"], at(x), x, where_chosen, architecture.layers - 1, architecture, keys
+        params["last"], at(x), x, attend_last, architecture.layers - 1, architecture, keys
     )
     return head(params, x, architecture, keys)
 
@@ -111,9 +110,9 @@ def run_layer(
     """One layer: norm(x + attention(x)), then norm(x + mlp(x)).
 
     Args:
-      x: [B, S, D] the states to update; context: [B, T, D] those they attend to.
+      x: [B, S, D], the states to update. context: [B, T, D], the states they attend to.
       attend: q [B, S, H, C], k and v [B, T, H, C] -> [B, S, H, C].
-      index: of the layer, for dropout; keys: [B, S] uint32 or None.
+      index: number of the layer, for dropout. keys: [B, S] uint32 or None.
     """
 
     def heads(array: jax.Array) -> jax.Array:
@@ -172,9 +171,7 @@ def layer_norm(x: jax.Array, weight: jax.Array, bias: jax.Array, epsilon: float)
 def drop(
     x: jax.Array, keys: jax.Array | None, layer: jax.Array | int, place: int, rate: float
 ) -> jax.Array:
-    """Dropout of hidden states that packing cannot change: by the keys [B, S] of the tokens of x
-    [B, S, D].
-    """
+    """Dropout of hidden states x [B, S, D] by their tokens' keys [B, S], independent of packing."""
     if keys is None or not rate:
         return x
     return jnp.where(
@@ -192,21 +189,21 @@ def for_task(
     labels: tuple[str, ...],
     seed: int,
 ) -> tuple[EncoderArchitecture, Tree, tuple[str, ...]]:
-    """An encoder whose embeddings have rows for new tokens and whose head has the given labels.
+    """Fits an encoder to a task: embedding rows for new tokens, and a head for the given labels.
 
-    Old rows stay. A new token starts at the mean embedding of the tokens that describe it; without
-    any, at the mean of all, where transformers' mean resizing draws it too (with a billionth of
-    their covariance around it). A head for these labels stays, in their order here; otherwise its
-    last map is drawn afresh (normal of the model's `initializer_range`, bias 0), and the tanh layer
-    too where there is none.
+    Old rows do not change. A new token starts at the mean embedding of the tokens that describe it,
+    or at the mean of all if none do (transformers' mean resizing draws around the same mean, with a
+    billionth of the covariance). A head for the same labels is reused, in the given order;
+    otherwise its last map is drawn at random (normal of the model's `initializer_range`, bias 0),
+    and so is a missing tanh layer.
 
     Args:
       params: numpy, our layout; not changed.
-      vocabulary: at least this many rows (tokens of the tokenizer).
-      new_tokens: id -> ids of old tokens that describe it, of each token that is new.
+      vocabulary: minimum number of rows (tokens of the tokenizer).
+      new_tokens: id of each new token -> ids of old tokens that describe it.
 
     Returns:
-      The architecture, the weights, and the names of the weights that were drawn afresh.
+      The architecture, the weights, and the names of the weights that were drawn at random.
     """
     old = params["embed"]
     embed = np.empty((max(vocabulary, len(old)), old.shape[1]), old.dtype)
@@ -215,20 +212,21 @@ def for_task(
     for token, described in new_tokens.items():
         embed[token] = old[list(described) or ...].mean(axis=0, dtype=np.float64)
     fitted = dataclasses.replace(architecture, vocabulary=len(embed), labels=labels, dense=True)
-    kept = dict(params) | {"embed": embed}
+    weights = dict(params) | {"embed": embed}
     if sorted(labels) == sorted(architecture.labels):
         order = [architecture.labels.index(label) for label in labels]
-        kept |= {name: kept[name][..., order] for name in ("classifier", "classifier_bias")}
+        weights |= {name: weights[name][..., order] for name in ("classifier", "classifier_bias")}
     else:
-        kept = {name: value for name, value in kept.items() if not name.startswith("classifier")}
+        weights.pop("classifier", None)
+        weights.pop("classifier_bias", None)
     draw, fresh = np.random.default_rng(seed), []
-    for weight, path, shape, _ in places(fitted):
-        if not weight.in_layer and weight.name not in kept:
+    for weight, _, shape, _ in places(fitted):
+        if not weight.in_layer and weight.name not in weights:
             drawn = (
                 fitted.initializer_range * draw.standard_normal(shape)
                 if weight.initial == "normal"
                 else np.zeros(shape)
             )
-            kept[path[0]] = drawn.astype(old.dtype)
+            weights[weight.name] = drawn.astype(old.dtype)
             fresh.append(weight.name)
-    return fitted, kept, tuple(fresh)
+    return fitted, weights, tuple(fresh)

@@ -1,4 +1,4 @@
-"""LoRA adapters: which projections, their factors, their scale, and merging into the base."""
+"""LoRA adapters: target projections, factors, scale, and merging into the base."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def scale_of(lora: Lora) -> float:
 def targets(
     architecture: Architecture, lora: Lora
 ) -> list[tuple[Weight, tuple[str, ...], tuple[int, ...], tuple[str | None, ...]]]:
-    """The places of the base that the adapter targets, as `weights.places` gives them."""
+    """The entries of `weights.places` that the adapter targets."""
     return [
         place for place in places(architecture) if place[0].lora and place[0].name in lora.targets
     ]
@@ -52,19 +52,19 @@ def init_adapter(architecture: Architecture, lora: Lora, key: jax.Array) -> dict
 def adapter_axes(architecture: Architecture, lora: Lora) -> dict:
     """Mesh axes of each factor, in the adapter's form; the rank is never sharded."""
     axes: dict = {"layers": {}, "last": {}}
-    for weight, path, _, place in targets(architecture, lora):
-        *stack, inputs, outputs = place
+    for weight, path, _, weight_axes in targets(architecture, lora):
+        *stack, inputs, outputs = weight_axes
         axes[path[0]][weight.name] = {"a": (*stack, inputs, None), "b": (*stack, None, outputs)}
     return axes
 
 
 def merge(params: dict, factors: dict, scale: float) -> dict:
-    """The base (numpy) with W + scale A B in place of each targeted W: formed in f32, cast once.
+    """Replaces each targeted W of the base (numpy) by W + scale A B, computed in f32 and cast once.
 
-    The projections of an NF4 base come out dense, targeted or not: an adapter belongs to the values
-    it was trained on, which are the dequantised ones. PEFT quantises the sum again, which adds an
-    error of its own. Matrices that are formed have the dtype of W, or of an NF4 base's embeddings.
-    One layer is formed at a time, so the host holds the merged stack and one matrix in f32.
+    All projections of an NF4 base become dense, targeted or not: an adapter fits the values it was
+    trained on, which are the dequantised ones. PEFT quantises the sum again, which adds another
+    error. Merged matrices have the dtype of W, or of the embeddings of an NF4 base. One layer is
+    merged at a time, so the host holds the merged stack and one matrix in f32.
     """
     merged = dict(params)
     for part in ("layers", "last"):
@@ -73,17 +73,13 @@ def merge(params: dict, factors: dict, scale: float) -> dict:
             factor = factors[part].get(name)
             if factor is None and not is_nf4(w):
                 continue
-            whole = np.empty(dense_shape(w), (params["embed"] if is_nf4(w) else w).dtype)
-            for layer, matrix in layer_matrices(w):  # () alone for the last layer
+            stack = np.empty(dense_shape(w), (params["embed"] if is_nf4(w) else w).dtype)
+            for layer, matrix in layer_matrices(w):  # layer is () in "last"
                 if factor is not None:
-                    matrix = merge_one(
-                        matrix,
-                        np.asarray(factor["a"][layer]),
-                        np.asarray(factor["b"][layer]),
-                        scale,
-                    )
-                whole[layer] = matrix
-            merged[part][name] = whole
+                    a, b = (np.asarray(factor[side][layer]) for side in ("a", "b"))
+                    matrix = merge_one(matrix, a, b, scale)
+                stack[layer] = matrix
+            merged[part][name] = stack
     return merged
 
 
@@ -91,7 +87,7 @@ def merge_one(w: np.ndarray, left: np.ndarray, right: np.ndarray, scale: float) 
     """W + scale left right in f32: W [I, O] with left A [I, R] and right B [R, O], or all three
     transposed.
     """
-    whole = left.astype(np.float32) @ right.astype(np.float32)
-    whole *= np.float32(scale)
-    whole += w.astype(np.float32)
-    return whole
+    merged = left.astype(np.float32) @ right.astype(np.float32)
+    merged *= np.float32(scale)
+    merged += w.astype(np.float32)
+    return merged

@@ -1,7 +1,6 @@
-"""Decoder and encoder as Flax NNX modules: they define and initialise the weights, and wrap the one
-forward pass.
+"""Decoder and encoder as Flax NNX modules, which initialise the weights and wrap the forward pass.
 
-The loop does not see the module: `plain_weights` splits it once into a plain pytree.
+Training never sees a module: `plain_weights` extracts a plain pytree once.
 """
 
 from __future__ import annotations
@@ -14,14 +13,11 @@ from jaxre.models import decoder, encoder
 from jaxre.models.architecture import Architecture, EncoderArchitecture
 from jaxre.models.weights import AnyArchitecture, places, tree_of
 
-_INITIAL = {
-    "zeros": lambda key, shape, dtype, _: jnp.zeros(shape, dtype),
-    "ones": lambda key, shape, dtype, _: jnp.ones(shape, dtype),
-}
+_CONSTANTS = {"zeros": jnp.zeros, "ones": jnp.ones}
 
 
 class _Weights(nnx.Module):
-    """The weights of the table, random."""
+    """Random weights of the weight table."""
 
     def __init__(
         self, architecture: AnyArchitecture, *, rngs: nnx.Rngs, dtype: jnp.dtype = jnp.float32
@@ -33,7 +29,7 @@ class _Weights(nnx.Module):
                 return architecture.initializer_range * jax.random.normal(
                     rngs.params(), shape, dtype
                 )
-            return _INITIAL[weight.initial](None, shape, dtype, None)
+            return _CONSTANTS[weight.initial](shape, dtype)
 
         self.weights = nnx.data(
             tree_of(
@@ -54,7 +50,7 @@ class Decoder(_Weights):
         positions: jax.Array | None = None,
         visible_until: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, T] int32 tokens -> [B, T, V] f32 logits; one example a row unless told otherwise."""
+        """[B, T] int32 tokens -> [B, T, V] f32 logits; one example a row by default."""
         B, T = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(T), (B, T)) if positions is None else positions
         visible_until = jnp.full((B, T), T) if visible_until is None else visible_until
@@ -69,7 +65,7 @@ class Encoder(_Weights):
     architecture: EncoderArchitecture
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """[B, T] int32 tokens, one example a row -> [B, N] f32 logits of the labels."""
+        """[B, T] int32 tokens, one example a row -> [B, N] f32 label logits."""
         B, T = tokens.shape
         positions, visible_until = jnp.broadcast_to(jnp.arange(T), (B, T)), jnp.full((B, T), T)
         first = jnp.zeros((B, 1), jnp.int32)
@@ -79,13 +75,13 @@ class Encoder(_Weights):
 
 
 def plain_weights(module: Decoder | Encoder) -> dict:
-    """The weights as nested dicts of arrays, in the form of `weights.py`."""
+    """Nested dicts of the weights, in the form of `weights.py`."""
     return jax.tree.map(
         lambda param: param[...], module.weights, is_leaf=lambda leaf: isinstance(leaf, nnx.Param)
     )
 
 
 def init_weights(architecture: AnyArchitecture, seed: int, dtype: jnp.dtype = jnp.float32) -> dict:
-    """Random base weights as a plain pytree."""
+    """Draws random base weights as a plain pytree."""
     kind = Encoder if isinstance(architecture, EncoderArchitecture) else Decoder
     return plain_weights(kind(architecture, rngs=nnx.Rngs(seed), dtype=dtype))

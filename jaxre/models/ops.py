@@ -1,4 +1,4 @@
-"""What of a forward pass depends on the devices that it runs on."""
+"""Device-dependent operations of the forward pass."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from jaxre_kernels.lora import lora_group
 
 
 class Ops(NamedTuple):
-    """As it stands: one device, and what `jaxre_kernels` chooses where nothing is asked for.
+    """Operations over the rows of all devices; by default one device, and the implementations that
+    `jaxre_kernels` chooses.
 
-    constrain: applied to [B, T, D] activations, to keep them sharded over rows.
-    attention, lora_group, cross_entropy: take and give what those of `jaxre_kernels` do, over the
-    rows of all devices.
+    constrain: applied to [B, T, D] activations to keep them sharded over rows.
+    attention, lora_group, cross_entropy: signatures as in `jaxre_kernels`.
     """
 
     constrain: Callable[[jax.Array], jax.Array] = lambda x: x

@@ -1,16 +1,17 @@
-"""The weight tables: one declaration per weight that import, export, initialisation, sharding and
-LoRA read.
+"""The weight tables: one declaration per weight, read by import, export, initialisation, sharding
+and LoRA.
 
 Letters: L layers, D embedding, H query heads, K key/value heads, C head channels, F feed-forward,
 V vocabulary, P rows of the position table, Y token types, N labels. `HC` is H x C, one dimension.
 
 Our pytree: `{"embed", "norm", ["head"], "layers": {name: [L-1, ...]}, "last": {name: [...]}}`.
-All layers but the last are stacked and scanned. The last is an entry of its own, never a slice of
+All layers but the last are stacked and scanned. The last has its own entry and is never a slice of
 the stack: slicing the stack inside a step copies the whole base.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,11 +25,11 @@ AnyArchitecture = Architecture | EncoderArchitecture
 class Weight:
     """One row of the table.
 
-    `dims` names each dimension of our array by letters; `axes` the mesh axis each is sharded
-    over. `hf` is the Hugging Face name, with `{layer}` where it belongs to a layer. Hugging
-    Face stores a linear map as [out, in]; ours is [in, out] where `transpose` is set.
-    `lora` is the input group of a projection that LoRA may target: projections of one group
-    read the same input. `switch` names the field of Architecture that turns the weight on.
+    dims: letters of each dimension of our array. axes: the mesh axis that shards each dimension.
+    hf: the Hugging Face name, with `{layer}` for a weight of a layer. transpose: ours is [in, out],
+    where Hugging Face stores a linear map as [out, in]. lora: input group of a projection that LoRA
+    may target; projections of a group read the same input. switch: the field of Architecture that
+    turns the weight on.
     """
 
     name: str
@@ -85,7 +86,7 @@ def _norm(
     )
 
 
-# Llama's layout; Qwen2 adds a bias to q, k and v, Qwen3 a norm to each head's q and k.
+# Llama's layout. Qwen2 adds a bias to q, k and v; Qwen3 adds a norm to each head's q and k.
 DECODER = (
     Weight("embed", ("V", "D"), "model.embed_tokens.weight", ("tensor", "fsdp")),
     Weight("norm", ("D",), "model.norm.weight", (None,), initial="ones"),
@@ -108,8 +109,8 @@ DECODER = (
 
 
 def _encoder(prefix: str, dense: str, classifier: str) -> tuple[Weight, ...]:
-    """BERT's and RoBERTa's layout: every map has a bias, every norm a weight and a bias; the head
-    is named by the caller.
+    """BERT's and RoBERTa's layout: every map has a bias, every norm a weight and a bias; the caller
+    names the modules of the head.
     """
 
     def linear(
@@ -145,8 +146,8 @@ def _encoder(prefix: str, dense: str, classifier: str) -> tuple[Weight, ...]:
 
 
 def _gemma3() -> tuple[Weight, ...]:
-    """Llama's layout but for its norms: they start at 0, being added to 1, and attention and MLP
-    have one before and one behind them (`post_attention_layernorm` is the one behind attention).
+    """Llama's layout with other norms: their weights start at 0, as 1 is added to them, and
+    attention and MLP have a norm before and after (`post_attention_layernorm` follows attention).
     """
     norms = {
         "attention_norm": ("input_layernorm", "D"),
@@ -156,13 +157,13 @@ def _gemma3() -> tuple[Weight, ...]:
         "mlp_norm": ("pre_feedforward_layernorm", "D"),
         "mlp_out_norm": ("post_feedforward_layernorm", "D"),
     }
-    others = (weight for weight in DECODER if weight.name not in norms)
     return (
         *(
             replace(weight, initial="zeros") if weight.name == "norm" else weight
-            for weight in others
+            for weight in DECODER
+            if weight.name not in norms
         ),
-        *(_norm(name, *place, initial="zeros") for name, place in norms.items()),
+        *(_norm(name, module, dim, initial="zeros") for name, (module, dim) in norms.items()),
     )
 
 
@@ -174,7 +175,7 @@ ENCODER = {
 
 
 def table(architecture: AnyArchitecture) -> tuple[Weight, ...]:
-    """The rows that this architecture has."""
+    """The rows of this architecture."""
     rows = (GEMMA | ENCODER).get(architecture.kind, DECODER)
     return tuple(
         weight for weight in rows if weight.switch is None or getattr(architecture, weight.switch)
@@ -184,7 +185,9 @@ def table(architecture: AnyArchitecture) -> tuple[Weight, ...]:
 def places(
     architecture: AnyArchitecture,
 ) -> Iterator[tuple[Weight, tuple[str, ...], tuple[int, ...], tuple[str | None, ...]]]:
-    """Every array of our pytree: (row, path, shape, axes); a stacked one has L-1 in front."""
+    """Yields (row, path, shape, axes) of every array of our pytree; a stacked shape begins with
+    L-1.
+    """
     for weight in table(architecture):
         shape = weight.shape(architecture)
         if not weight.in_layer:
@@ -200,7 +203,7 @@ def places(
 
 
 def tree_of(pairs: Iterator[tuple[tuple[str, ...], Any]]) -> dict:
-    """Nested dicts from (path, value) pairs."""
+    """Builds nested dicts from (path, value) pairs."""
     tree: dict = {}
     for path, value in pairs:
         node = tree
@@ -212,10 +215,4 @@ def tree_of(pairs: Iterator[tuple[tuple[str, ...], Any]]) -> dict:
 
 def parameter_count(architecture: AnyArchitecture) -> int:
     """Number of base parameters, a tied head counted once."""
-    total = 0
-    for _, _, shape, _ in places(architecture):
-        size = 1
-        for length in shape:
-            size *= length
-        total += size
-    return total
+    return sum(math.prod(shape) for _, _, shape, _ in places(architecture))

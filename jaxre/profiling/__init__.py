@@ -1,1 +1,1 @@
-"""What runs here, and how fast."""
+"""Reports of this machine and profiles of runs."""

@@ -1,4 +1,4 @@
-"""`jaxre doctor`: versions, devices, what would be chosen on this machine and why."""
+"""`jaxre doctor`: versions, devices, and the choices that jaxre makes on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 from jaxre.checkpoints.source import chosen_dtype
 from jaxre.config import data_root, shipped
 
-# As they are shown, and as the table of implementations names them.
+# Displayed name -> name in the table of implementations.
 OPS = {
     "attention": "attention",
     "linear cross-entropy": "cross_entropy",
@@ -35,7 +35,7 @@ PACKAGES = (
 
 
 def diagnose() -> Table:
-    """A table of what is here; it changes nothing."""
+    """Tabulates versions, devices and choices; changes nothing."""
     table = Table(show_header=False, title="jaxre doctor", title_justify="left")
     table.add_row("python", platform.python_version())
     for package in PACKAGES:
@@ -46,25 +46,14 @@ def diagnose() -> Table:
     table.add_section()
     devices = jax.devices()
     table.add_row("devices", f"{len(devices)} x {devices[0].device_kind} ({jax.default_backend()})")
-    table.add_row(
-        "model.dtype=auto",
-        chosen_dtype("auto").why,
-    )
-    for shown, op in OPS.items():
-        table.add_row(shown, verdict(op, devices[0].device_kind))
+    table.add_row("model.dtype=auto", chosen_dtype("auto").why)
+    for name, op in OPS.items():
+        table.add_row(name, verdict(op, devices[0].device_kind))
     table.add_section()
     root = data_root()
-    table.add_row(
-        "benchmarks",
-        (
-            f"{root}"
-            if root.is_dir()
-            else f"{root} is not there; set JAXRE_DATA to the folder of the benchmarks"
-        ),
-    )
+    hint = "" if root.is_dir() else " is not there; set JAXRE_DATA to the folder of the benchmarks"
+    table.add_row("benchmarks", f"{root}{hint}")
     for asset in ("corpus", "facts-base"):
-        table.add_row(
-            f"shipped {asset}",
-            "here" if shipped(asset).is_dir() else "missing; install jaxre again",
-        )
+        status = "here" if shipped(asset).is_dir() else "missing; install jaxre again"
+        table.add_row(f"shipped {asset}", status)
     return table

@@ -1,8 +1,9 @@
-"""What the device does: its rates on products and copies, and the time of updates, split."""
+"""Measures the rates of a device on products and copies, and the parts of an update's time."""
 
 from __future__ import annotations
 
 import time
+import timeit
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxre.models import sharding
 from jaxre.models.weights import AnyArchitecture, table
-from jaxre.profiling.prepared import Prepared, members
-from jaxre.training import sharding
+from jaxre.profiling.updates import Updates
 
-# Dense bf16 products, FLOP/s a device, by the start of its kind: the vendors' datasheets, without
-# sparsity.
+# FLOP/s of a device on dense bf16 products, by the start of its kind; from the vendors' datasheets,
+# without sparsity.
 DATASHEET = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100": 989e12,
@@ -34,8 +35,8 @@ COPIED = 2**26  # elements of the copy: past every cache, small beside a device'
 
 
 class Sizes(NamedTuple):
-    """Of the programs that are timed: FLOPs of a chain of products, the side of the square ones,
-    copies.
+    """Sizes of the timed programs: FLOPs in a chain of products, side of the square matrices,
+    number of copies.
     """
 
     chain: float
@@ -43,18 +44,19 @@ class Sizes(NamedTuple):
     copies: int
 
 
-# On an accelerator enough that a program's start is lost in it: 2 to 4 ms on an H200, where one
-# product of 1,200 tokens of a 0.5B model takes 2 to 13 us. A processor starts sooner, and has to be
-# done in seconds.
+# On an accelerator, large enough to hide the launch of a program: 2 to 4 ms on an H200, where a
+# product of 1,200 tokens of a 0.5B model takes 2 to 13 us. A processor launches sooner, and has to
+# finish in seconds.
 PROCESSOR, ACCELERATOR = Sizes(5e8, 1024, 4), Sizes(2e12, 8192, 32)
 
 
 @dataclass(frozen=True)
 class Timed:
-    """Of `updates` updates, each of `examples` examples with `tokens` tokens in the mean.
+    """Times of `updates` updates, with a mean of `examples` examples and `tokens` tokens each.
 
-    `seconds` is an update's in a run that never waits; then one at a time, the median of: waiting
-    for input, host work up to the return of the dispatch, and waiting for the device after it.
+    seconds: mean of an update in a run that never waits.
+    input_wait, host, device: medians with one update at a time: waiting for input, host work until
+      the dispatch returns, and waiting for the device after that.
     """
 
     updates: int
@@ -74,47 +76,41 @@ class Timed:
         return self.tokens / self.seconds
 
 
-def time_updates(run: Prepared, count: int, trace: Path | None = None) -> Timed:
-    """Times `count` updates in a row and as many one at a time, after two to warm up; two more are
-    traced into `trace`.
+def time_updates(updates: Updates, count: int, trace: Path | None = None) -> Timed:
+    """Times `count` updates in a row and as many one at a time, after two warm-up updates; traces
+    two more into `trace`.
     """
     for _ in range(2):
-        jax.block_until_ready(run.update(run.next_rows()))
-    lengths = run.dataset.train.tokens.lengths
-    chosen = np.concatenate(
-        [
-            members(run.plan.updates[n % len(run.plan.updates)])
-            for n in range(run.done, run.done + count)
-        ]
-    )
+        jax.block_until_ready(updates.run(updates.next_rows()))
+    lengths = updates.setup.dataset.train.tokens.lengths
+    chosen = updates.upcoming(count)
     began = time.perf_counter()
     for _ in range(count):
-        metrics = run.update(run.next_rows())
+        metrics = updates.run(updates.next_rows())
     jax.block_until_ready(metrics)
     seconds = (time.perf_counter() - began) / count
     split = []
     for _ in range(count):
-        times = [time.perf_counter()]
-        rows = run.next_rows()
-        times.append(time.perf_counter())
-        metrics = run.update(rows)
-        times.append(time.perf_counter())
+        began = time.perf_counter()
+        rows = updates.next_rows()
+        got_rows = time.perf_counter()
+        metrics = updates.run(rows)
+        dispatched = time.perf_counter()
         jax.block_until_ready(metrics)
-        times.append(time.perf_counter())
-        split.append(np.diff(times))
+        split.append((got_rows - began, dispatched - got_rows, time.perf_counter() - dispatched))
     if trace is not None:
         with jax.profiler.trace(str(trace)):
             for _ in range(2):
-                jax.block_until_ready(run.update(run.next_rows()))
+                jax.block_until_ready(updates.run(updates.next_rows()))
     input_wait, host, device = np.median(split, axis=0).tolist()
     return Timed(
-        count,
-        len(chosen) / count,
-        float(lengths[chosen].sum()) / count,
-        seconds,
-        input_wait,
-        host,
-        device,
+        updates=count,
+        examples=len(chosen) / count,
+        tokens=float(lengths[chosen].sum()) / count,
+        seconds=seconds,
+        input_wait=input_wait,
+        host=host,
+        device=device,
     )
 
 
@@ -122,7 +118,7 @@ def matrix_rate(
     architecture: AnyArchitecture, rows: int, length: int, dtype: np.dtype, mesh: jax.sharding.Mesh
 ) -> float:
     """FLOP/s of all devices on the products of one layer, [rows, length, I] x [I, O] of `dtype`
-    and, as for the gradient, [rows, length, O] x [O, I]; each weight on every device.
+    and, as in the backward pass, [rows, length, O] x [O, I], with replicated weights.
     """
     counts = Counter(
         weight.shape(architecture)
@@ -140,14 +136,12 @@ def matrix_rate(
 
 
 def sizes_for(mesh: jax.sharding.Mesh) -> Sizes:
-    """What is timed on these devices."""
+    """Sizes of the programs to time on these devices."""
     return PROCESSOR if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR
 
 
 def square_rate(dtype: np.dtype, mesh: jax.sharding.Mesh) -> float:
-    """FLOP/s of all devices on one large square product each: what they can do, whatever the
-    model's shapes are.
-    """
+    """FLOP/s of all devices on one large square product each, independent of the model's shapes."""
     rows, size = sharding.row_shards(mesh), sizes_for(mesh).square
     return 2.0 * rows * size**3 / _seconds_of_product(rows, size, size, size, dtype, mesh)
 
@@ -155,17 +149,17 @@ def square_rate(dtype: np.dtype, mesh: jax.sharding.Mesh) -> float:
 def _seconds_of_product(
     rows: int, length: int, inputs: int, outputs: int, dtype: np.dtype, mesh: jax.sharding.Mesh
 ) -> float:
-    """The mean of [rows, length, I] x [I, O] and back, in a program of many. Alone a small product
-    takes as long as its start.
+    """Mean time of [rows, length, I] x [I, O] and back, in a program of many: a small product alone
+    takes as long as its launch.
 
-    Each takes the result of the one before it, and barriers keep the compiler from multiplying the
-    two weights first.
+    Each product takes the previous result, and barriers keep the compiler from multiplying the two
+    weights first.
     """
     pairs = int(max(2, sizes_for(mesh).chain // (4 * rows * length * inputs * outputs)))
     x = jax.device_put(
         _random(0, (rows, length, inputs), dtype), sharding.row_sharding(mesh, leading=0)
     )
-    # So scaled, a product is of the size of its input.
+    # With this scale a product has the magnitude of its input.
     there, back = (
         jax.device_put(_random(seed, shape, dtype) * shape[0] ** -0.5, sharding.replicated(mesh))
         for seed, shape in ((1, (inputs, outputs)), (2, (outputs, inputs)))
@@ -184,9 +178,7 @@ def _seconds_of_product(
 
 
 def copy_rate(mesh: jax.sharding.Mesh) -> float:
-    """Bytes a second, read and written, of adding to an array on one device, in a program that does
-    it many times.
-    """
+    """Bytes per second, read and written, of repeated additions to an array on one device."""
     copies = sizes_for(mesh).copies
     source = jax.device_put(jnp.zeros(COPIED, jnp.float32), mesh.devices.flat[0])
     add = jax.jit(
@@ -196,24 +188,23 @@ def copy_rate(mesh: jax.sharding.Mesh) -> float:
 
 
 def _random(seed: int, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    # Not zeros: an H200 multiplies those an eighth faster (894 against 788 TFLOP/s).
+    # Not zeros, which an H200 multiplies an eighth faster (894 against 788 TFLOP/s).
     return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def _best(call: Callable[[], jax.Array], tries: int = 5) -> float:
-    """Seconds of a call, the fastest of `tries`."""
-    jax.block_until_ready(call())
-    times = []
-    for _ in range(tries):
-        began = time.perf_counter()
+def _best(call: Callable[[], jax.Array]) -> float:
+    """Seconds of a call, the fastest of five after a warm-up."""
+
+    def run() -> None:
         jax.block_until_ready(call())
-        times.append(time.perf_counter() - began)
-    return min(times)
+
+    run()
+    return min(timeit.repeat(run, number=1, repeat=5))
 
 
 def datasheet_rate(mesh: jax.sharding.Mesh, dtype: np.dtype) -> float | None:
-    """FLOP/s of all devices as the vendor says, where DATASHEET knows the kind and products are
-    bf16.
+    """The vendor's FLOP/s of all devices; None unless products are bf16 and DATASHEET has the
+    device.
     """
     kind = mesh.devices.flat[0].device_kind
     known = [rate for name, rate in DATASHEET.items() if kind.startswith(name)]

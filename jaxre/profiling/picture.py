@@ -1,5 +1,5 @@
-"""A profile as a picture: the roofline of the device with the run on it, what the savings leave to
-compute, where an update's time goes.
+"""Draws a profile: the device's roofline with the run on it, the FLOPs that each saving leaves, and
+the time of an update by part.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """Writes the picture of `profile_run`'s result as PNG."""
-    ledger, timing = found["ledger"], found["measured"]
+def draw(profile: dict[str, Any], path: Path) -> None:
+    """Writes a picture of `profile_run`'s result as PNG."""
+    ledger, timing = profile["ledger"], profile["measured"]
     figure = Figure(figsize=(17, 4), layout="constrained")
     roof, steps, bars = figure.subplots(1, 3)
 
@@ -38,24 +38,24 @@ def draw(found: dict[str, Any], path: Path) -> None:
     )
     roof.set_xlabel("FLOPs needed per byte of weights and state")
     roof.set_ylabel("TFLOP/s")
-    roof.set_title(found["device"])
+    roof.set_title(profile["device"])
     roof.legend(loc="lower right")
 
-    # ---- savings: what is left after each, those above it made already
+    # ---- savings: the FLOPs left after each, cumulative from the top
     savings = ledger["savings"]
-    left = [savings[0]["before"], *(one["after"] for one in savings)]
+    remaining = [savings[0]["before"], *(saving["after"] for saving in savings)]
     drawn = steps.barh(
-        ["padded", *(one["name"] for one in savings)],
-        [flops / 1e9 for flops in left],
+        ["padded", *(saving["name"] for saving in savings)],
+        [flops / 1e9 for flops in remaining],
         color="tab:blue",
     )
-    steps.bar_label(drawn, ["", *(f"{-one['removed']:+.1%}" for one in savings)], padding=3)
+    steps.bar_label(drawn, ["", *(f"{-saving['removed']:+.1%}" for saving in savings)], padding=3)
     steps.invert_yaxis()
     steps.margins(x=0.2)
     steps.set_xlabel("GFLOPs an update")
     steps.set_title("what each saving leaves")
 
-    # ---- time: the floor by part of the model, and the update as it was measured
+    # ---- time: the floor by part of the model, and the measured update
     flops = ledger["flops"]
     floor = {part: value / rate for part, value in flops.items() if part != "total" and value}
     measured = {name.replace("_", " "): value for name, value in timing["split"].items()}
@@ -77,6 +77,6 @@ def draw(found: dict[str, Any], path: Path) -> None:
     bars.set_yticks([])
     bars.margins(x=0.25)
     bars.set_xlabel("ms an update")
-    bars.set_title(found["config"]["name"])
+    bars.set_title(profile["config"]["name"])
     bars.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=4, fontsize="small")
     figure.savefig(path, dpi=120)

@@ -1,13 +1,11 @@
-"""The benchmarks by name: where their files are, who reads them, their domain, and whether their
-sentences may be shown.
+"""The benchmarks by name: folder, reader, domain, and permission to show their sentences.
 
     BENCHMARKS["gids"].read(folder, source)
 
-A benchmark is read from its original files below the data folder, from the hub's original
-(`original`: its rows have the shape of the files, or a known other one), or from the study's copy
+A benchmark is read from its original files below the data folder, from the original on the hub
+(`original`: its rows have the format of the files, or another known one), or from the study's copy
 on the hub (`copy`: the columns of `columns`). Examples of a copy carry the name and the domain of
-the benchmark; their ids begin with that of the copy, for its rows are not numbered as the
-original's.
+the benchmark; their ids begin with the id of the copy, since its rows are numbered differently.
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ from jaxre.relations.tables import read_table
 
 FACTS = "facts"
 
-# rows, split, what ids begin with, source
+# rows, split, prefix of ids, source
 Rows = Callable[[Iterable[Record], str, str, config.Source], Reading]
 
 
@@ -44,11 +42,11 @@ Rows = Callable[[Iterable[Record], str, str, config.Source], Reading]
 class Benchmark:
     """One benchmark.
 
-    folder: below the data folder (`config.data_root`); None for what the project ships. read:
-    folder and source to examples. open_licence: whether its sentences may be shown in public. copy,
-    original: ids on the hub. rows: reads the rows of the original, None where its columns are the
-    usual ones. whole: the original is one split there, which `rows` divides. files: split -> file
-    of the original, where the hub would take several files for one split.
+    folder: below the data folder (`config.data_root`); None for the shipped corpus. read: reads the
+    examples of a source from the folder. open_licence: True if its sentences may be shown in
+    public. copy, original: ids on the hub. rows: reads the rows of the original, None if its
+    columns are the usual ones. whole: the original is one split, which `rows` divides. files: split
+    -> file of the original, where the hub would combine several files into one split.
     """
 
     name: str
@@ -196,13 +194,13 @@ _ALL = (
         whole=True,
     ),
 )
-BENCHMARKS = {one.name: one for one in _ALL}
-COPIES = {one.copy: one for one in _ALL if one.copy}
-ORIGINALS = {one.original: one for one in _ALL if one.original}
+BENCHMARKS = {benchmark.name: benchmark for benchmark in _ALL}
+COPIES = {benchmark.copy: benchmark for benchmark in _ALL if benchmark.copy}
+ORIGINALS = {benchmark.original: benchmark for benchmark in _ALL if benchmark.original}
 
 
 def open_licence(name: str) -> bool:
-    """Whether sentences of a dataset may be shown in public; False for what is no benchmark, since
-    nothing is known of it.
+    """True if sentences of a dataset may be shown in public; False for datasets that are not
+    benchmarks, since their licence is unknown.
     """
     return name in BENCHMARKS and BENCHMARKS[name].open_licence

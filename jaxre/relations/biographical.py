@@ -1,15 +1,15 @@
 """Biographical (Plum et al. 2022): sentences of Wikipedia about people, labelled by distant
-supervision, a part of them by people.
+supervision, some of them also by people.
 
-Tab-separated with a header. One column holds the sentence with `<e1>..</e1>` and `<e2>..</e2>` (it
-is found by its marks); `relation` is the distant label; `P1` and `P2` name the tag of the subject
-and of the object (without them e1 is the subject); `ANNOTATION`, in m2_gold.tsv, is the human
-label, which differs on about a fifth of the rows.
+Tab-separated with a header. One column holds the sentence with `<e1>..</e1>` and `<e2>..</e2>`
+(recognised by its marks); `relation` is the distant label; `P1` and `P2` name the tag of the
+subject and of the object (without them e1 is the subject); `ANNOTATION`, in m2_gold.tsv, is the
+human label, which differs on about a fifth of the rows.
 
 Splits: `train`, `test`; the same with `_coref` and `_skip` for the two other ways of building the
-set; `gold` with the human labels, `gold_distant` with the distant ones of the same rows. Labels:
+set; `gold` with the human labels, `gold_distant` with the distant labels of the same rows. Labels:
 birthdate, bplace_name, deathdate, dplace_name, occupation, educatedAt, parent, child, sibling,
-Other (negative). The files were not at hand: the format is tested with rows of our own.
+Other (negative). The files were not available: the format is tested with rows of our own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ DISAGREE = "human labels differ from the distant ones"
 
 
 def read_biographical(folder: Path, split: str | None) -> Reading:
-    """The rows of a split, with ids such as `biographical/gold/17` (row from 1).
+    """Reads the rows of a split, with ids such as `biographical/gold/17` (row from 1).
 
     Raises:
       InputError: unknown split, missing file, a row that is not as above (names file:line).
@@ -68,7 +68,7 @@ def _rows(path: Path) -> Iterator[Record]:
 
 
 def read_biographical_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
-    """Rows by column name. Raises InputError as `read_biographical`."""
+    """Reads rows by column name. Raises InputError as `read_biographical`."""
     examples, account = [], defaultdict(list)
     for number, (place, row) in enumerate(rows, start=1):
         identity = f"{prefix}/{split}/{number}"
@@ -98,24 +98,19 @@ def _example(place: str, row: dict, split: str, identity: str, label: str) -> Ex
         text, *marked = strip_marks(sentences[0])
     except ValueError as error:
         raise InputError(f"{place}: {error}") from None
-    spans = [marked[number] for number in _order(place, row)]
-    head, tail = (text[slice(*span)] for span in spans)
-    return Example(
+    return Example.with_spans(
+        text,
+        *(marked[number] for number in _order(place, row)),
         id=identity,
         dataset=NAME,
         split=split,
-        text=text,
-        head=head,
-        tail=tail,
         relation=label,
-        head_span=spans[0],
-        tail_span=spans[1],
         domain=DOMAIN,
     )
 
 
 def _order(place: str, row: dict) -> list[int]:
-    """Which of e1 and e2 is the subject, which the object."""
+    """Indices, 0 for e1 and 1 for e2, of the subject and the object."""
     if "P1" not in row and "P2" not in row:
         return [0, 1]
     tags = [str(row.get(key)).strip().strip("<>").lower() for key in ("P1", "P2")]

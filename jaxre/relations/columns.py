@@ -1,17 +1,16 @@
-"""Records with named columns to examples: the logic that files and hub datasets share.
+"""Converts records with named columns to examples, for files and hub datasets.
 
 Our fields are those of `FIELDS`. A field is read from the column that the mapping names, else
 from the column of its own name, else from the one that published copies use (`USUAL`). A field
-mapped to "" has no column, whatever columns there are.
+mapped to "" has no column, even if there is one of its name.
 
-Where the entities are is taken from, in this order: marks in the text
+The places of the entities come from, in this order: marks in the text
 (`<e1>head</e1> ... <e2>tail</e2>`, which are removed), a span column (two-element list, or
-`head_start` and `head_end`; half-open characters of `text`), the one occurrence of the entity
+`head_start` and `head_end`; half-open characters of `text`), the only occurrence of the entity
 in the text. An entity that occurs several times gets no span; prompts then mark the first
-occurrence (`marks.locate`). Whatever is stated twice must agree.
+occurrence (`marks.locate`). Facts that are stated twice must agree.
 
-`prompt_0_shot` is the study's raw prompt; an example keeps its hash, which cached answers are
-joined by.
+`prompt_0_shot` is the study's raw prompt; its hash in the example joins cached answers.
 """
 
 from __future__ import annotations
@@ -35,15 +34,8 @@ from jaxre.relations.schema import Domain, Example, hash_prompt
 
 FIELDS = (
     *("id", "text", "head", "tail", "head_type", "tail_type", "relation", "domain"),
-    *(
-        "head_span",
-        "tail_span",
-        "head_start",
-        "head_end",
-        "tail_start",
-        "tail_end",
-        "prompt_0_shot",
-    ),
+    *("head_span", "tail_span", "head_start", "head_end", "tail_start", "tail_end"),
+    "prompt_0_shot",
 )
 # The columns of the study's hub copies (protocol.md), and the text column of the original SemEval
 # there.
@@ -56,11 +48,11 @@ USUAL = {
 }
 
 Columns = Mapping[str, str]  # our field -> column
-KEY = "columns"  # what a user writes for the mapping, where nothing else is known
+KEY = "columns"  # default name of the mapping in messages
 
 
 class NoColumn(InputError):
-    """A file or dataset has other columns than the mapping, or the task, needs."""
+    """A file or dataset lacks a column that the mapping or the task needs."""
 
 
 class RecordWithoutColumn(NoColumn):
@@ -72,17 +64,17 @@ class RecordWithoutColumn(NoColumn):
 def resolve(
     mapping: Columns, names: Collection[str], place: str, labelled: bool = True, key: str = KEY
 ) -> dict[str, str]:
-    """Which column holds which field.
+    """Returns field -> column, for the fields that have a column.
 
     Args:
       mapping: our field -> column, from the config (`Source.columns`).
-      names: the columns there are.
+      names: the existing columns.
       place: file or dataset, for errors.
-      labelled: whether `relation` must be there.
-      key: what a user writes for the mapping, for errors.
+      labelled: requires a column for `relation`.
+      key: config key of the mapping, for errors.
     Raises:
-      InputError: the mapping names an unknown field; as NoColumn, an unknown column, or there is no
-        column for the text, or (with `labelled`) the relation.
+      InputError: the mapping names an unknown field; as NoColumn, the mapping names an unknown
+        column, or there is no column for the text, or (with `labelled`) the relation.
     """
     for field, name in mapping.items():
         if field not in FIELDS:
@@ -91,7 +83,7 @@ def resolve(
             )
         if name and name not in names:
             raise NoColumn(
-                f"{place}: {key}.{field}={name}: no such column; {_there_are(name, names)}"
+                f"{place}: {key}.{field}={name}: no such column; {_nearest_column(name, names)}"
             )
     column = {}
     for field in FIELDS:
@@ -105,23 +97,17 @@ def resolve(
     return column
 
 
-def _there_are(wanted: str, names: Collection[str]) -> str:
-    return (
-        f"the nearest of {', '.join(names)} is {nearest(wanted, names)}"
-        if names
-        else "there are no columns"
-    )
+def _nearest_column(name: str, names: Collection[str]) -> str:
+    if not names:
+        return "there are no columns"
+    return f"the nearest of {', '.join(names)} is {nearest(name, names)}"
 
 
 def _no_column(place: str, field: str, names: Collection[str], key: str) -> str:
-    marks = (
-        " (or mark the entities in the text: <e1>head</e1>, <e2>tail</e2>)"
-        if field in ("head", "tail")
-        else ""
-    )
+    marks = " (or mark the entities in the text: <e1>head</e1>, <e2>tail</e2>)"
     return (
-        f'{place}: no column for "{field}"; {_there_are(field, names)}; map it with'
-        f" {key}.{field}=NAME{marks}"
+        f'{place}: no column for "{field}"; {_nearest_column(field, names)}; map it with'
+        f" {key}.{field}=NAME{marks if field in ('head', 'tail') else ''}"
     )
 
 
@@ -143,14 +129,14 @@ def read_records(
       column: what `resolve` returned.
       dataset, split: of the examples; an id is `dataset/split/own`, own being the id column or
         the number of the record from 1. An empty split is left out.
-      labelled: whether every record must have a relation; if not, a missing one is "".
-      must_occur: whether an entity that does not occur in its text is an error. Some published
-        sets name entities in other words than the text; such an example then has no span.
+      labelled: requires a relation in every record; otherwise a missing one is "".
+      must_occur: makes an entity that does not occur in its text an error. Some published sets
+        name entities in other words than the text; without `must_occur` they have no span.
       key: as in `resolve`.
-      prefix: what ids begin with in place of the dataset.
+      prefix: replaces the dataset in ids.
       domain: of records that state none.
     Raises:
-      InputError: as the module says; the first record that cannot be used.
+      InputError: the first record that breaks the rules of the module.
     """
     examples: list[Example] = []
     place_of: dict[str, str] = {}
@@ -263,13 +249,16 @@ class _Record:
         self.place, self.record, self.column, self.key = place, record, column, key
 
     def places(self, side: str) -> bool:
-        """Whether there is a column that says what or where the head or tail is."""
+        """True if there is a column for the name or the span of the head or tail."""
         return any(field in self.column for field in (side, f"{side}_span", f"{side}_start"))
 
+    def raw(self, field: str) -> Any:
+        return self.record.get(self.column[field]) if field in self.column else None
+
     def text(self, field: str, strip: bool = True) -> str | None:
-        """A value as text: 1 is "1", true is "true", and "NA", "no" or "null" are what they say."""
-        value = self.record.get(self.column[field]) if field in self.column else None
-        if value is None or value != value:  # NaN, what other tools write into Parquet for nothing
+        """A value as text: 1 is "1", true is "true"; "NA", "no" and "null" stay as written."""
+        value = self.raw(field)
+        if value is None or value != value:  # NaN: other tools write it for missing values
             return None
         if isinstance(value, bool):
             value = str(value).lower()
@@ -289,29 +278,22 @@ class _Record:
     def needed(self, field: str, strip: bool = True) -> str:
         value = self.text(field, strip)
         if value is None:
-            mend = (
-                "; write the label, such as none"
-                if field == "relation"
-                else "; add it or remove the record"
-            )
-            raise InputError(f'{self.place}: no "{self.column[field]}"{mend}')
+            label = field == "relation"
+            advice = "write the label, such as none" if label else "add it or remove the record"
+            raise InputError(f'{self.place}: no "{self.column[field]}"; {advice}')
         return value
 
     def type(self, field: str) -> str | None:
         value = self.text(field)
-        return None if value == "None" else value  # the study's hub copies write a missing type so
+        return None if value == "None" else value  # a missing type in the study's hub copies
 
     def span(self, side: str) -> Span | None:
         """The stated span, from a list (in CSV: as text, `[3, 8]`) or from two columns."""
-        listed = (
-            self.record.get(self.column[f"{side}_span"]) if f"{side}_span" in self.column else None
-        )
-        if listed is None or listed == "":
+        bounds = self.raw(f"{side}_span")
+        if bounds is None or bounds == "":
             bounds = [self.text(f"{side}_start"), self.text(f"{side}_end")]
             if bounds == [None, None]:
                 return None
-        else:
-            bounds = listed
         try:
             start, end = json.loads(bounds) if isinstance(bounds, str) else bounds
             return _whole(start), _whole(end)

@@ -5,14 +5,15 @@ the same 1,441 sentences, entities and relations, but:
 - They share the test split and divide the other 1,153 sentences differently: train/validation
   is 922/231 in the JSON, 910/243 in the multi-head files. Train on one and validate on the other
   and you validate on training sentences: never mix them.
-- The JSON glues the final full stop to the last word, so that an entity there reads "Galveston.";
-  the multi-head files keep it apart. Nothing else differs (measured).
-- 20 distinct test sentences of the JSON also stand in its train split (18 to the letter, 2 with
-  other white space), 14 in validation (`sources.overlap` reports them).
+- The JSON attaches the final full stop to the last word, so that an entity there reads
+  "Galveston."; the multi-head files separate it. Nothing else differs (measured).
+- 20 distinct test sentences of the JSON are also in its train split (18 identical, 2 with other
+  white space), 14 in validation (`sources.overlap` reports them).
 
-A text is the tokens joined by single spaces. Every related pair is one example. The files state
-no negatives (each sentence has a relation), so they are built: an ordered pair of two different
-entities of a sentence without a relation in that direction is a candidate for the label `none`.
+A text is the tokens joined by single spaces. Every related pair is one example. The files contain
+no negatives (each sentence has a relation), so they are constructed: an ordered pair of two
+different entities of a sentence without a relation in that direction is a candidate for the label
+`none`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 
 from jaxre.errors import InputError
 from jaxre.relations.draws import draw
-from jaxre.relations.files import Record, json_array, read_lines, split_file
+from jaxre.relations.files import Record, json_array, nonempty_string, read_lines, split_file
 from jaxre.relations.marks import Span, join_tokens
 from jaxre.relations.schema import Example
 
@@ -58,7 +59,7 @@ class Sentence:
 def read_conll04(
     folder: Path, split: str | None, negatives: float = 1.0, seed: int = 42
 ) -> list[Example]:
-    """The unified JSON copy; see `_examples` for arguments and order.
+    """Reads the unified JSON copy; see `_examples` for arguments and order.
 
     Raises:
       InputError: unknown split, missing file, broken JSON, a sentence that does not fit its own
@@ -71,7 +72,7 @@ def read_conll04(
 def read_conll04_multihead(
     folder: Path, split: str | None, negatives: float = 1.0, seed: int = 42
 ) -> list[Example]:
-    """The original multi-head copy; see `_examples` for arguments and order.
+    """Reads the original multi-head copy; see `_examples` for arguments and order.
 
     Raises:
       InputError: unknown split, missing file, a line that does not parse (names file:line).
@@ -83,8 +84,8 @@ def read_conll04_multihead(
 def read_conll04_rows(
     rows: Iterable[Record], split: str, prefix: str, negatives: float = 1.0
 ) -> list[Example]:
-    """Rows of the hub's copy (DFKI-SLT/conll04), in which a relation names its entities by their
-    positions in the list of entities.
+    """Reads rows of the hub's copy (DFKI-SLT/conll04), in which a relation refers to its entities
+    by their positions in the list of entities.
 
     Raises InputError: a row that does not fit its own tokens or entities.
     """
@@ -103,40 +104,28 @@ def _examples(
 
     Args:
       sentences: of one split.
-      dataset, split, prefix: of the examples, and for the ids, such as `conll04/test/17/5-7/10-11`
-        (sentence, head and tail tokens), which begin with the prefix in place of the dataset, if
-        given.
-      negatives: how many to draw per positive of the split; more than there are means all.
-      seed: of that draw, which hangs on the ids only. The draw for 1 contains the draw for 0.5.
+      dataset, split: of the examples. An id is such as `conll04/test/17/5-7/10-11` (sentence, head
+        and tail tokens).
+      negatives: number to draw per positive of the split; all candidates if there are fewer.
+      seed: of that draw, which depends on the ids only. The draw for 1 contains the draw for 0.5.
+      prefix: replaces the dataset in the ids.
     """
     positives, candidates, order = [], [], {}
     for sentence in sentences:
         text, places = join_tokens(sentence.tokens)
-        related = list(sentence.relations.items())
-        unrelated = [
-            (pair, NEGATIVE)
-            for pair in itertools.permutations(sentence.entities, 2)
-            if pair not in sentence.relations
-        ]
-        for (head, tail), label in related + unrelated:
-            head_span, tail_span = (
-                (places[first][0], places[last - 1][1]) for first, last in (head, tail)
-            )
-            example = Example(
-                id=(
-                    f"{prefix or dataset}/{split}/{sentence.id}"
-                    f"/{head[0]}-{head[1]}/{tail[0]}-{tail[1]}"
-                ),
+        start = f"{prefix or dataset}/{split}/{sentence.id}"
+        # Related pairs first, each pair once.
+        pairs = dict.fromkeys([*sentence.relations, *itertools.permutations(sentence.entities, 2)])
+        for head, tail in pairs:
+            example = Example.with_spans(
+                text,
+                *((places[first][0], places[last - 1][1]) for first, last in (head, tail)),
+                id=f"{start}/{head[0]}-{head[1]}/{tail[0]}-{tail[1]}",
                 dataset=dataset,
                 split=split,
-                text=text,
-                head=text[slice(*head_span)],
-                tail=text[slice(*tail_span)],
-                relation=label,
+                relation=sentence.relations.get((head, tail), NEGATIVE),
                 head_type=sentence.entities[head],
                 tail_type=sentence.entities[tail],
-                head_span=head_span,
-                tail_span=tail_span,
             )
             if example.id in order:
                 raise InputError(
@@ -144,9 +133,8 @@ def _examples(
                 )
             order[example.id] = len(order)
             (positives if (head, tail) in sentence.relations else candidates).append(example)
-    drawn = draw(
-        candidates, round(min(negatives * len(positives), len(candidates))), f"negatives:{seed}"
-    )
+    count = round(min(negatives * len(positives), len(candidates)))
+    drawn = draw(candidates, count, f"negatives:{seed}")
     return sorted(positives + drawn, key=lambda example: order[example.id])
 
 
@@ -157,8 +145,8 @@ def _sentence(
     entities: list[tuple[Span, str]],
     relations: list[tuple[Span, Span, str]],
 ) -> Sentence:
-    """A checked sentence: every range within the tokens, every relation between two entities, no
-    pair twice.
+    """Checks that every range is within the tokens, every relation between two entities, and no
+    pair related twice.
     """
     types = dict(entities)
     for first, last in types:
@@ -192,12 +180,13 @@ def _unified_sentences(path: Path) -> Iterator[Sentence]:
         try:
             if not isinstance(record["tokens"], list):
                 raise TypeError
-            tokens = [_string(token) for token in record["tokens"]]
+            tokens = [nonempty_string(token) for token in record["tokens"]]
             entities = [
-                ((int(first), int(last)), _string(kind)) for first, last, kind in record["entities"]
+                ((int(first), int(last)), nonempty_string(kind))
+                for first, last, kind in record["entities"]
             ]
             relations = [
-                ((int(a), int(b)), (int(c), int(d)), _string(label))
+                ((int(a), int(b)), (int(c), int(d)), nonempty_string(label))
                 for a, b, c, d, label in record["relations"]
             ]
         except (KeyError, TypeError, ValueError):
@@ -212,15 +201,19 @@ def _hub_sentences(rows: Iterable[Record]) -> Iterator[Sentence]:
     for number, (place, row) in enumerate(rows):
         try:
             entities = [
-                ((int(one["start"]), int(one["end"])), _string(one["type"]))
-                for one in row["entities"]
+                ((int(entity["start"]), int(entity["end"])), nonempty_string(entity["type"]))
+                for entity in row["entities"]
             ]
             spans = dict(enumerate(span for span, _ in entities))
             relations = [
-                (spans[one["head"]], spans[one["tail"]], _string(one["type"]))
-                for one in row["relations"]
+                (
+                    spans[relation["head"]],
+                    spans[relation["tail"]],
+                    nonempty_string(relation["type"]),
+                )
+                for relation in row["relations"]
             ]
-            tokens = [_string(token) for token in row["tokens"]]
+            tokens = [nonempty_string(token) for token in row["tokens"]]
         except (KeyError, TypeError, ValueError):
             raise InputError(
                 f"{place}: not a sentence; it has tokens, entities {{start, end, type}} and"
@@ -229,18 +222,12 @@ def _hub_sentences(rows: Iterable[Record]) -> Iterator[Sentence]:
         yield _sentence(str(number), place, tokens, entities, relations)
 
 
-def _string(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise TypeError
-    return value
-
-
 def _multihead_sentences(path: Path) -> Iterator[Sentence]:
     """`#doc N`, then a token per line: index, token, BIO tag, list of relations, list of tails.
 
-    A relation stands on the last token of its head and points at the last token of its tail;
-    `['N']` pointing at the token itself means none. An `I-` tag that continues nothing begins an
-    entity (two tokens of train; the rule of the CoNLL scorer, and what the JSON copy has).
+    A relation is on the line of the last token of its head and points at the last token of its
+    tail; `['N']` pointing at the token itself means none. An `I-` tag that continues nothing begins
+    an entity (two tokens of train; the rule of the CoNLL scorer, and so in the JSON copy).
     """
     lines = read_lines(path)
     starts = [at for at, line in enumerate(lines) if line.startswith("#doc")]

@@ -1,7 +1,8 @@
-"""Random choices that hang on names alone: the same on every machine, in any order, in any process.
+"""Random choices that depend on names alone: the same on every machine, in any order, in any
+process.
 
-Each is a SHA-256 of a seed and an id. A generator would make a choice depend on how many were
-made before it, hence on the order of a file; a hash does not.
+Each is a SHA-256 of a seed and an id. With a generator, a choice would depend on the choices before
+it, hence on the order of a file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ TRAIN, VALIDATION = 0.8, 0.1  # shares of a benchmark that comes as one file; te
 
 
 class Named(Protocol):
-    """What has an id: an example, or what one can be made of."""
+    """An object with an id: an example, or the ingredients of one."""
 
     @property
     def id(self) -> str: ...
@@ -30,7 +31,7 @@ def digest(key: str) -> int:
 
 
 def fraction(key: str) -> float:
-    """A uniform number in [0, 1) for a name: its first 53 bits, so that rounding never gives 1."""
+    """A uniform number in [0, 1) for a name: the first 53 bits, so that rounding never yields 1."""
     return (digest(key) >> 203) / 2**53
 
 

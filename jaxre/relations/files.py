@@ -1,4 +1,4 @@
-"""Text files of a benchmark: finding the one of a split, and reading it with errors that name the
+"""Text files of a benchmark: finds the file of a split and reads it, with errors that name the
 line.
 """
 
@@ -15,7 +15,7 @@ from jaxre.relations.marks import is_text
 
 
 def nearest(name: str, known: Collection[str]) -> str:
-    """The most similar of the `known` names (there must be one)."""
+    """The most similar of the `known` names, of which there must be at least one."""
     return max(
         sorted(known),
         key=lambda other: difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio(),
@@ -65,8 +65,8 @@ def json_array(path: Path, kind: str) -> Iterator[Record]:
     """The objects of a JSON array, with the place `path: kind NUMBER` (from 0).
 
     Raises:
-      InputError: as `read_text`; no valid JSON (names the line), no array, an element that is no
-        object, or holds half a surrogate pair.
+      InputError: as `read_text`; invalid JSON (names the line), no array, an element that is not
+        an object or contains half a surrogate pair.
     """
     try:
         array = json.loads(read_text(path))
@@ -83,11 +83,11 @@ def json_array(path: Path, kind: str) -> Iterator[Record]:
 
 
 def json_lines(path: Path) -> Iterator[Record]:
-    """The objects of a JSON Lines file, with the place `path:line`. Empty lines are passed over.
+    """The objects of a JSON Lines file, with the place `path:line`. Empty lines are skipped.
 
     Raises:
-      InputError: as `read_text`; a line that is not a JSON object, or holds half a surrogate pair
-        (names it).
+      InputError: as `read_text`; a line that is not a JSON object or contains half a surrogate pair
+        (names the line).
     """
     for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
@@ -106,8 +106,15 @@ def _object(place: str, record: Any) -> Record:
     return place, record
 
 
+def nonempty_string(value: object) -> str:
+    """Returns the value. Raises TypeError unless it is a string with characters."""
+    if not isinstance(value, str) or not value:
+        raise TypeError
+    return value
+
+
 def check_split(dataset: str, split: str | None, splits: Collection[str]) -> str:
-    """`split`, or InputError with the splits there are."""
+    """Returns `split`. Raises InputError, listing the splits, if there is no such split."""
     if split not in splits:
         problem = "no split given" if split is None else f"no split {split!r}"
         raise InputError(f"{dataset}: {problem}; choose one of {', '.join(splits)}")
@@ -115,7 +122,7 @@ def check_split(dataset: str, split: str | None, splits: Collection[str]) -> str
 
 
 def split_file(folder: Path, dataset: str, split: str | None, files: Mapping[str, str]) -> Path:
-    """The file of a split, wherever it lies below `folder` (releases unpack to different depths).
+    """The file of a split, at any depth below `folder` (releases unpack to different depths).
 
     Args:
       folder: where the benchmark was unpacked.
@@ -126,15 +133,20 @@ def split_file(folder: Path, dataset: str, split: str | None, files: Mapping[str
       InputError: unknown split; no folder; no such file below it, or more than one.
     """
     name = files[check_split(dataset, split, files)]
+    check_folder(folder, dataset)
+    paths = sorted(folder.rglob(name))
+    if len(paths) != 1:
+        problem = f"{len(paths)} files {name} below it" if paths else f"no {name} below it"
+        raise InputError(
+            f"{folder}: {problem} (benchmark {dataset}, split {split}); it must hold exactly one"
+        )
+    return paths[0]
+
+
+def check_folder(folder: Path, dataset: str) -> None:
+    """Raises InputError if the folder of a benchmark does not exist."""
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder (benchmark {dataset}); set JAXRE_DATA to the folder that"
             f" holds {folder.name}/"
         )
-    found = sorted(folder.rglob(name))
-    if len(found) != 1:
-        problem = f"no {name} below it" if not found else f"{len(found)} files {name} below it"
-        raise InputError(
-            f"{folder}: {problem} (benchmark {dataset}, split {split}); it must hold exactly one"
-        )
-    return found[0]

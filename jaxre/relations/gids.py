@@ -1,14 +1,15 @@
-"""GIDS (Jat et al. 2018): one sentence with a pair per line, six columns between tabs.
+"""GIDS (Jat et al. 2018): one sentence with a pair per line, six tab-separated columns.
 
     HEAD_ID  TAIL_ID  Ada_Lovelace  London  /people/person/place_of_birth
         Ada_Lovelace came from London. ###END###
 
-An entity of several words is joined by `_`, in the sentence too; we write both with spaces (as many
-characters, so spans are those of the file). Other `_`, as in addresses, stay. Negative label: `NA`.
+The words of an entity are joined by `_`, in the sentence too; we write both with spaces (the same
+number of characters, so spans are those of the file). Other `_`, as in addresses, remain. Negative
+label: `NA`.
 
 Measured: validation 1,864 and test 5,663, 5 labels. The published training file (11,297) is not in
 the public repository; `train_first_release` reads the 1,218 rows of the first release whose pairs
-and sentences are not in validation or test. In 452 of these the tail does not stand in the sentence
+and sentences are not in validation or test. In 452 of these the tail does not occur in the sentence
 (`sources.unlocated`).
 """
 
@@ -38,7 +39,7 @@ LABELS = (
     "/people/person/place_of_birth",
     "NA",
 )
-# As the release's relation2id.txt spells what its rows call `degree`.
+# The release's relation2id.txt has `degrees` for the `degree` of its rows.
 _SPELLED = {_DEGREE + "s": _DEGREE}
 _END = re.compile(r"\s*###END###\s*$")
 # the hub's names, in the order of the file
@@ -53,7 +54,7 @@ _COLUMNS = (
 
 
 def read_gids(folder: Path, split: str | None) -> Reading:
-    """The examples of a split, with ids such as `gids/test/17` (line of the file).
+    """Reads a split, with ids such as `gids/test/17` (line of the file).
 
     Raises:
       InputError: unknown split, missing file, a line that is not as above, an unknown label (each
@@ -75,7 +76,9 @@ def _rows(path: Path) -> Iterable[Record]:
 
 
 def read_gids_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
-    """Rows with the columns of the hub's copy (DFKI-SLT/gids). Raises InputError as `read_gids`."""
+    """Reads rows with the columns of the hub's copy (DFKI-SLT/gids). Raises InputError as
+    `read_gids`.
+    """
     return Reading(
         [
             _example(place, row, split, f"{prefix}/{split}/{number}")
@@ -86,11 +89,8 @@ def read_gids_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
 
 def _example(place: str, row: dict, split: str, identity: str) -> Example:
     try:
-        names, label, sentence = (
-            (row["subj_text"], row["obj_text"]),
-            row["relation"],
-            _END.sub("", row["sentence"]),
-        )
+        names, label = (row["subj_text"], row["obj_text"]), row["relation"]
+        sentence = _END.sub("", row["sentence"])
     except (KeyError, TypeError):
         raise InputError(f"{place}: not a row of GIDS; it has {', '.join(_COLUMNS)}") from None
     label = _SPELLED.get(label, label)
@@ -120,8 +120,8 @@ def _example(place: str, row: dict, split: str, identity: str) -> Example:
 
 
 def _span(sentence: str, text: str, name: str) -> Span | None:
-    """Where the name is the only such word between blanks, else the only such text: `Boston` is not
-    `Boston_College`.
+    """The only occurrence of the name as a whole word (`Boston` is not `Boston_College`), else the
+    only occurrence anywhere, else None.
     """
     alone = [match.span() for match in re.finditer(rf"(?<!\S){re.escape(name)}(?!\S)", sentence)]
     return alone[0] if len(alone) == 1 else only_occurrence(text, name.replace("_", " "))

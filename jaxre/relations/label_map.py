@@ -1,5 +1,4 @@
-"""A label map brings two spellings of a schema together: `our label -> common label`, in YAML, JSON
-or CSV.
+"""Label maps unify two spellings of a schema: `our label -> common label`, in YAML, JSON or CSV.
 
 labels = read_label_map("configs/labels/semeval-undirected.yaml")
 labels.gold("Cause-Effect(e2,e1)", "test/8001")            # "Cause Effect"
@@ -25,7 +24,7 @@ class LabelMap:
     common: dict[str, str]
 
     def gold(self, label: str, example_id: str) -> str:
-        """The common label of a gold label; InputError if the map does not list it."""
+        """The common label of a gold label. Raises InputError if the map does not list it."""
         try:
             return self.common[normalise_label(label)]
         except KeyError:
@@ -35,17 +34,17 @@ class LabelMap:
             ) from None
 
     def predicted(self, label: str) -> str:
-        """The common label of one of our predictions; what the map does not list stays as it is."""
+        """The common label of a predicted label; unlisted labels stay unchanged."""
         return self.common.get(normalise_label(label), label)
 
     def cached(self, label: str) -> str:
-        """The common label of a cached one: itself if it is common, else what the map lists for it,
-        else itself.
+        """The common label of a cached label, which may already be a common one; unlisted labels
+        stay unchanged.
         """
         return label if self.is_common(label) else self.predicted(label)
 
     def is_common(self, label: str) -> bool:
-        """Whether some label is mapped to this one."""
+        """True if the map has this common label."""
         return normalise_label(label) in self._common_names
 
     @cached_property
@@ -60,10 +59,7 @@ def read_label_map(path: str | Path) -> LabelMap:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such label map; correct the path of the label map (configs/labels has"
-            " some)"
-        )
+        raise InputError(f"{path}: no such label map; correct its path (configs/labels has some)")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

@@ -1,8 +1,8 @@
-"""Which labels each dataset of a run has, `data.labels` or those of its training examples, and how
-a dataset is asked at prediction.
+"""The labels of each dataset of a run, from `data.labels` or its training examples, and the labels
+and demonstrations of a dataset at prediction.
 
-Labels that were collected from the split that is tested tell a model what no real task would: they
-can be had by writing that source, and every command then says so (`told_tested`).
+Labels collected from the test split give a model knowledge that a real task does not have. A config
+may name that source, and every command then warns (`label_source_notices`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jaxre.config import Config, Data, Source
 from jaxre.errors import InputError
 from jaxre.relations import leaks, sources
 from jaxre.relations.files import nearest
-from jaxre.relations.mixtures import sources_of, told_source
+from jaxre.relations.mixtures import described_source, sources_of
 from jaxre.relations.schema import ANY, Example, Schema, Schemas
 
 
@@ -27,50 +27,50 @@ def schemas_of(data: Data, pools: Mapping[str, Sequence[Example]]) -> Schemas:
       pools: the training examples of each dataset (`Pool.by_dataset`).
 
     Raises:
-      InputError: `data.labels` names a dataset that there is none of, or a source that cannot be
-        read.
+      InputError: `data.labels` names an unknown dataset, or a source that cannot be read.
     """
     if isinstance(data.labels, tuple):
-        return Schemas({ANY: _listed(data.labels)})
+        return Schemas({ANY: _sorted_schema(data.labels)})
     check_names(data, {example.dataset for pool in pools.values() for example in pool})
     schemas = {}
     for name, pool in pools.items():
         # The only dataset of a run on one source is under ANY; data.labels has it under its name.
-        given = given_schema(data, pool[0].dataset)
-        schemas[name] = given or Schema.of(pool, strict=name == ANY)
-        if given:
-            schemas[pool[0].dataset] = given
+        configured = given_schema(data, pool[0].dataset)
+        schemas[name] = configured or Schema.of(pool, strict=name == ANY)
+        if configured:
+            schemas[pool[0].dataset] = configured
     return Schemas(schemas)
 
 
 def with_given(schemas: Schemas, data: Data, names: Iterable[str]) -> Schemas:
-    """The schemas, with those that `data.labels` gives for other datasets."""
+    """The schemas, completed by those of `data.labels` for the datasets that have none."""
     missing = [name for name in names if name not in schemas.by_dataset]
-    given = {name: schema for name in missing if (schema := given_schema(data, name))}
-    return Schemas({**schemas.by_dataset, **given})
+    configured = {name: schema for name in missing if (schema := given_schema(data, name))}
+    return Schemas({**schemas.by_dataset, **configured})
 
 
 def given_schema(data: Data, dataset: str) -> Schema | None:
-    """What `data.labels` says of a dataset by name, if it does; labels that it collects from a
-    source are not strict.
+    """The schema of a dataset in `data.labels`, if any; labels collected from a source are not
+    strict.
     """
-    given = data.labels.get(dataset) if isinstance(data.labels, dict) else None
-    if isinstance(given, Source):
-        return Schema.of(sources.load(given), strict=False)
-    return given and _listed(given)
+    labels = data.labels.get(dataset) if isinstance(data.labels, dict) else None
+    if isinstance(labels, Source):
+        return Schema.of(sources.load(labels), strict=False)
+    return labels and _sorted_schema(labels)
 
 
-def _listed(labels: Sequence[str]) -> Schema:
+def _sorted_schema(labels: Sequence[str]) -> Schema:
     return Schema(tuple(sorted(labels)))
 
 
 def check_names(data: Data, known: set[str]) -> None:
     """Raises InputError for a dataset in `data.labels` that is neither of the run nor a benchmark;
-    a misspelt one would go unseen.
+    a misspelt name would otherwise be ignored.
     """
     if not isinstance(data.labels, dict):
         return
-    named = {source.dataset for one in (data.validation, data.test) for source in sources_of(one)}
+    held_out = (*sources_of(data.validation), *sources_of(data.test))
+    named = {source.dataset for source in held_out}
     known = known | set(sources.BENCHMARKS) | named | {Path(name).stem for name in named}
     # The name of a hub dataset (OWNER/NAME) is known once it is read.
     unknown = [name for name in data.labels if name not in known and "/" not in name]
@@ -81,75 +81,76 @@ def check_names(data: Data, known: set[str]) -> None:
         )
 
 
-def told_tested(
+def label_source_notices(
     data: Data, tested: Source | None = None, only: Collection[str] | None = None
 ) -> list[str]:
-    """A line for each source that labels are collected from and that is the tested one, or is named
-    test.
+    """A warning for each source of labels that is the tested source, or a split named test.
 
     Args:
-      tested: what is predicted; `data.test` if not given.
-      only: of these datasets, as `data.labels` or a source calls them; all if not given.
+      tested: the predicted source; `data.test` if not given.
+      only: datasets, by their name in `data.labels` or in a source; all if not given.
     """
     tested = tested or data.test
-    given = data.labels if isinstance(data.labels, dict) else {}
-    collected = [(name, one) for name, one in given.items() if isinstance(one, Source)]
+    labels = data.labels if isinstance(data.labels, dict) else {}
+    collected = [(name, source) for name, source in labels.items() if isinstance(source, Source)]
     if not isinstance(data.labels, tuple):
         collected += [
-            (one.dataset, one) for one in sources_of(data.train) if one.dataset not in given
+            (source.dataset, source)
+            for source in sources_of(data.train)
+            if source.dataset not in labels
         ]
-    told = []
+    notices = []
     for name, source in collected:
-        same = _same(source, tested)
+        same = _overlap(source, tested)
         if (only is None or name in only) and (same or (source.split or "").lower() == "test"):
-            told.append(
+            notices.append(
                 f"LABELS FROM THE TEST SPLIT: those of {name} are collected from"
-                f" {told_source(source)}, which is {'what is tested' if same else 'named test'}; a"
-                " real task does not know them, so scores can be too good"
+                f" {described_source(source)}, which is"
+                f" {'what is tested' if same else 'named test'}; a real task does not know them, so"
+                " scores can be too good"
             )
-    return list(dict.fromkeys(told))
+    return list(dict.fromkeys(notices))
 
 
-def _same(one: Source, other: Source | None) -> bool:
-    """Whether they have examples in common."""
-    if other is None or (one.dataset, one.subset, one.split) != (
-        other.dataset,
-        other.subset,
-        other.split,
-    ):
-        return False
-    return max(one.part[0], other.part[0]) < min(one.part[1], other.part[1])
+def _overlap(first: Source, second: Source | None) -> bool:
+    """True if the sources can have examples in common."""
+    return (
+        second is not None
+        and (first.dataset, first.subset, first.split)
+        == (second.dataset, second.subset, second.split)
+        and max(first.part[0], second.part[0]) < min(first.part[1], second.part[1])
+    )
 
 
 @dataclass(frozen=True)
 class DatasetTask:
-    """What one dataset is asked with: its schema, training examples to draw demonstrations from,
-    and what to say of both.
+    """Prediction of one dataset: its schema, training examples to draw demonstrations from, and
+    notices about both.
     """
 
     schema: Schema
     train: list[Example]
-    told: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
 
     @property
     def dataset(self) -> str:
-        """Its name, if there are training examples."""
+        """Name of the dataset, empty without training examples."""
         return self.train[0].dataset if self.train else ""
 
 
 def task_of(
     config: Config, source: Source | None = None, dataset: str | None = None, shots: int = 0
 ) -> DatasetTask:
-    """How a run asks a dataset: as it was trained to or, where it was not trained on it, with that
-    one's own labels.
+    """The labels and demonstrations with which a run predicts a dataset: those of its training or,
+    where it was not trained on the dataset, the dataset's own.
 
     Args:
-      source: what is predicted; None (a text of the command line) takes the run's only dataset.
-      dataset: the name that the predicted examples have, if they are read.
-      shots: demonstrations that will be asked for.
+      source: the predicted source; None (a text of the command line) takes the run's only dataset.
+      dataset: name of the dataset in the predicted examples, if they are read.
+      shots: number of demonstrations that the prompt will have.
 
     Raises:
-      InputError: the run has no such schema; anything that cannot be read.
+      InputError: the run has no such schema; data that cannot be read.
     """
     data = config.data
     if data.train is None:
@@ -159,80 +160,79 @@ def task_of(
         )
     if isinstance(data.train, Source):
         (train,) = leaks.load_train(data, [data.train])
-        named = isinstance(data.labels, dict) and dataset in data.labels
-        own = {one.dataset for one in (data.train, *sources_of(data.validation), data.test) if one}
-        # A file may be called anything: it is taken for the run's dataset.
-        like = (
+        has_labels = isinstance(data.labels, dict) and dataset in data.labels
+        held_out = (*sources_of(data.validation), *sources_of(data.test))
+        own = {data.train.dataset, *(source.dataset for source in held_out)}
+        # A file may have any name: it is taken for the run's dataset.
+        same_dataset = (
             source is None
             or source.dataset in own
             or not {dataset, source.dataset} & set(sources.BENCHMARKS)
         )
-        if dataset == train[0].dataset or (like and not named):
-            told = told_tested(data, source, {train[0].dataset, data.train.dataset})
-            return DatasetTask(schemas_of(data, {ANY: train}).of(ANY), train, tuple(told))
+        if dataset == train[0].dataset or (same_dataset and not has_labels):
+            notices = label_source_notices(data, source, {train[0].dataset, data.train.dataset})
+            return DatasetTask(schemas_of(data, {ANY: train}).of(ANY), train, tuple(notices))
     elif source is None:
-        names = ", ".join(dict.fromkeys(one.dataset for one in data.train.sources))
+        names = ", ".join(dict.fromkeys(source.dataset for source in data.train.sources))
         raise InputError(
             f"{config.name}: was trained on several datasets ({names}); say whose labels the text"
             " has with --data NAME"
         )
     else:
-        likely = [one for one in data.train.sources if one.dataset == source.dataset]
-        train = list(
-            itertools.chain.from_iterable(leaks.load_train(data, likely or data.train.sources))
-        )
-        dataset = dataset or (train[0].dataset if likely else source.dataset)
+        same = [part for part in data.train.sources if part.dataset == source.dataset]
+        parts = leaks.load_train(data, same or data.train.sources)
+        train = list(itertools.chain.from_iterable(parts))
+        dataset = dataset or (train[0].dataset if same else source.dataset)
         train = [example for example in train if example.dataset == dataset]
         if train:
-            told = told_tested(data, source, {dataset, source.dataset})
-            return DatasetTask(
-                given_schema(data, dataset) or Schema.of(train, strict=False), train, tuple(told)
-            )
+            notices = label_source_notices(data, source, {dataset, source.dataset})
+            schema = given_schema(data, dataset) or Schema.of(train, strict=False)
+            return DatasetTask(schema, train, tuple(notices))
     return _foreign_task(config, source, dataset or source.dataset, shots)
 
 
 def _foreign_task(config: Config, source: Source, dataset: str, shots: int) -> DatasetTask:
-    """How a dataset is asked that the run was not trained on; `told` says where its labels and
-    demonstrations are from.
+    """The task of a dataset that the run was not trained on; `notices` name the origin of its
+    labels and demonstrations.
     """
-    schema, train, told = given_schema(config.data, dataset), [], []
+    schema, train, notices = given_schema(config.data, dataset), [], []
     if schema is None or shots:
-        other, place = foreign_source(config.data, source, dataset)
+        origin, place = foreign_source(config.data, source, dataset)
         try:
-            train = sources.load(other)
+            train = sources.load(origin)
         except InputError as error:
             raise InputError(
                 f"{dataset}: the run was not trained on it; {place} is not there ({error}), or set"
                 f" data.labels.{dataset}"
             ) from None
-        whose = "demonstrations" if schema else "labels and demonstrations" if shots else "labels"
-        told = [
-            f"{dataset}: the run was not trained on it; its {whose} come from {place}"
-            f" ({told_source(other)})"
+        loaded = "demonstrations" if schema else "labels and demonstrations" if shots else "labels"
+        notices = [
+            f"{dataset}: the run was not trained on it; its {loaded} come from {place}"
+            f" ({described_source(origin)})"
         ]
     if schema:
-        told.append(f"{dataset}: its labels come from data.labels.{dataset}")
-    told += told_tested(config.data, source, {dataset})
-    return DatasetTask(schema or Schema.of(train, strict=False), train, tuple(told))
+        notices.append(f"{dataset}: its labels come from data.labels.{dataset}")
+    notices += label_source_notices(config.data, source, {dataset})
+    return DatasetTask(schema or Schema.of(train, strict=False), train, tuple(notices))
 
 
 def foreign_source(data: Data, tested: Source, dataset: str) -> tuple[Source, str]:
-    """Where a dataset that a run was not trained on has its labels and demonstrations from, and how
-    to say so.
+    """The source of labels and demonstrations for a dataset that a run was not trained on, and its
+    name in messages.
 
-    It is the source that `data.labels` gives for it, unless that is the tested one; else its own
+    It is the dataset's source in `data.labels`, unless that is the tested one; else its own
     training split.
 
     Raises:
       InputError: a file, which has no other split.
     """
-    given = data.labels.get(dataset) if isinstance(data.labels, dict) else None
+    labels = data.labels.get(dataset) if isinstance(data.labels, dict) else None
     if (
-        isinstance(given, Source)
-        and not _same(given, tested)
-        and (given.split or "").lower() != "test"
+        isinstance(labels, Source)
+        and not _overlap(labels, tested)
+        and (labels.split or "").lower() != "test"
     ):
-        return given, f"data.labels.{dataset}"
+        return labels, f"data.labels.{dataset}"
     if tested.split is None:
         raise InputError(
             f"{dataset}: the run was not trained on it, so its labels are not known; give them in"

@@ -1,6 +1,4 @@
-"""Texts that training and held-out data share (`sources.overlap`), left out of training
-(`data.dedup`).
-"""
+"""Removes training examples whose texts are also in held-out data (`data.dedup`)."""
 
 from __future__ import annotations
 
@@ -18,44 +16,45 @@ def load_train(data: config.Data, train: Sequence[config.Source]) -> list[list[E
     """The examples of training sources; with `data.dedup` without those whose text occurs in the
     validation or test data.
 
-    Texts are equal but for white space, whatever pair is marked. How many are left out is logged.
+    Texts are compared without white space, regardless of the marked pair. The number of removed
+    examples is logged.
 
     Raises:
-      InputError: as `sources.load`; nothing left.
+      InputError: as `sources.load`; no example left.
     """
-    given = load_all(train)
+    loaded = load_all(train)
     held_out = {
-        name: list(itertools.chain.from_iterable(load_all(read)))
-        for name, read in _held_out(data).items()
+        name: list(itertools.chain.from_iterable(load_all(parts)))
+        for name, parts in _held_out(data).items()
     }
     if not held_out:
-        return given
-    together = list(itertools.chain.from_iterable(given))
-    kept, removed = without_texts(together, held_out)
-    if not kept:
+        return loaded
+    examples = list(itertools.chain.from_iterable(loaded))
+    remaining, removed = without_texts(examples, held_out)
+    if not remaining:
         raise InputError(
-            f"data.dedup: all {len(together):,} training examples have a text of"
+            f"data.dedup: all {len(examples):,} training examples have a text of"
             f" {' or '.join(held_out)}; set data.dedup=false"
         )
     counts = ", ".join(f"{count:,} in {name}" for name, count in removed.items())
     sources.say(
-        f"data.dedup: {len(together) - len(kept):,} of {len(together):,} training examples left"
-        f" out, for their text occurs ({counts})"
+        f"data.dedup: {len(examples) - len(remaining):,} of {len(examples):,} training examples"
+        f" left out, for their text occurs ({counts})"
     )
-    ids = {example.id for example in kept}
-    return [[example for example in examples if example.id in ids] for examples in given]
+    ids = {example.id for example in remaining}
+    return [[example for example in part if example.id in ids] for part in loaded]
 
 
 def held_out_of(data: config.Data) -> list[config.Source]:
-    """What `load_train` reads beside the training sources."""
+    """The sources that `load_train` reads in addition to the training sources."""
     return list(itertools.chain.from_iterable(_held_out(data).values()))
 
 
 def without_texts(
     train: Sequence[Example], held_out: Mapping[str, Sequence[Example]]
 ) -> tuple[list[Example], dict[str, int]]:
-    """The training examples whose text none of the held-out ones has, in order, and how many have a
-    text of each held-out part.
+    """The training examples whose text is in no held-out part, in order, and for each part the
+    number of training examples with one of its texts.
     """
     shared = {
         name: set(sources.overlap(examples, train).same_text) for name, examples in held_out.items()
@@ -67,9 +66,5 @@ def without_texts(
 
 
 def _held_out(data: config.Data) -> dict[str, tuple[config.Source, ...]]:
-    given = (
-        {name: sources_of(getattr(data, name)) for name in ("validation", "test")}
-        if data.dedup
-        else {}
-    )
-    return {name: found for name, found in given.items() if found}
+    parts = {"validation": sources_of(data.validation), "test": sources_of(data.test)}
+    return {name: part for name, part in parts.items() if part and data.dedup}

@@ -1,5 +1,5 @@
-"""Entity marks in a text: `<e1>head</e1> ... <e2>tail</e2>`, in and out, and finding an entity that
-has no span.
+"""Inserts and strips entity marks, `<e1>head</e1> ... <e2>tail</e2>`, and locates entities without
+a span.
 
 A span is a half-open character range `(start, end)` of the text without marks.
 """
@@ -17,20 +17,20 @@ _TAGS = ("<e1>", "</e1>", "<e2>", "</e2>")
 
 
 def has_marks(text: str) -> bool:
-    """Whether all four tags occur."""
+    """True if all four tags occur."""
     return all(tag in text for tag in _TAGS)
 
 
 def has_tag(text: str) -> bool:
-    """Whether any of the four tags occurs."""
+    """True if any of the four tags occurs."""
     return _TAG.search(text) is not None
 
 
 def strip_marks(text: str) -> tuple[str, Span, Span]:
     """The text without its tags, the span of e1 and the span of e2.
 
-    Spans are trimmed of white space just inside a tag; the text itself keeps it. The two may
-    nest or cross.
+    Spans exclude white space just inside a tag, which remains in the text. The two may nest or
+    cross.
 
     Raises:
       ValueError: a tag that is missing, occurs twice or closes before it opens; an entity
@@ -72,21 +72,19 @@ def join_tokens(tokens: Sequence[str]) -> tuple[str, list[Span]]:
 
 
 def squeezed(text: str) -> str:
-    """The text without white space: texts that are equal so are one sentence, as two releases write
-    it.
-    """
+    """The text without white space, for comparison: two releases may differ in white space only."""
     return "".join(text.split())
 
 
 def only_occurrence(text: str, entity: str) -> Span | None:
-    """The span of an entity that stands once in the text, in just these characters; else None."""
-    found = occurrences(text, entity)
-    return found[0] if len(found) == 1 and text[slice(*found[0])] == entity else None
+    """The span of an entity that occurs once in the text, spelled exactly so; else None."""
+    spans = occurrences(text, entity)
+    return spans[0] if len(spans) == 1 and text[slice(*spans[0])] == entity else None
 
 
 def is_text(value: str) -> bool:
-    """Whether it has a UTF-8 form: JSON can escape half a surrogate pair, and a command line can
-    hold any bytes.
+    """True if UTF-8 can encode the value: JSON can escape half a surrogate pair, and a command line
+    can contain any bytes.
     """
     try:
         value.encode()
@@ -101,20 +99,20 @@ def insert_marks(
     tail_span: Span | None,
     marks: tuple[str, str, str, str] = _TAGS,
 ) -> str:
-    """The text with the head in `<e1>` and the tail in `<e2>`, or in other `marks`; without a span,
-    no marks.
+    """Marks the head with `<e1>` and the tail with `<e2>`, or with other `marks`; an entity without
+    a span is not marked.
 
-    `strip_marks` gives the spans of the tags back. Nested entities nest their tags (`<e1>New
-    <e2>York</e2></e1>`; of two equal spans e1 is outside); crossing entities cross them
-    (`<e1>a <e2>b</e1> c</e2>`), so that each tag stands exactly where its entity begins or ends.
+    `strip_marks` is the inverse. Nested entities nest their tags (`<e1>New <e2>York</e2></e1>`;
+    of two equal spans e1 is outside); crossing entities cross them (`<e1>a <e2>b</e1> c</e2>`), so
+    that each tag is exactly where its entity begins or ends.
     """
     tags = []
     for name, span, before, after in (("e1", head_span, *marks[:2]), ("e2", tail_span, *marks[2:])):
         if span is None:
             continue
         start, end = span
-        # At one place what ends comes before what begins. Of two that begin, the longer is
-        # outside, hence first; of two that end, the one that began later is inside, hence first.
+        # At the same place, ends come before begins. Of two begins, the longer entity is outside,
+        # hence first; of two ends, the entity that began later is inside, hence first.
         tags.append((start, 1, -end, name, before))
         tags.append((end, 0, -start, "e2" if name == "e1" else "e1", after))
     pieces, done = [], 0
@@ -125,26 +123,21 @@ def insert_marks(
 
 
 def occurrences(text: str, entity: str) -> list[Span]:
-    """Where an entity stands in the text, from left to right.
+    """The spans of an entity in the text, from left to right.
 
-    As a word of its own if there is one ("US" is not found inside "USA" when "US" also stands
-    alone), else anywhere, else with other white space: published copies write
-    "Willowdell , Darke County" beside a text that has "Willowdell, Darke County".
+    They are occurrences as whole words if there are any ("US" inside "USA" does not count if "US"
+    also occurs alone), else all occurrences, else those with other white space: published copies
+    have the entity "Willowdell , Darke County" with the text "Willowdell, Darke County".
     """
     if not entity:
         return []
     if entity in text:
-        found = [match.span() for match in re.finditer(re.escape(entity), text)]
-        alone = [
-            (start, end)
-            for start, end in found
-            if not _inside_word(text, start) and not _inside_word(text, end)
-        ]
-        return alone or found
+        spans = [match.span() for match in re.finditer(re.escape(entity), text)]
+        return [span for span in spans if not any(_inside_word(text, at) for at in span)] or spans
     parts = [re.escape(part) for part in entity.split()]
-    return (
-        [match.span() for match in re.finditer(r"\s*".join(parts), text)] if len(parts) > 1 else []
-    )
+    if len(parts) < 2:
+        return []
+    return [match.span() for match in re.finditer(r"\s*".join(parts), text)]
 
 
 def _inside_word(text: str, place: int) -> bool:
@@ -154,15 +147,14 @@ def _inside_word(text: str, place: int) -> bool:
 def locate(
     text: str, head: str, tail: str, head_span: Span | None = None, tail_span: Span | None = None
 ) -> tuple[Span | None, Span | None]:
-    """The spans to mark: those given, else the first occurrences, else None.
+    """The spans to mark: the given ones, else the first occurrences, else None.
 
-    Where an entity occurs several times, the first place that leaves the other entity free is
-    taken, so that a head and a tail with the same words are marked at two places.
+    If an entity occurs several times, the first pair of occurrences that do not overlap is taken,
+    so that a head and a tail with the same words are marked at two places.
     """
     heads = [head_span] if head_span else occurrences(text, head)
     tails = [tail_span] if tail_span else occurrences(text, tail)
-    for first in heads:
-        for second in tails:
-            if first[1] <= second[0] or second[1] <= first[0]:
-                return first, second
+    for first, second in itertools.product(heads, tails):
+        if first[1] <= second[0] or second[1] <= first[0]:
+            return first, second
     return (heads[0] if heads else None), (tails[0] if tails else None)

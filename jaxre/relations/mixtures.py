@@ -1,17 +1,17 @@
-"""Several sources as one training set, deterministically (study: protocol, Training: GenTune,
-LitTune, MixTune).
+"""Mixes several sources into one training set, deterministically (study: protocol, Training:
+GenTune, LitTune, MixTune).
 
     pool = read(config.data.train, "data.train")
-    pool.examples                                   # what is trained on, in order
-    [(one.source, one.read, one.used) for one in pool.counts]
+    pool.examples                                   # the training examples, in order
+    [(count.source, count.read, count.used) for count in pool.counts]
 
 - `balance: none` (GenTune, LitTune): the sources are pooled and shuffled with seed 42.
 - `balance: domains` (MixTune): the general examples are shuffled with seed 42, the literary ones
-  with 43, of both as many are taken as the smaller has, and these are shuffled with 44. (The
-  study's published code shuffles each domain twice with its seed.)
-- `limit`: where there are more, they are shuffled with seed 42 and the first are taken.
+  with 43; the same number of both, that of the smaller domain, is shuffled with 44. (The study's
+  published code shuffles each domain twice with its seed.)
+- `limit`: if there are more examples, they are shuffled with seed 42 and the first are taken.
 
-A shuffle is NumPy's `default_rng(seed).permutation`, as that of `datasets.Dataset.shuffle(seed)`.
+A shuffle is NumPy's `default_rng(seed).permutation`, as in `datasets.Dataset.shuffle(seed)`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DOMAINS = ("general", "literary")
 
 @dataclass(frozen=True)
 class Count:
-    """A source, how many examples it gave (after its own part and limit), and how many of them are
+    """A source, its number of examples (after its own part and limit), and how many of them are
     used.
     """
 
@@ -49,11 +49,11 @@ class Count:
 
 @dataclass(frozen=True)
 class Pool:
-    """What each source gave, and which examples of all, numbered through, are used in which order
-    (None: all as they are).
+    """The examples of each source, and the order in which examples are used, as indices into all of
+    them (None: all in their own order).
 
-    one: whether the config names a source, not a mixture; then whatever it is called is the run's
-    only dataset.
+    one: True if the config names a source, not a mixture; that source is then the run's only
+    dataset, regardless of its name.
     """
 
     sources: tuple[Source, ...]
@@ -63,41 +63,38 @@ class Pool:
 
     @functools.cached_property
     def examples(self) -> list[Example]:
-        """What is used, in order."""
+        """The used examples, in order."""
         examples = list(itertools.chain.from_iterable(self.given))
-        return (
-            examples if self.order is None else [examples[place] for place in self.order.tolist()]
-        )
+        return examples if self.order is None else [examples[i] for i in self.order.tolist()]
 
     @functools.cached_property
     def by_dataset(self) -> dict[str, list[Example]]:
-        """All examples of each dataset, used or not: its labels and demonstrations come from
-        these.
-        """
+        """All examples of each dataset, used or not, as the origin of labels and demonstrations."""
         examples = list(itertools.chain.from_iterable(self.given))
         return {ANY: examples} if self.one else by_dataset(examples)
 
     @property
     def counts(self) -> tuple[Count, ...]:
-        """One for each source."""
+        """The count of each source."""
         sizes = list(map(len, self.given))
         owners = np.repeat(np.arange(len(sizes)), sizes)
-        used = np.bincount(
-            owners if self.order is None else owners[self.order], minlength=len(sizes)
-        ).tolist()
-        domains = [
-            "+".join(sorted({example.domain for example in examples})) for examples in self.given
-        ]
+        if self.order is not None:
+            owners = owners[self.order]
+        used = np.bincount(owners, minlength=len(sizes)).tolist()
         return tuple(
-            itertools.starmap(
-                Count, zip(map(told_source, self.sources), domains, sizes, used, strict=True)
+            Count(
+                described_source(source),
+                "+".join(sorted({example.domain for example in examples})),
+                len(examples),
+                count,
             )
+            for source, examples, count in zip(self.sources, self.given, used, strict=True)
         )
 
 
-def load_all(given: Sequence[Source]) -> list[list[Example]]:
+def load_all(parts: Sequence[Source]) -> list[list[Example]]:
     """The examples of each source. Raises InputError as `sources.load`."""
-    return [sources.load(source) for source in given]
+    return [sources.load(source) for source in parts]
 
 
 def read(
@@ -108,8 +105,8 @@ def read(
     """Reads the sources and mixes them.
 
     Args:
-      place: what the config calls it, for errors.
-      load: gives the examples of each source.
+      place: config key of the data, for errors.
+      load: returns the examples of each source.
 
     Raises:
       InputError: as `sources.load`; an example that two sources have; two files of one name, or a
@@ -119,59 +116,58 @@ def read(
     given = tuple(load(sources_of(data)))
     if isinstance(data, Source):
         return Pool((data,), given, None, one=True)
-    twice = [
-        name
-        for name, count in Counter(e.id for examples in given for e in examples).items()
-        if count > 1
-    ]
-    if twice:
+    examples = list(itertools.chain.from_iterable(given))
+    counts = Counter(example.id for example in examples)
+    if repeated := [identity for identity, count in counts.items() if count > 1]:
         raise InputError(
-            f"{place}: {len(twice)} examples are in two of its sources (first {twice[0]}); take one"
-            " of them out, or set part"
+            f"{place}: {len(repeated)} examples are in two of its sources (first {repeated[0]});"
+            " take one of them out, or set part"
         )
-    domains = [example.domain for examples in given for example in examples]
-    order = (
-        _balanced(domains, place) if data.balance == "domains" else _shuffled(len(domains), SEED)
-    )
+    if data.balance == "domains":
+        order = _balanced([example.domain for example in examples], place)
+    else:
+        order = _shuffled(len(examples), SEED)
     if data.limit is not None and data.limit < len(order):
         order = order[_shuffled(len(order), SEED)[: data.limit]]
     return Pool(data.sources, given, order, one=False)
 
 
-def _check_names(given: Sequence[Source], place: str) -> None:
-    """Two files of one name, or a file and a benchmark, would be one dataset, with the labels and
-    demonstrations of both.
+def _check_names(parts: Sequence[Source], place: str) -> None:
+    """Refuses two files of one name, or a file and a benchmark: they would be one dataset, with the
+    labels and demonstrations of both.
     """
-    named: dict[str, Path] = {}
-    for path in (
-        Path(source.dataset).expanduser()
-        for source in given
-        if not source.dataset.startswith(PREFIX)
-    ):
-        first = named.setdefault(path.stem, path)
+    paths: dict[str, Path] = {}
+    for source in parts:
+        if source.dataset.startswith(PREFIX):
+            continue
+        path = Path(source.dataset).expanduser()
+        first = paths.setdefault(path.stem, path)
         if first.resolve() != path.resolve():
             raise InputError(
-                f"{place}: {first} and {path} would be one dataset, {path.stem}, as a dataset is"
-                " called as its file; rename one"
+                f"{place}: {first} and {path} would be one dataset, {path.stem}, as a dataset has"
+                " the name of its file; rename one"
             )
 
 
 def _balanced(domains: Sequence[str], place: str) -> np.ndarray:
-    """Places of as many examples of each domain, mixed."""
-    strange = sorted(set(domains) - set(DOMAINS))
-    if strange:
+    """Indices of the same number of examples of each domain, mixed."""
+    unknown = sorted(set(domains) - set(DOMAINS))
+    if unknown:
         raise InputError(
-            f"{place}: balance=domains: {strange[0]!r} is no domain; write {' or '.join(DOMAINS)}"
+            f"{place}: balance=domains: {unknown[0]!r} is no domain; write {' or '.join(DOMAINS)}"
         )
     members = [np.flatnonzero(np.array(domains) == domain) for domain in DOMAINS]
-    for domain, found in zip(DOMAINS, members, strict=True):
-        if not len(found):
+    for domain, indices in zip(DOMAINS, members, strict=True):
+        if not len(indices):
             raise InputError(
                 f"{place}: balance=domains needs examples of both domains, none is {domain}; add"
                 " such a source, or set none"
             )
     count = min(map(len, members))
-    drawn = [found[_shuffled(len(found), SEED + n)[:count]] for n, found in enumerate(members)]
+    drawn = [
+        indices[_shuffled(len(indices), SEED + number)[:count]]
+        for number, indices in enumerate(members)
+    ]
     return np.concatenate(drawn)[_shuffled(2 * count, SEED + 2)]
 
 
@@ -185,7 +181,7 @@ def load(data: Source | Mixture, place: str) -> list[Example]:
 
 
 def sources_of(data: Source | Mixture | None) -> tuple[Source, ...]:
-    """The sources of what a config gives: none, one or several."""
+    """The sources of a config's training, validation or test data; empty for None."""
     if data is None:
         return ()
     return data.sources if isinstance(data, Mixture) else (data,)
@@ -197,13 +193,13 @@ def digests_of(data: Source | Mixture | None) -> list[str | None]:
 
 
 def name_of(data: Source | Mixture) -> str:
-    """What predictions say that a model was tuned on: the mixture's name, else its datasets."""
+    """Name of the training data in predictions: the mixture's name, else its datasets."""
     if isinstance(data, Mixture) and data.name:
         return data.name
     return "+".join(dict.fromkeys(source.dataset for source in sources_of(data)))
 
 
-def told_source(source: Source) -> str:
-    """A source for a reader: `gids/train`, or the name of a file."""
+def described_source(source: Source) -> str:
+    """Short description of a source, such as `gids/train` or the name of a file."""
     name = Path(source.dataset).name if Path(source.dataset).suffix else source.dataset
     return "/".join(part for part in (name, source.subset, source.split) if part)

@@ -1,5 +1,5 @@
 """Sentences of the New York Times with Freebase relations: three sets with different labels, which
-are not to be mixed.
+must not be mixed.
 
 - `nyt11`: the set of the hierarchical framework (Takanobu et al. 2019), train and test, one JSON
   object per line:
@@ -18,20 +18,19 @@ are not to be mixed.
   Measured on validation: 5,000 sentences, 7,985 triples, 22 labels. 1,172 triples put a second
   label on a labelled pair.
 - `nyt11_hoffmann`: human judgements of proposed relations (Hoffmann et al. 2011, `sentential.txt`),
-  the only part of the three that people judged. It is a dataset of its own (split `test`), since
-  its labels are not those of `nyt11`. Nine columns between tabs: two ids, number of the mention,
-  proposed relation, judgement, sentence with `[Name]1` and `[Name]2`, two names, sentence. `y` is
-  an example of that relation; `n` one of `none`, once for a pair of a sentence, and not where
-  another judgement of that pair is `y` or open (`indirect` or empty). Measured: y 254, n 567,
+  the only part of the three that people judged. It is a separate dataset (split `test`), since its
+  labels are not those of `nyt11`. Nine tab-separated columns: two ids, number of the mention,
+  proposed relation, judgement, sentence with `[Name]1` and `[Name]2`, two names, sentence. `y`
+  makes an example of that relation; `n` an example of `none`, once per pair and sentence, and only
+  if no other judgement of that pair is `y` or open (`indirect` or empty). Measured: y 254, n 567,
   indirect 60, empty 125.
 
-Each label of a pair is an example of its own, and further ones are counted. The text is licensed
-for research, not to be shown.
+Each label of a pair is an example of its own, and further ones are counted. The licence of the text
+allows research, not publication.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,33 +57,27 @@ REPEATED = "judgements are left out: they repeat one of the same pair and senten
 
 
 def read_nyt11(folder: Path, split: str | None) -> Reading:
-    """A triple is an example, with ids such as `nyt11/test/17/2` (line of the file, number of the
-    triple, both from 1).
+    """Reads each triple as an example, with ids such as `nyt11/test/17/2` (line of the file, number
+    of the triple, both from 1).
 
     Raises:
       InputError: unknown split, missing file, a line that is not as above (names file:line).
     """
     path = split_file(folder, NYT11, split, NYT11_FILES)
-    return Reading(
-        list(_triples(path, NYT11, split, ("sentext", "relations", "em1", "em2", "rtext")))
-    )
+    keys = ("sentext", "relations", "em1", "em2", "rtext")
+    return Reading(list(_triples(path, NYT11, split, keys)))
 
 
 def read_nyt24(folder: Path, split: str | None) -> Reading:
-    """A triple is an example, with ids such as `nyt24/validation/17/2` (line of the file, number of
-    the triple, both from 1).
+    """Reads each triple as an example, with ids such as `nyt24/validation/17/2` (line of the file,
+    number of the triple, both from 1).
 
     Raises:
       InputError: unknown split, missing file, a line that is not as above (names file:line).
     """
     path = split_file(folder, NYT24, split, NYT24_FILES)
-    return Reading(
-        list(
-            _triples(
-                path, NYT24, split, ("sentText", "relationMentions", "em1Text", "em2Text", "label")
-            )
-        )
-    )
+    keys = ("sentText", "relationMentions", "em1Text", "em2Text", "label")
+    return Reading(list(_triples(path, NYT24, split, keys)))
 
 
 def _triples(
@@ -112,7 +105,7 @@ def _triples(
 
 
 def _tagged(text: str, tags: list[int], names: list[str]) -> list[Span | None]:
-    """Spans of head and tail from the tags; None where they mark another text, or nothing."""
+    """Spans of head and tail from the tags; None where the tags mark another text, or nothing."""
     words, places = join_tokens(text.split())
     if words != text or len(tags) != len(places):
         return [None, None]
@@ -121,10 +114,10 @@ def _tagged(text: str, tags: list[int], names: list[str]) -> list[Span | None]:
         starts = [at for at, tag in enumerate(tags) if tag == begins]
         span = None
         if len(starts) == 1:
-            inside = itertools.takewhile(
-                lambda at, tag=continues: tags[at] == tag, range(starts[0] + 1, len(tags))
-            )
-            span = places[starts[0]][0], places[max([starts[0], *inside])][1]
+            end = starts[0] + 1
+            while end < len(tags) and tags[end] == continues:
+                end += 1
+            span = places[starts[0]][0], places[end - 1][1]
         spans.append(span if span and text[slice(*span)] == name else None)
     return spans
 
@@ -136,7 +129,7 @@ def _example(
     text: str,
     names: list[str],
     relation: str,
-    spans: list[Span | None] = (None, None),
+    spans: list[Span | None],
 ) -> Example:
     head_span, tail_span = (
         span or only_occurrence(text, name) for span, name in zip(spans, names, strict=True)
@@ -155,7 +148,7 @@ def _example(
 
 
 def read_hoffmann(folder: Path, split: str | None) -> Reading:
-    """The judged mentions, with ids such as `nyt11_hoffmann/test/17` (line of the file).
+    """Reads the judged mentions, with ids such as `nyt11_hoffmann/test/17` (line of the file).
 
     Raises:
       InputError: unknown split, missing file, a line without nine columns, an unknown judgement
@@ -197,15 +190,18 @@ def _pair(cells: list[str]) -> tuple[str, str, str]:
 
 
 def _judged(identity: str, split: str, cells: list[str], label: str) -> Example:
-    """Nearly all sentences stand in quotes that are none of theirs; they are taken off."""
-    quotes = int(len(cells[8]) > 1 and cells[8][0] == cells[8][-1] == '"')
+    """The example of a judgement, without the quotes that the release puts around nearly all
+    sentences.
+    """
+    names, sentence = cells[6:8], cells[8]
+    quotes = int(len(sentence) > 1 and sentence[0] == sentence[-1] == '"')
     plain, marked = _unmarked(cells[5])
-    text = cells[8][quotes:-1] if quotes else cells[8]
+    text = sentence[quotes:-1] if quotes else sentence
     spans = []
-    for name, span in zip(cells[6:8], marked, strict=True):
+    for name, span in zip(names, marked, strict=True):
         span = span and (span[0] - quotes, span[1] - quotes)
-        spans.append(span if span and plain == cells[8] and text[slice(*span)] == name else None)
-    return _example(identity, HOFFMANN, split, text, cells[6:8], label, spans)
+        spans.append(span if span and plain == sentence and text[slice(*span)] == name else None)
+    return _example(identity, HOFFMANN, split, text, names, label, spans)
 
 
 def _unmarked(marked: str) -> tuple[str, list[Span | None]]:

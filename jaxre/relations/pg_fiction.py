@@ -2,19 +2,18 @@
 a language model.
 
 One row per piece, with the columns book_id, chunk_id, chunk, relations and others. `relations` is a
-Python literal, read by `ast.literal_eval` and never run: a list of {entity1, entity2, entity1Type,
-entity2Type, relation}. A row that cannot be read (the published set has one) and a relation that
-lacks a part are left out and counted.
+Python literal, read by `ast.literal_eval` and never executed: a list of {entity1, entity2,
+entity1Type, entity2Type, relation}. An unreadable row (the published set has one) and an incomplete
+relation are left out and counted.
 
 The set is one file (Parquet, CSV or JSON Lines, as published or exported) without splits. It is
-divided by a fixed hash of `book_id`, 80, 10 and 10 of a hundred, so that no book stands on two
-sides.
+divided 80/10/10 by a fixed hash of `book_id`, so that no book is in two splits.
 
 Relations are partly free text. `label_map: configs/labels/NAME.yaml` of a source (see `label_map`)
-brings them to canonical labels: what the map does not list is left out and counted. A map of the
-published ontology (137 strings to 48 labels) is not shipped, since its names are not in any source
-that may be copied here; `configs/labels/pg_fiction-example.yaml` shows the form. The set itself was
-not at hand: the format is tested with rows of our own. What is as published: 95,476 rows, 96 books,
+maps them to canonical labels; unlisted ones are left out and counted. A map of the published
+ontology (137 strings to 48 labels) is not shipped, since its names are not in any source that may
+be copied here; `configs/labels/pg_fiction-example.yaml` shows the form. The set itself was not
+available: the format is tested with rows of our own. Published figures: 95,476 rows, 96 books,
 128,331 relations.
 """
 
@@ -27,7 +26,7 @@ from pathlib import Path
 
 from jaxre.errors import InputError
 from jaxre.relations.draws import SPLITS, split_of
-from jaxre.relations.files import Record, check_split
+from jaxre.relations.files import Record, check_folder, check_split
 from jaxre.relations.marks import is_text, only_occurrence
 from jaxre.relations.schema import Example, Reading
 from jaxre.relations.tables import SUFFIXES, read_rows
@@ -42,29 +41,25 @@ INCOMPLETE = "relations are left out: an entity or the relation is missing"
 
 
 def read_pg_fiction(folder: Path, split: str | None) -> Reading:
-    """A relation is an example, in file order, with ids such as `pg_fiction/train/17/2` (row,
-    number of the relation, from 1).
+    """Reads each relation as an example, in file order, with ids such as `pg_fiction/train/17/2`
+    (row, number of the relation, from 1).
 
     Raises:
       InputError: unknown split, no folder, not exactly one file, columns other than above.
     """
     check_split(NAME, split, SPLITS)
-    if not folder.is_dir():
+    check_folder(folder, NAME)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if len(paths) != 1:
         raise InputError(
-            f"{folder}: no such folder (benchmark {NAME}); set JAXRE_DATA to the folder that holds"
-            f" {folder.name}/"
-        )
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if len(found) != 1:
-        raise InputError(
-            f"{folder}: {len(found) or 'no'} files of {', '.join(SUFFIXES)} below it (benchmark"
+            f"{folder}: {len(paths) or 'no'} files of {', '.join(SUFFIXES)} below it (benchmark"
             f" {NAME}); it must hold exactly one"
         )
-    return read_pg_fiction_rows(read_rows(found[0]), split, NAME)
+    return read_pg_fiction_rows(read_rows(paths[0]), split, NAME)
 
 
 def read_pg_fiction_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
-    """The rows whose book belongs to the split. Raises InputError: columns other than above."""
+    """Reads the rows whose book is in the split. Raises InputError: columns other than above."""
     examples: list[Example] = []
     account: dict[str, list[str]] = defaultdict(list)
     for number, (place, row) in enumerate(rows, start=1):
@@ -85,7 +80,10 @@ def read_pg_fiction_rows(rows: Iterable[Record], split: str, prefix: str) -> Rea
                 account[INCOMPLETE].append(f"{place}, relation {which}")
                 continue
             head, tail, label = (value.strip() for value in values)
-            types = [relation.get(f"entity{side}Type") for side in (1, 2)]
+            types = [relation.get(key) for key in ("entity1Type", "entity2Type")]
+            head_type, tail_type = (
+                name if isinstance(name, str) and name else None for name in types
+            )
             examples.append(
                 Example(
                     id=f"{prefix}/{split}/{number}/{which}",
@@ -95,8 +93,8 @@ def read_pg_fiction_rows(rows: Iterable[Record], split: str, prefix: str) -> Rea
                     head=head,
                     tail=tail,
                     relation=label,
-                    head_type=types[0] if isinstance(types[0], str) and types[0] else None,
-                    tail_type=types[1] if isinstance(types[1], str) and types[1] else None,
+                    head_type=head_type,
+                    tail_type=tail_type,
                     head_span=only_occurrence(text, head),
                     tail_span=only_occurrence(text, tail),
                     domain=DOMAIN,
@@ -106,9 +104,9 @@ def read_pg_fiction_rows(rows: Iterable[Record], split: str, prefix: str) -> Rea
 
 
 def _relations(value: object) -> list | None:
-    """The list that a Python literal states; None if it states none."""
+    """The list written as a Python literal; None if it is no readable list."""
     try:
-        found = ast.literal_eval(value) if isinstance(value, str) else value
+        relations = ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
-    return found if isinstance(found, list) else None
+    return relations if isinstance(relations, list) else None

@@ -1,16 +1,16 @@
-"""Eight prompt styles, so that what a prompt does to the answers can be measured as a table: `jaxre
-predict RUN --style shots2-task`.
+"""Eight prompt styles that measure the effect of the prompt on the answers: `jaxre predict RUN
+--style shots2-task`.
 
 Three factors: the task is defined or not, the labels are defined or only listed, and 0, 2, 4 or 8
 demonstrations. Of the 16 combinations these eight are the half in which every level of a factor
-meets every level of each other factor equally often, so that the mean over a level tells that
+meets every level of each other factor equally often, so that the mean over a level measures that
 factor's main effect (a half fraction; Box, Hunter & Hunter 2005, chapter 6):
 
     demonstrations   task and labels
     0, 4             neither, or both
     2, 8             the task alone, or the labels alone
 
-All list the labels. A style changes nothing else of the prompt, and nothing of the training.
+All list the labels. A style changes nothing else in the prompt, and nothing in training.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxre.relations.files import nearest
 
 @dataclass(frozen=True)
 class Style:
-    """Demonstrations, and whether the task and the labels are defined."""
+    """Number of demonstrations; `task` and `labels` are True if they are defined."""
 
     shots: int
     task: bool

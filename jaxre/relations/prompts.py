@@ -1,9 +1,9 @@
-"""An example to chat turns: system turn, demonstrations, and the user turn that asks.
+"""Formats an example as chat turns: system turn, demonstrations, and the user turn of the example.
 
     [{"role": "system", ...}, {"role": "user", ...}, {"role": "assistant", "content": "born_in"},
         {"role": "user", ...}]
 
-The answer of the example itself is not among them: it is what the model is trained to add.
+The answer to the example itself is not included: the model is trained to add it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxre.relations.schema import Example
 
 FIELDS = ("text", "marked", "head", "tail", "head_type", "tail_type")
 
-# What `prompt.task_definition` says.
+# The text of `prompt.task_definition`.
 TASK = (
     "Relation extraction names how two entities of a text are related, the head and the tail. A"
     " relation is read from the head to the tail: what the head is or does with regard to the tail."
@@ -30,7 +30,7 @@ TASK = (
     " interest, the label for no relation is right."
 )
 
-# What a template's {head_type} or {tail_type} says of an entity whose type is not known.
+# Value of {head_type} and {tail_type} for an entity of unknown type.
 UNKNOWN_TYPE = "entity"
 
 
@@ -40,22 +40,21 @@ def turns(
     """The chat up to and including the user turn of `example`.
 
     Args:
-      example: asked about; its relation is not used.
+      example: the example to predict; its relation is not used.
       prompt: templates.
       labels: the schema of the example's dataset, for `prompt.enumerate`.
       demonstrations: each becomes a user and an assistant turn, in this order.
     Raises:
       InputError: a template that cannot be filled, a label without definition.
     """
-    return turns_after(
-        system_turn(prompt, labels, example.dataset), example, prompt, demonstrations
-    )
+    system = system_turn(prompt, labels, example.dataset)
+    return turns_after(system, example, prompt, demonstrations)
 
 
 def turns_after(
     system: str | None, example: Example, prompt: Prompt, demonstrations: Sequence[Example] = ()
 ) -> list[dict[str, str]]:
-    """`turns` with a system turn that is there already: the examples of a dataset share it."""
+    """`turns` with a given system turn, which the examples of a dataset share."""
     chat = []
     if system is not None:
         chat.append({"role": "system", "content": system})
@@ -66,36 +65,35 @@ def turns_after(
 
 
 def system_turn(prompt: Prompt, labels: Sequence[str], dataset: str = "") -> str | None:
-    """The system turn: `prompt.system`, what the task is, the sorted labels, each as the prompt
-    asks; None if there is nothing to say.
+    """The system turn: `prompt.system`, the task definition and the sorted labels, as far as the
+    prompt includes them; None if it includes none.
 
     Args:
-      dataset: whose labels they are, for the definitions that ship with it.
+      dataset: of the labels, for the definitions that ship with it.
     Raises:
       InputError: a label without definition.
     """
-    said = [] if prompt.system is None else [prompt.system]
+    parts = [] if prompt.system is None else [prompt.system]
     if prompt.task_definition:
-        said.append(TASK)
+        parts.append(TASK)
     if prompt.enumerate:
-        said.append(
+        parts.append(
             "The answer is exactly one label from this allowed"
-            f" set:{_listed(prompt, sorted(labels), dataset)}"
+            f" set:{_label_list(prompt, sorted(labels), dataset)}"
         )
-    return " ".join(said) if said else None
+    return " ".join(parts) if parts else None
 
 
-def _listed(prompt: Prompt, labels: Sequence[str], dataset: str) -> str:
+def _label_list(prompt: Prompt, labels: Sequence[str], dataset: str) -> str:
     if prompt.label_definitions is None:
         return f" {', '.join(labels)}"
-    definitions = (
-        _shipped(dataset) if prompt.label_definitions == "shipped" else prompt.label_definitions
-    )
+    shipped = prompt.label_definitions == "shipped"
+    definitions = _shipped(dataset) if shipped else prompt.label_definitions
     missing = [label for label in labels if label not in definitions]
     if missing:
-        given = f"those shipped for {dataset}" if prompt.label_definitions == "shipped" else "it"
+        origin = f"those shipped for {dataset}" if shipped else "the given ones"
         raise InputError(
-            f"prompt.label_definitions: {given} lack {len(missing)} of {len(labels)} labels (first"
+            f"prompt.label_definitions: {origin} lack {len(missing)} of {len(labels)} labels (first"
             f" {missing[0]!r}); add them"
         )
     return "".join(f"\n- {label}: {definitions[label]}" for label in labels)
@@ -141,9 +139,9 @@ def check_template(template: str) -> None:
         if field is None:
             continue
         if field not in FIELDS or form or conversion:
-            given = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
+            full = field + (f"!{conversion}" if conversion else "") + (f":{form}" if form else "")
             raise InputError(
-                f"prompt.user: unknown field {{{given}}}; the fields are {', '.join(FIELDS)} ({{{{"
+                f"prompt.user: unknown field {{{full}}}; the fields are {', '.join(FIELDS)} ({{{{"
                 " is a literal brace)"
             )
 
@@ -151,17 +149,15 @@ def check_template(template: str) -> None:
 def marked_text(example: Example) -> str:
     """The text with `<e1>head</e1>` and `<e2>tail</e2>`.
 
-    An entity without a span is marked at its first occurrence (`marks.locate`), one that does
-    not occur is not marked. Nested and crossing entities: see `marks.insert_marks`.
+    An entity without a span is marked at its first occurrence (`marks.locate`), or not at all if it
+    does not occur. Nested and crossing entities: see `marks.insert_marks`.
     """
-    return insert_marks(
-        example.text,
-        *locate(example.text, example.head, example.tail, example.head_span, example.tail_span),
-    )
+    spans = locate(example.text, example.head, example.tail, example.head_span, example.tail_span)
+    return insert_marks(example.text, *spans)
 
 
 def parse_marked(text: str) -> Example:
-    """The example in a `--text "... <e1>head</e1> ... <e2>tail</e2> ..."` of the command line
+    """Parses `--text "... <e1>head</e1> ... <e2>tail</e2> ..."` of the command line as an example
     (relation "").
 
     Raises:
@@ -173,23 +169,15 @@ def parse_marked(text: str) -> Example:
         plain, head_span, tail_span = strip_marks(text)
     except ValueError as error:
         raise InputError(f"--text: {error}") from None
-    return Example(
-        id="text",
-        dataset="text",
-        split="",
-        text=plain,
-        head=plain[slice(*head_span)],
-        tail=plain[slice(*tail_span)],
-        relation="",
-        head_span=head_span,
-        tail_span=tail_span,
+    return Example.with_spans(
+        plain, head_span, tail_span, id="text", dataset="text", split="", relation=""
     )
 
 
 def by_label(train: Iterable[Example]) -> dict[str, list[Example]]:
-    """Training examples per label, each list in an order that hangs on the ids only.
+    """Groups training examples by label, each list in an order that depends on the ids only.
 
-    Sorted by hash, not by id: neighbouring ids are often pairs of one sentence.
+    The order is by hash, not by id: neighbouring ids are often pairs of one sentence.
     """
     pools = defaultdict(list)
     for example in sorted(train, key=lambda example: digest(example.id)):
@@ -205,22 +193,22 @@ def choose_demonstrations(
 ) -> list[Example]:
     """The `prompt.shots` demonstrations for an example, from the training examples of its dataset.
 
-    They go round the labels: each once before any twice. In which order, and which examples of a
-    label, are:
+    They cycle through the labels: each label once before any twice. The order of the labels, and
+    the examples of a label, are:
     - `fixed`: drawn by hash from the seed.
-    - `stratified`: the most frequent label of `train` first (of equals the first by name), so that
-      few demonstrations show what most answers are; the examples are drawn as for `fixed`.
+    - `stratified`: the most frequent label of `train` first (ties by name), so that few
+      demonstrations show the most common answers; the examples are drawn as for `fixed`.
     - `per_example`: drawn by hash from the seed and the example's id.
-    None shares its text (white space aside) with the example or with another. With `fixed` and
-    `stratified`, all examples have the same demonstrations but for those whose text is among them:
-    they get the next in line, or the prompt would hold their answer.
+    No demonstration shares its text (ignoring white space) with the example or with another one.
+    With `fixed` and `stratified`, all examples have the same demonstrations, except those whose
+    text is among them: they get the next in order, or the prompt would contain their answer.
 
     Args:
       train: training examples in any order, or `by_label(train)`, which saves the grouping when
         this is called for many examples.
-      prompt: how many, and which way.
+      prompt: sets `shots` and `demonstrations`.
       seed: of the run.
-      example: the one asked about; may be None but for `per_example`.
+      example: the example to predict; may be None except for `per_example`.
     Raises:
       InputError: fewer training examples with other texts than shots.
       ValueError: `per_example` without an example.
@@ -235,12 +223,14 @@ def choose_demonstrations(
         order = sorted(pools, key=lambda label: (-len(pools[label]), label))
     else:
         order = sorted(pools, key=lambda label: digest(f"{key}:label:{label}"))
-    queues = [_from_drawn_place(pools[label], f"{key}:start:{label}") for label in order]
+    queues = [_rotated(pools[label], f"{key}:start:{label}") for label in order]
     texts = set() if example is None else {squeezed(example.text)}
     chosen: list[Example] = []
     while queues and len(chosen) < prompt.shots:
         for queue in list(queues):
-            candidate = next((one for one in queue if squeezed(one.text) not in texts), None)
+            candidate = next(
+                (example for example in queue if squeezed(example.text) not in texts), None
+            )
             if candidate is None:
                 queues.remove(queue)
             elif len(chosen) < prompt.shots:
@@ -254,7 +244,7 @@ def choose_demonstrations(
     return chosen
 
 
-def _from_drawn_place(pool: Sequence[Example], key: str) -> Iterator[Example]:
-    """All of a pool, once around, from a place drawn by the key."""
+def _rotated(pool: Sequence[Example], key: str) -> Iterator[Example]:
+    """The pool, rotated to a start drawn by the key; lazy, as pools are large."""
     start = digest(key) % len(pool)
     return (pool[(start + step) % len(pool)] for step in range(len(pool)))

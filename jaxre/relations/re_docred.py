@@ -9,12 +9,11 @@ An example is a pair of entities with one label; a pair with several labels is a
 Pairs without a label are negatives, `none`, drawn per labelled example (`Source.negatives`): there
 are 14 times as many of them as of labelled pairs.
 
-The text is a part of the document. Of the mentions of the two entities the nearest are taken
-(mentions that do not overlap first); the text runs from the first of the two to the last, with
+The text is a part of the document. The example marks the nearest mentions of the two entities
+(mentions that do not overlap first); its text runs from the first of the two to the last, with
 `Source.window` sentences on either side. If it is longer than WORDS tokens, the sentences farthest
-from both mentions are left out, and `...` stands for them. So an example fits a row of 512 with a
-generic prompt; which sentences are the evidence is not looked at, for no one knows it of a text to
-be labelled.
+from both mentions are replaced by `...`. So an example fits a row of 512 with a generic prompt. The
+evidence sentences are ignored: they are unknown for a text that is still to be labelled.
 
 Measured: 500 documents each in validation and test (dev_revised.json, test_revised.json), 17,284
 and 17,448 labels on 13,362 and 13,627 pairs. Labels are the English names of 96 Wikidata
@@ -32,7 +31,7 @@ from typing import NamedTuple
 
 from jaxre.errors import InputError
 from jaxre.relations.draws import draw
-from jaxre.relations.files import Record, json_array, nearest, split_file
+from jaxre.relations.files import Record, json_array, nearest, nonempty_string, split_file
 from jaxre.relations.marks import join_tokens
 from jaxre.relations.schema import Example, Reading
 
@@ -165,7 +164,7 @@ class Document:
 
 
 class Pair(NamedTuple):
-    """What an example is made of, once it is known to be wanted: most pairs are not drawn."""
+    """The ingredients of an example, which is made only if the pair is drawn: most are not."""
 
     id: str
     document: Document
@@ -181,8 +180,8 @@ def read_re_docred(
 
     Args:
       folder, split: where the release was unpacked, and one of `FILES`.
-      negatives: how many unlabelled pairs to draw per label of the split, by a hash of their ids;
-        more than there are means all.
+      negatives: number of unlabelled pairs to draw per label of the split, by a hash of their ids;
+        all pairs if there are fewer.
       window: sentences on either side of the two mentions.
     Ids are such as `re_docred/test/17/0/3/P19` (document, entities, property or `none`).
 
@@ -202,20 +201,20 @@ def read_re_docred(
 def read_re_docred_rows(
     rows: Iterable[Record], split: str, prefix: str, negatives: float = 1.0, window: int = 1
 ) -> Reading:
-    """Documents as the release has them (tonytan48/Re-DocRED on the hub too). As
-    `read_re_docred`.
+    """Reads documents in the format of the release, which tonytan48/Re-DocRED on the hub has too.
+    As `read_re_docred`.
     """
     labelled, unlabelled = [], []
     for number, (place, row) in enumerate(rows):
         document = _document(number, place, row)
         for head, tail in itertools.permutations(range(len(document.entities)), 2):
             identity = f"{prefix}/{split}/{number}/{head}/{tail}"
-            properties = document.labels.get((head, tail))
+            labels = document.labels.get((head, tail))
             labelled += [
-                Pair(f"{identity}/{one}", document, head, tail, RELATIONS[one])
-                for one in properties or ()
+                Pair(f"{identity}/{label}", document, head, tail, RELATIONS[label])
+                for label in labels or ()
             ]
-            if not properties:
+            if not labels:
                 unlabelled.append(Pair(f"{identity}/{NEGATIVE}", document, head, tail, NEGATIVE))
     drawn = draw(unlabelled, round(min(negatives * len(labelled), len(unlabelled))), "negatives:42")
     ordered = sorted(
@@ -226,16 +225,21 @@ def read_re_docred_rows(
 
 def _document(number: int, place: str, row: dict) -> Document:
     try:
-        sentences = [[_text(token) for token in sentence] for sentence in row["sents"]]
+        sentences = [[nonempty_string(token) for token in sentence] for sentence in row["sents"]]
         entities = [
-            [Mention(one["sent_id"], *one["pos"], _text(one["type"])) for one in entity]
+            [
+                Mention(mention["sent_id"], *mention["pos"], nonempty_string(mention["type"]))
+                for mention in entity
+            ]
             for entity in row["vertexSet"]
         ]
         labels: dict[tuple[int, int], list[str]] = defaultdict(list)
         for label in row["labels"]:
             labels[label["h"], label["t"]].append(label["r"])
-        wrong = [one for one in itertools.chain(*entities) if not _fits(one, sentences)]
-        pairs = [
+        outside = [
+            mention for mention in itertools.chain(*entities) if not _fits(mention, sentences)
+        ]
+        wrong_pairs = [
             pair
             for pair in labels
             if not all(0 <= entity < len(entities) for entity in pair) or pair[0] == pair[1]
@@ -245,80 +249,72 @@ def _document(number: int, place: str, row: dict) -> Document:
             f"{place}: not a document of Re-DocRED; it has sents, vertexSet (type, sent_id, pos)"
             " and labels (r, h, t)"
         ) from None
-    if wrong:
+    if outside:
         raise InputError(
-            f"{place}: a mention [{wrong[0].first}, {wrong[0].last}) is not in its sentence"
-            f" {wrong[0].sentence}; correct it"
+            f"{place}: a mention [{outside[0].first}, {outside[0].last}) is not in its sentence"
+            f" {outside[0].sentence}; correct it"
         )
     if not all(entities):
         raise InputError(
             f"{place}: an entity without mentions; remove it, and number the others anew in labels"
         )
-    if pairs:
+    if wrong_pairs:
+        head, tail = wrong_pairs[0]
         raise InputError(
-            f"{place}: a label of entities {pairs[0][0]} and {pairs[0][1]}, which are not two of"
-            f" the {len(entities)}; correct it"
+            f"{place}: a label of entities {head} and {tail}, which are not two of the"
+            f" {len(entities)}; correct it"
         )
     for properties in labels.values():
-        for one in properties:
-            if one not in RELATIONS:
+        for label in properties:
+            if label not in RELATIONS:
                 raise InputError(
-                    f"{place}: {one!r} is not a relation of Re-DocRED; the nearest is"
-                    f" {nearest(str(one), RELATIONS)}"
+                    f"{place}: {label!r} is not a relation of Re-DocRED; the nearest is"
+                    f" {nearest(str(label), RELATIONS)}"
                 )
         if len(set(properties)) != len(properties):
             raise InputError(f"{place}: a pair has the label {properties[0]} twice; keep one")
     return Document(number, sentences, entities, dict(labels))
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise TypeError
-    return value
-
-
 def _fits(mention: Mention, sentences: list[list[str]]) -> bool:
-    return 0 <= mention.sentence < len(sentences) and 0 <= mention.first < mention.last <= len(
-        sentences[mention.sentence]
-    )
+    if not 0 <= mention.sentence < len(sentences):
+        return False
+    return 0 <= mention.first < mention.last <= len(sentences[mention.sentence])
 
 
 def _example(pair: Pair, split: str, window: int) -> Example:
     document = pair.document
     mentions = _nearest_mentions(document.entities[pair.head], document.entities[pair.tail])
     chosen = _sentences(document.sentences, {mention.sentence for mention in mentions}, window)
-    tokens, begins = [], {}
-    for before, at in itertools.zip_longest([None, *chosen[:-1]], chosen):
-        if before is not None and at != before + 1:
+    tokens, starts = [], {}
+    for number in chosen:
+        if starts and number - 1 not in starts:
             tokens.append(GAP)
-        begins[at] = len(tokens)
-        tokens += document.sentences[at]
+        starts[number] = len(tokens)
+        tokens += document.sentences[number]
     text, places = join_tokens(tokens)
     spans = [
         (
-            places[begins[one.sentence] + one.first][0],
-            places[begins[one.sentence] + one.last - 1][1],
+            places[starts[mention.sentence] + mention.first][0],
+            places[starts[mention.sentence] + mention.last - 1][1],
         )
-        for one in mentions
+        for mention in mentions
     ]
-    return Example(
+    return Example.with_spans(
+        text,
+        *spans,
         id=pair.id,
         dataset=NAME,
         split=split,
-        text=text,
-        head=text[slice(*spans[0])],
-        tail=text[slice(*spans[1])],
         relation=pair.relation,
         head_type=mentions[0].type,
         tail_type=mentions[1].type,
-        head_span=spans[0],
-        tail_span=spans[1],
     )
 
 
 def _nearest_mentions(heads: list[Mention], tails: list[Mention]) -> tuple[Mention, Mention]:
-    """The mentions with the fewest sentences, then tokens, between them; the first in the text of
-    those. Overlapping ones last.
+    """The mentions with the fewest sentences, then tokens, between them; the first in the text
+    among equals. Overlapping mentions come last.
     """
 
     def distance(pair: tuple[Mention, Mention]) -> tuple[int, ...]:
@@ -338,18 +334,20 @@ def _nearest_mentions(heads: list[Mention], tails: list[Mention]) -> tuple[Menti
     return min(itertools.product(heads, tails), key=distance)
 
 
-def _sentences(sentences: list[list[str]], kept: set[int], window: int) -> list[int]:
-    """Numbers of the sentences of the text, in order: of at most WORDS tokens, unless the mentions'
-    own are longer.
+def _sentences(sentences: list[list[str]], mentioning: set[int], window: int) -> list[int]:
+    """Numbers of the sentences of the text, in order: at most WORDS tokens, unless the sentences
+    with the mentions alone are longer.
     """
-    chosen = list(range(max(0, min(kept) - window), min(len(sentences), max(kept) + window + 1)))
-    length = sum(len(sentences[at]) for at in chosen)
-    for at in sorted(
-        (at for at in chosen if at not in kept),
-        key=lambda at: (-min(abs(at - one) for one in kept), -at),
-    ):
+    first, last = min(mentioning) - window, max(mentioning) + window
+    chosen = list(range(max(0, first), min(len(sentences), last + 1)))
+    length = sum(len(sentences[number]) for number in chosen)
+    farthest_first = sorted(
+        set(chosen) - mentioning,
+        key=lambda number: (-min(abs(number - other) for other in mentioning), -number),
+    )
+    for number in farthest_first:
         if length <= WORDS:
             break
-        chosen.remove(at)
-        length -= len(sentences[at])
+        chosen.remove(number)
+        length -= len(sentences[number])
     return chosen

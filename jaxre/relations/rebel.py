@@ -6,14 +6,14 @@ per line.
      "predicate": {"surfaceform": "place of birth"}, "object": {...}}], ...}
 
 The full release has a file per split (en_train.jsonl, en_val.jsonl, en_test.jsonl). The authors'
-sample is one file; it is divided by a fixed hash of `docid`, 80, 10 and 10 of a hundred, so that no
-document stands on two sides.
+sample is one file; it is divided 80/10/10 by a fixed hash of `docid`, so that no document is in two
+splits.
 
 Measured on the sample: 1,000 documents, 80 of them without a triple, 2,868 triples, 186 predicates
 (26 of them not in the authors' relations_count.tsv). Boundaries count characters, but 636 of 5,736
-lie two or four to the right of their entity; each is moved to the nearest place where the surface
-form stands. REBEL states no unrelated pairs, and what it does not align may be related all the
-same, so none are built.
+are two or four to the right of their entity; each is moved to the nearest occurrence of the surface
+form. REBEL states no unrelated pairs, and pairs that it does not align may still be related, so no
+negatives are constructed.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ NAME = "rebel"
 FILES = {"train": "en_train.jsonl", "validation": "en_val.jsonl", "test": "en_test.jsonl"}
 SAMPLE = "sample.jsonl"
 
-MOVED = "boundaries do not hold their entity and are moved to where it stands"
-LOST = "triples are left out, for an entity does not stand in the text"
+MOVED = "boundaries do not enclose their entity and are moved to its nearest occurrence"
+LOST = "triples are left out: an entity is not in the text"
 
 
 def read_rebel(folder: Path, split: str | None) -> Reading:
-    """A triple is an example, in file order, with ids such as `rebel/train/30113940/2` (document,
-    number of the triple from 1).
+    """Reads each triple as an example, in file order, with ids such as `rebel/train/30113940/2`
+    (document, number of the triple from 1).
 
     Raises:
       InputError: unknown split, missing file, a line that is not as above (names file:line).
@@ -63,7 +63,7 @@ def _docid(place: str, row: dict) -> str:
 
 
 def read_rebel_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
-    """Documents as the release has them. Raises InputError as `read_rebel`."""
+    """Reads documents in the format of the release. Raises InputError as `read_rebel`."""
     examples: list[Example] = []
     account: dict[str, list[str]] = defaultdict(list)
     for place, row in rows:
@@ -72,13 +72,13 @@ def read_rebel_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
             text = row["text"]
             triples = [
                 (
-                    one["predicate"]["surfaceform"],
+                    triple["predicate"]["surfaceform"],
                     *(
-                        (one[side]["surfaceform"], one[side]["boundaries"])
+                        (triple[side]["surfaceform"], triple[side]["boundaries"])
                         for side in ("subject", "object")
                     ),
                 )
-                for one in row["triples"]
+                for triple in row["triples"]
             ]
             for number, (relation, *sides) in enumerate(triples, start=1):
                 identity = f"{document}/{number}"
@@ -89,8 +89,13 @@ def read_rebel_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
                 for span, (_, stated) in zip(spans, sides, strict=True):
                     if stated and span != tuple(stated):
                         account[MOVED].append(identity)
-                head, tail = (name for name, _ in sides)
-                examples.append(_example(identity, split, text, head, tail, relation, *spans))
+                if not relation.strip():
+                    raise ValueError
+                examples.append(
+                    Example.with_spans(
+                        text, *spans, id=identity, dataset=NAME, split=split, relation=relation
+                    )
+                )
         except (KeyError, TypeError, ValueError):
             raise InputError(
                 f"{place}: not a document of REBEL; it has docid, text and triples of subject,"
@@ -99,41 +104,11 @@ def read_rebel_rows(rows: Iterable[Record], split: str, prefix: str) -> Reading:
     return Reading(examples, dict(account))
 
 
-def _example(
-    identity: str,
-    split: str,
-    text: str,
-    head: str,
-    tail: str,
-    relation: str,
-    head_span: Span,
-    tail_span: Span,
-) -> Example:
-    if not relation.strip():
-        raise ValueError
-    return Example(
-        id=identity,
-        dataset=NAME,
-        split=split,
-        text=text,
-        head=head,
-        tail=tail,
-        relation=relation,
-        head_span=head_span,
-        tail_span=tail_span,
-    )
-
-
 def _span(text: str, name: str, stated: list[int] | None) -> Span | None:
-    """The place nearest to the stated one where the name stands; the first, where none is
-    stated.
-    """
+    """The occurrence of the name nearest to the stated boundaries, or the first without them."""
     start = stated[0] if stated else 0
     if not name:
         return None
     before, after = text.rfind(name, 0, start + len(name)), text.find(name, start)
-    found = [at for at in (before, after) if at >= 0]
-    if not found:
-        return None
-    at = min(found, key=lambda at: abs(at - start))
-    return at, at + len(name)
+    at = min((at for at in (before, after) if at >= 0), key=lambda at: abs(at - start), default=-1)
+    return None if at < 0 else (at, at + len(name))

@@ -1,6 +1,4 @@
-"""What an example and a label are: the record every reader yields, label normalisation, negatives,
-the schema of a dataset.
-"""
+"""Examples, the records that every reader yields; label normalisation, negatives, schemas."""
 
 from __future__ import annotations
 
@@ -9,7 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from jaxre.errors import InputError
 
@@ -24,8 +22,9 @@ class Example:
     """One text with a marked head and tail entity, and the relation between them.
 
     `id` is stable: dataset, split and the source's own id. Spans are half-open character
-    ranges in `text`. `relation` is the label as the source spells it. `prompt_hash` is that of the
-    study's raw prompt column, where the source has one: cached frontier answers are joined by it.
+    ranges in `text`. `relation` is the label as the source spells it. `prompt_hash` is the hash of
+    the study's raw prompt column, where the source has one: cached frontier answers are joined by
+    it.
     """
 
     id: str
@@ -42,13 +41,22 @@ class Example:
     domain: str = "general"
     prompt_hash: str | None = None
 
+    @classmethod
+    def with_spans(
+        cls, text: str, head_span: tuple[int, int], tail_span: tuple[int, int], **fields: Any
+    ) -> Example:
+        """An example whose head and tail are spelled as in their spans; `fields` are the others."""
+        head, tail = text[slice(*head_span)], text[slice(*tail_span)]
+        return cls(
+            text=text, head=head, tail=tail, head_span=head_span, tail_span=tail_span, **fields
+        )
+
 
 @dataclass(frozen=True)
 class Reading:
     """The examples of a split, and an account of what the reader left out or changed.
 
-    `account` maps what happened, as a phrase that follows a count, to the ids or places it happened
-    to.
+    `account` maps a reason, as a phrase that follows a count, to the ids or places concerned.
     """
 
     examples: list[Example]
@@ -56,8 +64,8 @@ class Reading:
 
 
 def hash_prompt(prompt: str) -> str:
-    """First 12 hex digits of the md5 of a prompt (the study's join key; its own is over the raw hub
-    column `prompt_0_shot`).
+    """First 12 hex digits of the md5 of a prompt, the study's join key (the study hashes the raw
+    hub column `prompt_0_shot`).
     """
     return hashlib.md5(prompt.encode("utf-8"), usedforsecurity=False).hexdigest()[:12]
 
@@ -76,7 +84,7 @@ def normalise_label(label: str | None) -> str:
 
 
 def is_negative(label: str | None) -> bool:
-    """Whether a label says that there is no relation."""
+    """True if a label means "no relation"."""
     return normalise_label(label) in NEGATIVES
 
 
@@ -84,8 +92,8 @@ def is_negative(label: str | None) -> bool:
 class Schema:
     """The labels of a dataset, in sorted order.
 
-    strict: False for labels that were collected from other examples; a label outside of them is no
-    fault then, but is told.
+    strict: False for labels that were collected from other examples; a label outside of them then
+    causes a notice instead of an error.
     """
 
     labels: tuple[str, ...]
@@ -108,35 +116,34 @@ class Schema:
                 )
 
 
-# The key of a run's only schema, which holds for all its files, whatever they are called.
+# Key of the only schema of a run, which holds for all its files regardless of their names.
 ANY = ""
 
 
 @dataclass(frozen=True)
 class Schemas:
-    """The schema of each dataset of a run, by the dataset's name; that of a run on one source under
-    `ANY`.
+    """The schema of each dataset of a run, by the dataset's name; a run on one source has its
+    schema under `ANY`.
     """
 
     by_dataset: Mapping[str, Schema]
 
     def of(self, dataset: str) -> Schema:
         """The schema of a dataset. Raises InputError where the run has none for it."""
-        found = self.by_dataset.get(dataset) or self.by_dataset.get(ANY)
-        if found is None:
+        schema = self.by_dataset.get(dataset) or self.by_dataset.get(ANY)
+        if schema is None:
             raise InputError(
                 f"{dataset}: not a dataset of data.train, so its labels are not known; give them in"
                 f" data.labels.{dataset}"
             )
-        return found
+        return schema
 
     def check(self, examples: Iterable[Example], place: str, strict: bool = False) -> list[str]:
-        """What to say of examples whose label is outside of their dataset's schema, a line for each
-        dataset that has some.
+        """A notice for each dataset with examples whose label is outside of its schema.
 
-        Raises InputError where a schema is strict, or with `strict` any.
+        Raises InputError instead where the schema, or the argument, is strict.
         """
-        told = []
+        notices = []
         for name, members in by_dataset(examples).items():
             schema = self.of(name)
             known = set(schema.labels)
@@ -146,11 +153,11 @@ class Schemas:
             if outside:
                 labels = sorted({example.relation for example in outside})
                 listed = f"{', '.join(labels[:3])}{', ...' if labels[3:] else ''}"
-                told.append(
+                notices.append(
                     f"{place}: {len(outside):,} of {len(members):,} examples of {name} have labels"
                     f" outside of its schema ({listed})"
                 )
-        return told
+        return notices
 
     def to_json(self) -> dict[str, list]:
         return {
@@ -171,5 +178,5 @@ def by_dataset(examples: Iterable[Example]) -> dict[str, list[Example]]:
 
 
 def label_counts(examples: Iterable[Example]) -> Counter[str]:
-    """How often each label occurs."""
+    """The number of examples of each label."""
     return Counter(example.relation for example in examples)

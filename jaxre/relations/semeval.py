@@ -1,7 +1,6 @@
 """SemEval-2010 Task 8 (Hendrickx et al. 2010) in its original format.
 
-Four lines per item; the label carries the direction, e1 is the head and e2 the tail whatever it
-says:
+Four lines per item; the label carries the direction, e1 is always the head and e2 the tail:
 
     1<TAB>"The system ... an arrayed <e1>configuration</e1> of antenna <e2>elements</e2>."
     Component-Whole(e2,e1)
@@ -47,10 +46,10 @@ _ITEM = re.compile(r'(\d+)\t"(.*)"\s*')
 
 
 def read_semeval(folder: Path, split: str | None) -> list[Example]:
-    """The items of `train` or `test`, in file order, with ids such as `semeval2010_task8/train/1`.
+    """Reads `train` or `test`, in file order, with ids such as `semeval2010_task8/train/1`.
 
     Args:
-      folder: where the release was unpacked; its files are found at any depth.
+      folder: of the unpacked release; its files may be at any depth.
       split: train or test (the benchmark has no validation split; use `part`).
     Raises:
       InputError: unknown split, missing file; a record that is not as above, broken tags, an
@@ -105,14 +104,12 @@ def _item(path: Path, at: int, record: list[str], split: str) -> tuple[str, Exam
         text, head_span, tail_span = strip_marks(marked)
     except ValueError as error:
         raise InputError(f"{path}:{at + 1}: {error}") from None
-    return number, Example(
+    return number, Example.with_spans(
+        text,
+        head_span,
+        tail_span,
         id=f"{NAME}/{split}/{number}",
         dataset=NAME,
         split=split,
-        text=text,
-        head=text[slice(*head_span)],
-        tail=text[slice(*tail_span)],
         relation=label,
-        head_span=head_span,
-        tail_span=tail_span,
     )

@@ -1,4 +1,4 @@
-"""A `Source` of the config to its examples: a benchmark (`benchmarks`), a file (`tables`) or a hub
+"""Reads the examples of a config's `Source`: a benchmark (`benchmarks`), a file (`tables`) or a hub
 dataset (`hub`).
 """
 
@@ -25,15 +25,15 @@ from jaxre.relations.label_map import read_label_map
 from jaxre.relations.marks import locate, squeezed
 from jaxre.relations.schema import Example, Reading, normalise_label
 
-# The study's seed of every cap (protocol.md).
+# Seed of every limit in the study (protocol.md).
 LIMIT_SEED = 42
-FEW = 3  # ids that a report names
+FEW = 3  # ids listed in a notice
 
 UNMAPPED = "examples are left out: the label map does not list their label"
 SEVERAL = (
     "examples put a further label on a pair of the same text; each label is an example of its own"
 )
-ABSENT = "examples name an entity that does not stand in the text, so that no prompt can mark it"
+ABSENT = "examples name an entity that is not in the text, so that no prompt can mark it"
 
 logger = logging.getLogger(__name__)
 
@@ -42,37 +42,34 @@ def load(source: config.Source, labelled: bool = True) -> list[Example]:
     """The examples of a source, in its own order, after `part` and `limit`.
 
     `part` takes the examples whose id hashes into [start, end): [0, 0.9] and [0.9, 1] divide a
-    split. It goes by example, so two pairs of one sentence can land on different sides
-    (`overlap` tells). `limit` then draws that many, by seed 42 and id. What the reader left out
-    or changed is logged as warnings, each once in a process.
+    split. It divides by example, so two pairs of one sentence can be in different parts
+    (`overlap` counts them). `limit` then draws that many, by seed 42 and id. The reader's account
+    of what it left out or changed is logged as warnings, each once in a process.
 
     Args:
-      source: what to read.
-      labelled: False lets records without a relation through (files and hub; relation "").
+      labelled: False accepts records without a relation (files and hub; relation "").
     Raises:
-      InputError: unknown dataset or split, missing folder or file, a record that cannot be used,
-        ids that are not unique, a setting that this dataset does not have, nothing left.
+      InputError: unknown dataset or split, missing folder or file, an unusable record, ids that
+        are not unique, a setting that this dataset does not have, no examples left.
     """
-    found = read(source, labelled)
-    for line in told(source, found):
+    reading = read(source, labelled)
+    for line in notices(source, reading):
         say(line)
-    examples = found.examples
-    twice = [
-        name for name, count in Counter(example.id for example in examples).items() if count > 1
-    ]
-    if twice:
+    examples = reading.examples
+    counts = Counter(example.id for example in examples)
+    if repeated := [identity for identity, count in counts.items() if count > 1]:
         raise InputError(
-            f"{source.dataset}: id {twice[0]!r} occurs twice; every example needs its own"
+            f"{source.dataset}: id {repeated[0]!r} occurs twice; every example needs its own"
         )
     start, end = source.part
-    kept = [example for example in examples if start <= fraction(example.id) < end]
-    if not kept:
+    selected = [example for example in examples if start <= fraction(example.id) < end]
+    if not selected:
         split = f" split {source.split}" if source.split else ""
         raise InputError(
             f"{source.dataset}:{split} none of its {len(examples)} examples is left after"
             f" part={list(source.part)}; widen it"
         )
-    return draw(kept, source.limit, LIMIT_SEED) if source.limit else kept
+    return draw(selected, source.limit, LIMIT_SEED) if source.limit else selected
 
 
 @functools.cache
@@ -81,70 +78,72 @@ def say(line: str) -> None:
     logger.warning("%s", line)
 
 
-_kept: contextvars.ContextVar[dict[str, Reading] | None] = contextvars.ContextVar(
-    "kept", default=None
+_readings: contextvars.ContextVar[dict[str, Reading] | None] = contextvars.ContextVar(
+    "readings", default=None
 )
 
 
 @contextlib.contextmanager
 def remembered() -> Iterator[None]:
-    """While this is entered, a source is read once, whatever `part` and `limit` of it are asked
-    for; its files must not change.
+    """Context in which each source is read once, for every `part` and `limit` of it; its files must
+    not change.
     """
-    token = _kept.set({})
+    token = _readings.set({})
     try:
         yield
     finally:
-        _kept.reset(token)
+        _readings.reset(token)
 
 
 def read(source: config.Source, labelled: bool = True) -> Reading:
-    """All examples of a source with their labels mapped, before `part` and `limit`, and what was
-    left out or is odd. As `load`.
+    """All examples of a source with mapped labels, before `part` and `limit`, and an account of
+    left-out and unusual ones. As `load`.
     """
-    kept, key = _kept.get(), f"{labelled} {source.model_dump_json(exclude={'part', 'limit'})}"
-    if kept is None:
+    readings = _readings.get()
+    if readings is None:
         return _read_mapped(source, labelled)
-    if key not in kept:
-        kept[key] = _read_mapped(source, labelled)
-    return kept[key]
+    key = f"{labelled} {source.model_dump_json(exclude={'part', 'limit'})}"
+    if key not in readings:
+        readings[key] = _read_mapped(source, labelled)
+    return readings[key]
 
 
 def _read_mapped(source: config.Source, labelled: bool) -> Reading:
-    found = _read(source, labelled)
-    examples, account = found.examples, dict(found.account)
+    reading = _read(source, labelled)
+    examples, account = reading.examples, dict(reading.account)
     if source.label_map is not None:
         common = read_label_map(source.label_map).common
-        # What has no label, as of data to be predicted, stays so.
-        mapped = [
-            (example, example.relation and common.get(normalise_label(example.relation)))
+        # Examples without a label, as in data to be predicted, stay without.
+        labels = [
+            example.relation and common.get(normalise_label(example.relation))
             for example in examples
         ]
+        pairs = list(zip(examples, labels, strict=True))
+        account[UNMAPPED] = [example.id for example, label in pairs if label is None]
         examples = [
             dataclasses.replace(example, relation=label)
-            for example, label in mapped
+            for example, label in pairs
             if label is not None
         ]
-        account[UNMAPPED] = [example.id for example, label in mapped if label is None]
     if source.dataset in BENCHMARKS or source.dataset.startswith(hub.PREFIX):
         account[SEVERAL] = further_labels(examples)
         account[ABSENT] = unlocated(examples)
     return Reading(examples, {reason: items for reason, items in account.items() if items})
 
 
-def told(source: config.Source, found: Reading) -> list[str]:
+def notices(source: config.Source, reading: Reading) -> list[str]:
     """One line per reason of the account."""
     place = "/".join(part for part in (source.dataset, source.subset, source.split) if part)
     return [
         f"{place}: {len(items):,} {reason}"
         f" ({', '.join(items[:FEW])}{', ...' if len(items) > FEW else ''})"
-        for reason, items in found.account.items()
+        for reason, items in reading.account.items()
     ]
 
 
 def further_labels(examples: Iterable[Example]) -> list[str]:
-    """Ids of the examples whose text and pair an earlier example has with another label: one
-    prompt, several right answers.
+    """Ids of the examples with the text and pair of an earlier example but another label: one
+    prompt has several correct answers.
     """
     first: dict[tuple, str] = {}
     further = []
@@ -156,16 +155,21 @@ def further_labels(examples: Iterable[Example]) -> list[str]:
 
 
 def digest_of(source: config.Source) -> str | None:
-    """Digest of the bytes of the files that a source is read from; None for the hub, and where one
-    cannot be read (`load` says why).
+    """Digest of the bytes of a source's files; None for the hub, and if a file cannot be read
+    (`load` reports the reason).
     """
+    digest = hashlib.sha256()
     try:
         files = _files_of(source.dataset)
-        return _digest_of_files(
-            [*files, Path(source.label_map)] if files and source.label_map else files
-        )
+        if files and source.label_map:
+            files.append(Path(source.label_map))
+        for path in files:
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     except OSError:
         return None
+    return digest.hexdigest() if files else None
 
 
 def _files_of(name: str) -> list[Path]:
@@ -174,15 +178,6 @@ def _files_of(name: str) -> list[Path]:
     if name in BENCHMARKS:
         return sorted(path for path in BENCHMARKS[name].path.rglob("*") if path.is_file())
     return []
-
-
-def _digest_of_files(files: list[Path]) -> str | None:
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest() if files else None
 
 
 def _read(source: config.Source, labelled: bool) -> Reading:
@@ -219,7 +214,7 @@ def _read(source: config.Source, labelled: bool) -> Reading:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What two splits share: ids of the second whose text, or text and pair, the first has too."""
+    """Ids of the examples of a second split whose text, or text and pair, is in the first too."""
 
     same_text: tuple[str, ...]
     same_pair: tuple[str, ...]
@@ -229,11 +224,10 @@ class Overlap:
 
 
 def overlap(first: Iterable[Example], second: Iterable[Example]) -> Overlap:
-    """Examples of `second` whose text occurs in `first`: a leak, if one is trained on and the other
-    tested.
+    """Examples of `second` whose text occurs in `first`: a leak between training and test data.
 
-    Texts are equal but for white space. Pairs are equal when both entities begin at the same
-    places, in the same direction; where a span is unknown, when they are spelled the same.
+    White space in texts is ignored. Pairs are equal when both entities begin at the same places, in
+    the same direction; where a span is unknown, when they are spelled the same.
     """
     by_text = defaultdict(list)
     for example in first:
@@ -249,28 +243,25 @@ def overlap(first: Iterable[Example], second: Iterable[Example]) -> Overlap:
     return Overlap(tuple(same_text), tuple(same_pair))
 
 
-def _same_pair(one: Example, other: Example) -> bool:
-    places = _pair_places(one), _pair_places(other)
+def _same_pair(first: Example, second: Example) -> bool:
+    places = _pair_places(first), _pair_places(second)
     if None not in places:
         return places[0] == places[1]
-    return (squeezed(one.head), squeezed(one.tail)) == (squeezed(other.head), squeezed(other.tail))
-
-
-def _pair_places(example: Example) -> tuple[int, int] | None:
-    """Where head and tail begin, in characters other than white space; None if a span is
-    unknown.
-    """
-    if example.head_span is None or example.tail_span is None:
-        return None
-    return len(squeezed(example.text[: example.head_span[0]])), len(
-        squeezed(example.text[: example.tail_span[0]])
+    return squeezed(first.head) == squeezed(second.head) and squeezed(first.tail) == squeezed(
+        second.tail
     )
 
 
+def _pair_places(example: Example) -> list[int] | None:
+    """Start of head and tail in characters other than white space; None if a span is unknown."""
+    spans = example.head_span, example.tail_span
+    if None in spans:
+        return None
+    return [len(squeezed(example.text[:start])) for start, _ in spans]
+
+
 def unlocated(examples: Iterable[Example]) -> list[str]:
-    """Ids of examples whose head or tail cannot be found in the text, so that a prompt cannot mark
-    it.
-    """
+    """Ids of the examples whose head or tail is not in the text, so that no prompt can mark it."""
     return [
         e.id for e in examples if None in locate(e.text, e.head, e.tail, e.head_span, e.tail_span)
     ]

@@ -1,10 +1,10 @@
-"""Any JSON Lines, CSV or Parquet file as examples, with a column mapping (see `columns`).
+"""Reads any JSON Lines, CSV or Parquet file as examples, with a column mapping (see `columns`).
 
     dataset: data/dev.csv
     columns: {head: entity1, tail: entity2, relation: label}
 
-Values stay as they are written: "no", "NA", "null" and 1 are labels, nothing becomes a missing
-value or a boolean. A file is one split. CSV has a header and commas; quotes as in RFC 4180.
+Values stay as written: "no", "NA", "null" and 1 are labels; no value becomes missing or a boolean.
+A file is one split. CSV has a header and commas; quotes as in RFC 4180.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SUFFIXES = (".jsonl", ".csv", ".parquet")
 
 
 def is_file(dataset: str) -> bool:
-    """Whether what a config calls a dataset is a file."""
+    """True if the dataset of a config is a file."""
     return Path(dataset).suffix.lower() in SUFFIXES
 
 
@@ -36,18 +36,18 @@ def read_table(
     labelled: bool = True,
     key: str = KEY,
 ) -> list[Example]:
-    """The records of a file, in order.
+    """Reads the records of a file, in order.
 
     Args:
       path: a .jsonl, .csv or .parquet file.
       columns: our field -> column, where the names differ.
       dataset: name for the examples; the file's name without suffix if not given.
       split: split for the examples.
-      labelled: False lets a file without relations through (relation ""), for prediction.
-      key: what a user writes for `columns`, for errors.
+      labelled: False accepts a file without relations (relation ""), for prediction.
+      key: config key of `columns`, for errors.
     Raises:
-      InputError: missing, empty or broken file, or a record that cannot be used (`columns`);
-        names the line (Parquet: the row) and the mend.
+      InputError: missing, empty or broken file, or an unusable record (`columns`); names the line
+        (Parquet: the row) and the fix.
     """
     records = read_rows(path)
     names = dict.fromkeys(name for _, record in records for name in record)
@@ -76,8 +76,8 @@ def read_rows(path: Path) -> list[Record]:
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
-    # Numbers stay text: a label 1.0 or 1e3 keeps its spelling. One decoder for all: json.loads
-    # would make one a line.
+    # Numbers stay text: a label 1.0 or 1e3 keeps its spelling. One decoder for all lines:
+    # json.loads with these options would construct one per line.
     decode = json.JSONDecoder(parse_float=str, parse_int=str, parse_constant=str).decode
     for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
@@ -99,11 +99,11 @@ def _json_lines(path: Path) -> Iterator[Record]:
 
 
 def _csv(path: Path) -> Iterator[Record]:
-    # newline="" as the csv module asks, so that CRLF ends a record and a quoted line end is kept.
+    # newline="" as the csv module requires: CRLF ends a record, and quoted line ends are preserved.
     rows = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     header: list[str] | None = None
     line = 1
-    limit = csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
+    limit = csv.field_size_limit(2**31 - 1)  # long documents exceed the default of 128 KiB
     try:
         for cells in rows:
             place, line = f"{path}:{line}", rows.line_num + 1

@@ -5,10 +5,10 @@ below `JAXRE_DATA/tacred`.
         1, "subj_type": "PERSON",
      "obj_start": 5, "obj_end": 5, "obj_type": "ORGANIZATION", ...}
 
-Ranges of tokens are inclusive at both ends. The subject is the head. A text is the tokens joined by
-single spaces, with the brackets as the release spells them (-LRB-). The negative label is
-`no_relation`. Types are those of the Stanford recogniser. TACRED is licensed, so the format is
-tested with records of our own.
+Token ranges are inclusive at both ends. The subject is the head. A text is the tokens joined by
+single spaces, with brackets spelled as in the release (-LRB-). The negative label is `no_relation`.
+Types are those of the Stanford recogniser. TACRED is licensed, so the format is tested with records
+of our own.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FILES = {"train": "train.json", "validation": "dev.json", "test": "test.json"}
 
 
 def read_tacred(folder: Path, split: str | None) -> Reading:
-    """The examples of a split, in file order, with ids such as `tacred/train/61b3a5c8c9`.
+    """Reads a split, in file order, with ids such as `tacred/train/61b3a5c8c9`.
 
     Raises:
       InputError: unknown split, missing file, broken JSON, a record that does not fit its own
@@ -43,15 +43,14 @@ def _example(placed: Record, split: str) -> Example:
             side: (record[f"{side}_start"], record[f"{side}_end"], record[f"{side}_type"])
             for side in ("subj", "obj")
         }
-        fits = isinstance(tokens, list) and all(
-            isinstance(one, str) for one in (*tokens, name, relation)
-        )
-        fits = fits and all(
-            type(at) is int for first, last, _ in ranges.values() for at in (first, last)
+        valid = (
+            isinstance(tokens, list)
+            and all(isinstance(value, str) for value in (*tokens, name, relation))
+            and all(type(at) is int for first, last, _ in ranges.values() for at in (first, last))
         )
     except (KeyError, TypeError):
-        fits = False
-    if not fits:
+        valid = False
+    if not valid:
         raise InputError(
             f"{place}: not a record of TACRED; it has id, token, relation and, for subj and obj,"
             " _start, _end and _type"
@@ -65,16 +64,14 @@ def _example(placed: Record, split: str) -> Example:
                 f" {len(tokens)}; the end is inclusive"
             )
         spans[side] = places[first][0], places[last][1]
-    return Example(
+    return Example.with_spans(
+        text,
+        spans["subj"],
+        spans["obj"],
         id=f"{NAME}/{split}/{name}",
         dataset=NAME,
         split=split,
-        text=text,
-        head=text[slice(*spans["subj"])],
-        tail=text[slice(*spans["obj"])],
         relation=relation,
         head_type=ranges["subj"][2] or None,
         tail_type=ranges["obj"][2] or None,
-        head_span=spans["subj"],
-        tail_span=spans["obj"],
     )

@@ -1,12 +1,10 @@
-"""What each step of a study depends on, as a digest: a step whose digest is that of its record is
-done.
+"""Digests of the inputs of a study's steps: a step is done if its record has the same digest.
 
-A digest covers settings (those that differ from their default, so that a new one of a later version
-changes nothing), examples as they were read (so also what the readers do to them), labels, the
-weights that a run starts from, and the digest of the run that comes before. It does not cover our
-code: a study of days would start again because of a changed message. The digest of the code is
-written into each step's record instead, and a study tells which of its finished steps were made by
-other code; to make one again, delete its file in `steps/`.
+A digest covers settings (those that differ from their default, so that a new setting of a later
+version changes nothing), examples as the readers return them, labels, the weights that a run starts
+from, and the digest of the run before it. It does not cover our code: a changed message would make
+a study of days start again. The digest of the code is in each step's record instead, and the plan
+counts the finished steps that other code made; to repeat a step, delete its file in `steps/`.
 """
 
 from __future__ import annotations
@@ -22,11 +20,13 @@ from typing import Any
 import jaxre_kernels
 
 from jaxre.checkpoints.source import resolve_model
-from jaxre.config import Config, Mixture, Source
+from jaxre.code_digest import code_digest
+from jaxre.config import Config, Source
+from jaxre.data.tokens import read_texts
 from jaxre.errors import InputError
-from jaxre.evaluation.cache import Cache
-from jaxre.evaluation.frontier import read_cache
-from jaxre.relations import sources
+from jaxre.evaluation.frontier.cache import Cache
+from jaxre.evaluation.frontier.read import read_cache
+from jaxre.relations import mixtures, sources
 from jaxre.relations.hub import PREFIX
 from jaxre.relations.schema import Example, Schema
 from jaxre.study.grid import Run
@@ -34,7 +34,7 @@ from jaxre.study.settings import StudyDataset
 from jaxre.training.run_folder import FREE_ON_RESUME
 
 FORMAT = 1  # part of every digest: raise it when what a step leaves changes its meaning
-SAMPLES, SAMPLE = 64, 2**16  # of a large file: this many stretches of so many bytes, evenly spread
+CHUNKS, CHUNK = 64, 2**16  # of a large file: number and bytes of the evenly spread chunks read
 
 
 def digest(*parts: Any) -> str:
@@ -44,63 +44,57 @@ def digest(*parts: Any) -> str:
 
 @dataclass
 class Read:
-    """The examples of a study's sources and the digests of its models, each found once, or once
-    told why not.
+    """Cache of the examples of a study's sources and of the digests of its models; errors are
+    cached too.
 
-    `datasets` are those of the study's settings; `found` has results and errors by what they are
-    of.
+    datasets: those of the study's settings. results: values and errors by key.
     """
 
     datasets: dict[str, StudyDataset]
-    found: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
 
-    def once(self, key: str, find: Callable[[], Any]) -> Any:
-        """What `find` returned or raised when it was first called for this key."""
-        if key not in self.found:
+    def once(self, key: str, read: Callable[[], Any]) -> Any:
+        """Returns or raises the result of the first call of `read` for this key."""
+        if key not in self.results:
             try:
-                self.found[key] = find()
+                self.results[key] = read()
             except InputError as error:
-                self.found[key] = error
-        if isinstance(self.found[key], InputError):
-            raise self.found[key]
-        return self.found[key]
+                self.results[key] = error
+        if isinstance(self.results[key], InputError):
+            raise self.results[key]
+        return self.results[key]
 
     def examples(self, source: Source) -> list[Example]:
         """Raises InputError as `sources.load`."""
         return self.once(f"examples {source.model_dump_json()}", lambda: sources.load(source))
 
     def digest(self, source: Source) -> str:
-        """Of the examples of a source."""
-        find = lambda: digest([list(asdict(example).values()) for example in self.examples(source)])  # noqa: E731
-        return self.once(f"digest {source.model_dump_json()}", find)
+        """Digest of the examples of a source."""
+        return self.once(
+            f"digest {source.model_dump_json()}", lambda: _digest_of_rows(self.examples(source))
+        )
 
     def model(self, path: str) -> str:
         """`model_digest`."""
         return self.once(f"model {path}", lambda: model_digest(path))
 
     def cache(self, place: str, examples: Callable[[], list[Example]]) -> Cache:
-        """`read_cache`; that of the hub, which no examples are needed for, is read once."""
-        return (
-            self.once(f"cache {place}", lambda: read_cache(place))
-            if place.startswith(PREFIX)
-            else read_cache(place, examples)
-        )
+        """`read_cache`; a cache on the hub, which needs no examples, is read once."""
+        if place.startswith(PREFIX):
+            return self.once(f"cache {place}", lambda: read_cache(place))
+        return read_cache(place, examples)
 
     def cache_digest(self, place: str) -> str:
-        """Of a cache's file, or of the answers that the hub has now."""
+        """Digest of a cache's file, or of the answers that are on the hub now."""
         if not place.startswith(PREFIX):
             return file_digest(Path(place))
-
-        def find() -> str:
-            return digest(
-                [list(asdict(answer).values()) for answer in self.cache(place, list).answers]
-            )
-
-        return self.once(f"digest {place}", find)
+        return self.once(
+            f"digest {place}", lambda: _digest_of_rows(self.cache(place, list).answers)
+        )
 
     def test(self, dataset: str) -> list[Example]:
-        """What is asked of a dataset. Raises InputError also where its examples have another
-        dataset's name.
+        """The test examples of a dataset. Raises InputError also where they carry the name of
+        another dataset.
         """
         examples = self.examples(self.datasets[dataset].test)
         if examples[0].dataset != dataset:
@@ -112,25 +106,27 @@ class Read:
 
     def labels(self, dataset: str) -> tuple[str, ...]:
         """The schema of a dataset, sorted."""
-        given = self.datasets[dataset].schema_source
-        return (
-            Schema.of(self.examples(given)).labels
-            if isinstance(given, Source)
-            else tuple(sorted(given))
-        )
+        schema = self.datasets[dataset].schema_source
+        if isinstance(schema, Source):
+            return Schema.of(self.examples(schema)).labels
+        return tuple(sorted(schema))
+
+
+def _digest_of_rows(rows: Iterable[Any]) -> str:
+    """Digest of the field values of dataclass instances."""
+    return digest([list(asdict(row).values()) for row in rows])
 
 
 def run_digest(run: Run, read: Read, before: str | None) -> str:
-    """Of a training run.
+    """Digest of a training run.
 
     Args:
-      before: the digest of the run that it starts from; its base is that of `model.path` if there
-        is none.
+      before: the digest of the run that it starts from; None if it starts from `model.path`.
 
     Raises:
       InputError: examples, text or a base that cannot be read.
     """
-    config = run.config
+    config, text = run.config, run.config.data.text
     settings = without(
         config.model_dump(mode="json", exclude_defaults=True),
         {"name", "model.path", "data.text", *FREE_ON_RESUME},
@@ -138,44 +134,34 @@ def run_digest(run: Run, read: Read, before: str | None) -> str:
     return digest(
         settings,
         before or read.model(config.model.path),
-        [read.digest(one) for one in sources_of(config)],
-        text_digest(config),
+        [read.digest(source) for source in sources_of(config)],
+        None if text is None else digest(text.model_dump(mode="json"), read_texts(text)),
     )
 
 
 def sources_of(config: Config) -> list[Source]:
-    """The sources of a run's examples and labels."""
-    given = [
-        config.data.train,
-        config.data.validation,
-        *(config.data.labels if isinstance(config.data.labels, dict) else {}).values(),
-    ]
-    parts = [
-        part for one in given for part in (one.sources if isinstance(one, Mixture) else (one,))
-    ]
-    texts = config.data.text.sources if config.data.text else ()
-    return [one for one in (*parts, *texts) if isinstance(one, Source)]
-
-
-def text_digest(config: Config) -> str | None:
-    """Of the raw text of a language-model run."""
-    from jaxre.data.tokens import read_texts
-
-    text = config.data.text
-    return None if text is None else digest(text.model_dump(mode="json"), read_texts(text))
+    """The sources of a run's examples, labels and texts."""
+    data = config.data
+    candidates = (
+        *mixtures.sources_of(data.train),
+        *mixtures.sources_of(data.validation),
+        *(data.labels if isinstance(data.labels, dict) else {}).values(),
+        *(data.text.sources if data.text else ()),
+    )
+    return [source for source in candidates if isinstance(source, Source)]
 
 
 def without(tree: dict[str, Any], dropped: Iterable[str], place: str = "") -> dict[str, Any]:
-    """Settings without those of dotted names."""
-    kept = {name: value for name, value in tree.items() if place + name not in dropped}
+    """The settings except those with the dotted names `dropped`."""
     return {
         name: without(value, dropped, f"{place}{name}.") if isinstance(value, dict) else value
-        for name, value in kept.items()
+        for name, value in tree.items()
+        if place + name not in dropped
     }
 
 
 def file_digest(path: Path) -> str:
-    """Of the bytes of a file. Raises InputError."""
+    """Digest of the bytes of a file. Raises InputError."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -186,31 +172,28 @@ def file_digest(path: Path) -> str:
 
 
 def model_digest(path: str) -> str:
-    """Of the files of a model folder: small ones whole, of weights the size and stretches all over.
-    Raises InputError.
+    """Digest of the files of a model folder: small files whole, of large ones the size and evenly
+    spread chunks. Raises InputError.
     """
     folder = resolve_model(path)
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for file in sorted(
-        one for one in folder.rglob("*") if one.is_file() and not one.name.startswith(".")
+        file for file in folder.rglob("*") if file.is_file() and not file.name.startswith(".")
     ):
         size = file.stat().st_size
-        found.update(f"{file.relative_to(folder)} {size}\n".encode())
+        sha256.update(f"{file.relative_to(folder)} {size}\n".encode())
         with file.open("rb") as opened:
-            if size <= SAMPLES * SAMPLE:
-                found.update(opened.read())
+            if size <= CHUNKS * CHUNK:
+                sha256.update(opened.read())
                 continue
-            for number in range(SAMPLES):
-                opened.seek(number * (size - SAMPLE) // (SAMPLES - 1))
-                found.update(opened.read(SAMPLE))
-    return found.hexdigest()
+            for number in range(CHUNKS):
+                opened.seek(number * (size - CHUNK) // (CHUNKS - 1))
+                sha256.update(opened.read(CHUNK))
+    return sha256.hexdigest()
 
 
 @functools.cache
-def code_digest() -> str:
-    """Of our own source files."""
-    found = hashlib.sha256()
-    for package in (Path(__file__).parents[1], Path(jaxre_kernels.__file__).parent):
-        for file in sorted(package.rglob("*.py")):
-            found.update(f"{file.relative_to(package)}\n".encode() + file.read_bytes())
-    return found.hexdigest()
+def own_code() -> str:
+    """Digest of our own source files."""
+    packages = (Path(__file__).parents[1], Path(jaxre_kernels.__file__).parent)
+    return code_digest(path for package in packages for path in sorted(package.rglob("*.py")))

@@ -1,9 +1,9 @@
-"""What the steps of a study have to compute, and how long that takes here.
+"""FLOPs of the steps of a study, and the expected seconds on this machine.
 
 FLOPs are those of `profiling/ledger.py`: of training, counted on the packed rows of a sample of the
-run's own mixture and multiplied up; of prediction, those of the forward pass. Seconds follow from
-FLOP/s: those that finished steps of the same kind and base had in this study, else a share of the
-matrix rate that is measured here before anything runs.
+run's own mixture and scaled up; of prediction, those of the forward pass. Seconds follow from
+FLOP/s: those that finished steps of the same kind and base reached in this study, else a share of
+the matrix rate measured on this machine before anything runs.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
+from jaxre_kernels.nf4 import forms
 
 from jaxre.checkpoints.source import dtype_of, tokenizer_folder
-from jaxre.config import Config, Mixture, Prompt, Source
+from jaxre.config import Config, Lora, Mixture, Prompt, Source
 from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.data.markers import add_markers, encode_marked, marked_text, markers_in
 from jaxre.data.rows import fill_update
@@ -27,27 +28,27 @@ from jaxre.data.template import ChatTemplate
 from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import demonstrator, questions_of
 from jaxre.inference.answers import label_answers
+from jaxre.models import sharding
 from jaxre.models.architecture import EncoderArchitecture, architecture_of, read_architecture
-from jaxre.models.weights import AnyArchitecture, table
+from jaxre.models.weights import AnyArchitecture, places, table
 from jaxre.profiling.ledger import Work, flops_of, work_of
 from jaxre.profiling.measure import matrix_rate
 from jaxre.relations import mixtures
 from jaxre.relations.draws import draw
 from jaxre.study.digests import Read
-from jaxre.training import sharding
 
 SAMPLE = 256  # examples of a run whose rows are packed and counted
-ASKED = 32  # examples of a dataset whose prompts are rendered and tokenised
-# Of the matrix rate, until a step of the study says better: two CPU cores, the shipped base and the
-# MiniLM encoder.
+PROMPTS = 32  # examples of a dataset whose prompts are rendered and tokenised
+# Shares of the matrix rate, used until a step of the study is measured: two CPU cores, the shipped
+# base and the MiniLM encoder.
 SHARES = {"train": 0.4, "predict": 0.25}
-PRODUCT = 2e9  # FLOPs at most of a product whose rate is measured: a second on a slow core
+PRODUCT = 2e9  # most FLOPs of a product whose rate is measured: a second on a slow core
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a step has to compute: examples and real tokens (of training, in all epochs), FLOPs of
-    training and of prediction.
+    """The work of a step: examples and real tokens (of training, in all epochs), FLOPs of training
+    and of prediction.
     """
 
     examples: int = 0
@@ -56,9 +57,7 @@ class Load:
     predict_flops: float = 0.0
 
     def __add__(self, other: Load) -> Load:
-        return Load(
-            *(one + two for one, two in zip(vars(self).values(), vars(other).values(), strict=True))
-        )
+        return Load(*map(operator.add, vars(self).values(), vars(other).values()))
 
 
 @dataclass
@@ -70,15 +69,16 @@ class Rates:
     measured: dict[AnyArchitecture, float] = field(default_factory=dict)
 
     def add(self, step: str, architecture: AnyArchitecture, load: Load, seconds: float) -> None:
-        """A finished step: of training without its validations, or of prediction."""
+        """Adds a finished step: training without its validations, or a prediction."""
         flops = {"train": load.train_flops, "predict": load.predict_flops}.get(step)
         if flops:
-            before = self.seen.get((step, _alike(architecture)), (0.0, 0.0))
-            self.seen[step, _alike(architecture)] = before[0] + flops, before[1] + seconds
+            key = step, _without_dataset(architecture)
+            before = self.seen.get(key, (0.0, 0.0))
+            self.seen[key] = before[0] + flops, before[1] + seconds
 
     def rate(self, kind: str, architecture: AnyArchitecture, dtype: np.dtype) -> float:
         """FLOP/s; measures the products of the architecture at its first call."""
-        flops, seconds = self.seen.get((kind, _alike(architecture)), (0.0, 0.0))
+        flops, seconds = self.seen.get((kind, _without_dataset(architecture)), (0.0, 0.0))
         if seconds:
             return flops / seconds
         if architecture not in self.measured:
@@ -94,20 +94,27 @@ class Rates:
         return SHARES[kind] * self.measured[architecture]
 
     def seconds(self, load: Load, architecture: AnyArchitecture, dtype: np.dtype) -> float:
-        """Expected of a step."""
+        """Expected seconds of a step."""
         parts = (("train", load.train_flops), ("predict", load.predict_flops))
         return sum(flops / self.rate(kind, architecture, dtype) for kind, flops in parts if flops)
 
 
-def _alike(architecture: AnyArchitecture) -> AnyArchitecture:
-    """Encoders of several datasets differ in their labels and marker tokens only."""
+def _without_dataset(architecture: AnyArchitecture) -> AnyArchitecture:
+    """The architecture without labels and marker tokens, the only parts in which the encoders of
+    several datasets differ.
+    """
     if isinstance(architecture, EncoderArchitecture):
         return dataclasses.replace(architecture, labels=(), vocabulary=0)
     return architecture
 
 
+def device_description() -> str:
+    """Number and kind of the devices, such as "8 x NVIDIA H200"."""
+    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+
+
 def architecture_for(config: Config) -> AnyArchitecture:
-    """Of what `model.path` names, without its weights. Raises InputError."""
+    """The architecture that `model.path` names, without its weights. Raises InputError."""
     if config.model.architecture is not None:
         return architecture_of(config.model.architecture, "model.architecture")
     return read_architecture(tokenizer_folder(config))
@@ -118,41 +125,40 @@ def dtype_for(config: Config) -> np.dtype:
 
 
 def training_load(config: Config, read: Read) -> Load:
-    """Of a run from step 1 to its end, with its validations. Raises InputError: data, a tokenizer
-    or a template that cannot be used.
+    """The work of a run from step 1 to its end, with its validations. Raises InputError: data, a
+    tokenizer or a template that cannot be used.
     """
     architecture = architecture_for(config)
     used, sampled = _sampled(config)
     split = load_dataset(sampled, tokenizer_folder(config)).train
     tokens = split.tokens
-    one = sampled.model_copy(update={"train": sampled.train.model_copy(update={"epochs": 1})})
-    plan = make_plan(one, tokens, shards=1)
+    epoch = sampled.model_copy(update={"train": sampled.train.model_copy(update={"epochs": 1})})
+    plan = make_plan(epoch, tokens, shards=1)
     work = Work(0, 0, 0, 0, 0)
     encoder = isinstance(architecture, EncoderArchitecture)
     for update in plan.updates:
         rows = fill_update(tokens, plan.prefixes, update)
         work += work_of(rows, encoder, None if encoder else architecture.window)
-    flops = sum(
-        flops_of(
-            work, architecture, config.lora if config.train.method == "lora" else None
-        ).values()
-    )
-    fits = len(tokens) / (len(tokens) + len(split.dropped))
-    times = fits * used / len(tokens) * config.train.epochs
-    updates = len(plan.updates) * times
+    lora = config.lora if config.train.method == "lora" else None
+    flops = sum(flops_of(work, architecture, lora).values())
+    fitting = len(tokens) / (len(tokens) + len(split.dropped))
+    scale = fitting * used / len(tokens) * config.train.epochs
+    updates = len(plan.updates) * scale
     if config.train.max_steps:
-        times *= min(1.0, config.train.max_steps / updates)
+        scale *= min(1.0, config.train.max_steps / updates)
         updates = min(updates, config.train.max_steps)
-    trained = Load(round(fits * used), float(tokens.lengths.sum()) * times, flops * times)
+    training = Load(round(fitting * used), float(tokens.lengths.sum()) * scale, flops * scale)
     if config.data.validation is None:
-        return trained
+        return training
     every = config.train.evaluate_every or max(1.0, updates / config.train.epochs)
-    validated = _validation(config, read)
-    return trained + Load(predict_flops=validated.predict_flops * max(1, round(updates / every)))
+    validations = max(1, round(updates / every))
+    return training + Load(predict_flops=_validation_flops(config, read) * validations)
 
 
 def _sampled(config: Config) -> tuple[int, Config]:
-    """(examples that a run trains on, the run on a sample of them, each source with its share)."""
+    """The number of examples that a run trains on, and the run on a sample of them, to which each
+    source contributes its share.
+    """
     if config.train.objective == "lm":
         tokens = load_dataset(config, tokenizer_folder(config)).train.tokens
         return len(tokens), config
@@ -169,32 +175,24 @@ def _sampled(config: Config) -> tuple[int, Config]:
     )
 
 
-def _validation(config: Config, read: Read) -> Load:
-    """One validation of a run."""
+def _validation_flops(config: Config, read: Read) -> float:
+    """FLOPs of one validation of a run."""
     pool = mixtures.read(config.data.validation, "data.validation")
-    total = Load()
-    for source, count in zip(pool.sources, pool.counts, strict=True):
-        if count.used:
-            total += asked_load(
-                config,
-                read,
-                read.examples(source)[0].dataset,
-                config.prompt,
-                "score",
-                source,
-                count.used,
-            )
-    return total
+    return sum(
+        prediction_load(config, read, config.prompt, "score", source, count.used).predict_flops
+        for source, count in zip(pool.sources, pool.counts, strict=True)
+        if count.used
+    )
 
 
-def asked_load(
-    config: Config, read: Read, dataset: str, prompt: Prompt, mode: str, source: Source, count: int
+def prediction_load(
+    config: Config, read: Read, prompt: Prompt, mode: str, source: Source, count: int
 ) -> Load:
     """The load of a prediction of `count` examples of a source; sliding layers count as global
     ones. Raises InputError as `training_load`.
     """
     architecture = architecture_for(config)
-    examples = draw(read.examples(source), ASKED, 0)
+    examples = draw(read.examples(source), PROMPTS, 0)
     folder = tokenizer_folder(config)
     if isinstance(architecture, EncoderArchitecture):
         tokenizer = load_tokenizer(folder)
@@ -210,19 +208,20 @@ def asked_load(
         )
         return Load(count, length * count, predict_flops=forward_flops(work, architecture))
     template = ChatTemplate(load_tokenizer(folder), prompt.date, str(folder))
+    dataset = examples[0].dataset
     train = read.examples(read.datasets[dataset].train) if prompt.shots else []
     shown = demonstrator(train, prompt, config.seed)
     labels = read.labels(dataset)
     prompts, answers = label_answers(
         template, questions_of(examples, prompt, labels, shown), labels
     )
-    length, shared = float(np.mean([len(one) for one in prompts])), _common(prompts)
-    # Scoring reads each token of the tree of labels once; what is written has the mean length of a
-    # label.
+    length, shared = float(np.mean(list(map(len, prompts)))), _common_prefix(prompts)
+    # Scoring reads each token of the tree of labels once; a generated answer is taken to have the
+    # mean length of a label.
     tree = {ids[:end] for ids in answers[0] for end in range(1, len(ids) + 1)}
-    written = len(tree) if mode == "score" else float(np.mean([len(ids) for ids in answers[0]]))
-    own = length - shared + written
-    positions = round(written * count)
+    answer = len(tree) if mode == "score" else float(np.mean(list(map(len, answers[0]))))
+    own = length - shared + answer
+    positions = round(answer * count)
     work = Work(
         round(own * count + shared),
         positions,
@@ -234,12 +233,12 @@ def asked_load(
 
 
 def forward_flops(work: Work, architecture: AnyArchitecture) -> float:
-    """The forward third of what full fine-tuning takes."""
+    """FLOPs of the forward pass: a third of those of full fine-tuning."""
     return sum(flops_of(work, architecture, None).values()) / 3
 
 
-def _common(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all begin with, at least one left over."""
+def _common_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """Tokens of the prefix that all prompts share; leaves at least one token of each prompt."""
     first, last = min(prompts), max(prompts)
     shortest = min(map(len, prompts)) - 1
     return next(
@@ -248,7 +247,9 @@ def _common(prompts: Sequence[Sequence[int]]) -> int:
 
 
 @functools.cache
-def sizes_of(architecture: AnyArchitecture, itemsize: int, lora: Any = None) -> dict[str, int]:
+def sizes_of(
+    architecture: AnyArchitecture, itemsize: int, lora: Lora | None = None
+) -> dict[str, int]:
     """Bytes of a model: base and merged in the compute dtype, NF4 (projections; the rest as base),
     adapter in f32.
 
@@ -256,10 +257,6 @@ def sizes_of(architecture: AnyArchitecture, itemsize: int, lora: Any = None) -> 
       itemsize: bytes of a dense weight.
       lora: the adapter's settings, None without one.
     """
-    from jaxre_kernels.nf4 import forms
-
-    from jaxre.models.weights import places
-
     base = nf4 = adapter = 0
     for weight, _, shape, _ in places(architecture):
         dense = math.prod(shape) * itemsize

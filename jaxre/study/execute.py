@@ -1,10 +1,10 @@
-"""`jaxre study`: plans a grid of runs, shows the plan, does what is not done, and writes the record
-of the study.
+"""`jaxre study`: plans a grid of runs, shows the plan, executes the steps that are left, and writes
+the record of the study.
 
     failed = study(load_study("configs/study/small.yaml"), Console())
 
-A killed study goes on: a run from its last checkpoint, everything else from the last finished step.
-A step that fails is recorded and told, the rest goes on, and the next start tries it again.
+A killed study resumes: a run from its last checkpoint, everything else from the last finished step.
+A step that fails is recorded and reported; the others continue, and the next start retries it.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from jaxre.config import Config, Prompt, Source
 from jaxre.data.tokens import demonstrator
 from jaxre.errors import InputError
 from jaxre.evaluation.baselines import majority, tfidf_marked
-from jaxre.evaluation.cache import gold_differs
 from jaxre.evaluation.compare import ALL_PAIRS, join_answers
 from jaxre.evaluation.evaluate import write_json
+from jaxre.evaluation.frontier.cache import gold_differs
 from jaxre.evaluation.predictions import GenType, Prediction, write_predictions
 from jaxre.inference.predict import predict_examples
 from jaxre.relations import sources
 from jaxre.relations.label_map import read_label_map
 from jaxre.relations.schema import Example
-from jaxre.study.digests import code_digest
+from jaxre.study.digests import own_code
 from jaxre.study.estimate import dtype_for
 from jaxre.study.grid import System
 from jaxre.study.latency import latency_ms
@@ -50,12 +50,12 @@ from jaxre.training.log import read_log
 from jaxre.training.loop import train
 from jaxre.training.run_folder import locked
 
-TFIDF = {"majority": majority, "tfidf": tfidf_marked}
+BASELINES = {"majority": majority, "tfidf": tfidf_marked}
 
 
 def study(settings: StudyConfig, console: Console, plan_only: bool = False) -> int:
-    """Plans, and unless only the plan is wanted, does what is left and writes `study.json`; returns
-    how many steps have no result.
+    """Plans a study; without `plan_only` also executes the steps that are left and writes
+    `study.json`. Returns the number of steps without a result.
 
     Raises:
       InputError: settings that make no valid run, a folder that cannot be written, another process
@@ -66,24 +66,24 @@ def study(settings: StudyConfig, console: Console, plan_only: bool = False) -> i
         console.print(plan_table(plan))
         if plan_only:
             return 0
-        use_compilation_cache(lambda *told: console.print(*told, markup=False))
+        use_compilation_cache(lambda *line: console.print(*line, markup=False))
         with locked(settings.folder):
             return Execution(plan, console).everything()
 
 
 class Execution:
-    """What is in memory while a study runs: its plan, the base that is open, and the model that is
-    asked.
-    """
+    """State of a running study: its plan, the open base weights, and the model on the device."""
 
     def __init__(self, plan: Plan, console: Console):
         self.plan, self.console = plan, console
         self.settings, self.folder = plan.settings, plan.settings.folder
-        self.base: tuple[tuple[str, ...], Loaded] | None = None
-        self.asked: tuple[str, Loaded] | None = None
+        self.base: tuple[tuple[str, ...], Loaded] | None = None  # by `Step.base`
+        self.on_device: tuple[str, Loaded] | None = None  # by `Step.needs`
 
     def everything(self) -> int:
-        """All steps that are not done, then the record; returns how many steps have no result."""
+        """Executes all steps that are not done and writes the record; returns the number of steps
+        without a result.
+        """
         order = in_order(self.plan)
         without: dict[str, str] = {}
         for number, step in enumerate(order, 1):
@@ -113,66 +113,62 @@ class Execution:
         return len(without)
 
     def attempt(self, step: Step) -> str | None:
-        """Does a step and records it, done or failed; returns why it failed."""
+        """Executes a step and records it, done or failed; returns the reason of a failure."""
         if step.digest is None:
             return step.problem
         if step.needs and self.plan.state(self.plan.steps[f"train.{step.needs}"]) != "done":
             return f"needs {step.needs}, which has no result"
         began = time.perf_counter()
+        execute = {"train": self.train, "measure": self.measure, "predict": self.predict}[step.kind]
         try:
-            made = {"train": self.train, "measure": self.measure, "predict": self.predict}[
-                step.kind
-            ](step)
-        # Whatever goes wrong in one run of a study of days, memory that is short or a fault of
-        # ours, must not end the others.
+            result = execute(step)
+        # Out of memory or a bug in one run must not end the other runs of a study that takes days.
         except Exception as error:  # noqa: BLE001
-            told = (
+            reason = (
                 str(error)
                 if isinstance(error, InputError)
                 else "".join(traceback.format_exception_only(error)).strip()
             )
-            self.record(step, {"failed": told, "traceback": traceback.format_exc()})
-            return told.splitlines()[0]
-        self.record(step, {"seconds": time.perf_counter() - began, **made})
+            self.record(step, {"failed": reason, "traceback": traceback.format_exc()})
+            return reason.splitlines()[0]
+        self.record(step, {"seconds": time.perf_counter() - began, **result})
         return None
 
-    def record(self, step: Step, made: dict[str, Any]) -> None:
-        """Writes `steps/NAME.json`, whole or not at all."""
+    def record(self, step: Step, result: dict[str, Any]) -> None:
+        """Writes `steps/NAME.json` atomically."""
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         record = {
             "digest": step.digest,
             "kind": step.kind,
-            **made,
+            **result,
             "finished": now,
             "version": __version__,
-            "code": code_digest(),
+            "code": own_code(),
         }
         write_json(self.folder / "steps" / f"{step.name}.json", record)
         self.plan.records[step.name] = record
 
     # ---- training ---------------------------------------------------------------------------
     def train(self, step: Step) -> dict[str, Any]:
-        """Trains a run, or goes on with it; the seconds are those of its updates, over all
-        processes that took part.
+        """Trains or resumes a run; the seconds are those of its updates, over all processes that
+        took part.
         """
-        self.asked = None
+        self.on_device = None
         config = self.config(step)
         folder = train(
             config,
             self.console,
             opened=None if config.model.architecture else self.opened(step.base, config),
         )
-        told = {record["kind"]: record for record in read_log(folder)}
-        cut = {
-            name: count
-            for name, count in told.get("truncation", {}).items()
-            if name not in ("kind", "step")
-        }
+        records = {record["kind"]: record for record in read_log(folder)}
+        truncation = records.get("truncation", {})
         return {
             "seconds": trained_seconds(folder),
-            "memory_bytes": told["end"]["memory_bytes"],
+            "memory_bytes": records["end"]["memory_bytes"],
             "folder": folder.name,
-            "truncation": cut,
+            "truncation": {
+                name: count for name, count in truncation.items() if name not in ("kind", "step")
+            },
         }
 
     def config(self, step: Step) -> Config:
@@ -180,50 +176,43 @@ class Execution:
         run, folder = step.run, self.plan.run_folder(step.run.name)
         changes: dict[str, Any] = {"name": folder.name, "output": str(folder.parent)}
         if run.after:
-            changes["model"] = run.config.model.model_copy(
-                update={"path": str(self.plan.run_folder(run.after))}
-            )
+            changes["model"] = _with_path(run.config, self.plan.run_folder(run.after)).model
         return run.config.model_copy(update=changes)
 
     def opened(self, base: tuple[str, ...], config: Config) -> Loaded:
-        """The base weights on the host; those of one base stay until another one is asked for."""
+        """The base weights on the host; they stay open until another base is opened."""
         if self.base is None or self.base[0] != base:
-            self.base = self.asked = None
+            self.base = self.on_device = None
             gc.collect()
-            jax.clear_caches()  # the programs of another base are of no use any more
+            jax.clear_caches()  # the compiled programs of the previous base are no longer needed
             dtype = np.dtype(np.float32) if config.train.method == "full" else dtype_for(config)
             self.base = base, open_model(config.model.path, dtype, config.model.quantise)
         return self.base[1]
 
-    # ---- what is asked of a model ---------------------------------------------------------------
+    # ---- models -----------------------------------------------------------------------------
     def model(self, step: Step) -> Loaded:
-        """The model that a step asks, on the device: an untuned one, or the result of a run."""
+        """The model that a step evaluates, on the device: untuned, or the result of a run."""
         if (
-            self.asked is None
-            or self.asked[0] != step.needs
+            self.on_device is None
+            or self.on_device[0] != step.needs
             or self.base is None
             or self.base[0] != step.base
         ):
-            self.asked = None
-            loaded = self._result(step)
-            self.asked = (
+            self.on_device = None
+            loaded = self._load(step)
+            self.on_device = (
                 step.needs,
                 dataclasses.replace(loaded, base=jax.tree.map(jnp.asarray, loaded.base)),
             )
-        return self.asked[1]
+        return self.on_device[1]
 
-    def _result(self, step: Step) -> Loaded:
+    def _load(self, step: Step) -> Loaded:
         if not step.needs:
             return self.opened(step.base, step.config)
-        trained = self.plan.steps[f"train.{step.needs}"]
-        folder, config = self.plan.run_folder(step.needs), self.config(trained)
+        folder = self.plan.run_folder(step.needs)
+        config = self.config(self.plan.steps[f"train.{step.needs}"])
         if config.train.method == "full":
-            return self.opened(
-                step.base,
-                config.model_copy(
-                    update={"model": config.model.model_copy(update={"path": str(folder)})}
-                ),
-            )
+            return self.opened(step.base, _with_path(config, folder))
         base = self.opened(step.base, config)
         lora, factors = load_adapter(folder / "adapter", base.architecture)
         return dataclasses.replace(base, lora=lora, factors=factors, kind="run")
@@ -234,24 +223,23 @@ class Execution:
 
     # ---- predictions ------------------------------------------------------------------------
     def predict(self, step: Step) -> dict[str, Any]:
-        """The predictions of a system for a dataset, written whole or not at all."""
-        asked = {"baseline": self.baseline, "frontier": self.frontier}.get(
-            step.system.kind, self.answers
-        )
-        began = time.perf_counter()
-        rows, made = asked(step)
+        """Writes the predictions of a system for a dataset atomically."""
+        extra: dict[str, Any] = {}
+        if step.system.kind == "baseline":
+            rows = self.baseline(step)
+        elif step.system.kind == "frontier":
+            rows, extra = self.frontier(step)
+        else:
+            rows = self.answers(step)
         write_predictions(self.plan.predictions(step), rows)
-        return {"seconds": time.perf_counter() - began, "examples": len(rows), **made}
+        return {"examples": len(rows), **extra}
 
-    def answers(self, step: Step) -> tuple[list[Prediction], dict[str, Any]]:
-        """Of a model."""
-        system, given = step.system, self.settings.datasets[step.dataset]
-        examples, prompt, config = (
-            self.plan.read.test(step.dataset),
-            system.prompt or Prompt(),
-            step.config,
-        )
-        train_examples = self.plan.read.examples(given.train) if prompt.shots else []
+    def answers(self, step: Step) -> list[Prediction]:
+        """The predictions of a model."""
+        system, config, prompt = step.system, step.config, step.system.prompt or Prompt()
+        examples = self.plan.read.test(step.dataset)
+        train_source = self.settings.datasets[step.dataset].train
+        train_examples = self.plan.read.examples(train_source) if prompt.shots else []
         model = self.model(step)
         with Progress(console=self.console, transient=True) as bar:
             task = bar.add_task(f"{len(examples):,} examples", total=len(examples))
@@ -273,16 +261,13 @@ class Execution:
                 model_shot="n/a" if system.train_shots is None else str(system.train_shots),
                 record=lambda rows: bar.advance(task, len(rows)),
             )
-        return [dataclasses.replace(row, prompt_style=system.style) for row in rows], {}
+        return [dataclasses.replace(row, prompt_style=system.style) for row in rows]
 
-    def baseline(self, step: Step) -> tuple[list[Prediction], dict[str, Any]]:
-        """Trained here on the dataset's training split."""
-        given = self.settings.datasets[step.dataset]
+    def baseline(self, step: Step) -> list[Prediction]:
+        """The predictions of a baseline, trained here on the dataset's training split."""
+        train_examples = self.plan.read.examples(self.settings.datasets[step.dataset].train)
         examples = self.plan.read.test(step.dataset)
-        found = TFIDF[step.system.name](self.plan.read.examples(given.train), examples)
-        shares = [
-            dict(zip(found.classes, row, strict=True)) for row in found.probabilities.tolist()
-        ]
+        fitted = BASELINES[step.system.name](train_examples, examples)
         return [
             Prediction(
                 example.id,
@@ -293,28 +278,30 @@ class Execution:
                 tuned_dataset_name=step.dataset,
                 model_shot="n/a",
                 prompt_shot="n/a",
-                probabilities=share,
+                probabilities=dict(zip(fitted.classes, row, strict=True)),
             )
-            for example, label, share in zip(examples, found.labels, shares, strict=True)
-        ], {}
+            for example, label, row in zip(
+                examples, fitted.labels, fitted.probabilities.tolist(), strict=True
+            )
+        ]
 
     def frontier(self, step: Step) -> tuple[list[Prediction], dict[str, Any]]:
-        """Cached answers of those test examples that join; with a label map both sides carry the
-        common labels.
+        """The cached answers that join a test example, and the note and cost of the record; with a
+        label map gold and predicted labels are the common ones.
         """
         cached = self.settings.cached(step.system.name, step.dataset)
         source = self.settings.datasets[step.dataset].test
         examples = self.plan.read.test(step.dataset)
-        whole = Source(
+        full_split = Source(
             dataset=source.dataset, split=source.split, subset=source.subset, negatives=ALL_PAIRS
         )
-        cache = self.plan.read.cache(cached.place, lambda: self.plan.read.examples(whole))
+        cache = self.plan.read.cache(cached.place, lambda: self.plan.read.examples(full_split))
         label_map = read_label_map(cached.labels) if cached.labels else None
-        asked = [_asked(example, step.system) for example in examples]
-        joined, missing, notes = join_answers(asked, cache, cached.model)
-        if others := [note for note in notes if not note.startswith("dataset")]:
+        unanswered = [_unanswered(example, step.system) for example in examples]
+        joined, missing, notes = join_answers(unanswered, cache, cached.model)
+        if mismatches := [note for note in notes if not note.startswith("dataset")]:
             raise InputError(
-                f"{cached.place}: {others[0]}; correct frontier, or name another cache"
+                f"{cached.place}: {mismatches[0]}; correct frontier, or name another cache"
             )
         if not joined:
             raise InputError(
@@ -349,22 +336,25 @@ class Execution:
             )
             for row, answer in joined
         ]
-        told = f"{len(rows):,} of {len(examples):,} test examples have a cached answer"
-        told += "".join(f"; {len(ids):,} {reason}" for reason, ids in missing.items())
-        told += "".join(f"; {note}" for note in notes)
+        parts = [
+            f"{len(rows):,} of {len(examples):,} test examples have a cached answer",
+            *(f"{len(ids):,} {reason}" for reason, ids in missing.items()),
+            *notes,
+        ]
+        if cached.labels:
+            parts.append(f"scored with the common labels of {cached.labels}")
         costs = [row.cost_usd for row in rows if row.cost_usd is not None]
-        paid = {"cost_usd": sum(costs)} if costs else {}
-        return rows, paid | {
-            "note": (
-                told
-                + (f"; scored with the common labels of {cached.labels}" if cached.labels else "")
-            )
-        }
+        return rows, ({"cost_usd": sum(costs)} if costs else {}) | {"note": "; ".join(parts)}
 
 
-def _asked(example: Example, system: System) -> Prediction:
-    """An example as a system with cached answers was asked for it, of what the study says of its
-    prompts.
+def _with_path(config: Config, path: Path) -> Config:
+    """The config with another `model.path`."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": str(path)})})
+
+
+def _unanswered(example: Example, system: System) -> Prediction:
+    """An example with the prompt settings that the study states for a system with cached
+    answers.
     """
     return Prediction(
         example.id,
@@ -379,7 +369,7 @@ def _asked(example: Example, system: System) -> Prediction:
 
 
 def trained_seconds(folder: Path) -> float:
-    """Seconds of a run's updates, pauses left out, over all the processes that it took."""
+    """Seconds of a run's updates without pauses, summed over the processes that trained it."""
     total = before = 0.0
     for record in read_log(folder):
         if record["kind"] == "speed":

@@ -1,8 +1,8 @@
-"""A study's grid: the runs it trains, and the systems it asks.
+"""A study's grid: the runs it trains, and the systems it evaluates.
 
     runs, systems = grid(settings)
 
-Nothing is read here: a grid follows from the settings alone.
+No data is read: a grid follows from the settings alone.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from typing import Any
 
 from jaxre.config import Config, Mixture, Prompt, Source, check_config, check_settings
 from jaxre.errors import InputError
-from jaxre.evaluation.study_record import Kind
+from jaxre.evaluation.report.record import Kind
 from jaxre.relations.files import nearest
 from jaxre.relations.prompt_styles import STYLES, styled
-from jaxre.study.settings import Adaptation, Encoder, Regime, StudyConfig
-
-PRIMARY = "trained"
+from jaxre.study.settings import Adaptation, Encoder, StudyConfig
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run. `config` is whole but for the name of its folder and, where it starts
-    `after` another run, `model.path`.
+    """One training run. `config` lacks only the name of its folder and, where the run starts
+    `after` another one, `model.path`.
 
-    kind: language-model, or that of the systems which ask it. datasets: it trains on these.
+    kind: language-model, or the kind of the systems that use the run. datasets: the ones that it
+    trains on.
     """
 
     name: str
@@ -42,12 +41,11 @@ class Run:
 
 @dataclass(frozen=True)
 class System:
-    """One row of the study's results: a model asked in one way for several datasets.
+    """One row of the study's results: a model with one prompt, evaluated on several datasets.
 
-    runs: dataset -> the run that is asked (an encoder has one for each); empty for what is not
-    trained. model: as it is called in the study, of cached answers as their cache calls it.
-    prompt_shots, enumerated: of the prompt, where they are known. config: of a model that is no
-    run, None for baselines and cached answers.
+    runs: dataset -> the run that predicts it (an encoder has a run per dataset); empty for systems
+    without training. model: its name in the study, or the cache's name for it. prompt_shots,
+    enumerated: of the prompt, where known. config: of an untuned model, else None.
     """
 
     name: str
@@ -67,39 +65,34 @@ class System:
 
 
 def grid(settings: StudyConfig) -> tuple[tuple[Run, ...], tuple[System, ...]]:
-    """All runs, those after their own start; all systems in the order of the table.
+    """All runs, each after the run that it starts from; all systems in the order of the table.
 
     Raises:
-      InputError: settings that make no valid run (named), two runs or systems of one name, a
-        dataset without training split that is trained on.
+      InputError: settings that make no valid run (names it), two runs or systems with one name,
+        training on a dataset without training split.
     """
-    runs = list(_runs(settings))
-    systems = [
-        system
-        for run in runs
-        if run.kind in ("tuned", "adapted")
-        for system in _asked(settings, run)
-    ]
-    systems += list(_styled(settings, runs))
-    systems += (
-        list(_encoders(settings, runs))
-        + list(_untuned(settings))
-        + list(_baselines(settings))
-        + list(_frontier(settings))
+    runs = tuple(_runs(settings))
+    systems = (
+        *_prompted(settings, runs),
+        *_styled(settings, runs),
+        *_encoders(settings, runs),
+        *_untuned(settings),
+        *_baselines(settings),
+        *_frontier(settings),
     )
-    for kind, given in (("runs", runs), ("systems", systems)):
-        twice = [name for name, count in Counter(one.name for one in given).items() if count > 1]
-        if twice:
+    for kind, members in (("runs", runs), ("systems", systems)):
+        counts = Counter(member.name for member in members)
+        if repeated := [name for name, count in counts.items() if count > 1]:
             raise InputError(
-                f"{settings.name}: two {kind} would be called {twice[0]}; rename a model, regime or"
-                " prompt"
+                f"{settings.name}: two {kind} would be called {repeated[0]}; rename a model, regime"
+                " or prompt"
             )
     if not systems:
         raise InputError(
             f"{settings.name}: there is nothing to do; name models with regimes, encoders,"
             " baselines or frontier"
         )
-    return tuple(runs), tuple(systems)
+    return runs, systems
 
 
 def _runs(settings: StudyConfig) -> Iterator[Run]:
@@ -112,7 +105,7 @@ def _runs(settings: StudyConfig) -> Iterator[Run]:
         yield first
         for regime in adaptation.regimes:
             for shots in adaptation.shots:
-                yield tuned(settings, adaptation.of, regime, shots, after=first.name, called=name)
+                yield tuned(settings, adaptation.of, regime, shots, name, after=first.name)
     for name, encoder in settings.encoders.items():
         for dataset in encoder.datasets or settings.datasets:
             yield classifier(settings, name, encoder, dataset)
@@ -123,52 +116,33 @@ def tuned(
     model: str,
     regime: str,
     shots: int,
+    adaptation: str | None = None,
     after: str | None = None,
-    called: str | None = None,
 ) -> Run:
-    """SFT of a model in a regime, with so many demonstrations; `after` a language-model run, of the
-    adaptation `called` so.
+    """SFT of a model in a regime with `shots` demonstrations; in an adaptation `after` its
+    language-model run.
     """
-    name = f"{called or model}-{regime}-{shots}shot"
-    mixed = settings.regimes[regime]
-    sections = [
+    name = f"{adaptation or model}-{regime}-{shots}shot"
+    config = _config(
+        name,
         settings.base.tree(),
         settings.models[model].tree(),
-        {"prompt": {"shots": shots}, "data": _mixture(settings, regime, mixed)},
-    ]
-    if after:
-        sections.append({"model": {"path": after}})
-    return Run(
-        name,
-        "adapted" if after else "tuned",
-        model,
-        _config(name, *sections),
-        regime,
-        shots,
-        mixed.datasets,
-        after,
+        {"prompt": {"shots": shots}, "data": _mixture(settings, regime)},
+        {"model": {"path": after}} if after else {},
     )
+    kind, datasets = "adapted" if after else "tuned", settings.regimes[regime].datasets
+    return Run(name, kind, model, config, regime, shots, datasets, after)
 
 
 def language_model(settings: StudyConfig, name: str, adaptation: Adaptation) -> Run:
     """Language modelling on raw text: the first half of an adaptation."""
-    base, model, own = (
-        settings.base.tree(),
-        settings.models[adaptation.of].tree(),
-        adaptation.tree(),
+    sections = merged(
+        settings.base.tree(), settings.models[adaptation.of].tree(), adaptation.tree()
     )
-    shared = merged(
-        *(
-            {key: value for key, value in tree.items() if key != "train"}
-            for tree in (base, model, own)
-        )
-    )
-    called = f"{name}-text"
-    given = {
-        "train": adaptation.train | {"objective": "lm"},
-        "data": {"text": adaptation.text.model_dump()},
-    }
-    return Run(called, "language-model", adaptation.of, _config(called, shared, given))
+    sections["train"] = adaptation.train | {"objective": "lm"}
+    run = f"{name}-text"
+    config = _config(run, sections, {"data": {"text": adaptation.text.model_dump()}})
+    return Run(run, "language-model", adaptation.of, config)
 
 
 def classifier(settings: StudyConfig, name: str, encoder: Encoder, dataset: str) -> Run:
@@ -178,30 +152,30 @@ def classifier(settings: StudyConfig, name: str, encoder: Encoder, dataset: str)
         for key, value in settings.base.tree().items()
         if key in ("seed", "data", "mesh", "predict")
     }
-    given = settings.datasets[dataset]
     data = {
         "train": _train(settings, dataset),
-        "validation": given.validation,
-        "labels": {dataset: given.schema_source},
+        "validation": settings.datasets[dataset].validation,
+        "labels": {dataset: settings.datasets[dataset].schema_source},
     }
-    called = f"{name}-{dataset}"
-    own = {"train": {"objective": "classify", "method": "full"}, "data": _dumped(data)}
-    return Run(
-        called, "encoder", name, _config(called, base, encoder.tree(), own), datasets=(dataset,)
-    )
+    run = f"{name}-{dataset}"
+    required = {"train": {"objective": "classify", "method": "full"}, "data": _dumped(data)}
+    config = _config(run, base, encoder.tree(), required)
+    return Run(run, "encoder", name, config, datasets=(dataset,))
 
 
-def _mixture(settings: StudyConfig, regime: str, mixed: Regime) -> dict[str, Any]:
+def _mixture(settings: StudyConfig, name: str) -> dict[str, Any]:
     """`data.train`, `data.validation` and `data.labels` of a regime."""
+    regime = settings.regimes[name]
+    datasets = {dataset: settings.datasets[dataset] for dataset in regime.datasets}
     train = Mixture(
-        sources=tuple(_train(settings, name) for name in mixed.datasets),
-        balance=mixed.balance,
-        limit=mixed.limit,
-        name=f"re_{regime}",
+        sources=tuple(_train(settings, dataset) for dataset in datasets),
+        balance=regime.balance,
+        limit=regime.limit,
+        name=f"re_{name}",
     )
-    held_out = tuple(one for name in mixed.datasets if (one := settings.datasets[name].validation))
-    validation = Mixture(sources=held_out, limit=mixed.validation_limit) if held_out else None
-    labels = {name: settings.datasets[name].schema_source for name in mixed.datasets}
+    held_out = tuple(sources.validation for sources in datasets.values() if sources.validation)
+    validation = Mixture(sources=held_out, limit=regime.validation_limit) if held_out else None
+    labels = {dataset: sources.schema_source for dataset, sources in datasets.items()}
     return _dumped({"train": train, "validation": validation, "labels": labels})
 
 
@@ -216,7 +190,7 @@ def _train(settings: StudyConfig, dataset: str) -> Source:
 
 
 def _dumped(tree: Any) -> Any:
-    """Settings as plain values, for a config to be made of."""
+    """Settings as plain values, the input of a config."""
     if isinstance(tree, dict):
         return {name: _dumped(value) for name, value in tree.items()}
     return tree.model_dump(mode="json") if hasattr(tree, "model_dump") else tree
@@ -228,7 +202,7 @@ def _config(name: str, *sections: dict[str, Any]) -> Config:
 
 
 def merged(*trees: dict[str, Any]) -> dict[str, Any]:
-    """The mappings on top of one another, the last one uppermost; what is no mapping is replaced
+    """Deep merge of mappings, in which later ones win; values that are not mappings are replaced
     whole.
     """
     result: dict[str, Any] = {}
@@ -239,35 +213,34 @@ def merged(*trees: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _asked(settings: StudyConfig, run: Run) -> Iterator[System]:
-    """A tuned model with every prompt."""
-    datasets = tuple(settings.datasets) if settings.evaluation.cross_domain else run.datasets
-    for ending, prompt in _prompts(settings, run.config.prediction_prompt, run.shots):
-        yield _system(run, f"{run.name}-{ending}", datasets, prompt)
+def _prompted(settings: StudyConfig, runs: tuple[Run, ...]) -> Iterator[System]:
+    """The tuned models with every prompt."""
+    for run in runs:
+        if run.kind in ("tuned", "adapted"):
+            cross_domain = settings.evaluation.cross_domain
+            datasets = tuple(settings.datasets) if cross_domain else run.datasets
+            for ending, prompt in _prompts(settings, run.config.prediction_prompt, run.shots):
+                yield _system(run, f"{run.name}-{ending}", datasets, prompt)
 
 
-def _styled(settings: StudyConfig, runs: list[Run]) -> Iterator[System]:
-    """The runs whose sensitivity to the prompt is measured, in each style."""
-    given, known = (
-        settings.evaluation.styles,
-        {run.name: run for run in runs if run.kind in ("tuned", "adapted")},
-    )
-    for name in given.runs if given else ():
-        if name not in known:
-            near = f"; the nearest is {nearest(name, known)}" if known else ""
+def _styled(settings: StudyConfig, runs: tuple[Run, ...]) -> Iterator[System]:
+    """The runs whose prompt sensitivity is measured, in each style."""
+    styles = settings.evaluation.styles
+    if styles is None:
+        return
+    with_prompt = {run.name: run for run in runs if run.kind in ("tuned", "adapted")}
+    for name in styles.runs:
+        if name not in with_prompt:
+            near = f"; the nearest is {nearest(name, with_prompt)}" if with_prompt else ""
             raise InputError(
                 f"{settings.name}: evaluation.styles.runs: there is no run {name!r} that has a"
                 f" prompt{near}"
             )
-        for style in given.names or STYLES:
-            prompt = styled(known[name].config.prediction_prompt, style)
-            yield _system(
-                known[name],
-                f"{name}-style-{style}",
-                given.datasets or known[name].datasets,
-                prompt,
-                style,
-            )
+        run = with_prompt[name]
+        for style in styles.names or STYLES:
+            prompt = styled(run.config.prediction_prompt, style)
+            datasets = styles.datasets or run.datasets
+            yield _system(run, f"{name}-style-{style}", datasets, prompt, style)
 
 
 def _system(
@@ -291,10 +264,12 @@ def _system(
 
 
 def _prompts(settings: StudyConfig, prompt: Prompt, trained: int) -> Iterator[tuple[str, Prompt]]:
-    """(end of a system's name, prompt) for each way of asking."""
+    """(end of a system's name, prompt) for each prompt and number of demonstrations of the
+    evaluation; `trained` is the number in training.
+    """
     for name, changes in settings.evaluation.prompts.items():
         for shots in dict.fromkeys(
-            trained if one == PRIMARY else one for one in settings.evaluation.shots
+            trained if shots == "trained" else shots for shots in settings.evaluation.shots
         ):
             tree = merged(prompt.model_dump(), changes, {"shots": shots})
             yield (
@@ -303,18 +278,18 @@ def _prompts(settings: StudyConfig, prompt: Prompt, trained: int) -> Iterator[tu
             )
 
 
-def _encoders(settings: StudyConfig, runs: list[Run]) -> Iterator[System]:
+def _encoders(settings: StudyConfig, runs: tuple[Run, ...]) -> Iterator[System]:
     for name in settings.encoders:
-        own = {
+        classifiers = {
             run.datasets[0]: run.name for run in runs if run.kind == "encoder" and run.model == name
         }
         yield System(
             name,
             "encoder",
             name,
-            tuple(own),
-            runs=own,
-            trained_on=tuple(own),
+            tuple(classifiers),
+            runs=classifiers,
+            trained_on=tuple(classifiers),
             note="one classifier per dataset",
         )
 
@@ -322,16 +297,16 @@ def _encoders(settings: StudyConfig, runs: list[Run]) -> Iterator[System]:
 def _untuned(settings: StudyConfig) -> Iterator[System]:
     if not settings.untuned:
         return
-    # The data is not used: a config must have some, and the regimes may be none.
+    # A config needs data.train, which is not used here, and there may be no regimes.
     data = {"train": _dumped(next(iter(settings.datasets.values())).test)}
     for model, sections in settings.models.items():
         config = _config(f"{model}-untuned", settings.base.tree(), sections.tree(), {"data": data})
-        asked = {
+        prompts = {
             name: prompt
             for shots in settings.shots
             for name, prompt in _prompts(settings, config.prediction_prompt, shots)
         }
-        for ending, prompt in asked.items():
+        for ending, prompt in prompts.items():
             yield System(
                 f"{model}-untuned-{ending}",
                 "untuned",
@@ -345,7 +320,7 @@ def _untuned(settings: StudyConfig) -> Iterator[System]:
 
 
 def _baselines(settings: StudyConfig) -> Iterator[System]:
-    datasets = tuple(name for name, one in settings.datasets.items() if one.train)
+    datasets = tuple(name for name, dataset in settings.datasets.items() if dataset.train)
     if settings.baselines:
         for name, note in (
             ("majority", "always the most frequent label"),
@@ -355,9 +330,10 @@ def _baselines(settings: StudyConfig) -> Iterator[System]:
 
 
 def _frontier(settings: StudyConfig) -> Iterator[System]:
-    for name in dict.fromkeys(one.name for one in settings.frontier):
-        caches = [one for one in settings.frontier if one.name == name]
-        first, datasets = caches[0], tuple(dataset for one in caches for dataset in one.datasets)
+    for name in dict.fromkeys(cache.name for cache in settings.frontier):
+        caches = [cache for cache in settings.frontier if cache.name == name]
+        datasets = tuple(dataset for cache in caches for dataset in cache.datasets)
+        first = caches[0]
         style = first.style or ""
         yield System(
             name,

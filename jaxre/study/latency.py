@@ -1,4 +1,4 @@
-"""Latency of one answer at batch 1, as the study has it: a prompt of 150 tokens and 5 new ones."""
+"""Latency of one answer at batch 1, as in the study: a prompt of 150 tokens and 5 new ones."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ PROMPT, NEW, TRIES = 150, 5, 5
 
 
 def latency_ms(loaded: Loaded) -> float:
-    """Milliseconds, the median of 5 answers after one that compiles. An encoder classifies the 150
-    tokens. Adapters are not merged.
+    """Milliseconds of an answer: the median of 5, after one that compiles. An encoder classifies
+    the 150 tokens. Adapters are not merged.
     """
     architecture = loaded.architecture
     tokens = (np.arange(PROMPT) % architecture.vocabulary).astype(np.int32)
     if isinstance(architecture, EncoderArchitecture):
-        starts, one = np.array([0, PROMPT], np.int64), np.array([PROMPT], np.int32)
-        asked = TokenSet(tokens, starts, one, ("latency",), np.zeros(1, np.int32))
-        plan = plan_classification(asked, architecture, batch_tokens=PROMPT)
+        starts, prompt_lengths = np.array([0, PROMPT], np.int64), np.array([PROMPT], np.int32)
+        prompt = TokenSet(tokens, starts, prompt_lengths, ("latency",), np.zeros(1, np.int32))
+        plan = plan_classification(prompt, architecture, batch_tokens=PROMPT)
         params = jax.tree.map(jax.numpy.asarray, loaded.base)
 
         def answer() -> object:
@@ -36,7 +36,7 @@ def latency_ms(loaded: Loaded) -> float:
 
     else:
         model = model_of(loaded)
-        params, factors = on_device(model)  # once: an answer does not bring the weights along
+        params, factors = on_device(model)  # once, so that no answer transfers the weights
         model = dataclasses.replace(model, params=params, factors=factors)
 
         def answer() -> object:

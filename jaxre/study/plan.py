@@ -1,5 +1,4 @@
-"""A study's plan: every step with what it depends on as a digest, what it costs, and whether it is
-done.
+"""A study's plan: every step with the digest of its inputs, its cost, and whether it is done.
 
     plan = make_plan(load_study("configs/study/small.yaml"))
     console.print(plan_table(plan))
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -25,13 +23,21 @@ from rich.text import Text
 from jaxre.checkpoints.source import check_finished
 from jaxre.config import Config
 from jaxre.errors import InputError
+from jaxre.models import sharding
 from jaxre.models.weights import AnyArchitecture
 from jaxre.relations import sources
-from jaxre.study.digests import Read, code_digest, digest, file_digest, run_digest
-from jaxre.study.estimate import Load, Rates, architecture_for, asked_load, dtype_for, training_load
+from jaxre.study.digests import Read, digest, file_digest, own_code, run_digest
+from jaxre.study.estimate import (
+    Load,
+    Rates,
+    architecture_for,
+    device_description,
+    dtype_for,
+    prediction_load,
+    training_load,
+)
 from jaxre.study.grid import Run, System, grid
 from jaxre.study.settings import StudyConfig
-from jaxre.training import sharding
 
 NEEDS = "needs"
 State = Literal["done", "begun", "to do", "failed", "impossible"]
@@ -39,12 +45,11 @@ State = Literal["done", "begun", "to do", "failed", "impossible"]
 
 @dataclass(frozen=True)
 class Step:
-    """One step. `digest` is None where what it depends on cannot be read, for the `problem` that is
-    told.
+    """One step. `digest` is None where an input cannot be read; `problem` then says why.
 
-    needs: name of the training run before it. config: of the model that is trained or asked, None
-    for baselines and cached answers. base: what is open in memory for it; steps of one base follow
-    one another.
+    needs: name of the training run before it. config: of the model that is trained or evaluated,
+    None for baselines and cached answers. base: the base weights that are open in memory for it;
+    steps of one base run one after another.
     """
 
     name: str
@@ -63,8 +68,8 @@ class Step:
 
 @dataclass
 class Plan:
-    """The steps in the order of the grid, and what is known of them. `records` are those of
-    `steps/`, by the step's name.
+    """The steps in the order of the grid, with their data, rates and records. `records` are the
+    files of `steps/`, by the step's name.
     """
 
     settings: StudyConfig
@@ -76,20 +81,19 @@ class Plan:
     records: dict[str, dict[str, Any]]
 
     def state(self, step: Step) -> State:
-        """Of a step, by its record and by what it must have left."""
+        """The state of a step, by its record and the files that it must have written."""
         if step.digest is None:
             return "impossible"
         record = self.records.get(step.name, {})
         if record.get("digest") == step.digest:
             if "failed" in record:
                 return "failed"
-            if self._left(step):
+            if self._has_output(step):
                 return "done"
         begun = step.kind == "train" and (self.run_folder(step.run.name) / "checkpoints").is_dir()
         return "begun" if begun else "to do"
 
-    def _left(self, step: Step) -> bool:
-        """Whether what a finished step wrote is still there."""
+    def _has_output(self, step: Step) -> bool:
         if step.kind == "predict":
             return self.predictions(step).is_file()
         if step.kind == "train":
@@ -100,7 +104,7 @@ class Plan:
         return True
 
     def run_folder(self, run: str) -> Path:
-        """Where a run trains: its name and its digest, so that another config never meets its
+        """Folder of a run: its name and its digest, so that another config never meets its
         checkpoints.
         """
         return self.settings.folder / "runs" / f"{run}-{self.steps[f'train.{run}'].digest[:8]}"
@@ -109,21 +113,19 @@ class Plan:
         return self.settings.folder / "predictions" / step.system.name / f"{step.dataset}.parquet"
 
     def seconds(self, step: Step) -> float:
-        """Expected of the whole step."""
-        return (
-            self.rates.seconds(step.load, step.architecture, dtype_for(step.config))
-            if step.architecture
-            else 0.0
-        )
+        """Expected seconds of the whole step."""
+        if step.architecture is None:
+            return 0.0
+        return self.rates.seconds(step.load, step.architecture, dtype_for(step.config))
 
 
 def make_plan(settings: StudyConfig) -> Plan:
-    """Reads the data, counts each step's work on samples, and finds what is done. Nothing is
-    written but the token cache.
+    """Reads the data, counts each step's work on samples, and determines which steps are done.
+    Writes nothing but the token cache.
 
     Raises:
-      InputError: settings that make no valid run. What cannot be read is told at the step that
-        needs it.
+      InputError: settings that make no valid run. Data that cannot be read is reported at the step
+        that needs it.
     """
     runs, systems = grid(settings)
     configs = [run.config for run in runs] + [system.config for system in systems if system.config]
@@ -137,16 +139,14 @@ def make_plan(settings: StudyConfig) -> Plan:
         sharding.split_cpu(mesh.cpu_devices)
     rates = Rates(sharding.make_mesh(*meshes.values()) if meshes else None)
     read = Read(settings.datasets)
-    steps = {
-        step.name: step
-        for step in Planner(settings, {run.name: run for run in runs}, systems, read).steps()
-    }
+    runs_by_name = {run.name: run for run in runs}
+    steps = {step.name: step for step in Planner(settings, runs_by_name, systems, read).steps()}
     records = read_records(settings.folder / "steps")
     for step in steps.values():
         record = records.get(step.name, {})
         if step.architecture and record.get("digest") == step.digest and "seconds" in record:
             rates.add(step.kind, step.architecture, step.load, record["seconds"])
-    return Plan(settings, {run.name: run for run in runs}, systems, steps, read, rates, records)
+    return Plan(settings, runs_by_name, systems, steps, read, rates, records)
 
 
 @dataclass
@@ -161,36 +161,32 @@ class Planner:
     loads: dict[tuple, Load] = field(default_factory=dict)
 
     def steps(self) -> Iterator[Step]:
-        """Cheap ones first, then each run followed by what is asked of it, then what is asked of
-        the models themselves.
-        """
+        """Cheap steps first, then each run with its predictions, then the untuned models."""
         for system in self.systems:
             if system.kind in ("baseline", "frontier"):
-                yield from (self._other(system, dataset) for dataset in system.datasets)
+                for dataset in system.datasets:
+                    yield self._without_model(system, dataset)
         for run in self.runs.values():
+            config = self._config(run)
             yield self._train(run)
             if run.kind != "language-model":
-                yield self._measure(run.name, run.name, self._config(run))
+                yield self._measure(run.name, run.name, config)
             for system in self.systems:
-                asked = [
-                    dataset for dataset in system.datasets if system.runs.get(dataset) == run.name
-                ]
-                yield from (
-                    self._predict(system, dataset, run.name, self._config(run)) for dataset in asked
-                )
+                for dataset in system.datasets:
+                    if system.runs.get(dataset) == run.name:
+                        yield self._predict(system, dataset, run.name, config)
         measured = set()
         for system in self.systems:
             if system.kind == "untuned":
                 if system.model not in measured:
                     measured.add(system.model)
                     yield self._measure(f"{system.model}-untuned", "", system.config)
-                yield from (
-                    self._predict(system, dataset, "", system.config) for dataset in system.datasets
-                )
+                for dataset in system.datasets:
+                    yield self._predict(system, dataset, "", system.config)
 
     def _config(self, run: Run) -> Config:
-        """Of a run, with the `model.path` that its chain of runs began with: for what the weights
-        do not matter to.
+        """A run's config with the `model.path` of the first run of its chain: enough wherever the
+        weights do not matter.
         """
         if run.after is None:
             return run.config
@@ -209,11 +205,12 @@ class Planner:
             base=self._base(run),
         )
 
-        def found() -> tuple[str, Load]:
-            self.digests[run.name] = run_digest(run, self.read, self._before(run.after))
+        def digest_and_load() -> tuple[str, Load]:
+            before = self._digest_of_run(run.after) if run.after else None
+            self.digests[run.name] = run_digest(run, self.read, before)
             return self.digests[run.name], training_load(step.config, self.read)
 
-        return _tried(step, found)
+        return _completed(step, digest_and_load)
 
     def _measure(self, name: str, needs: str, config: Config) -> Step:
         step = Step(
@@ -221,10 +218,12 @@ class Planner:
             "measure",
             needs=needs,
             config=config,
-            base=self._asked_base(needs, config),
+            base=self._evaluated_base(needs, config),
         )
-        device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        return _tried(step, lambda: (digest("measure", self._model(needs, config), device), Load()))
+        return _completed(
+            step,
+            lambda: (digest("measure", self._model(needs, config), device_description()), Load()),
+        )
 
     def _predict(self, system: System, dataset: str, needs: str, config: Config) -> Step:
         step = Step(
@@ -234,76 +233,81 @@ class Planner:
             dataset=dataset,
             needs=needs,
             config=config,
-            base=self._asked_base(needs, config),
+            base=self._evaluated_base(needs, config),
         )
 
-        def found() -> tuple[str, Load]:
-            given, prompt, evaluation = (
-                self.settings.datasets[dataset],
-                system.prompt,
-                self.settings.evaluation,
-            )
+        def digest_and_load() -> tuple[str, Load]:
+            sources_of_dataset, prompt = self.settings.datasets[dataset], system.prompt
+            mode = self.settings.evaluation.mode
             examples = self.read.test(dataset)
-            shown = given.train if prompt and prompt.shots else None
+            shown = sources_of_dataset.train if prompt and prompt.shots else None
             if prompt and prompt.shots and shown is None:
                 raise InputError(
                     f"datasets.{dataset} has no train, so there are no demonstrations of it; add"
                     " it, or ask without (shots=0)"
                 )
-            made = digest(
+            step_digest = digest(
                 "predict",
                 self._model(needs, config),
-                self.read.digest(given.test),
+                self.read.digest(sources_of_dataset.test),
                 self.read.labels(dataset),
                 prompt and prompt.model_dump(mode="json", exclude_defaults=True),
                 shown and [self.read.digest(shown), config.seed],
-                evaluation.mode,
-                config.predict.max_new_tokens if evaluation.mode == "generate" else None,
+                mode,
+                config.predict.max_new_tokens if mode == "generate" else None,
             )
             key = (config.model.path, dataset, prompt and prompt.model_dump_json())
             if key not in self.loads:
-                self.loads[key] = asked_load(
-                    config, self.read, dataset, prompt, evaluation.mode, given.test, len(examples)
+                self.loads[key] = prediction_load(
+                    config,
+                    self.read,
+                    prompt,
+                    mode,
+                    sources_of_dataset.test,
+                    len(examples),
                 )
-            return made, self.loads[key]
+            return step_digest, self.loads[key]
 
-        return _tried(step, found)
+        return _completed(step, digest_and_load)
 
-    def _other(self, system: System, dataset: str) -> Step:
-        """Of a baseline or of cached answers."""
+    def _without_model(self, system: System, dataset: str) -> Step:
+        """The step of a baseline or of cached answers."""
         step = Step(f"predict.{system.name}.{dataset}", "predict", system=system, dataset=dataset)
-        given = self.settings.datasets[dataset]
+        sources_of_dataset = self.settings.datasets[dataset]
 
-        def found() -> tuple[str, Load]:
-            count, test = Load(len(self.read.test(dataset))), self.read.digest(given.test)
+        def digest_and_load() -> tuple[str, Load]:
+            load = Load(len(self.read.test(dataset)))
+            test = self.read.digest(sources_of_dataset.test)
             if system.kind == "baseline":
-                return digest("baseline", system.name, self.read.digest(given.train), test), count
+                train = self.read.digest(sources_of_dataset.train)
+                return digest("baseline", system.name, train, test), load
             cached = self.settings.cached(system.name, dataset)
-            maps = cached.labels and file_digest(Path(cached.labels))
-            asked = [
+            label_map = cached.labels and file_digest(Path(cached.labels))
+            selection = [
                 cached.model,
-                *(one for one in (cached.enumerate, cached.shots, cached.style) if one is not None),
+                *(
+                    value
+                    for value in (cached.enumerate, cached.shots, cached.style)
+                    if value is not None
+                ),
             ]
-            return (
-                digest("frontier", self.read.cache_digest(cached.place), maps, asked, test),
-                count,
-            )
+            cache = self.read.cache_digest(cached.place)
+            return digest("frontier", cache, label_map, selection, test), load
 
-        return _tried(step, found)
+        return _completed(step, digest_and_load)
 
-    def _before(self, run: str | None) -> str | None:
-        """Digest of the run that another starts from. Raises InputError where it has none."""
-        if run and run not in self.digests:
+    def _digest_of_run(self, run: str) -> str:
+        if run not in self.digests:
             raise InputError(f"{NEEDS} {run}, which cannot be planned")
-        return self.digests[run] if run else None
+        return self.digests[run]
 
     def _model(self, needs: str, config: Config) -> list[Any]:
-        """What is asked: a run, or a model with how it is loaded."""
-        return (
-            [self._before(needs)]
-            if needs
-            else [self.read.model(config.model.path), config.model.dtype, config.model.quantise]
-        )
+        """The evaluated model in a digest: a run, or a model folder with its dtype and
+        quantisation.
+        """
+        if needs:
+            return [self._digest_of_run(needs)]
+        return [self.read.model(config.model.path), config.model.dtype, config.model.quantise]
 
     def _base(self, run: Run) -> tuple[str, ...]:
         config = run.config
@@ -313,36 +317,31 @@ class Planner:
             str(config.model.quantise),
         )
 
-    def _asked_base(self, needs: str, config: Config) -> tuple[str, ...]:
-        if needs and config.train.method == "full":
-            return (needs,)
-        return (
-            self._base(self.runs[needs])
-            if needs
-            else (config.model.path, config.model.dtype, str(config.model.quantise))
-        )
+    def _evaluated_base(self, needs: str, config: Config) -> tuple[str, ...]:
+        if not needs:
+            return config.model.path, config.model.dtype, str(config.model.quantise)
+        return (needs,) if config.train.method == "full" else self._base(self.runs[needs])
 
 
-def _tried(step: Step, found: Callable[[], tuple[str, Load]]) -> Step:
-    """The step with its digest and load, or with the problem that keeps it from having them."""
+def _completed(step: Step, digest_and_load: Callable[[], tuple[str, Load]]) -> Step:
+    """The step with its digest and load, or with the problem that prevents them."""
     try:
-        made, load = found()
-        return replace(
-            step, digest=made, load=load, architecture=step.config and architecture_for(step.config)
-        )
+        step_digest, load = digest_and_load()
+        architecture = step.config and architecture_for(step.config)
+        return replace(step, digest=step_digest, load=load, architecture=architecture)
     except InputError as error:
         return replace(step, problem=str(error))
 
 
 def in_order(plan: Plan) -> list[Step]:
-    """All steps, each after what it needs; of those that may come next, one of the base that is
-    open, else the first.
+    """All steps, each after the run that it needs. Of the steps that can come next, one whose base
+    is open goes first, else the first of the grid.
     """
     waiting, order, done = list(plan.steps.values()), [], set()
     while waiting:
         ready = [step for step in waiting if not step.needs or step.needs in done]
         base = order[-1].base if order else ()
-        step = next((one for one in ready if one.base == base), ready[0])
+        step = next((step for step in ready if step.base == base), ready[0])
         order.append(step)
         waiting.remove(step)
         if step.kind == "train":
@@ -351,18 +350,18 @@ def in_order(plan: Plan) -> list[Step]:
 
 
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """The records of steps, by name; one that cannot be read is none."""
-    found = {}
+    """The records of steps, by name; unreadable ones are skipped."""
+    records = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            found[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+            records[path.stem] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-    return found
+    return records
 
 
 def plan_table(plan: Plan) -> Group:
-    """Every run and system with what it takes, what cannot be done and why, and the hours that are
+    """Cost and state of every run and system, the impossible steps with the reason, and the hours
     left.
     """
     table = Table(title=f"plan of {plan.settings.name}", title_justify="left")
@@ -377,43 +376,38 @@ def plan_table(plan: Plan) -> Group:
         steps = list(group)
         states = [plan.state(step) for step in steps]
         seconds = [plan.seconds(step) for step in steps]
-        left += sum(
-            one
-            for one, state in zip(seconds, states, strict=True)
-            if state not in ("done", "impossible")
-        )
-        for step in steps:
+        for step, state, expected in zip(steps, states, seconds, strict=True):
+            if state not in ("done", "impossible"):
+                left += expected
             if step.problem:
-                problems.setdefault(
-                    "" if step.problem.startswith(NEEDS) else step.problem, []
-                ).append(step.name)
+                problem = "" if step.problem.startswith(NEEDS) else step.problem
+                problems.setdefault(problem, []).append(step.name)
         if steps[0].kind == "measure":
-            continue  # seconds each; their state is in the next start's plan where they fail
+            continue  # a few seconds each; the next start's plan shows those that failed
         load = sum((step.load for step in steps), Load())
         flops = load.train_flops + load.predict_flops
         table.add_row(
-            Text(_called(steps)),
+            Text(_title(steps)),
             f"{load.examples:,}" if load.examples else "",
             f"{load.tokens / 1e3:,.0f}" if load.tokens else "",
             f"{flops / 1e12:,.3g}" if flops else "",
             f"{sum(seconds) / 3600:.2f}" if flops else "",
             Text(
                 ", ".join(
-                    f"{states.count(one)} {one}" if len(steps) > 1 else one
-                    for one in dict.fromkeys(states)
+                    f"{states.count(state)} {state}" if len(steps) > 1 else state
+                    for state in dict.fromkeys(states)
                 )
             ),
         )
-    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    lines = [f"expected on {devices}: {left / 3600:.2f} hours for what is left to do"]
-    other = [
+    lines = [f"expected on {device_description()}: {left / 3600:.2f} hours for what is left to do"]
+    other_code = [
         name
         for name, step in plan.steps.items()
-        if plan.state(step) == "done" and plan.records[name].get("code") != code_digest()
+        if plan.state(step) == "done" and plan.records[name].get("code") != own_code()
     ]
-    if other:
+    if other_code:
         lines.append(
-            f"{len(other)} finished steps were made by other code of jaxre; to make one again,"
+            f"{len(other_code)} finished steps were made by other code of jaxre; to make one again,"
             " delete its file in steps/"
         )
     lines += leaks_of(plan)
@@ -427,30 +421,25 @@ def plan_table(plan: Plan) -> Group:
 
 
 def leaks_of(plan: Plan) -> list[str]:
-    """A line for each dataset of which some test examples have a text of its training split."""
+    """A line for each dataset whose test split shares texts with its training split."""
     lines = []
     for name, dataset in plan.settings.datasets.items():
         try:
-            test, train = (
-                plan.read.test(name),
-                plan.read.examples(dataset.train) if dataset.train else [],
-            )
+            test = plan.read.test(name)
+            train = plan.read.examples(dataset.train) if dataset.train else []
         except InputError:
-            continue  # told at the steps that need it
-        if found := sources.overlap(train, test):
-            pairs = f"{len(found.same_pair):,} with the same pair"
+            continue  # reported at the steps that need it
+        if overlap := sources.overlap(train, test):
             lines.append(
-                f"leak: {len(found.same_text):,} of {len(test):,} test examples of {name} have a"
-                f" text of its training split, {pairs}"
+                f"leak: {len(overlap.same_text):,} of {len(test):,} test examples of {name} have a"
+                f" text of its training split, {len(overlap.same_pair):,} with the same pair"
             )
     return lines
 
 
-def _called(steps: list[Step]) -> str:
-    """A run, with the one that it starts from, or a system with its number of datasets."""
+def _title(steps: list[Step]) -> str:
     first = steps[0]
     if first.run:
-        return f"train {first.run.name}" + (
-            f" (after {first.run.after})" if first.run.after else ""
-        )
+        after = f" (after {first.run.after})" if first.run.after else ""
+        return f"train {first.run.name}{after}"
     return f"  ask {first.system.name}, {len(steps)} dataset{'s' if len(steps) > 1 else ''}"

@@ -2,9 +2,9 @@
 
     settings = load_study("configs/study/small.yaml", ["shots=[0]"])
 
-Sections such as `train` and `lora` are those of a run's config (`jaxre/config.py`): `base` for all
-runs, what a model adds on top of it under `models`. The study itself says what a run trains on and
-what it is called.
+Sections such as `train` and `lora` are those of a run's config (`jaxre/config/settings.py`): `base`
+holds for all runs, `models` adds the sections of each model. The study itself sets the data and the
+name of each run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from jaxre.relations.files import nearest
 from jaxre.relations.hub import PREFIX as HUB
 from jaxre.relations.prompt_styles import STYLES
 
-OWN_DATA = ("cache", "too_long", "dedup")  # of a run's `data`; the rest is the study's
+OWN_DATA = ("cache", "too_long", "dedup")  # keys of a run's `data` that the study does not set
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -53,18 +53,15 @@ class Sections(Settings):
     def _own_data(cls, data: dict[str, Any]) -> dict[str, Any]:
         if others := [name for name in data if name not in OWN_DATA]:
             raise ValueError(
-                f"has {others[0]}, which the study gives to each run; write it under datasets and"
+                f"has {others[0]}, which the study sets for each run; write it under datasets and"
                 " regimes"
             )
         return data
 
     def tree(self) -> dict[str, Any]:
-        """What is given here, to be merged into a run's config."""
-        return {
-            name: getattr(self, name)
-            for name in Sections.model_fields
-            if getattr(self, name) not in (None, {})
-        }
+        """The sections that are not empty, to be merged into a run's config."""
+        sections = {name: getattr(self, name) for name in Sections.model_fields}
+        return {name: section for name, section in sections.items() if section not in (None, {})}
 
 
 class StudyDataset(Settings):
@@ -94,7 +91,7 @@ class StudyDataset(Settings):
 
 
 class Regime(Settings):
-    """What a model is trained on: the training splits of these datasets, mixed
+    """Training data of a model: the training splits of several datasets, mixed
     (`config.Mixture`).
     """
 
@@ -110,7 +107,7 @@ class Regime(Settings):
 
 
 class Encoder(Sections):
-    """An encoder, one classifier per dataset. Of `base` it takes seed, data, mesh and predict."""
+    """An encoder, one classifier per dataset; inherits seed, data, mesh and predict of `base`."""
 
     datasets: tuple[str, ...] | None = Field(None, description="all of them if not given")
 
@@ -119,8 +116,8 @@ class Adaptation(Sections):
     """Language modelling on raw text from a model of the study, then SFT of each regime and shots
     from there.
 
-    Its sections are those of the language-model run: `train` stands alone, the others come on top
-    of the model's.
+    Its sections are those of the language-model run: `train` replaces the model's, the others are
+    merged into the model's.
     """
 
     of: str = Field(description="name of the model")
@@ -130,8 +127,8 @@ class Adaptation(Sections):
 
 
 class Frontier(Settings):
-    """Cached answers of another model on the test examples of some datasets; of one name there may
-    be several, of other datasets.
+    """Cached answers of another model on the test examples of some datasets. Several entries may
+    share a name if their datasets differ.
     """
 
     name: str = Field(pattern=NAME)
@@ -158,19 +155,17 @@ class Frontier(Settings):
     style: str | None = Field(
         None,
         description=(
-            "prompt style of the answers; they then stand in the table of prompt sensitivity alone"
+            "prompt style of the answers; they are then only in the table of prompt sensitivity"
         ),
     )
 
     @property
     def place(self) -> str:
-        """What `read_cache` is given."""
-        given = Path(self.cache).expanduser()
-        return (
-            self.cache
-            if self.cache.startswith(HUB)
-            else str(given if given.exists() else data_root() / self.cache)
-        )
+        """The cache's file or hub id, the argument of `read_cache`."""
+        if self.cache.startswith(HUB):
+            return self.cache
+        path = Path(self.cache).expanduser()
+        return str(path if path.exists() else data_root() / self.cache)
 
     @model_validator(mode="after")
     def _known_style(self) -> Frontier:
@@ -183,7 +178,7 @@ class Frontier(Settings):
 
 
 class Styles(Settings):
-    """Prompt sensitivity: runs that are also asked in each of the prompt styles
+    """Prompt sensitivity: runs that are also evaluated in each of the prompt styles
     (`relations/prompt_styles.py`).
     """
 
@@ -197,7 +192,7 @@ class Styles(Settings):
 
 
 class Evaluation(Settings):
-    """How each system is asked."""
+    """Prompts, demonstrations and datasets of the evaluation of each system."""
 
     prompts: dict[str, dict[str, Any]] = Field(
         default_factory=lambda: {
@@ -246,68 +241,58 @@ class StudyConfig(Settings):
         return Path(self.output) / self.name
 
     def cached(self, name: str, dataset: str) -> Frontier:
-        """The cache that a frontier system's answers for a dataset are from."""
-        return next(one for one in self.frontier if one.name == name and dataset in one.datasets)
+        """The cache with the answers of a frontier system for a dataset."""
+        return next(
+            cache for cache in self.frontier if cache.name == name and dataset in cache.datasets
+        )
 
     @field_validator("models", "datasets", "regimes", "encoders", "adaptation")
     @classmethod
-    def _file_names(cls, given: dict[str, Any]) -> dict[str, Any]:
-        for name in given:
+    def _file_names(cls, entries: dict[str, Any]) -> dict[str, Any]:
+        for name in entries:
             if not re.match(NAME, name):
                 raise ValueError(
                     f"{name!r} becomes part of file names; take letters, digits, `.`, `_` and `-`"
                 )
-        return given
+        return entries
 
     @model_validator(mode="after")
-    def _named(self) -> StudyConfig:
-        for name in dict.fromkeys(one.name for one in self.frontier):
-            _one_system(name, [one for one in self.frontier if one.name == name])
-        for place, given, known in (
-            *(
-                (f"regimes.{name}.datasets", one.datasets, self.datasets)
-                for name, one in self.regimes.items()
-            ),
-            *(
-                (f"encoders.{name}.datasets", one.datasets or (), self.datasets)
-                for name, one in self.encoders.items()
-            ),
-            *(
-                (f"adaptation.{name}.of", (one.of,), self.models)
-                for name, one in self.adaptation.items()
-            ),
-            *(
-                (f"adaptation.{name}.regimes", one.regimes, self.regimes)
-                for name, one in self.adaptation.items()
-            ),
-            (
-                "evaluation.styles.datasets",
-                (self.evaluation.styles and self.evaluation.styles.datasets) or (),
-                self.datasets,
-            ),
-            *(
-                (f"frontier.{number}.datasets", one.datasets, self.datasets)
-                for number, one in enumerate(self.frontier)
-            ),
-        ):
-            for name in given:
-                if name not in known:
-                    near = f"; the nearest is {nearest(name, known)}" if known else ""
-                    raise ValueError(f"{place}: there is no {name!r} in this study{near}")
-            if len(set(given)) < len(given):
-                raise ValueError(f"{place}: one is listed twice")
+    def _references(self) -> StudyConfig:
+        for name in dict.fromkeys(cache.name for cache in self.frontier):
+            _check_caches(name, [cache for cache in self.frontier if cache.name == name])
+        for name, regime in self.regimes.items():
+            _check_names(f"regimes.{name}.datasets", regime.datasets, self.datasets)
+        for name, encoder in self.encoders.items():
+            _check_names(f"encoders.{name}.datasets", encoder.datasets or (), self.datasets)
+        for name, adaptation in self.adaptation.items():
+            _check_names(f"adaptation.{name}.of", (adaptation.of,), self.models)
+            _check_names(f"adaptation.{name}.regimes", adaptation.regimes, self.regimes)
+        if styles := self.evaluation.styles:
+            _check_names("evaluation.styles.datasets", styles.datasets or (), self.datasets)
+        for number, cache in enumerate(self.frontier):
+            _check_names(f"frontier.{number}.datasets", cache.datasets, self.datasets)
         return self
 
 
-def _one_system(name: str, caches: Sequence[Frontier]) -> None:
-    """Caches of one name are one row of the results. Raises ValueError where they cannot be."""
-    datasets = [dataset for one in caches for dataset in one.datasets]
+def _check_names(place: str, names: Sequence[str], known: dict[str, Any]) -> None:
+    """Raises ValueError for a name that is unknown or listed twice."""
+    for name in names:
+        if name not in known:
+            near = f"; the nearest is {nearest(name, known)}" if known else ""
+            raise ValueError(f"{place}: there is no {name!r} in this study{near}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{place}: one is listed twice")
+
+
+def _check_caches(name: str, caches: Sequence[Frontier]) -> None:
+    """Raises ValueError where the caches of one name cannot be one row of the results."""
+    datasets = [dataset for cache in caches for dataset in cache.datasets]
     if len(set(datasets)) < len(datasets):
         raise ValueError(
             f"frontier: {name} has two caches for one dataset; give each model and setting a name"
             " of its own"
         )
-    if len({(one.model, one.enumerate, one.shots, one.style) for one in caches}) > 1:
+    if len({(cache.model, cache.enumerate, cache.shots, cache.style) for cache in caches}) > 1:
         raise ValueError(
             f"frontier: the caches of {name} differ in model, enumerate, shots or style; give each"
             " a name of its own"
@@ -319,7 +304,7 @@ def load_study(path: str | Path, overrides: list[str] | None = None) -> StudyCon
     `config.load_config`.
 
     Raises:
-      InputError: what `load_config` refuses, or a name of a model, dataset or regime that the study
-        does not have.
+      InputError: as `load_config`; a name of a model, dataset or regime that the study does not
+        have.
     """
     return check_settings(StudyConfig, load_tree(path, overrides), str(path))

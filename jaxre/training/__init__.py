@@ -1,1 +1,1 @@
-"""Training: the objective, the update step, sharding, the loop."""
+"""Training: the objective, the update step, the loop."""

@@ -1,10 +1,10 @@
-"""The updates of a run, compiled before its first step: what they rematerialise to fit the device,
-and that none is compiled twice.
+"""Compilation of a run's updates before its first step, with a policy that fits the device, and a
+check that nothing is compiled later.
 
-A policy says what the backward pass computes again in place of reading it from memory: `none` or
-`block` (everything inside a layer but the last). Loss and gradients are the same in each. There is
-none between them for attention alone: a decoder's scores, softmax, SwiGLU and norms are never kept
-(`jaxre_kernels.attention.blockwise`, `jaxre.models.decoder`).
+A policy names what the backward pass recomputes instead of reading it from memory: `none` or
+`block` (everything inside the layers, except the last). Loss and gradients are the same in both. No
+policy lies between them for attention: a decoder's scores, softmax, SwiGLU and norms are always
+recomputed (`jaxre_kernels.attention.blockwise`, `jaxre.models.decoder`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,16 +21,16 @@ import optax
 from jaxre.config import Config
 from jaxre.data.packing import Plan, RowShape
 from jaxre.data.rows import Rows, empty_rows
-from jaxre.errors import DoesNotFit, InputError
+from jaxre.errors import DoesNotFit
+from jaxre.models import sharding
 from jaxre.models.ops import Ops
-from jaxre.training import sharding
 from jaxre.training.initial import Initial
 from jaxre.training.kernels import Chosen, ops_of
-from jaxre.training.step import Metrics, make_update
+from jaxre.training.step import LossSum, Metrics, loss_sum, make_update
 
 POLICIES = ("none", "block")
-# Of what a device reports, left free: the compiler's figure is of one update, and knows nothing of
-# the rows that are put on the device ahead nor of holes between buffers.
+# Share of the reported device memory that stays free: the compiler's figure covers one update, but
+# not rows put on the device ahead, nor fragmentation.
 HEADROOM = 0.05
 
 CompileOne = Callable[[RowShape, int, str], jax.stages.Compiled]
@@ -39,12 +38,12 @@ CompileOne = Callable[[RowShape, int, str], jax.stages.Compiled]
 
 @dataclass(frozen=True)
 class CompiledUpdates:
-    """`updates`: the compiled update of each row shape, all with one policy `remat`.
+    """Compiled updates of a run.
 
-    `tried`: bytes a device of each policy that was compiled, in order; `limit`: bytes a run may
-    take of a device, None if that is not known.
-    `kernels`: op -> the implementations that run and why, in words (an encoder has a choice of
-    attention alone).
+    updates: the compiled update of each row shape, all with the policy `remat`. tried: bytes a
+    device of each compiled policy, in order. limit: bytes that a run may use of a device, None if
+    unknown. kernels: op -> the implementations that run and why, in words (for an encoder, of
+    attention only).
     """
 
     updates: dict[RowShape, jax.stages.Compiled]
@@ -55,15 +54,13 @@ class CompiledUpdates:
 
     @property
     def memory(self) -> tuple[int, int]:
-        """Bytes a device of the update that needs most: (weights, state and rows; temporary)."""
+        """Bytes a device of the largest update: (weights, state and rows; temporary)."""
         return max((memory_of(update) for update in self.updates.values()), key=sum)
 
-    def told_remat(self) -> str:
-        """The policy, and why it was chosen."""
+    def described_remat(self) -> str:
+        """The policy and the reason for it."""
         if self.limit is None:
-            return (
-                f"{self.remat} (how much memory a device has is not known; train.memory_gb says it)"
-            )
+            return f"{self.remat} (device memory is not known; set it with train.memory_gb)"
         tried = ", ".join(f"{remat} {size / 2**20:,.0f}" for remat, size in self.tried.items())
         return f"{self.remat} (of {self.limit / 2**20:,.0f} MiB a device, takes: {tried})"
 
@@ -74,25 +71,25 @@ def compile_updates(
     initial: Initial,
     optimiser: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
+    loss: LossSum = loss_sum,
 ) -> CompiledUpdates:
-    """The update for each row shape of the plan, with `train.remat`, or the first of POLICIES that
-    fits the device.
+    """Compiles the update for each row shape of the plan, with `train.remat`, or with the first of
+    POLICIES that fits the device; `loss` is the loss of a decoder.
 
     Raises:
-      DoesNotFit: none fits (it names the largest rows x T that does, found by compiling smaller
-        ones).
-      InputError: a kernel that is asked for does not run here.
+      DoesNotFit: no policy fits; names the largest rows x T that does (compiles smaller ones).
+      InputError: a kernel of the config does not run here.
     """
     chosen: Chosen = {}
     ops = ops_of(config.kernels, mesh, chosen)
 
     def compile_one(shape: RowShape, micro: int, remat: str) -> jax.stages.Compiled:
-        return compile_update(config, initial, optimiser, mesh, ops, shape, micro, remat)
+        return compile_update(config, initial, optimiser, mesh, ops, shape, micro, remat, loss)
 
     policies = POLICIES if config.train.remat == "auto" else (config.train.remat,)
     limit = memory_limit(config.train.memory_gb, mesh)
     micro = len(plan.updates[0].micro)
-    # What needs most comes first, so that a policy that does not fit costs one compilation.
+    # The largest shape comes first, so that a policy that does not fit costs one compilation.
     shapes = sorted(plan.shapes, key=lambda shape: -shape.rows * shape.length)
     tried: dict[str, int] = {}
     for remat in policies:
@@ -104,7 +101,11 @@ def compile_updates(
                 break
         else:
             return CompiledUpdates(
-                updates, remat, tried, limit, {op: "; ".join(told) for op, told in chosen.items()}
+                updates,
+                remat,
+                tried,
+                limit,
+                {op: "; ".join(reasons) for op, reasons in chosen.items()},
             )
     taken = ", ".join(
         f"{size / 2**20:,.0f} MiB with train.remat={remat}" for remat, size in tried.items()
@@ -127,9 +128,10 @@ def compile_update(
     shape: RowShape,
     micro: int,
     remat: str,
+    loss: LossSum = loss_sum,
 ) -> jax.stages.Compiled:
-    """The update for `micro` micro-batches of one row shape, with the state donated."""
-    update = make_update(config, initial.architecture, optimiser, initial.dtype, ops, remat)
+    """Compiles the update for `micro` micro-batches of a row shape, with the state donated."""
+    update = make_update(config, initial.architecture, optimiser, initial.dtype, ops, remat, loss)
     outputs = (
         jax.tree.map(lambda leaf: leaf.sharding, initial.state),
         Metrics(*(sharding.replicated(mesh),) * 2),
@@ -151,12 +153,10 @@ def compile_update(
 def largest_that_fits(
     config: Config, shape: RowShape, micro: int, limit: int, shards: int, compile_one: CompileOne
 ) -> str:
-    """What to do about rows that do not fit: their number is halved (to a divisor) until they
-    do.
-    """
+    """Advice for rows that do not fit: halves their number (to a divisor) until they do."""
     remat, rows = POLICIES[-1] if config.train.remat == "auto" else config.train.remat, shape.rows
-    while smaller := [one for one in range(shards, rows // 2 + 1, shards) if shape.rows % one == 0]:
-        rows = smaller[-1]
+    while divisors := [n for n in range(shards, rows // 2 + 1, shards) if shape.rows % n == 0]:
+        rows = divisors[-1]
         times = shape.rows // rows
         needed = sum(
             memory_of(compile_one(dataclasses.replace(shape, rows=rows), micro * times, remat))
@@ -175,8 +175,8 @@ def largest_that_fits(
 
 
 def memory_limit(memory_gb: float | None, mesh: jax.sharding.Mesh) -> int | None:
-    """Bytes that a run may take of a device: the setting, else the least that a device of the mesh
-    reports but for HEADROOM, else None (a CPU reports nothing).
+    """Bytes that a run may use of a device: the setting, else the smallest report of the mesh's
+    devices less HEADROOM, else None (a CPU reports nothing).
     """
     if memory_gb is not None:
         return int(memory_gb * 2**30)
@@ -191,49 +191,45 @@ def memory_of(compiled: jax.stages.Compiled) -> tuple[int, int]:
 
 
 class Compilations:
-    """What JAX compiles while this is entered; a run compiles before its first step, and then
-    nothing again.
+    """Context manager that records the programs that JAX compiles inside it.
 
-    `names`: of the programs compiled; `read`, `written`: how many came from the persistent cache,
-    and went there.
+    names: of the compiled programs. read, written: number of programs read from the persistent
+    cache, and written to it.
     """
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.read = self.written = 0
-        self._begun: set[str] = set()
+        self._parts: set[str] = set()
 
     def __enter__(self) -> Compilations:
-        jax.monitoring.register_event_duration_secs_listener(self._timed)
-        jax.monitoring.register_event_listener(self._happened)
+        jax.monitoring.register_event_duration_secs_listener(self._record_duration)
+        jax.monitoring.register_event_listener(self._record_event)
         return self
 
     def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_event_duration_listener(self._timed)
-        jax.monitoring.unregister_event_listener(self._happened)
+        jax.monitoring.unregister_event_duration_listener(self._record_duration)
+        jax.monitoring.unregister_event_listener(self._record_event)
 
-    def _timed(self, event: str, seconds: float, **facts: Any) -> None:
+    def _record_duration(self, event: str, seconds: float, **metadata: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            self.names.append(str(facts.get("fun_name", "a program")))
+            self.names.append(str(metadata.get("fun_name", "a program")))
 
-    def _happened(self, event: str, **_: Any) -> None:
+    def _record_event(self, event: str, **_: Any) -> None:
         self.read += event == "/jax/compilation_cache/cache_hits"
         self.written += event == "/jax/compilation_cache/cache_misses"
 
     @contextmanager
     def expected_once(self, part: str) -> Iterator[None]:
-        """What is compiled inside is forgotten the first time that this part of a run is met."""
+        """Discards the programs compiled inside it, the first time for each part of a run."""
         before = len(self.names)
         yield
-        if part not in self._begun:
-            self._begun.add(part)
+        if part not in self._parts:
+            self._parts.add(part)
             del self.names[before:]
 
-    def check(self, step: int, run: Path) -> None:
-        """Raises InputError if anything was compiled that is not forgotten."""
-        if self.names:
-            raise InputError(
-                f"{run}: compiled again at step {step}: {', '.join(dict.fromkeys(self.names))}; a"
-                " run compiles before its first step only, so this is a bug of jaxre: report it"
-                " with the run's config.yaml"
-            )
+    def late(self) -> list[str]:
+        """Names of the unexpected programs compiled since the last call."""
+        names = list(dict.fromkeys(self.names))
+        self.names.clear()
+        return names

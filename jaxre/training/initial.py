@@ -1,6 +1,4 @@
-"""The state a run starts from: base weights, trainable factors or masters, optimiser moments, all
-on the mesh.
-"""
+"""Initial state of a run, on the mesh: base weights, trainable factors or masters, moments."""
 
 from __future__ import annotations
 
@@ -21,13 +19,13 @@ from jaxre.checkpoints.source import Loaded, open_model
 from jaxre.config import Config, Kernels
 from jaxre.data.dataset import Dataset
 from jaxre.errors import InputError
+from jaxre.models import sharding
 from jaxre.models.activations import activations_for
 from jaxre.models.architecture import EncoderArchitecture, architecture_of, check_vocabulary
 from jaxre.models.encoder import for_task
 from jaxre.models.lora import init_adapter
 from jaxre.models.quantised import is_nf4, is_quantised
 from jaxre.models.weights import AnyArchitecture
-from jaxre.training import sharding
 from jaxre.training.kernels import table_kind
 from jaxre.training.step import State
 
@@ -36,48 +34,46 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Initial:
-    """`base` is the frozen base of a LoRA run in the compute dtype (or NF4 where it is), or empty
-    where all of it is trained.
+    """Weights and state before the first update.
 
-    `fresh` names the weights of an encoder's head that were drawn at random.
+    base: frozen base of a LoRA run in the compute dtype or NF4; empty if all weights are trained.
+    fresh: names of the weights of an encoder's head that were drawn at random.
     """
 
     architecture: AnyArchitecture
     base: Tree
-    state: State
+    state: State | None  # None once taken
     dtype: np.dtype
     fresh: tuple[str, ...] = ()
 
 
 def start_reading(config: Config, dtype: np.dtype) -> Callable[[], Loaded | None]:
-    """Reads what `model.path` names beside what the caller does next; the result waits for it, and
-    raises what it raised.
-    """
-    found: list[Loaded | None] = []
-    raised: list[BaseException] = []
+    """Starts `read_model` in a thread; the returned function waits for its result or error."""
+    loaded: list[Loaded | None] = []
+    errors: list[BaseException] = []
 
     def read() -> None:
         try:
-            found.append(read_model(config, dtype))
-        except BaseException as error:  # noqa: BLE001 (raised where it is asked for; a panic of a Rust library is no Exception)
-            raised.append(error)
+            loaded.append(read_model(config, dtype))
+        except BaseException as error:  # noqa: BLE001 (raised by `result`; a panic of a Rust library is no Exception)
+            errors.append(error)
 
-    # A daemon: a run that is refused meanwhile ends without waiting for it.
+    # A daemon, so that a run refused meanwhile ends without waiting for it.
     thread = threading.Thread(target=read, name="weights", daemon=True)
     thread.start()
 
     def result() -> Loaded | None:
         thread.join()
-        if raised:
-            raise raised[0]
-        return found.pop()
+        if errors:
+            raise errors[0]
+        return loaded.pop()
 
     return result
 
 
 def read_model(config: Config, dtype: np.dtype) -> Loaded | None:
-    """What `model.path` names, on the host; None where `model.architecture` asks for random
-    weights.
+    """Loads the model at `model.path` on the host; None for the random weights of
+    `model.architecture`.
     """
     if config.model.architecture is not None:
         return None
@@ -96,18 +92,18 @@ def initial_state(
     dataset: Dataset | None = None,
     read: Callable[[], Loaded | None] | None = None,
 ) -> Initial:
-    """Weights are found in this order: `model.architecture` (random, from the run's seed), else
-    what `model.path` names.
+    """Puts the weights on the mesh and initialises factors and moments.
 
-    A path with an adapter (a LoRA run, a PEFT folder) is continued: its factors are where training
-    starts. An encoder gets the labels and the entity markers of the `dataset`.
+    Weights come from `model.architecture` (random, by the run's seed), else from `model.path`. If
+    the path has an adapter (a LoRA run, a PEFT folder), training continues from its factors. An
+    encoder is fitted to the labels and entity markers of `dataset`.
 
     Args:
-      read: of `start_reading`, if it was started.
+      read: returned by `start_reading`; reads the model now if None.
 
     Raises:
-      InputError: weights that do not fit their config.json, an adapter that is not of the config's
-        `lora` settings, LoRA on random weights, a tokenizer with tokens that an encoder has no
+      InputError: weights that do not fit their config.json, an adapter with other settings than the
+        config's `lora`, LoRA on random weights, a tokenizer with tokens that an encoder has no
         embeddings for.
     """
     full = config.train.method == "full"
@@ -115,13 +111,11 @@ def initial_state(
     if config.model.architecture is not None:
         if not full:
             raise InputError(
-                "train.method=lora: the random weights of model.architecture are not kept beside an"
-                " adapter; set it to full"
+                "train.method=lora: an adapter is saved without the random weights of"
+                " model.architecture; set it to full"
             )
-        # Flax takes 0.3 s to import, and nothing else of a run needs it
-        from jaxre.models.module import (
-            init_weights,
-        )
+        # Flax takes 0.3 s to import and is needed for nothing else in a run.
+        from jaxre.models.module import init_weights
 
         architecture = architecture_of(config.model.architecture, "model.architecture")
         params = jax.tree.map(np.asarray, init_weights(architecture, config.seed))
@@ -138,7 +132,7 @@ def initial_state(
     if isinstance(architecture, EncoderArchitecture):
         tokens = set(dataset.tokenizer.get_vocab().values())
         check_vocabulary(max(tokens - set(dataset.new_tokens)), architecture)
-        fitted = for_task(
+        architecture, params, fresh = for_task(
             architecture,
             params,
             max(tokens) + 1,
@@ -146,7 +140,6 @@ def initial_state(
             dataset.schema.labels,
             config.seed,
         )
-        architecture, params, fresh = fitted
     if full:
         trainable, base = params, {}
         shardings = sharding.base_shardings(architecture, mesh)
@@ -155,10 +148,8 @@ def initial_state(
             factors = init_adapter(architecture, config.lora, jax.random.key(config.seed))
         trainable = jax.tree.map(np.asarray, factors)
         params = activations_for(params, mesh.devices.flat[0].platform)
-        base = sharding.put(
-            params,
-            sharding.quantised_shardings(params, sharding.base_shardings(architecture, mesh), mesh),
-        )
+        dense = sharding.base_shardings(architecture, mesh)
+        base = sharding.put(params, sharding.quantised_shardings(params, dense, mesh))
         base = stored_for_kernels(base, config.kernels, table_kind(mesh))
         shardings = sharding.adapter_shardings(architecture, config.lora, trainable, mesh)
     trainable = sharding.put(trainable, shardings)
@@ -172,26 +163,26 @@ def initial_state(
 
 
 def stored_for_kernels(base: Tree, kernels: Kernels, device_kind: str | None) -> Tree:
-    """The base with its NF4 projections as the LoRA kernel reads them that is asked for, else the
-    table's for such devices.
+    """Packs the NF4 projections of a base for the LoRA kernel of the config, else of the table.
 
-    Raises InputError for what the kernel does not take.
+    Raises InputError for a projection that the config's kernel does not support; the table's kernel
+    does not run for such a projection, which stays as it is.
     """
     pack = jax.jit(functools.partial(stored, implementation=kernels.lora or nf4_form(device_kind)))
 
-    def fitted(weight: NF4Weight) -> NF4Weight | NF4Tiles:
+    def packed(weight: NF4Weight) -> NF4Weight | NF4Tiles:
         try:
             return pack(weight)
         except ValueError as error:
-            if kernels.lora is None:  # the table's kernel does not run for what it does not take
+            if kernels.lora is None:
                 return weight
             raise InputError(f"kernels.lora={kernels.lora}: {error}") from None
 
-    return jax.tree.map(lambda leaf: fitted(leaf) if is_nf4(leaf) else leaf, base, is_leaf=is_nf4)
+    return jax.tree.map(lambda leaf: packed(leaf) if is_nf4(leaf) else leaf, base, is_leaf=is_nf4)
 
 
 def check_continues(config: Config, loaded: Loaded) -> None:
-    """Raises InputError unless a LoRA run can go on from the adapter that `model.path` has."""
+    """Raises InputError unless a LoRA run can continue from the adapter at `model.path`."""
     path = config.model.path
     if config.train.method == "full":
         raise InputError(
@@ -203,19 +194,18 @@ def check_continues(config: Config, loaded: Loaded) -> None:
             f"model.quantise: {config.model.quantise} here, but the adapter of {path} was trained"
             f" with {loaded.quantise}; set it to that"
         )
-    ours, theirs = config.lora, loaded.lora
     for name in ("rank", "alpha", "rslora", "targets"):
-        mine, given = getattr(ours, name), getattr(theirs, name)
-        if (set(mine) != set(given)) if name == "targets" else mine != given:
+        ours, theirs = getattr(config.lora, name), getattr(loaded.lora, name)
+        if (set(ours) != set(theirs)) if name == "targets" else ours != theirs:
             raise InputError(
-                f"lora.{name}: {mine} here, but the adapter of {path} has {given}; set it to that,"
+                f"lora.{name}: {ours} here, but the adapter of {path} has {theirs}; set it to that,"
                 " or merge the adapter first"
             )
 
 
 def check_tokens(dataset: Dataset, architecture: AnyArchitecture) -> None:
-    """Raises InputError for a token that the model has no embedding for (a gather would take
-    another one's), or too long an example.
+    """Raises InputError for a token without an embedding (a gather would read another token's), or
+    for an example longer than the model reads.
     """
     for name, split in (("training", dataset.train), ("validation", dataset.validation)):
         if split is None:

@@ -1,4 +1,4 @@
-"""What a run leaves to read: `log.jsonl` and TensorBoard events."""
+"""The log of a run: `log.jsonl` and TensorBoard events."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from tensorboard.summary import DirectoryOutput, Writer
 
 
 class RunLog:
-    """Appends records to `log.jsonl` and scalars to TensorBoard; silent on all processes but the
-    first.
+    """Appends records to `log.jsonl` and scalars to TensorBoard.
+
+    TensorBoard's events are rewritten from the records, so that no step occurs twice.
 
     Args:
-      folder: of the run.
-      step: the run goes on after this step; records of later steps, left by a run that was killed,
-        are removed.
-
-    TensorBoard's events are written again from the records that stay, so that no step is there
-    twice.
+      folder: folder of the run.
+      step: the run continues after this step; removes records of later steps, left by a killed
+        run. 0 starts an empty log, as a run that starts over writes its records of step 0 again.
+      active: False writes nothing, for all processes but the first.
     """
 
     def __init__(self, folder: Path, step: int, active: bool = True):
@@ -28,33 +27,34 @@ class RunLog:
         if not active:
             return
         path = folder / "log.jsonl"
-        kept = []
+        lines = []
         if path.is_file():
-            kept = [
+            lines = [
                 line
                 for line in path.read_text(encoding="utf-8").splitlines(keepends=True)
-                if _belongs(line, step)
+                if step and _is_record_until(line, step)
             ]
-            written = path.with_name("log.jsonl.part")
-            written.write_text("".join(kept), encoding="utf-8")
-            written.replace(path)
-        self.ended = any(json.loads(line)["kind"] == "end" for line in kept)
+            partial = path.with_name("log.jsonl.part")
+            partial.write_text("".join(lines), encoding="utf-8")
+            partial.replace(path)
+        records = [json.loads(line) for line in lines]
+        self.ended = any(record["kind"] == "end" for record in records)
         self.file = path.open("a", encoding="utf-8")
         shutil.rmtree(folder / "tensorboard", ignore_errors=True)
         self.events = Writer(DirectoryOutput(str(folder / "tensorboard")))
-        for line in kept:
-            self._draw(**json.loads(line))
+        for record in records:
+            self._add_scalars(**record)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One record, such as `{"kind": "train", "step": 10, "loss": 1.2}`; numbers also go to
+        """Writes a record, such as `{"kind": "train", "step": 10, "loss": 1.2}`; numbers also go to
         TensorBoard as kind/name.
         """
         if not self.active:
             return
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._draw(kind, step, **values)
+        self._add_scalars(kind, step, **values)
 
-    def _draw(self, kind: str, step: int, **values: Any) -> None:
+    def _add_scalars(self, kind: str, step: int, **values: Any) -> None:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self.events.add_scalar(f"{kind}/{name}", float(value), step)
@@ -70,16 +70,15 @@ class RunLog:
             self.events.close()
 
 
-def _belongs(line: str, step: int) -> bool:
+def _is_record_until(line: str, step: int) -> bool:
     try:
-        record = json.loads(line)
+        return json.loads(line)["step"] <= step
     except json.JSONDecodeError:
-        return False  # the line that a kill cut short
-    return record["step"] <= step
+        return False  # cut short by a kill
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's `log.jsonl`."""
+    """Reads the records of a run's `log.jsonl`."""
     return [
         json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     ]

@@ -1,10 +1,10 @@
-"""The folder of a run: whose it is, and that one process at a time trains in it."""
+"""The folder of a run: belongs to one config and is locked by the process that trains in it."""
 
 from __future__ import annotations
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,25 +26,25 @@ FREE_ON_RESUME = {
 def run_folder(config: Config, first_process: bool) -> Iterator[Path]:
     """The run folder with its `config.yaml`, locked until the block ends or the process dies.
 
-    A run may go on with what does not change what it computes (FREE_ON_RESUME): another place,
-    mesh, kernel, cache, test data, log or checkpoint interval, memory policy.
+    A run may be resumed with other settings that do not change what it computes (FREE_ON_RESUME):
+    place, mesh, kernels, cache, test data, intervals of log and checkpoints, memory policy.
 
     Raises:
-      InputError: the folder holds another run's config (names the first setting that differs), is
-        no run folder, or another process trains in it.
+      InputError: the folder holds the config of another run (names the first setting that differs),
+        is not a run folder, or another process trains in it.
     """
-    run, lock, refused = config.run_folder, None, None
-    if first_process:  # the others would meet what this one has just written
+    run, lock, refusal = config.run_folder, None, None
+    if first_process:  # the others would find the config that this process has just written
         try:
             lock = _claim(config, run)
         except InputError as error:
-            refused = error
+            refusal = error
     if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(
-        np.int32(refused is not None)
+        np.int32(refusal is not None)
     ):
-        raise refused or InputError(f"{run}: refused by the first process; see what that one says")
-    if refused:
-        raise refused
+        raise refusal or InputError(f"{run}: refused by the first process; see its message")
+    if refusal:
+        raise refusal
     try:
         yield run
     finally:
@@ -53,8 +53,9 @@ def run_folder(config: Config, first_process: bool) -> Iterator[Path]:
 
 
 def _claim(config: Config, run: Path) -> IO[str]:
-    """Locks the folder, checks it and writes its `config.yaml`; returns the lock. Raises
-    InputError.
+    """Locks and checks the folder and writes its `config.yaml`; returns the lock.
+
+    Raises InputError.
     """
     saved = run / "config.yaml"
     if (
@@ -66,10 +67,9 @@ def _claim(config: Config, run: Path) -> IO[str]:
             f"{run}: exists and is not a run folder; remove it or name another (output=...,"
             " name=...)"
         )
-    lock = None
-    try:
+    with ExitStack() as on_error, _writable(run):
         run.mkdir(parents=True, exist_ok=True)
-        lock = (run / LOCK).open("a")
+        lock = on_error.enter_context((run / LOCK).open("a"))
         _lock(lock, run)
         differing = saved.is_file() and first_difference(
             load_config(saved).model_dump(), config.model_dump()
@@ -80,39 +80,35 @@ def _claim(config: Config, run: Path) -> IO[str]:
                 " name (name=...)"
             )
         save_config(config, saved)
-    except (InputError, OSError) as error:
-        if lock:
-            lock.close()
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{run}: cannot be made ({error.strerror}); name a folder that can be written"
-            " (output=...)"
-        ) from None
+        on_error.pop_all()
     return lock
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """A folder, made if it is not there, for one process until the block ends or the process dies.
-    Raises InputError.
-    """
-    try:
+    """Makes a folder and locks it until the block ends or the process dies. Raises InputError."""
+    with _writable(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a")
-    except OSError as error:
-        raise InputError(
-            f"{folder}: cannot be made ({error.strerror}); name a folder that can be written"
-            " (output=...)"
-        ) from None
     with lock:
         _lock(lock, folder)
         yield
 
 
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be made ({error.strerror}); name a folder that can be written"
+            " (output=...)"
+        ) from None
+
+
 def _lock(lock: IO[str], run: Path) -> None:
     try:
-        # the kernel gives it back however the process ends
+        # the kernel releases it however the process ends
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise InputError(
@@ -127,13 +123,13 @@ def _lock(lock: IO[str], run: Path) -> None:
 
 
 def first_difference(old: Any, new: Any, place: str = "") -> str | None:
-    """Dotted name of the first setting that differs and may not, or None."""
+    """Dotted name and values of the first setting that differs and is not free, or None."""
     if place in FREE_ON_RESUME or old == new:
         return None
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return f"{place} ({old!r}, now {new!r})"
-    parts = (
+    differences = (
         first_difference(old.get(key), new.get(key), f"{place}.{key}" if place else key)
         for key in {**old, **new}
     )
-    return next((part for part in parts if part), None)
+    return next(filter(None, differences), None)

@@ -24,10 +24,11 @@ from jaxre.models.architecture import Architecture, EncoderArchitecture
 from jaxre.models.ops import ONE_DEVICE, Ops
 
 Tree = Any
+LossSum = Callable[..., jax.Array]  # called as `loss_sum` is
 
 
 class State(NamedTuple):
-    """What an update changes. step: [] int32, updates done; trainable and optimiser: f32
+    """State that an update changes. step: [] int32, updates done. trainable, optimiser: f32
     pytrees.
     """
 
@@ -37,7 +38,7 @@ class State(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one update, f32 scalars: loss per supervised token, norm of the gradient before
+    """Figures of an update, f32 scalars. loss: per supervised token. gradient_norm: before
     clipping.
     """
 
@@ -57,18 +58,18 @@ def loss_sum(
     shape: RowShape | None = None,
     remat: str = "none",
 ) -> jax.Array:
-    """Sum of the weighted cross-entropy of one micro-batch; last layer and head run at supervised
-    positions only.
+    """Sums the weighted cross-entropy of a micro-batch; last layer and head run only at supervised
+    positions.
 
     Args:
-      ops: of the devices that share the rows.
-      shape: of the rows, where attention must look; the whole row if not given.
+      ops: operations of the devices that share the rows.
+      shape: bounds of attention in the rows; whole rows by default.
     """
-    look = {"prefix": shape.prefix, "span": shape.span} if shape else {}
-    given = (rows.tokens, rows.positions, rows.visible_until)
+    bounds = {"prefix": shape.prefix, "span": shape.span} if shape else {}
+    packed = (rows.tokens, rows.positions, rows.visible_until)
     # B S D
     x = decoder.forward(
-        params, *given, architecture, adapter, ops, chosen=rows.supervised, remat=remat, **look
+        params, *packed, architecture, adapter, ops, chosen=rows.supervised, remat=remat, **bounds
     )
     with jax.named_scope("head"):
         normed, table = decoder.head_factors(params, x, architecture)
@@ -83,8 +84,8 @@ def classification_loss_sum(
     ops: Ops = ONE_DEVICE,
     remat: str = "none",
 ) -> jax.Array:
-    """`loss_sum` of an encoder: each example is supervised once, at its first token; `keys` [B, T]
-    switch dropout on.
+    """`loss_sum` of an encoder, which supervises each example once, at its first token; `keys`
+    [B, T] switch dropout on.
     """
     packed = (rows.tokens, rows.positions, rows.visible_until, rows.supervised)
     logits = encoder.classify(params, *packed, architecture, keys, ops, remat)
@@ -103,13 +104,11 @@ def model_of(
 
 
 def make_optimiser(config: Config, steps: int) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm; biases and norms are not
-    decayed.
-    """
+    """AdamW (Loshchilov & Hutter 2019) after clipping by the global norm; only matrices decay."""
     train = config.train
 
     def decayed(tree: Tree) -> Tree:
-        # Matrices only; a stacked norm or bias has two dimensions but is named as what it is.
+        # By name, as a stacked norm or bias has two dimensions.
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: not str(path[-1].key).endswith(("norm", "bias")), tree
         )
@@ -128,19 +127,19 @@ def make_optimiser(config: Config, steps: int) -> optax.GradientTransformation:
 
 
 def make_schedule(config: Config, steps: int) -> optax.Schedule:
-    """Learning rate by update: linear warm-up over `warmup` of the steps, then linear or cosine to
-    zero, or constant.
+    """Learning rate by update: linear warm-up over the share `warmup` of the steps, then linear or
+    cosine decay to zero, or constant.
     """
     train = config.train
     warm = math.ceil(train.warmup * steps)
     rest = max(1, steps - warm)
-    after = {
+    decay = {
         "linear": optax.linear_schedule(train.learning_rate, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(train.learning_rate, rest),
         "constant": optax.constant_schedule(train.learning_rate),
     }[train.schedule]
     return optax.join_schedules(
-        [optax.linear_schedule(0.0, train.learning_rate, max(1, warm)), after], [warm]
+        [optax.linear_schedule(0.0, train.learning_rate, max(1, warm)), decay], [warm]
     )
 
 
@@ -151,14 +150,16 @@ def make_update(
     dtype: jnp.dtype,
     ops: Ops = ONE_DEVICE,
     remat: str = "none",
+    loss: LossSum = loss_sum,
 ) -> Callable[[State, Tree, Rows, RowShape], tuple[State, Metrics]]:
-    """The update function, to be jitted with the state donated and the shape static.
-
-    Args:
-      ops: of the devices that share the rows.
-      remat: what the backward pass computes again: `none` or `block` (see compilation.py).
+    """Makes the update function, to be jitted with the state donated and the shape static.
 
     Its rows have a leading axis A, the micro-batches of the update ([A, B, T], [A, B, S]).
+
+    Args:
+      ops: operations of the devices that share the rows.
+      remat: what the backward pass recomputes: `none` or `block` (see compilation.py).
+      loss: loss of a decoder.
     """
 
     def update(
@@ -167,36 +168,35 @@ def make_update(
         count = jnp.maximum(jnp.sum(rows.weights), 1.0)
 
         def micro_loss(trainable: Tree, micro: Rows) -> jax.Array:
-            if isinstance(architecture, EncoderArchitecture):
-                params, _ = model_of(trainable, base, config, None, dtype)
-                keys = dropout_keys(config.seed, state.step, micro)
-                return (
-                    classification_loss_sum(params, keys, micro, architecture, ops, remat) / count
-                )
+            encodes = isinstance(architecture, EncoderArchitecture)
             keys = None
-            if config.train.method == "lora" and config.lora.dropout:
+            if encodes or (config.train.method == "lora" and config.lora.dropout):
                 keys = dropout_keys(config.seed, state.step, micro)
             params, adapter = model_of(trainable, base, config, keys, dtype)
-            return loss_sum(params, adapter, micro, architecture, ops, shape, remat) / count
+            if encodes:
+                total = classification_loss_sum(params, keys, micro, architecture, ops, remat)
+            else:
+                total = loss(params, adapter, micro, architecture, ops, shape, remat)
+            return total / count
 
         def accumulate(
             carry: tuple[jax.Array, Tree], micro: Rows
         ) -> tuple[tuple[jax.Array, Tree], None]:
-            loss, gradients = jax.value_and_grad(micro_loss)(state.trainable, micro)
-            return jax.tree.map(jnp.add, carry, (loss, gradients)), None
+            loss_and_gradients = jax.value_and_grad(micro_loss)(state.trainable, micro)
+            return jax.tree.map(jnp.add, carry, loss_and_gradients), None
 
         if rows.tokens.shape[0] == 1:
-            loss, gradients = jax.value_and_grad(micro_loss)(
+            mean, gradients = jax.value_and_grad(micro_loss)(
                 state.trainable, jax.tree.map(lambda array: array[0], rows)
             )
         else:
             zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trainable))
-            (loss, gradients), _ = jax.lax.scan(accumulate, zero, rows)
+            (mean, gradients), _ = jax.lax.scan(accumulate, zero, rows)
 
         with jax.named_scope("optimiser"):
             changes, optimiser_state = optimiser.update(gradients, state.optimiser, state.trainable)
             trainable = optax.apply_updates(state.trainable, changes)
-        metrics = Metrics(loss, optax.tree.norm(gradients))
+        metrics = Metrics(mean, optax.tree.norm(gradients))
         return State(state.step + 1, trainable, optimiser_state), metrics
 
     return update

@@ -15,16 +15,15 @@ from jaxre.data.dataset import Dataset
 from jaxre.data.packing import plan_by_tokens
 from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import Rows, fill_update
-from jaxre.evaluation.metrics import score
+from jaxre.evaluation.metrics.scores import score
 from jaxre.inference.answers import label_answers
 from jaxre.inference.classification import plan_classification, run_classification
 from jaxre.inference.model import Model
 from jaxre.inference.scoring import ScoringPlan, plan_scoring, run_scoring
-from jaxre.models.architecture import Architecture, EncoderArchitecture
+from jaxre.models import sharding
+from jaxre.models.architecture import Architecture, EncoderArchitecture, check_vocabulary
 from jaxre.models.lora import scale_of
 from jaxre.relations.schema import by_dataset
-from jaxre.training import sharding
-from jaxre.training.initial import check_vocabulary
 from jaxre.training.kernels import ops_of
 from jaxre.training.step import loss_sum, model_of
 
@@ -33,18 +32,25 @@ Tree = Any
 
 @dataclass(frozen=True)
 class Scored:
-    """The validation examples of one dataset, to be scored with its labels."""
+    """Validation examples of a dataset, to be scored with its labels.
+
+    answers: [2, m] int64, numbers of an example and its label, for examples whose answer consists
+    of exactly the tokens that training supervises.
+    """
 
     dataset: str
     gold: tuple[str, ...]
     labels: tuple[str, ...]
     plan: ScoringPlan
+    answers: np.ndarray
 
 
 class Validation:
     """The validation split, tokenised and packed once; `run` measures the current weights on it.
 
-    Both steps are compiled once, at the first `run`, and take the weights as arguments.
+    The loss of an answer is minus its score, so the scores of all labels include it. If they lack
+    an answer (a gold label outside the schema, raw text), a separate pass computes the loss. Each
+    step is compiled once, at the first `run`, and takes the weights as arguments.
     """
 
     def __init__(
@@ -58,8 +64,12 @@ class Validation:
         self.config, self.architecture, self.dtype = config, architecture, dtype
         self.sharding = sharding.row_sharding(mesh, leading=0)
         self.split = dataset.validation
-        shards = sharding.row_shards(mesh)
+        self.scored = [] if dataset.template is None else self._scored(dataset)
+        self.batches: list[Rows] = []
         tokens = self.split.tokens
+        if sum(scored.answers.shape[1] for scored in self.scored) == len(tokens):
+            return
+        shards = sharding.row_shards(mesh)
         row_length = config.train.row_length
         pack = functools.partial(
             plan_by_tokens,
@@ -71,15 +81,14 @@ class Validation:
             row_length=row_length,
             accumulation=1,
         )
-        # Batches of equal size: a split of few rows is not padded to a whole batch.
-        packed, most = len(pack(rows=1).updates), max(1, config.predict.batch_tokens // row_length)
-        rows = -(-packed // -(-packed // most))
+        # Batches of equal size, so that a split of few rows is not padded to a full batch.
+        packed, limit = len(pack(rows=1).updates), max(1, config.predict.batch_tokens // row_length)
+        rows = -(-packed // -(-packed // limit))
         plan = pack(rows=-(-rows // shards) * shards)
         self.batches = [
             Rows(*(array[0] for array in fill_update(tokens, plan.prefixes, update)))
             for update in plan.updates
         ]
-        self.scored = [] if dataset.template is None else self._scored(dataset)
         ops = ops_of(config.kernels, mesh)
         (shape,) = plan.shapes
 
@@ -90,17 +99,23 @@ class Validation:
         self.batch_loss = jax.jit(batch_loss, out_shardings=sharding.replicated(mesh))
 
     def _scored(self, dataset: Dataset) -> list[Scored]:
-        asked = dict(
+        questions = dict(
             zip((example.id for example in self.split.examples), self.split.questions, strict=True)
         )
+        tokens = self.split.tokens
+        supervised = {
+            name: tuple(tokens[number][tokens.prompt_lengths[number] :].tolist())
+            for number, name in enumerate(tokens.ids)
+        }
         scored = []
         for name, examples in by_dataset(self.split.examples).items():
             labels = dataset.schemas.of(name).labels
             prompts, answers = label_answers(
-                dataset.template, [asked[example.id] for example in examples], labels
+                dataset.template, [questions[example.id] for example in examples], labels
             )
             check_vocabulary(
-                max(token for given in answers for ids in given for token in ids), self.architecture
+                max(token for of_labels in answers for answer in of_labels for token in answer),
+                self.architecture,
             )
             plan = plan_scoring(
                 prompts,
@@ -110,49 +125,56 @@ class Validation:
                 sharding=self.sharding,
                 names=[example.id for example in examples],
             )
-            scored.append(
-                Scored(name, tuple(example.relation for example in examples), labels, plan)
-            )
+            index = {label: number for number, label in enumerate(labels)}
+            pairs = [
+                (number, index[example.relation])
+                for number, example in enumerate(examples)
+                if example.relation in index
+                and supervised.get(example.id) == tuple(answers[number][index[example.relation]])
+            ]
+            gold = tuple(example.relation for example in examples)
+            gold_answers = np.array(pairs, np.int64).reshape(-1, 2).T
+            scored.append(Scored(name, gold, labels, plan, gold_answers))
         return scored
 
     def run(self, trainable: Tree, base: Tree) -> dict[str, float]:
-        """`loss` per supervised token and, for relations, `f1` (positive-class micro), `accuracy`
-        and `collapsed`.
+        """Returns `loss` per supervised token and, for relations, `f1` (positive-class micro),
+        `accuracy` and `collapsed`.
 
-        Of several datasets these are means, unweighted (`collapsed`: of any), and each has its own
-        as `f1/NAME` and so on.
+        With several datasets these are unweighted means (`collapsed`: any), and the figures of each
+        follow as `f1/NAME` and so on.
         """
-        sums = [
-            self.batch_loss(trainable, base, sharding.put_rows(rows, self.sharding))
+        total = sum(
+            float(self.batch_loss(trainable, base, sharding.put_rows(rows, self.sharding)))
             for rows in self.batches
-        ]
-        count = sum(float(rows.weights.sum()) for rows in self.batches)
-        measured = {"loss": float(sum(map(float, sums)) / count)}
-        if not self.scored:
-            return measured
-        params, adapter = model_of(trainable, base, self.config, None, self.dtype)
-        factors = adapter.factors if adapter else None
-        model = Model(params, self.architecture, factors, scale_of(self.config.lora))
-        figures = {
-            one.dataset: _figures(one.gold, run_scoring(model, one.plan), one.labels)
-            for one in self.scored
-        }
+        )
+        figures = {}
+        if self.scored:
+            params, adapter = model_of(trainable, base, self.config, None, self.dtype)
+            factors = adapter.factors if adapter else None
+            model = Model(params, self.architecture, factors, scale_of(self.config.lora))
+        for scored in self.scored:
+            scores = run_scoring(model, scored.plan)
+            figures[scored.dataset] = _figures(scored.gold, scores, scored.labels)
+            if not self.batches:
+                total -= float(scores[tuple(scored.answers)].sum())
+        summary = {"loss": total / int(self.split.tokens.supervised.sum())}
+        if not figures:
+            return summary
         if len(figures) == 1:
-            return measured | figures[self.scored[0].dataset]
+            return summary | figures[self.scored[0].dataset]
         for name in ("f1", "accuracy"):
-            measured[name] = float(np.mean([one[name] for one in figures.values()]))
-        measured["collapsed"] = any(one["collapsed"] for one in figures.values())
-        return measured | {
+            summary[name] = float(np.mean([values[name] for values in figures.values()]))
+        summary["collapsed"] = any(values["collapsed"] for values in figures.values())
+        return summary | {
             f"{name}/{dataset}": value
-            for dataset, one in figures.items()
-            for name, value in one.items()
+            for dataset, values in figures.items()
+            for name, value in values.items()
         }
 
 
 class LabelValidation:
-    """The validation split for an encoder: its examples that fit a row (the others are listed in
-    the log).
-    """
+    """The validation split of an encoder: examples that fit a row (the log lists the others)."""
 
     def __init__(
         self,
@@ -172,7 +194,7 @@ class LabelValidation:
         )
 
     def run(self, trainable: Tree, base: Tree) -> dict[str, float]:
-        """`loss` per example, `f1` (positive-class micro), `accuracy`, `collapsed`."""
+        """Returns `loss` per example, `f1` (positive-class micro), `accuracy`, `collapsed`."""
         params, _ = model_of(trainable, base, self.config, None, self.dtype)
         scores = run_classification(params, self.architecture, self.plan)  # n N
         gold, labels = self.plan.tokens.labels, self.architecture.labels
@@ -182,24 +204,23 @@ class LabelValidation:
 
 def _figures(gold: Sequence[str], scores: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
     """Scores of the most probable labels; scores: [n, N]."""
-    found = score(gold, [labels[best] for best in scores.argmax(axis=1)])
-    return {"f1": found.f1, "accuracy": found.accuracy, "collapsed": found.collapsed}
+    result = score(gold, [labels[best] for best in scores.argmax(axis=1)])
+    return {"f1": result.f1, "accuracy": result.accuracy, "collapsed": result.collapsed}
 
 
-def told(validated: dict[str, float]) -> str:
-    """What a run prints of a validation; of each dataset's figures the F1."""
-    shown = [name for name in validated if "/" not in name or name.startswith("f1/")]
-    figures = "  ".join(
-        f"validation {name} {validated[name]:.4f}" for name in shown if name != "collapsed"
+def described_validation(validated: dict[str, float]) -> str:
+    """Line on a validation; of each dataset's own figures it has only the F1."""
+    line = "  ".join(
+        f"validation {name} {value:.4f}"
+        for name, value in validated.items()
+        if name in ("loss", "f1", "accuracy") or name.startswith("f1/")
     )
+    if not validated.get("collapsed"):
+        return line
     collapsed = [
-        name.partition("/")[2]
+        name.removeprefix("collapsed/")
         for name, value in validated.items()
         if name.startswith("collapsed/") and value
     ]
     where = f" of {', '.join(collapsed)}" if collapsed else ""
-    return figures + (
-        f"  COLLAPSED: one label is predicted for every example{where}"
-        if validated.get("collapsed")
-        else ""
-    )
+    return f"{line}  COLLAPSED: one label is predicted for every example{where}"

@@ -1,8 +1,9 @@
-"""Which implementation of an op runs: where the `choose` of every op begins.
+"""Chooses which implementation of an op runs; the basis of every op's `choose`.
 
-What is asked for by name runs. Else the table says what was fastest on that kind of device for such
-arrays, and where it says nothing "xla" runs. The table (`table.json` beside this file) holds
-measurements only: `tools/tune_kernels.py` writes it from a run on the device.
+An implementation requested by name runs. Otherwise the table selects the fastest one measured on
+that kind of device for such arrays, and "xla" runs where it has no entry. The table (`table.json`
+beside this file) holds measurements only: `tools/tune_kernels.py` writes it from a run on the
+device.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ TABLE = Path(__file__).with_name("table.json")
 
 
 class Hardware(NamedTuple):
-    """What a kernel is for: JAX's name of the platform, and, of a GPU, the least and the highest
+    """Target of a kernel: JAX's name of the platform, and, for GPUs, the lowest and the highest
     compute capability.
     """
 
-    told: str
+    description: str
     platform: str
     least: tuple[int, int] = (0, 0)
     most: tuple[int, int] = (99, 0)
@@ -48,26 +49,26 @@ HARDWARE = {
 
 
 def runs_on(name: str, device: jax.Device) -> bool:
-    """Whether an implementation was written for such a device; "xla" is for all."""
+    """Returns whether an implementation was written for such a device; "xla" is for all."""
     if name not in HARDWARE:
         return True
     hardware = HARDWARE[name]
-    # of a device that is compiled for and not there
+    # "cuda" is the name of a device that is compiled for but absent
     platform = device.platform.replace("cuda", "gpu")
     capability = tuple(map(int, getattr(device, "compute_capability", "0.0").split(".")))
     return platform == hardware.platform and hardware.least <= capability <= hardware.most
 
 
 class Entry(NamedTuple):
-    """What was fastest and right on one kind of device, for arrays of one dtype whose sizes lie
-    within bounds.
+    """The fastest correct implementation on one kind of device, for arrays of one dtype whose sizes
+    lie within bounds.
 
-    op: as its folder is named. device_kind: as JAX calls it ("NVIDIA H200"). dtype: of the arrays
-    that are multiplied. sizes: name -> (least, most), both included; a size that is not named may
-    be anything. tiles: tile sizes by name, keyword arguments of the implementation; empty where it
-    chooses them itself. date: ISO 8601, of the run. gain: seconds of "xla" with its own tiles over
-    those of this, forward and backward. error: max|difference| / max|reference|, the largest of
-    results and gradients, against the plain formula in f32.
+    op: name of its folder. device_kind: JAX's name ("NVIDIA H200"). dtype: of the arrays that are
+    multiplied. sizes: name -> (least, most), both included; other sizes are unrestricted. tiles:
+    tile sizes by name, keyword arguments of the implementation; empty for its own choice. date: ISO
+    8601, of the run. gain: seconds of "xla" with its own tiles divided by those of this
+    implementation, forward and backward. error: max|difference| / max|reference| against the plain
+    formula in f32, the largest over results and gradients.
     """
 
     op: str
@@ -82,10 +83,10 @@ class Entry(NamedTuple):
 
     @property
     def arrays(self) -> tuple:
-        """What it is about: a second measurement of the same takes its place."""
+        """Identifies the arrays; a new measurement of the same arrays replaces this one."""
         return self.op, self.device_kind, self.dtype, tuple(sorted(self.sizes.items()))
 
-    def told(self) -> str:
+    def described(self) -> str:
         tiles = (
             f" ({', '.join(f'{name} {size}' for name, size in self.tiles.items())})"
             if self.tiles
@@ -97,7 +98,7 @@ class Entry(NamedTuple):
         )
 
     def where(self) -> str:
-        """The arrays that it is for, in words."""
+        """The arrays it covers, in words."""
         bounds = (
             f"{name} {low:,}" + (f" to {high:,}" if high > low else "")
             for name, (low, high) in self.sizes.items()
@@ -105,22 +106,23 @@ class Entry(NamedTuple):
         return ", ".join([self.dtype, *bounds])
 
 
-def overlap(one: Entry, other: Entry) -> bool:
-    """Whether some arrays fall under both."""
-    if (one.op, one.device_kind, one.dtype) != (other.op, other.device_kind, other.dtype):
+def overlap(first: Entry, second: Entry) -> bool:
+    """Returns whether some arrays are covered by both entries."""
+    if (first.op, first.device_kind, first.dtype) != (second.op, second.device_kind, second.dtype):
         return False
-    both = one.sizes.keys() & other.sizes.keys()
+    both = first.sizes.keys() & second.sizes.keys()
     return all(
-        one.sizes[name][0] <= other.sizes[name][1] and other.sizes[name][0] <= one.sizes[name][1]
+        first.sizes[name][0] <= second.sizes[name][1]
+        and second.sizes[name][0] <= first.sizes[name][1]
         for name in both
     )
 
 
 def checked(entries: Iterable[Entry]) -> tuple[Entry, ...]:
-    """The entries of a table, in order.
+    """The entries of a table, sorted.
 
     Raises:
-      ValueError: bounds that hold nothing, or two entries that the same arrays fall under.
+      ValueError: bounds that contain no size, or two entries that cover the same arrays.
     """
     ordered = tuple(sorted(entries, key=lambda entry: entry.arrays))
     for entry in ordered:
@@ -129,18 +131,18 @@ def checked(entries: Iterable[Entry]) -> tuple[Entry, ...]:
                 raise ValueError(
                     f"table of implementations: {entry.op}: no {name} lies between {low} and {high}"
                 )
-    for one, other in itertools.combinations(ordered, 2):
-        if overlap(one, other):
+    for first, second in itertools.combinations(ordered, 2):
+        if overlap(first, second):
             raise ValueError(
-                f"table of implementations: {one.op} on {one.device_kind}: {one.where()} overlaps"
-                f" {other.where()}"
+                f"table of implementations: {first.op} on {first.device_kind}: {first.where()}"
+                f" overlaps {second.where()}"
             )
     return ordered
 
 
 @cache
 def read_table(path: Path = TABLE) -> tuple[Entry, ...]:
-    """Raises ValueError as `checked`."""
+    """Reads a table. Raises ValueError as `checked` does."""
     entries = [Entry(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
     return checked(
         entry._replace(
@@ -151,7 +153,7 @@ def read_table(path: Path = TABLE) -> tuple[Entry, ...]:
 
 
 def write_table(path: Path, entries: Iterable[Entry]) -> None:
-    """Raises ValueError as `checked`, before anything is written."""
+    """Writes a table. Raises ValueError as `checked` does, before anything is written."""
     path.write_text(
         json.dumps([entry._asdict() for entry in checked(entries)], indent=1) + "\n",
         encoding="utf-8",
@@ -165,24 +167,18 @@ def measured(
     sizes: Mapping[str, int],
     entries: Collection[Entry] | None = None,
 ) -> Entry | None:
-    """The table's entry for such arrays; None where nothing was measured, or the device is not
-    known.
+    """The table's entry for such arrays; None if there is none, or the device is unknown.
 
     Args:
-      device_kind: of the device that the program is for, from who knows the mesh:
-        `device.device_kind`.
-      dtype: of the arrays that are multiplied; sizes: their sizes by the names that the op gives
-        them.
-      entries: the committed table if not given.
+      device_kind: `device.device_kind` of the target device, known from the mesh.
+      dtype: of the arrays that are multiplied; sizes: by the op's names for them.
+      entries: the committed table by default.
     """
     if device_kind is None:
         return None
+    measurement = op, device_kind, jnp.dtype(dtype).name
     for entry in read_table() if entries is None else entries:
-        if (entry.op, entry.device_kind, entry.dtype) == (
-            op,
-            device_kind,
-            jnp.dtype(dtype).name,
-        ) and all(
+        if (entry.op, entry.device_kind, entry.dtype) == measurement and all(
             name in sizes and low <= sizes[name] <= high
             for name, (low, high) in entry.sizes.items()
         ):
@@ -197,14 +193,14 @@ def named(
     entry: Entry | None = None,
     unsupported: Callable[[str], str | None] = lambda name: None,
 ) -> tuple[str, str]:
-    """The name of the implementation, and the reason in words; one that is unverified is called so.
+    """The implementation's name, and the reason in words, which says if it is unverified.
 
     Args:
       op: for the error; there: the names that exist.
-      entry: the table's for such arrays. Without one, and with nothing asked for, "xla" runs.
-      unsupported: name -> why it does not take such arrays, None if it does. Asked before the
-        table's choice is taken, never about one that was asked for: that is refused by who calls
-        this.
+      entry: the table's for such arrays. Without it, and without a requested implementation, "xla"
+        runs.
+      unsupported: name -> why it does not support such arrays, None if it does. Called for the
+        table's choice only; callers refuse unsupported requests themselves.
 
     Raises:
       ValueError: an implementation that does not exist.
@@ -213,23 +209,17 @@ def named(
         if entry is not None and entry.implementation in there:
             refusal = unsupported(entry.implementation)
             if refusal is None:
-                return entry.implementation, f"the table's: {entry.told()}"
+                return entry.implementation, f"the table's: {entry.described()}"
             return "xla", f"the table's {entry.implementation} does not take this: {refusal}"
-        opt_in = [name for name in there if name in UNVERIFIED]
-        return (
-            "xla",
-            (
-                f"the default; opt-in, unverified: {', '.join(opt_in)}"
-                if opt_in
-                else "the only implementation there is"
-            ),
-        )
+        if opt_in := [name for name in there if name in UNVERIFIED]:
+            return "xla", f"the default; opt-in, unverified: {', '.join(opt_in)}"
+        return "xla", "the only implementation there is"
     if implementation not in there:
         raise ValueError(
             f"{op} implementation {implementation!r} does not exist; there is {', '.join(there)}"
         )
     if entry is not None and entry.implementation == implementation:
-        return implementation, f"asked for; {entry.told()}"
+        return implementation, f"asked for; {entry.described()}"
     unverified = (
         f"; unverified, {UNVERIFIED[implementation]}" if implementation in UNVERIFIED else ""
     )
@@ -237,25 +227,25 @@ def named(
 
 
 def kernels_of(op: str, name: str) -> ModuleType:
-    """The module that holds `name`, "pallas_tpu" or "pallas_gpu" (`tpu.py`, `gpu.py`), of an op,
-    imported only where it is meant.
+    """Imports the module of an op's implementation `name`: "pallas_tpu" is `tpu.py`, "pallas_gpu"
+    `gpu.py`.
 
-    Pallas takes half a second to import, and much of it is experimental: what does not use it must
-    not fail with it.
+    Imported only on use: Pallas takes half a second to import, and much of it is experimental, so
+    callers that do not use it must not fail with it.
     """
     return importlib.import_module(f"jaxre_kernels.{op}.{name.removeprefix('pallas_')}")
 
 
 def tiles_of(entry: Entry | None, name: str) -> dict[str, Any]:
-    """The tile sizes that the table has for this implementation, to be passed to it; none where it
-    chooses them itself.
+    """The table's tile sizes for this implementation, as keyword arguments; empty if the
+    implementation chooses them itself.
     """
     return dict(entry.tiles) if entry is not None and entry.implementation == name else {}
 
 
 def implementations_of(op: str) -> tuple[str, ...]:
-    """The names that the dispatch of an op has; one without a dispatch is plain XLA. NF4 weights
-    are those of the LoRA projections.
+    """Names of an op's implementations, from its dispatch; an op without a dispatch is plain XLA.
+    NF4 weights use those of the LoRA projections.
     """
     dispatch = f"jaxre_kernels.{'lora' if op == 'nf4' else op}.dispatch"
     return (
@@ -266,15 +256,15 @@ def implementations_of(op: str) -> tuple[str, ...]:
 
 
 def verdict(op: str, device_kind: str) -> str:
-    """What the table says of an op on a kind of device, in words, whatever the arrays."""
+    """Describes the table's entries for an op on a kind of device, for any arrays."""
     default = ": ".join(named(op, None, implementations_of(op)))
-    found = [
-        f"{entry.where()}: {entry.told()}"
+    entries = [
+        f"{entry.where()}: {entry.described()}"
         for entry in read_table()
         if (entry.op, entry.device_kind) == (op, device_kind)
     ]
     return (
-        "; ".join([*found, f"else {default}"])
-        if found
+        "; ".join([*entries, f"else {default}"])
+        if entries
         else f"{default}; nothing was measured on {device_kind}"
     )

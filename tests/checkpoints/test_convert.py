@@ -1,4 +1,4 @@
-"""Conversion keeps every bit it should and merges as PEFT does."""
+"""Conversion preserves every bit that it should and merges as PEFT does."""
 
 from __future__ import annotations
 
@@ -303,12 +303,12 @@ def test_dtype_of_a_folder_changes_without_changing_its_form(tiny_base, tmp_path
         (tmp_path / "ours", "jaxre", "float32", None),
         (tmp_path / "nf4", "jaxre", None, "nf4"),
     ):
-        told = refusal(
+        message = refusal(
             lambda s=source, t=to, d=dtype, q=quantise: convert(
                 s, tmp_path / "target", t, dtype=d, quantise=q
             )
         )
-        assert "already; copy the folder" in told
+        assert "already; copy the folder" in message
 
 
 SIDE_FILES = {
@@ -334,8 +334,8 @@ def test_every_file_of_the_tokenizer_is_carried_along(tiny_base, tmp_path):
 
 @pytest.mark.parametrize("to", ["hf", "jaxre"])
 def test_merged_folder_has_the_tokenizer_of_the_adapter(run, tiny_base, tmp_path, to):
-    """Its own files where it has them; a whole tokenizer takes the place of the base's, of which no
-    template is left.
+    """Uses the adapter's files where they exist; a complete tokenizer replaces that of the base,
+    templates included.
     """
     base = shutil.copytree(tiny_base, tmp_path / "hf")
     (base / "chat_template.jinja").write_text("the base's")
@@ -365,7 +365,7 @@ def test_merged_folder_has_the_tokenizer_of_the_adapter(run, tiny_base, tmp_path
 
 
 def test_adapter_is_exported_without_its_base_weights(run, tiny_base, tmp_path):
-    """Its base's config.json and tokenizer are all that is needed; --merge says what is missing."""
+    """Needs only config.json and tokenizer of the base; --merge reports what is missing."""
     base = shutil.copytree(tiny_base, tmp_path / "base")
     (run / "config.yaml").write_text(
         (run / "config.yaml").read_text().replace(str(tiny_base), str(base))

@@ -1,4 +1,4 @@
-"""What a conversion holds in memory."""
+"""Memory of conversions."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import pytest
 )
 @pytest.mark.slow
 def test_conversion_holds_tensors_not_the_model(tmp_path):
-    """Of a bf16 model of 206 MB whose largest tensor has 4 MB.
+    """Growth for a bf16 model of 206 MB whose largest tensor has 4 MB.
 
     Measured: 12 (hf to jaxre), 13 (jaxre to hf), 46 (to f32), 27 (merged), 20 (to NF4), 24 MB (from
     NF4). Loaded whole it was 569 (hf to jaxre), 322 (jaxre to hf), 1,100 (to f32) and 467 MB
     (merged).
     """
     script = Path(__file__).with_name("peak_memory.py")
-    # What malloc keeps for the next time is not what is held: give it back at once.
+    # Memory that malloc retains for reuse does not count: it is returned at once.
     malloc = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18), "MALLOC_ARENA_MAX": "1"}
     others = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     environment = {**others, **malloc, "PYTHONPATH": str(script.parents[1])}

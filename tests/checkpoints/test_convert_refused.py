@@ -1,4 +1,4 @@
-"""What cannot be converted is refused with the mend, and nothing half-written stays."""
+"""Impossible conversions are refused with the fix, and no half-written folder stays."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from jaxre.errors import InputError
         ("hf", "onnx", False, "onnx: not a form of a model"),
     ],
 )
-def test_what_cannot_be_is_refused_with_the_mend(tiny_base, tmp_path, source, to, merge, message):
+def test_what_cannot_be_is_refused_with_the_fix(tiny_base, tmp_path, source, to, merge, message):
     folder = {
         "hf": tiny_base,
         "jaxre": tmp_path / "ours",
@@ -75,11 +75,11 @@ def test_adapter_that_makes_a_weight_no_number_is_refused(run, tmp_path, fault):
         tensors = load_file(path)
         tensors["base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"][2, 3] = float(fault)
         save_file(tensors, path)
-    told = refusal(lambda: convert(run, tmp_path / "merged", "hf", merge=True))
+    message = refusal(lambda: convert(run, tmp_path / "merged", "hf", merge=True))
     layer = 0 if fault == "absurd alpha" else 1
     assert (
-        f"{run / 'adapter'}: merged into model.layers.{layer}.mlp.down_proj.weight" in told
-        and "not finite" in told
+        f"{run / 'adapter'}: merged into model.layers.{layer}.mlp.down_proj.weight" in message
+        and "not finite" in message
     )
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
@@ -98,9 +98,10 @@ def test_token_beyond_the_embeddings_is_found_in_whichever_file_has_it(
 ):
     base = shutil.copytree(tiny_base, tmp_path / "hf")
     (base / name).write_text(text)
-    told = refusal(lambda: convert(base, tmp_path / "ours", "jaxre"))
+    message = refusal(lambda: convert(base, tmp_path / "ours", "jaxre"))
     assert (
-        f"{base / name}: the tokenizer gives token 600, but vocab_size of the model is 512" in told
+        f"{base / name}: the tokenizer gives token 600, but vocab_size of the model is 512"
+        in message
     )
     (base / name).write_text(text.replace("600", "511").replace("word\n" * 601, "word\n" * 512))
     convert(base, tmp_path / "ours", "jaxre")

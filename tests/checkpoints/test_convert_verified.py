@@ -1,4 +1,4 @@
-"""`--verify` reads back and compares every tensor, and removes what does not read back."""
+"""`--verify` reads every tensor back and compares it, and removes a folder that differs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_names_are_whole_in_a_narrow_table(tiny_base, tmp_path):
 
 
 def test_every_block_of_a_tensor_is_compared(run, tmp_path, monkeypatch):
-    """A fault in the last of many, and the largest difference over all."""
+    """Detects a fault in the last of many blocks, and the largest difference over all."""
     from jaxre.checkpoints import convert as module
 
     whole = convert(run, tmp_path / "whole", "hf", merge=True, dtype="bfloat16", verify=True)
@@ -149,7 +149,7 @@ def test_rounding_is_reported_tensor_by_tensor(run, tiny_base, tmp_path):
 
 
 def swapped(folder: Path) -> None:
-    """Two layers of one projection changed places: every shape still fits."""
+    """Swaps two layers of one projection: every shape still fits."""
     if (folder / "weights").is_dir():
         one, other = (folder / f"weights/layers.q/c/{layer}/0/0" for layer in (0, 1))
         data = one.read_bytes()
@@ -165,7 +165,7 @@ def swapped(folder: Path) -> None:
 
 
 def flipped(folder: Path) -> None:
-    """One bit, the lowest of a mantissa, differs."""
+    """Flips one bit, the lowest of a mantissa."""
     path = next(folder.rglob("layers.q/c/0/0/0"), None) or next(folder.glob("*.safetensors"))
     data = bytearray(path.read_bytes())
     data[-5 if path.suffix else 0] ^= 1

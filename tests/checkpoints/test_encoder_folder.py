@@ -1,4 +1,4 @@
-"""Encoders in Hugging Face folders: every way their weights are named, a head or none,
+"""Encoders in Hugging Face folders: all naming schemes of weights, with and without head,
 bit-identical, faults listed.
 """
 
@@ -79,8 +79,8 @@ def test_a_saved_folder_is_bit_identical(family, tmp_path):
 def test_an_encoder_with_new_tokens_and_labels_loads_in_transformers_with_the_same_logits(
     family, tmp_path
 ):
-    """Resized embeddings, a new head and its label names, as training leaves them; nothing is
-    missing or drawn afresh.
+    """Resized embeddings, a new head and its label names, as after training; nothing is missing or
+    initialised anew.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -90,10 +90,10 @@ def test_an_encoder_with_new_tokens_and_labels_loads_in_transformers_with_the_sa
         architecture, params, 101, dict.fromkeys(range(97, 101), ()), labels, 0
     )
     save_base(tmp_path / "out", architecture, params, family)
-    model, told = AutoModelForSequenceClassification.from_pretrained(
+    model, loading_info = AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
-    assert not any(told.values()), told
+    assert not any(loading_info.values()), loading_info
     assert (
         model.config.id2label == dict(enumerate(labels))
         and model.config.label2id["yes(e1,e2)"] == 1
@@ -156,14 +156,14 @@ def test_norms_of_old_conversions_are_the_same_weights(folder):
     assert equal(load_base(folder)[1], expected)
 
 
-def told_heads(folder) -> set[str]:
-    """Names of the tensors of a pretraining head, as transformers' own classifier leaves them
-    out.
-    """
+def expected_heads(folder) -> set[str]:
+    """Names of the pretraining tensors that transformers' own classifier does not use."""
     from transformers import AutoModelForSequenceClassification
 
-    _, told = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
-    return set(told["unexpected_keys"])
+    _, loading_info = AutoModelForSequenceClassification.from_pretrained(
+        folder, output_loading_info=True
+    )
+    return set(loading_info["unexpected_keys"])
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def told_heads(folder) -> set[str]:
     [("BertModel", ("dense",)), ("BertForMaskedLM", ()), ("RobertaForMaskedLM", ())],
 )
 def test_models_with_another_head_or_none_are_read_without_it(kind, kept, tmp_path):
-    """Their own heads and buffers are left out; what a classifier shares with them, BERT's pooler,
-    is kept.
+    """Their own heads and buffers are omitted; BERT's pooler, which a classifier uses too, is
+    loaded.
     """
     import transformers
 
@@ -195,7 +195,7 @@ def test_models_with_another_head_or_none_are_read_without_it(kind, kept, tmp_pa
     assert np.array_equal(params["embed"], embed)
     done = convert(tmp_path / "model", tmp_path / "ours", "jaxre", verify=True)
     left_out = sorted(
-        load_file(tmp_path / "model/model.safetensors").keys() & told_heads(tmp_path / "model")
+        load_file(tmp_path / "model/model.safetensors").keys() & expected_heads(tmp_path / "model")
     )
     assert list(done.left_out) == left_out and bool(left_out) == (not kept)
     title = " ".join(verification_table(done).title.split())
@@ -207,13 +207,13 @@ def test_models_with_another_head_or_none_are_read_without_it(kind, kept, tmp_pa
     assert json.loads((tmp_path / "back/config.json").read_text())["architectures"] == [
         f"{bare}Model"
     ]
-    loaded, told = transformers.AutoModel.from_pretrained(
+    loaded, loading_info = transformers.AutoModel.from_pretrained(
         tmp_path / "back", output_loading_info=True
     )
     assert (
-        not told["unexpected_keys"]
-        and not told["mismatched_keys"]
-        and all("pooler" in name for name in told["missing_keys"])
+        not loading_info["unexpected_keys"]
+        and not loading_info["mismatched_keys"]
+        and all("pooler" in name for name in loading_info["missing_keys"])
     )
     assert np.array_equal(loaded.get_input_embeddings().weight.detach().numpy(), embed)
 
@@ -324,7 +324,7 @@ def test_a_classifier_needs_the_layer_before_it(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
@@ -343,8 +343,8 @@ def test_a_classifier_needs_the_layer_before_it(folder):
         ),
     ],
 )
-def test_encoders_that_we_do_not_have_are_refused(change, told):
-    assert told in refusal(lambda: architecture_of(fields_of(NAMES[0]) | change, "config.json"))
+def test_encoders_that_we_do_not_have_are_refused(change, message):
+    assert message in refusal(lambda: architecture_of(fields_of(NAMES[0]) | change, "config.json"))
 
 
 def test_a_missing_size_is_named():
@@ -355,7 +355,7 @@ def test_a_missing_size_is_named():
 
 
 def test_labels_follow_their_numbers():
-    """As text, "10" comes before "2"."""
+    """Sorted as text, "10" would come before "2"."""
     names = [f"label {number}" for number in range(12)]
     fields = fields_of(NAMES[0], id2label={str(number): name for number, name in enumerate(names)})
     assert architecture_of(fields, "test").labels == tuple(names)

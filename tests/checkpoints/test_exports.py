@@ -1,4 +1,4 @@
-"""Every export of every family, asked through its own files alone, answers as jaxre does."""
+"""Every export of every family, used through its own files alone, answers as jaxre does."""
 
 from __future__ import annotations
 

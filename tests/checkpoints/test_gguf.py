@@ -1,4 +1,4 @@
-"""GGUF files in and out: the bits, the tokens and the answers of the model that they hold."""
+"""GGUF files are read and written with the bits, the tokens and the answers of their model."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_a_pre_tokenizer_without_a_name_is_not_written(tiny_base, tmp_path):
 
 
 def test_the_shipped_base_s_tokenizer_goes_through_a_file(tmp_path):
-    """Its merges hold spaces, which GGUF puts between the sides too."""
+    """Its merges contain spaces, which GGUF also uses to separate the two sides."""
     base = shipped("facts-base")
     convert(base, tmp_path / "file", "gguf")
     before, after = load_tokenizer(base), load_tokenizer(resolve_model(str(tmp_path / "file")))

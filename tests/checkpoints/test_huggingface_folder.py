@@ -1,4 +1,6 @@
-"""Hugging Face folders in and out: bit-identical, and refused with every fault named."""
+"""Hugging Face folders are read and written bit-identical; faulty ones are refused with every fault
+named.
+"""
 
 from __future__ import annotations
 
@@ -147,8 +149,8 @@ def test_large_weights_are_written_in_shards_that_transformers_loads(
 
 
 def test_index_is_the_one_transformers_writes(tmp_path, family, monkeypatch):
-    """Every tensor in the file that the index names, in shards no larger than asked, and the same
-    total.
+    """Every tensor is in the file that the index names, no shard exceeds the limit, and the total
+    size is the same.
     """
     from transformers import AutoModelForCausalLM
 
@@ -449,8 +451,8 @@ def test_index_that_points_outside_the_folder_is_refused(folder, place):
         (
             lambda tree: tree["weight_map"].pop("model.norm.weight") and None,
             (
-                "model.norm.weight lies in model-00001-of-00001.safetensors, where the index has"
-                " it not"
+                "model.norm.weight lies in model-00001-of-00001.safetensors, where the index"
+                " does not list it"
             ),
         ),
         (lambda tree: tree.update({"weight_map": ["a"]}), "not a safetensors index"),
@@ -476,7 +478,7 @@ def test_broken_index_is_refused(folder, change, message):
 
 
 def test_tensor_that_lies_in_two_shards_is_refused_with_the_other_faults(folder):
-    """Loaders differ in which of the two they take."""
+    """Loaders differ in which of the two they follow."""
     index_of(
         folder,
         lambda tree: tree["weight_map"].update(
@@ -484,12 +486,10 @@ def test_tensor_that_lies_in_two_shards_is_refused_with_the_other_faults(folder)
         ),
     )
     save_file({"model.norm.weight": np.ones(32, np.float32)}, folder / "model-2.safetensors")
-    told = refusal(folder)
-    assert (
-        "model.norm.weight lies in model-00001-of-00001.safetensors, where the index has it not"
-        in told
-    )
-    assert "model.extra is not in its file" in told
+    message = refusal(folder)
+    misplaced = "lies in model-00001-of-00001.safetensors, where the index does not list it"
+    assert f"model.norm.weight {misplaced}" in message
+    assert "model.extra is not in its file" in message
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.BIN", "pytorch_model.bin.index.json", None])

@@ -1,4 +1,4 @@
-"""Our own folder of weights: what is stored, and what is refused."""
+"""jaxre folders: stored arrays, and refused folders."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ CHUNK = "layers.gate/c/1/0/0"
 def test_damaged_jaxre_folder_is_refused(ours, tmp_path, damage, message):
     damage(ours / "weights")
     for call in (lambda: open_model(ours, None), lambda: convert(ours, tmp_path / "back", "hf")):
-        told = refusal(call)
-        assert message in told and told.endswith("convert the Hugging Face folder again")
+        refused = refusal(call)
+        assert message in refused and refused.endswith("convert the Hugging Face folder again")
     assert not (tmp_path / "back").exists()
 
 

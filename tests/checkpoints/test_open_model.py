@@ -1,4 +1,4 @@
-"""Whatever a user may call a model opens, or is refused with the mend."""
+"""Every kind of model opens, or is refused with the fix."""
 
 from __future__ import annotations
 
@@ -241,15 +241,14 @@ def test_adapter_on_an_adapter_is_refused_not_opened_without_it(tiny_base, tmp_p
         (run / "config.yaml").read_text().replace(str(tiny_base), str(second))
     )
     for model in (second, run):
-        told = refusal(lambda model=model: open_model(model, FLOAT32))
+        message = refusal(lambda model=model: open_model(model, FLOAT32))
         assert (
-            f"{first}: is itself an adapter" in told
-            and f"jaxre convert {first} TARGET --to hf --merge" in told
+            f"{first}: is itself an adapter" in message
+            and f"jaxre convert {first} TARGET --to hf --merge" in message
         )
     merged = convert(first, tmp_path / "merged", "hf", merge=True).target
     assert (
-        open_model(adapter_on(tmp_path / "mended", tiny_base, str(merged)), FLOAT32).folder
-        == merged
+        open_model(adapter_on(tmp_path / "fixed", tiny_base, str(merged)), FLOAT32).folder == merged
     )
 
 

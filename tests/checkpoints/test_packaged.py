@@ -1,4 +1,4 @@
-"""Bases that a package of the index carries: found by name, checked, and named in every message."""
+"""Bases inside a package of the index: located by name, checked, and named in every message."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Installed:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the named base's file belongs."""
+    """Path where the named base's file belongs."""
     monkeypatch.setattr(packaged.metadata, "distribution", lambda name: Installed(tmp_path))
     monkeypatch.setenv("JAXRE_CACHE", str(tmp_path / "cache"))
     file = tmp_path / PACKAGED[NAME].file

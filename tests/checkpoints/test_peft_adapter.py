@@ -1,4 +1,4 @@
-"""Adapters to and from PEFT: the same logits on both sides, and what we do not have is refused by
+"""Adapters to and from PEFT: the same logits on both sides; unsupported features are refused by
 name.
 """
 
@@ -86,12 +86,12 @@ def equal(one, other) -> bool:
 
 @contextlib.contextmanager
 def no_warning():
-    """Nothing warns: neither Python's warnings, nor the loggers of transformers and peft, which
-    need not reach the root's.
+    """Fails on a warning from Python, or from the loggers of transformers and peft, which may not
+    propagate to the root logger.
     """
-    told: list[logging.LogRecord] = []
+    records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = told.append
+    handler.emit = records.append
     loggers = [
         logging.getLogger(name) for name in (None, "transformers", "peft", "huggingface_hub")
     ]
@@ -111,7 +111,7 @@ def no_warning():
         for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(handler)
             logger.setLevel(level)
-    assert not [record.getMessage() for record in told]
+    assert not [record.getMessage() for record in records]
 
 
 @pytest.mark.parametrize("name", ["transformers.modeling_utils", "peft.tuners", "jaxre"])

@@ -258,7 +258,7 @@ def test_a_fully_trained_run_can_be_quantised(tiny_base, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_quantised_is_refused_with_the_mend(
+def test_what_cannot_be_quantised_is_refused_with_the_fix(
     tiny_base, store, tmp_path, source, to, quantise, message
 ):
     run = quantised_run(tmp_path / "run", tiny_base)

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxre.config import Config, Prompt, Source, Text
 from jaxre.data.dataset import ask, load_dataset, make_plan
-from jaxre.data.preview import preview, told_leaks
+from jaxre.data.preview import leak_notice, preview
 from jaxre.data.template import ChatTemplate, Encoded
 from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import (
@@ -71,11 +71,11 @@ def run_on(folder: Path, model: Path, path: Path, **changes: dict) -> Config:
 
 
 def preview_of(config: Config, model: Path) -> str:
-    """What `jaxre prepare` prints."""
+    """The output of `jaxre prepare`."""
     console = Console(width=200)
-    with console.capture() as told:
+    with console.capture() as printed:
         console.print(preview(config, model))
-    return told.get()
+    return printed.get()
 
 
 # ---- what is trained on ------------------------------------------------------------------------
@@ -500,10 +500,12 @@ def test_prepare_and_train_tell_the_sentences_that_splits_share(
     assert "test: 1 examples have a text of train, 1 also the same pair (data/n0)" in shown
     assert re.search(r"│ test +│ +3 │", shown)
     dataset = load_dataset(config, tiny_model)
-    told = "examples whose text also occurs in train: 2 of 2 in validation (2 with the same pair), "
-    assert told_leaks(config, dataset) == told + "1 of 3 in test (1 with the same pair)"
+    start = (
+        "examples whose text also occurs in train: 2 of 2 in validation (2 with the same pair), "
+    )
+    assert leak_notice(config, dataset) == start + "1 of 3 in test (1 with the same pair)"
     test.unlink()  # training does not need it
-    assert told_leaks(config, dataset).startswith(told + "test not read (")
+    assert leak_notice(config, dataset).startswith(start + "test not read (")
 
 
 def test_ids_with_brackets_are_shown_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
@@ -536,8 +538,8 @@ def test_prompts_of_a_dataset_are_rendered_by_its_own_template(
 def test_a_second_start_reads_no_training_example(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """200,000 of them take longer to read than all else; what is asked for later is read then, and
-    is the same.
+    """Reading 200,000 examples takes longer than everything else; later access reads the same
+    examples.
     """
     config = run_on(tmp_path, tiny_model, written(tmp_path, ["met", "none", "met"]))
     first = load_dataset(config, tiny_model)
@@ -607,13 +609,13 @@ def test_leaks_are_told_at_every_start_and_counted_once(
     held = made(tmp_path / "held")
     data = {"test": {"dataset": str(written(held, ["met"], ["Ada met Bob on day 1."]))}}
     config = run_on(tmp_path, tiny_model, written(tmp_path, ["met", "none"]), data=data)
-    line = told_leaks(config, load_dataset(config, tiny_model))
+    line = leak_notice(config, load_dataset(config, tiny_model))
     assert "1 of 1 in test" in line
     with monkeypatch.context() as patched:
         patched.setattr("jaxre.relations.sources.overlap", lambda *_: pytest.fail("counted again"))
-        assert told_leaks(config, load_dataset(config, tiny_model)) == line
+        assert leak_notice(config, load_dataset(config, tiny_model)) == line
     written(held, ["met"], ["Ada met Bob elsewhere."])
-    assert "0 of 1 in test" in told_leaks(config, load_dataset(config, tiny_model))
+    assert "0 of 1 in test" in leak_notice(config, load_dataset(config, tiny_model))
 
 
 def test_whatever_the_tokens_hang_on_is_read_again(tiny_model: Path, tmp_path: Path) -> None:

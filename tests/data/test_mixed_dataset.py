@@ -15,7 +15,7 @@ from tiny import tiny_config
 
 from jaxre.config import Config, Source
 from jaxre.data.dataset import load_dataset
-from jaxre.data.preview import preview, told_data, told_leaks
+from jaxre.data.preview import data_notices, leak_notice, preview
 from jaxre.relations.sources import load
 
 
@@ -93,18 +93,18 @@ def test_a_second_start_reads_no_training_example_and_says_the_same(
         prompt={},
     )
     first = load_dataset(config, tiny_model)
-    assert first.told[0].startswith("data.train: ") and first.told[0].endswith(
+    assert first.notices[0].startswith("data.train: ") and first.notices[0].endswith(
         "of Eve have labels outside of its schema (saw)"
     )
     monkeypatch.setattr("jaxre.relations.sources.load", lambda *_: pytest.fail("read again"))
     second = load_dataset(config, tiny_model)
     assert second.train.from_cache and not first.train.from_cache
-    assert (second.schemas, second.told, second.train.counts) == (
+    assert (second.schemas, second.notices, second.train.counts) == (
         first.schemas,
-        first.told,
+        first.notices,
         first.train.counts,
     )
-    assert told_data(config, second) == told_data(config, first)
+    assert data_notices(config, second) == data_notices(config, first)
     np.testing.assert_array_equal(second.train.tokens.tokens, first.train.tokens.tokens)
 
 
@@ -143,7 +143,7 @@ def test_prepare_and_the_log_show_the_sources_and_flag_labels_of_the_test_split(
     dataset = load_dataset(config, tiny_model)
     used = {count.source: count.used for count in dataset.train.counts}
     assert sum(used.values()) == 12
-    sources_line, flag = told_data(config, dataset)
+    sources_line, flag = data_notices(config, dataset)
     assert (
         sources_line
         == f"train: {used['facts/train']} of 9 of facts/train (general), {used['Ada.jsonl']} of 4"
@@ -157,7 +157,7 @@ def test_prepare_and_the_log_show_the_sources_and_flag_labels_of_the_test_split(
         console.print(preview(config, tiny_model))
     shown = captured.get()
     assert flag in shown and "sources of train" in shown and "labels of Ada" in shown
-    assert told_leaks(config, dataset) == ""
+    assert leak_notice(config, dataset) == ""
 
 
 def test_prepare_says_of_each_dataset_what_leaks(tiny_model: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ ROW = 96
 
 
 def examples_of(prompts: list[list[int]], answers: list[int]) -> TokenSet:
-    """Prompts, each with an answer of 1 or more tokens that are all alike."""
+    """Prompts, each with an answer of one or more equal tokens."""
     encoded = [
         Encoded([*prompt, *[9] * answer], len(prompt))
         for prompt, answer in zip(prompts, answers, strict=True)
@@ -190,7 +190,7 @@ def test_rows_by_examples_hold_every_example_once_as_a_branch_of_a_prefix_tree(
 def test_any_examples_in_any_order_are_rows_that_read_right(
     tokens: TokenSet, data: st.DataObject
 ) -> None:
-    """Of several roots, out of order, with all that they have in common shared."""
+    """Rows with several roots, in any order, sharing every common prefix."""
     members = data.draw(st.permutations(range(len(tokens))))
     cut = data.draw(st.integers(0, len(members)))
     packed = [row for row in (members[:cut], members[cut:]) if row]
@@ -235,7 +235,7 @@ def test_examples_of_one_beginning_share_rows_and_pairs_of_one_sentence_stand_to
         accumulation=1,
     )
     check_plan(plan, tokens, epochs=1)
-    # Each token of the prefix tree stands once a row: hardly more than the branches, the roots and
+    # Each token of the prefix tree occurs once a row: hardly more than the branches, the roots and
     # the shared sentences once.
     nodes = {
         tuple(tokens[n][: place + 1].tolist())
@@ -300,7 +300,7 @@ def test_a_shared_token_of_the_prompt_is_supervised_once_at_the_weight_of_all() 
                 *zip(rows.supervised[b, used].tolist(), rows.targets[b, used].tolist(), strict=True)
             ]
             answers = sum(int(tokens.supervised[n]) for n in update.micro[0][b])
-            assert len(pairs) - len(set(pairs)) <= answers  # only an answer stands for each example
+            assert len(pairs) - len(set(pairs)) <= answers  # only answers are not shared
         total += float(rows.weights.sum())
     assert total == pytest.approx(
         tokens.supervised.sum() + 0.25 * (tokens.prompt_lengths - 1).sum()

@@ -1,6 +1,4 @@
-"""Filled rows: who sees whom, what is scored, whose dropout; the loader goes on where it is told
-to.
-"""
+"""Filled rows: visibility, scored positions, dropout owners; the loader starts at any step."""
 
 from __future__ import annotations
 
@@ -21,9 +19,7 @@ ROW = 32
 
 
 def made(count: int, seed: int = 0, longest: int = ROW) -> TokenSet:
-    """Random examples of 2 to `longest` tokens, none of them token 0, no two of which begin
-    alike.
-    """
+    """Random examples of 2 to `longest` tokens without token 0, all with different first tokens."""
     draw = np.random.default_rng(seed)
     encoded = []
     for _ in range(count):
@@ -40,7 +36,7 @@ def made(count: int, seed: int = 0, longest: int = ROW) -> TokenSet:
 def filled(
     tokens: TokenSet, prompt_weight: float = 0.0
 ) -> tuple[Rows, tuple[tuple[int, ...], ...]]:
-    """All examples in one micro-batch, and which row has which."""
+    """All examples in one micro-batch, and the examples of each row."""
     supervised = tokens.lengths - 1 if prompt_weight else tokens.supervised
     plan = plan_by_tokens(
         tokens.lengths,

@@ -111,13 +111,13 @@ def tiny(tiny_model: Path) -> PreTrainedTokenizerBase:
 def test_a_faulty_template_is_named_not_trained_on(
     tiny: PreTrainedTokenizerBase, name: str
 ) -> None:
-    template, told = FAULTY[name]
+    template, fault = FAULTY[name]
     message = refusal(
         lambda: ChatTemplate(on(tiny, template), DATE, "models/faulty").encode(
             [([SYSTEM, USER], "Other")]
         )
     )
-    assert message.startswith("models/faulty: the ") and told in message
+    assert message.startswith("models/faulty: the ") and fault in message
 
 
 def test_an_empty_answer_is_no_supervised_token(tiny: PreTrainedTokenizerBase) -> None:

@@ -1,11 +1,11 @@
-"""Baselines learn what their features show, and report probabilities that are some."""
+"""Baselines learn from their features and report valid probabilities."""
 
 import numpy as np
 import pytest
 
 from jaxre.errors import InputError
 from jaxre.evaluation.baselines import majority, tfidf_marked, tfidf_sentence
-from jaxre.evaluation.metrics import score, undirected
+from jaxre.evaluation.metrics.scores import score, undirected
 from jaxre.relations.schema import Example
 from jaxre.relations.semeval import read_semeval
 
@@ -41,7 +41,7 @@ def test_labels_are_the_most_probable_and_probabilities_sum_to_one(baseline):
 
 
 @pytest.mark.parametrize("baseline", [majority, tfidf_sentence, tfidf_marked])
-def test_one_label_and_entities_that_are_not_in_the_text_are_no_obstacle(baseline):
+def test_one_label_and_entities_outside_of_the_text_are_handled(baseline):
     lost = [Example(f"x/{i}", "x", "t", "关系 text", "ghost", "other", "a") for i in range(3)]
     assert baseline(lost, lost).labels == ("a",) * 3
     assert baseline([*lost, *directed()[:3]], lost).labels == ("a",) * 3

@@ -1,4 +1,4 @@
-"""A cache is checked against the data it claims to cover, setting by setting."""
+"""Checks of a cache against the data that it should cover, for each setting."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from refusals import refusal
 from rich.console import Console
 
 from jaxre.config import Source, shipped
-from jaxre.evaluation.cache import Answer, Cache, same_dataset
-from jaxre.evaluation.cache_check import check_cache, check_table
 from jaxre.evaluation.compare import compare, compare_files, comparison_table
-from jaxre.evaluation.credentials import refuse_credentials
-from jaxre.evaluation.frontier import read_cache
+from jaxre.evaluation.frontier.cache import Answer, Cache, same_dataset
+from jaxre.evaluation.frontier.check import check_cache, check_table
+from jaxre.evaluation.frontier.credentials import refuse_credentials
+from jaxre.evaluation.frontier.read import read_cache
 from jaxre.evaluation.predictions import Prediction, write_predictions
 from jaxre.relations.benchmarks import COPIES
 from jaxre.relations.label_map import LabelMap
@@ -178,7 +178,7 @@ def test_a_cache_of_other_data_is_refused_and_names_of_one_benchmark_are_one():
         "Authorization: see 12",
     ],
 )
-def test_plain_text_is_no_key(text):
+def test_plain_text_is_not_a_key(text):
     refuse_credentials({"text": [text]}, "x")
 
 
@@ -191,7 +191,7 @@ def test_plain_text_is_no_key(text):
         "Authorization: Basic dXNlcjpw",
     ],
 )
-def test_a_key_is_refused_wherever_it_stands(text):
+def test_a_key_is_refused_everywhere(text):
     for value in (text, [{"a": {"b": f"it is {text}!"}}], {text: 1}):
         assert text not in refusal(lambda value=value: refuse_credentials(value, "file:3"))
     assert "'X-Api-Key'" in refusal(lambda: refuse_credentials([{"X-Api-Key": "short"}], "file:3"))

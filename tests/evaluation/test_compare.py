@@ -1,4 +1,4 @@
-"""A comparison counts what it joins, maps labels, and says what it could not use."""
+"""A comparison joins, maps labels, and lists what it cannot use."""
 
 import json
 from dataclasses import replace
@@ -8,9 +8,9 @@ import pytest
 from rich.console import Console
 
 from jaxre.errors import InputError
-from jaxre.evaluation.cache import Answer, Cache
 from jaxre.evaluation.compare import compare, compare_files, comparison_table, join_answers
-from jaxre.evaluation.metrics import score
+from jaxre.evaluation.frontier.cache import Answer, Cache
+from jaxre.evaluation.metrics.scores import score
 from jaxre.evaluation.predictions import Prediction, write_predictions
 from jaxre.relations.conll04 import read_conll04
 from jaxre.relations.label_map import LabelMap, read_label_map
@@ -116,7 +116,7 @@ def test_a_gold_label_outside_of_the_map_is_refused_and_a_prediction_outside_cou
     )
 
 
-def test_labels_spelled_differently_are_refused_with_the_mend_not_scored_as_wrong():
+def test_labels_spelled_differently_are_refused_with_the_fix_not_scored_as_wrong():
     rows = ours(("Cause-Effect(e1,e2)", "Cause-Effect(e1,e2)"))
     answers = cache(by_id(0, "Cause Effect", gold="Cause Effect"))
     with pytest.raises(InputError, match="--labels"):
@@ -287,7 +287,7 @@ def test_scores_of_a_comparison_are_those_of_the_joined_rows():
     )
 
 
-def test_predictions_of_no_dataset_are_told_to_name_one(tmp_path):
+def test_predictions_without_a_dataset_are_refused(tmp_path):
     row = replace(ours(("a", "a"))[0], example_id="/test/1", eval_dataset_name="")
     (tmp_path / "cache.json").write_text(
         json.dumps([{"headEntity": "a", "tailEntity": "b", "groundTruth": "a", "closePred": "a"}])

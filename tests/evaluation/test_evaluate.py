@@ -1,6 +1,4 @@
-"""What `jaxre evaluate` says of a predictions file: the official score of SemEval, and a run that
-predicts one class.
-"""
+"""`jaxre evaluate` shows the official score of SemEval, and marks a run that predicts one class."""
 
 import io
 import json
@@ -9,9 +7,9 @@ import pytest
 from rich.console import Console
 
 from jaxre.evaluation.evaluate import evaluate_file, evaluation_table
-from jaxre.evaluation.metrics import semeval_official_f1
+from jaxre.evaluation.metrics.scores import semeval_official_f1
 from jaxre.evaluation.predictions import Prediction, write_predictions
-from jaxre.evaluation.run_report import System, summary_table
+from jaxre.evaluation.report.run_report import System, summary_table
 from jaxre.relations.semeval import NAME
 
 GOLD = ["Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "Other"]
@@ -25,13 +23,13 @@ def evaluated(tmp_path, predicted, dataset=NAME, gold=GOLD):
     return evaluate_file(write_predictions(tmp_path / "test", rows)[0])
 
 
-def printed(what) -> str:
+def printed(table) -> str:
     console = Console(file=io.StringIO(), width=160)
-    console.print(what)
+    console.print(table)
     return console.file.getvalue()
 
 
-def test_the_official_score_stands_beside_the_others_for_semeval_alone(tmp_path):
+def test_only_semeval_has_the_official_score(tmp_path):
     predicted = ["Cause-Effect(e1,e2)", "Cause-Effect(e1,e2)", "Message-Topic(e1,e2)", "Other"]
     found = evaluated(tmp_path, predicted)
     assert (

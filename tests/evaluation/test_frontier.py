@@ -1,4 +1,4 @@
-"""Cached predictions join exactly or not at all, and the published figures come out of them."""
+"""Cached predictions join exactly or not at all, and reproduce the published figures."""
 
 import csv
 import json
@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from jaxre.errors import InputError
-from jaxre.evaluation import chatgpt_semeval, gpt_conll04
-from jaxre.evaluation.cache import POSITION, SAME_ANSWER, join_cached
-from jaxre.evaluation.frontier import FAILED, read_cache
-from jaxre.evaluation.metrics import score
+from jaxre.evaluation.frontier import chatgpt_semeval, gpt_conll04
+from jaxre.evaluation.frontier.cache import POSITION, SAME_ANSWER, join_cached
+from jaxre.evaluation.frontier.read import FAILED, read_cache
+from jaxre.evaluation.metrics.scores import score
 from jaxre.relations.conll04 import read_conll04, read_conll04_multihead
 from jaxre.relations.schema import Example
 from jaxre.relations.semeval import read_semeval
@@ -59,7 +59,6 @@ def test_equal_keys_join_by_position_only_when_the_lists_are_proven_one():
     # a unique key stands elsewhere: no proof
     assert set(join_cached(keys, turned, "1234", agree=lambda i, j: True)) == {0, 3}
     # other counts: no proof
-    # other counts: no proof
     assert set(join_cached(keys, keys[:3], "123", agree=lambda i, j: True)) == {0}
 
 
@@ -73,7 +72,7 @@ def test_equal_keys_with_one_answer_need_no_position():
     assert join_cached([("b",)] * 3, [("b",)] * 2, ["y", "y"], agree=lambda i, j: False) == {}
 
 
-def test_looser_keys_are_tried_only_on_what_is_left():
+def test_looser_keys_apply_only_to_unjoined_items():
     ours, cached = (
         [("u-boats", "uboats"), ("uboats", "uboats")],
         [("uboats", "uboats"), ("u-boats", "uboats")],
@@ -112,7 +111,7 @@ def test_every_chatgpt_answer_joins_and_gives_the_published_figures(shared_data,
     )
 
 
-def test_the_join_does_not_hang_on_the_gold_of_the_answer(shared_data, semeval):
+def test_joins_do_not_depend_on_the_answers(shared_data, semeval):
     """Every join, also by position, is checked against names that were not used for it."""
     document = json.loads((shared_data / CHATGPT).read_text())
     label = {f"row {j}": entry for j, entry in enumerate(document)}
@@ -247,7 +246,7 @@ def read_one(predicted, pairs):
     )
 
 
-def test_spelling_and_types_are_not_held_against_the_model():
+def test_spelling_and_types_do_not_count():
     pairs = [pair(0, "AP", "Perugia", "OrgBased_In"), pair(0, "Italy", "AP", "none")]
     cache = read_one(
         [("a.p.:loc", "Orgbased  In", "Perugia:other"), ("rome:loc", "located in", "italy:loc")],
@@ -262,7 +261,7 @@ def test_spelling_and_types_are_not_held_against_the_model():
     }
 
 
-def test_a_relation_outside_of_the_schema_stays_as_said_and_two_relations_are_no_answer():
+def test_relations_outside_of_the_schema_are_unchanged_and_two_relations_are_no_answer():
     pairs = [pair(0, "AP", "Perugia", "OrgBased_In"), pair(0, "AP", "Italy", "none")]
     cache = read_one(
         [

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as sk
 
 from jaxre.errors import InputError
-from jaxre.evaluation.metrics import confusion_matrix, score, semeval_official_f1, undirected
+from jaxre.evaluation.metrics.scores import confusion_matrix, score, semeval_official_f1, undirected
 from jaxre.relations.schema import NEGATIVES, normalise_label
 from jaxre.relations.semeval import LABELS
 
@@ -81,7 +81,7 @@ def test_confusion_equals_scikit_learn(rows):
     np.testing.assert_array_equal(result.counts, sk.confusion_matrix(gold, predicted, labels=names))
 
 
-def test_negatives_are_scored_as_the_protocol_says():
+def test_negatives_are_scored_as_in_the_protocol():
     #        hit     false positive  false negative  wrong class (both)  negatives of two spellings
     gold = ["Kill", "Other", "Kill", "Kill", "Other"]
     predicted = ["Kill", "Kill", "none", "Live_In", "no_relation"]

@@ -1,4 +1,4 @@
-"""The predictions table keeps every cell, in both formats, and refuses what it cannot read."""
+"""Predictions tables preserve every cell in both formats; unreadable files are refused."""
 
 import csv
 
@@ -93,13 +93,13 @@ def test_the_columns_are_those_of_the_study_first(tmp_path):
 
 
 def test_fifty_thousand_rows(tmp_path):
-    """3 s on one shared core; what is quadratic would not end."""
+    """3 s on one shared core; quadratic code would not finish."""
     rows = [Prediction(f"x/test/{i}", "a", "b", prompt="words " * 20) for i in range(50_000)]
     for path in write_predictions(tmp_path / "p", rows):
         assert len(read_predictions(path)) == 50_000
 
 
-def test_a_failed_write_leaves_what_was_there(tmp_path):
+def test_a_failed_write_keeps_the_old_files(tmp_path):
     good = rows_of(["a", "b"])
     write_predictions(tmp_path / "p", good)
     with pytest.raises(AttributeError):
@@ -121,7 +121,7 @@ def write_csv(path, header, *rows):
     return path
 
 
-def test_bad_files_are_named_with_the_mend(tmp_path):
+def test_bad_files_are_named_with_the_fix(tmp_path):
     header = ["example_id", "relation", "generated_relation"]
     cases = {
         "twice": (

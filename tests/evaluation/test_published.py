@@ -1,11 +1,11 @@
-"""The published figures: those of the study's tables, and nothing else."""
+"""Published figures equal those of the study's tables."""
 
 import json
 
 import numpy as np
 import pytest
 
-from jaxre.evaluation.published import published
+from jaxre.evaluation.report.published import published
 
 
 def test_figures_are_those_of_the_source(shared_data):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxre.errors import InputError
-from jaxre.evaluation.published import published
-from jaxre.evaluation.regression import SLOPE, ScalePoint, family_of, scale_regression
+from jaxre.evaluation.metrics.regression import SLOPE, ScalePoint, family_of, scale_regression
+from jaxre.evaluation.report.published import published
 
 SMALL = [
     ScalePoint(f1, int(size), family, dataset)
@@ -102,13 +102,13 @@ def test_coefficients_equal_least_squares_and_ignore_the_order_of_points():
         ),
     ],
 )
-def test_what_cannot_be_identified_has_no_figure_and_says_why(chosen, problem):
+def test_unidentified_effects_have_no_estimate_and_a_reason(chosen, problem):
     found = scale_regression([point for point in SMALL if chosen(point)])
     assert problem in found.problem
     assert found.per_decade is found.low is found.p is None and not found.coefficients
 
 
-def test_a_factor_that_determines_the_size_leaves_no_figure():
+def test_a_factor_that_determines_the_size_leaves_no_estimate():
     points = [dataclasses.replace(point, regime=str(point.parameters)) for point in SMALL]
     found = scale_regression(points)
     assert (
@@ -144,5 +144,5 @@ def test_faulty_input_is_named():
         ("GPT-5.4", "GPT-5.4"),
     ],
 )
-def test_the_family_stands_before_the_size(model, family):
+def test_the_family_precedes_the_size_in_a_name(model, family):
     assert family_of(model) == family

@@ -1,6 +1,4 @@
-"""The report shows each study whole, escapes what it is given, and holds back sentences that may
-not be republished.
-"""
+"""The report shows every study, escapes its data, and withholds sentences that are not open."""
 
 from __future__ import annotations
 
@@ -19,8 +17,8 @@ from typer.testing import CliRunner
 from jaxre import cli
 from jaxre.errors import InputError
 from jaxre.evaluation.predictions import Prediction, write_predictions
-from jaxre.evaluation.report import write_report
-from jaxre.evaluation.report_data import (
+from jaxre.evaluation.report.figures import draw_figures
+from jaxre.evaluation.report.findings import (
     CONFUSION_LABELS,
     EXAMPLES,
     REST,
@@ -28,10 +26,17 @@ from jaxre.evaluation.report_data import (
     collect,
     segments,
 )
-from jaxre.evaluation.report_figures import draw_figures
-from jaxre.evaluation.report_page import SECTIONS, best_of_columns, json_text, render, verdict
-from jaxre.evaluation.study_record import RecordedSystem, read_record, write_record
-from jaxre.evaluation.study_scores import measure
+from jaxre.evaluation.report.page import (
+    SECTIONS,
+    at_a_glance,
+    best_of_columns,
+    json_text,
+    render,
+    verdict,
+)
+from jaxre.evaluation.report.record import RecordedSystem, read_record, write_record
+from jaxre.evaluation.report.study_scores import OVERALL, measure
+from jaxre.evaluation.report.write import write_report
 from jaxre.relations.schema import Example
 
 RESAMPLES = 100
@@ -56,7 +61,7 @@ def findings(folder) -> Findings:
 
 
 class Page(HTMLParser):
-    """The elements of a page, the text of each section, and the page's data."""
+    """Parses a page: its elements, the text of each section, and its data."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -84,7 +89,7 @@ class Page(HTMLParser):
         self.inside = ""
 
 
-def test_every_section_stands_with_its_heading_and_how_to_read_it(findings):
+def test_every_section_has_a_heading_and_an_explanation(findings):
     page = Page(render(findings))
     assert list(page.sections) == list(SECTIONS)
     for name in SECTIONS.keys() - {"glance", "glossary"}:
@@ -110,7 +115,7 @@ def test_the_figures_shown_are_those_of_the_statistics(findings):
     assert not [one for one in points if one["name"] == "left thinking"]
 
 
-def test_published_rows_are_told_apart_by_a_word_and_a_style(findings):
+def test_published_rows_are_marked_by_a_word_and_a_style(findings):
     page = Page(render(findings))
     rows = [
         attributes for tag, attributes in page.tags if tag == "tr" and "data-source" in attributes
@@ -134,7 +139,7 @@ def test_a_published_mean_over_other_datasets_is_not_shown_beside_ours(findings)
             assert average is None or set(average.datasets) <= {name for name, *_ in DATASETS}
 
 
-def test_slices_are_read_back_as_they_were(findings):
+def test_slices_survive_the_encoding_of_the_page(findings):
     data = Page(render(findings)).data["slices"]
     for system, table in findings.slices.items():
         for row, one in zip(data["systems"][system], table, strict=True):
@@ -170,7 +175,7 @@ def test_a_chart_has_only_means_over_the_same_datasets(tmp_path):
     assert {one["group"] for one in points if one["name"] == SOME[0]} >= {"literary", "overall"}
 
 
-def test_data_is_escaped_wherever_it_stands(tmp_path):
+def test_data_is_escaped_everywhere(tmp_path):
     make_study(tmp_path, nasty=True, systems=(SOME[0], "Frontier A <b>"))
     html = render(found(tmp_path))
     page = Page(html)
@@ -192,13 +197,13 @@ def test_data_is_escaped_wherever_it_stands(tmp_path):
 @pytest.mark.parametrize(
     "text", ["</script><script>alert(1)</script>", "<!--", "&lt;", "\u2028\u2029", '"', "\u202eמ"]
 )
-def test_data_in_the_script_element_is_read_back_as_it_was(text):
+def test_data_in_the_script_element_survives(text):
     written = json_text({text: text})
     assert json.loads(written) == {text: text}
     assert not set(written) & set("<>&\u2028\u2029")
 
 
-def test_a_page_asks_the_network_for_nothing(findings):
+def test_a_page_makes_no_network_request(findings):
     html = render(findings)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', html)[1]
     assert (
@@ -235,7 +240,7 @@ def _examples(folder: Path, dataset: str) -> list[Example]:
     return list(read_record(folder).examples[dataset].values())
 
 
-def test_disagreements_are_such_limited_and_counted(findings):
+def test_disagreements_are_limited_and_counted(findings):
     shown = findings.disagreements
     assert shown.model == SOME[0]
     for (dataset, frontier), (every, count) in shown.counts.items():
@@ -261,7 +266,7 @@ def test_disagreements_are_such_limited_and_counted(findings):
     ],
     ids=["apart", "nested", "crossing"],
 )
-def test_entities_are_marked_where_they_stand(head, tail, expected):
+def test_entities_are_marked_in_the_text(head, tail, expected):
     text = "Ann met Bob."
     example = Example(
         "1",
@@ -277,7 +282,7 @@ def test_entities_are_marked_where_they_stand(head, tail, expected):
     assert [one for one in segments(example) if one[0]] == expected
 
 
-def test_a_large_label_set_is_gathered_and_no_answer_is_lost(tmp_path):
+def test_rare_labels_share_a_row_and_no_answer_is_lost(tmp_path):
     record = make_study(tmp_path, systems=SOME[:1])
     labels = (*record.datasets[0].labels, *(f"label {number:03}" for number in range(60)))
     write_record(
@@ -311,10 +316,10 @@ def test_a_study_that_lacks_something_says_so(tmp_path, systems):
         in page.sections["prompts"]
     )
     if not findings.measured or findings.measured[0].name == "left thinking":
-        draw_figures(findings, tmp_path / "figures")  # of nothing, or of nothing that has a mean
+        draw_figures(findings, tmp_path / "figures")  # without data, or without a mean
 
 
-def test_a_system_that_was_not_asked_everywhere_is_no_obstacle(tmp_path):
+def test_systems_without_answers_on_a_dataset_are_reported(tmp_path):
     record = make_study(tmp_path, systems=SOME[:2])
     first, second = record.systems
     partial = dataclasses.replace(second, predictions={"facts": second.predictions["facts"]})
@@ -325,7 +330,7 @@ def test_a_system_that_was_not_asked_everywhere_is_no_obstacle(tmp_path):
     assert "No frontier model has a mean over 3 datasets." in page.sections["glance"]
 
 
-def test_what_is_no_fair_comparison_has_no_star_and_no_rank(tmp_path):
+def test_figures_that_do_not_compare_have_no_star_and_no_rank(tmp_path):
     """Cached answers, all of them right, but on one dataset in common labels and on another to a
     few of the examples.
     """
@@ -421,10 +426,33 @@ def test_a_gold_label_that_the_schema_lacks_is_a_row_of_the_confusion(tmp_path):
     assert [one for one in findings.slices[SOME[0]] if one.name == gold and one.n]
 
 
-def test_the_number_of_comparisons_told_is_that_of_those_tested(findings):
+def test_the_summary_counts_only_tested_comparisons(findings):
     glance = Page(render(findings)).sections["glance"]
     # One tuned system has broken answers: its four rows are tested and corrected for nothing.
     assert len(findings.comparisons) == 12 and "Holm's correction for 8 comparisons" in glance
+
+
+@pytest.mark.parametrize("wins", [True, False])
+def test_the_summary_names_best_baseline_and_best_fine_tuned_system_whichever_wins(tmp_path, wins):
+    make_study(tmp_path, systems=("SmolLM2-360M MixTune 2-shot", "always author_of"))
+    findings = found(tmp_path)
+    names = {row.kind: row.name for row in findings.measured}
+    if not wins:  # each has the answers of the other
+        kinds = {"tuned": "baseline", "baseline": "tuned"}
+        rows = tuple(
+            dataclasses.replace(row, kind=kinds.get(row.kind, row.kind))
+            for row in findings.headline.rows
+        )
+        headline = dataclasses.replace(findings.headline, rows=rows)
+        findings = dataclasses.replace(findings, headline=headline)
+        names = {kinds[kind]: name for kind, name in names.items()}
+    means = {row.name: row.averages[OVERALL].value for row in findings.measured}
+    apart = abs(means[names["tuned"]] - means[names["baseline"]])
+    glance = at_a_glance(findings)
+    assert glance[0].startswith(f"The best fine-tuned system is {names['tuned']}: mean F1")
+    assert glance[1].startswith(f"The best simple baseline is {names['baseline']}: mean F1")
+    which = "above" if wins else "below"
+    assert f"The best fine-tuned system is {apart:.3f} {which} the best simple baseline." in glance
 
 
 def test_figures_are_drawn_as_png_and_pdf(findings, tmp_path):
@@ -454,8 +482,8 @@ def test_figures_are_drawn_as_png_and_pdf(findings, tmp_path):
         (None, None, None, "not comparable"),
     ],
 )
-def test_a_verdict_goes_by_the_corrected_p_value(difference, p, p_holm, said):
-    from jaxre.evaluation.study_contrasts import Difference
+def test_a_verdict_uses_the_corrected_p_value(difference, p, p_holm, said):
+    from jaxre.evaluation.report.contrasts import Difference
 
     assert (
         verdict(
@@ -467,7 +495,7 @@ def test_a_verdict_goes_by_the_corrected_p_value(difference, p, p_holm, said):
 
 def test_the_command_writes_the_page_and_says_what_not_to_publish(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "jaxre.evaluation.report.measure", lambda record: measure(record, resamples=RESAMPLES)
+        "jaxre.evaluation.report.write.measure", lambda record: measure(record, resamples=RESAMPLES)
     )
     output = tmp_path / "deep" / "page.html"
     result = CliRunner().invoke(cli.app, ["report", str(folder), "--output", str(output)])
@@ -488,11 +516,9 @@ def test_the_command_writes_the_page_and_says_what_not_to_publish(folder, tmp_pa
     assert result.exit_code == 0 and "do not publish" not in result.output
 
 
-def test_a_place_that_cannot_be_written_and_a_folder_that_is_no_study_are_refused(
-    folder, tmp_path, monkeypatch
-):
+def test_unwritable_paths_and_folders_without_a_study_are_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "jaxre.evaluation.report.measure", lambda record: measure(record, resamples=RESAMPLES)
+        "jaxre.evaluation.report.write.measure", lambda record: measure(record, resamples=RESAMPLES)
     )
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="cannot be written"):

@@ -11,10 +11,10 @@ import pytest
 from browser import Browser
 from made_study import NASTY, make_study
 
-from jaxre.evaluation.report_data import collect
-from jaxre.evaluation.report_page import SECTIONS, render
-from jaxre.evaluation.study_record import read_record
-from jaxre.evaluation.study_scores import measure
+from jaxre.evaluation.report.findings import collect
+from jaxre.evaluation.report.page import SECTIONS, render
+from jaxre.evaluation.report.record import read_record
+from jaxre.evaluation.report.study_scores import measure
 
 SYSTEMS = (
     "SmolLM2-360M MixTune 2-shot",
@@ -49,7 +49,7 @@ def opened(browser, page) -> Browser:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, False), (390, True)])
-def test_nothing_is_wrong_and_nothing_is_asked_for(browser, page, width, dark):
+def test_no_error_and_no_request(browser, page, width, dark):
     browser.open(page, width=width, dark=dark)
     assert browser.problems == [] and browser.requests == []
     assert browser.run("document.documentElement.scrollWidth") == width

@@ -1,12 +1,12 @@
-"""The table and the pictures show each system, say when ours loses, and survive awkward input."""
+"""Table and pictures show each system, mark when ours loses, and accept unusual input."""
 
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
 from jaxre.errors import InputError
-from jaxre.evaluation.metrics import confusion_matrix, score
-from jaxre.evaluation.run_report import System, draw_report, summary_table
+from jaxre.evaluation.metrics.scores import confusion_matrix, score
+from jaxre.evaluation.report.run_report import System, draw_report, summary_table
 
 GOOD, BAD = score(["a", "b"], ["a", "b"]), score(["a", "b"], ["a", "a"])
 
@@ -17,7 +17,7 @@ def printed(table):
     return console.export_text()
 
 
-def test_a_result_below_a_baseline_is_said_to_be_so():
+def test_a_result_below_a_baseline_is_marked():
     text = printed(
         summary_table(
             [System("[red]majority", GOOD, note="on train"), System("tuned", BAD, ours=True)]

@@ -1,4 +1,4 @@
-"""Bootstrap and McNemar: against a plain resampling loop, scipy, and known cases."""
+"""Bootstrap and McNemar against a plain resampling loop, scipy, and known cases."""
 
 import itertools
 import time
@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from jaxre.errors import InputError
-from jaxre.evaluation.metrics import score
-from jaxre.evaluation.significance import (
+from jaxre.evaluation.metrics.scores import score
+from jaxre.evaluation.metrics.significance import (
     bootstrap_f1,
     clustered,
     difference_of,
@@ -159,7 +159,7 @@ def test_systems_resampled_together_share_their_draws():
     assert np.corrcoef(both.drawn[:, 0], both.drawn[:, 2])[0, 1] > 0.5
 
 
-def test_very_many_systems_and_chunks_of_resamples_are_resampled_alike():
+def test_many_systems_and_chunks_of_resamples_have_the_same_distribution():
     draw = np.random.default_rng(0)
     # 3 ** 90 is no int64, and each example is a kind of its own
     above = draw.integers(0, 3, (1000, 45))

@@ -1,4 +1,4 @@
-"""Slices: what an average hides is found, and what is too small is not judged."""
+"""Slices show holes that an average hides; small slices are not judged."""
 
 import dataclasses
 import json
@@ -7,9 +7,9 @@ import pytest
 from sklearn.metrics import f1_score
 from tiny_study import LABELS, study
 
-from jaxre.evaluation.attributes import attributes_of
-from jaxre.evaluation.slices import slices
-from jaxre.evaluation.study_scores import measure
+from jaxre.evaluation.metrics.attributes import attributes_of
+from jaxre.evaluation.report.slices import slices
+from jaxre.evaluation.report.study_scores import measure
 from jaxre.relations.schema import Example
 
 DATASETS = {"one": "general", "tale": "literary"}

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxre.errors import InputError
-from jaxre.evaluation.metrics import score
-from jaxre.evaluation.strata import RIGHT, STRATA, error_strata, near, strata_of
+from jaxre.evaluation.metrics.scores import score
+from jaxre.evaluation.metrics.strata import RIGHT, STRATA, error_strata, near, strata_of
 from jaxre.relations.schema import NEGATIVES, normalise_label
 from jaxre.relations.semeval import LABELS as SEMEVAL
 
@@ -92,7 +92,7 @@ def test_run_on_answers_are_counted_out_of_schema():
         (("part one", "part two", "lake", "sea", "hill"), "part one", "part two", True),
     ],
 )
-def test_near_neighbours_are_told_by_name(schema, first, second, close):
+def test_near_neighbours_have_similar_names(schema, first, second, close):
     assert near(schema)(first, second) is near(schema)(second, first) is close
 
 

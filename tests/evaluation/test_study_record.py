@@ -1,4 +1,4 @@
-"""A study's record: what is written is read, and what is no record is said to be none."""
+"""A study's record is read back; other files are refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from jaxre.errors import InputError
 from jaxre.evaluation.predictions import Prediction, write_predictions
-from jaxre.evaluation.study_record import (
+from jaxre.evaluation.report.record import (
     RecordedDataset,
     RecordedSystem,
     StudyRecord,
@@ -49,7 +49,7 @@ def record(folder) -> StudyRecord:
     )
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_a_written_record_is_read_back(tmp_path):
     written = record(tmp_path)
     write_record(written)
     read = read_record(tmp_path)
@@ -62,7 +62,7 @@ def test_what_is_written_is_read(tmp_path):
 @pytest.mark.parametrize(
     "spoil", [lambda tree: tree.pop("systems"), lambda tree: tree["systems"][0].update(kind="else")]
 )
-def test_refuses_what_is_no_record(tmp_path, spoil):
+def test_files_that_are_not_a_record_are_refused(tmp_path, spoil):
     path = write_record(record(tmp_path))
     tree = json.loads(path.read_text())
     spoil(tree)
@@ -71,6 +71,6 @@ def test_refuses_what_is_no_record(tmp_path, spoil):
         read_record(tmp_path)
 
 
-def test_names_what_is_missing(tmp_path):
+def test_a_missing_record_is_named(tmp_path):
     with pytest.raises(InputError, match=r"no study\.json"):
         read_record(tmp_path)

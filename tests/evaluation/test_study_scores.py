@@ -1,4 +1,4 @@
-"""Cells and averages of a study; among them the study's own mistakes, which no average may hide."""
+"""Cells and averages of a study, with faults like those of the published study."""
 
 import dataclasses
 import json
@@ -10,9 +10,9 @@ from tiny_study import LABELS, study
 
 from jaxre.errors import InputError
 from jaxre.evaluation.predictions import Prediction, write_predictions
-from jaxre.evaluation.study_record import write_examples
-from jaxre.evaluation.study_scores import OVERALL, measure
-from jaxre.evaluation.study_tables import headline
+from jaxre.evaluation.report.record import write_examples
+from jaxre.evaluation.report.study_scores import OVERALL, measure
+from jaxre.evaluation.report.tables import headline
 
 DATASETS = {"one": "general", "two": "general", "tale": "literary"}
 
@@ -44,7 +44,7 @@ def test_cells_and_averages_equal_scikit_learn(tmp_path):
     }
 
 
-def test_a_system_that_only_thinks_is_flagged_and_not_averaged(tmp_path):
+def test_answers_that_are_only_thinking_are_flagged_and_not_averaged(tmp_path):
     scores = measured(
         tmp_path, good={}, thinking={"answer": lambda one: f"<think>\nOkay, {one.relation}"}
     )
@@ -85,7 +85,7 @@ def half(one):
             {"answer": lambda one: "lives in", "enumerated": False},
             "out of schema: 100%",
             False,
-        ),  # it was not told the labels
+        ),  # its prompts did not list the labels
         (
             {"answer": lambda one: one.relation if int(one.id[-1]) < 2 else "lives in"},
             "out of schema: 80%",
@@ -105,7 +105,7 @@ def fewer(share):
     return lambda one: one.relation if int(one.id.rpartition("/")[2]) < 200 * share else None
 
 
-def test_what_is_scored_with_common_labels_or_on_a_part_of_the_examples_is_in_no_mean(tmp_path):
+def test_cells_with_common_labels_or_a_part_of_the_examples_are_in_no_mean(tmp_path):
     place = {
         "born in": "born in",
         "works for": "works for",
@@ -264,7 +264,7 @@ def test_the_order_of_systems_and_datasets_changes_no_interval(tmp_path):
     json.dumps(first.average("good", OVERALL).to_json(), allow_nan=False)
 
 
-def test_the_official_score_of_semeval_stands_in_its_cell_alone(tmp_path):
+def test_only_the_cell_of_semeval_has_the_official_score(tmp_path):
     labels = ("Cause-Effect(e1,e2)", "Cause-Effect(e2,e1)", "Message-Topic(e1,e2)", "Other")
     scores = measure(
         study(

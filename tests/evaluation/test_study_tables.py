@@ -11,19 +11,19 @@ from scipy import stats
 from tiny_study import LABELS, study
 
 from jaxre.errors import InputError
-from jaxre.evaluation import prompt_effects
-from jaxre.evaluation.metrics import score
-from jaxre.evaluation.prompt_effects import prompt_sensitivity, style_factors
-from jaxre.evaluation.significance import holm, mcnemar, paired_bootstrap
-from jaxre.evaluation.slices import slices
-from jaxre.evaluation.study_contrasts import (
+from jaxre.evaluation.metrics.scores import score
+from jaxre.evaluation.metrics.significance import holm, mcnemar, paired_bootstrap
+from jaxre.evaluation.report import prompt_effects
+from jaxre.evaluation.report.contrasts import (
     cross_domain,
     enumerated_effect,
     matched_shots,
     planned_comparisons,
 )
-from jaxre.evaluation.study_scores import OVERALL, measure
-from jaxre.evaluation.study_tables import IN_BOTH, footprint, headline, labels_effect, scaling
+from jaxre.evaluation.report.prompt_effects import prompt_sensitivity, style_factors
+from jaxre.evaluation.report.slices import slices
+from jaxre.evaluation.report.study_scores import OVERALL, measure
+from jaxre.evaluation.report.tables import IN_BOTH, footprint, headline, labels_effect, scaling
 
 DATASETS = {"gids": "general", "conll04": "general", "pg_fiction": "literary"}
 THINKS = {"answer": lambda one: "<think>"}
@@ -37,7 +37,7 @@ def as_json(table):
     return [json.loads(json.dumps(row.to_json(), allow_nan=False)) for row in table]
 
 
-def test_published_rows_stand_beside_measured_ones_and_apart_from_them(tmp_path):
+def test_published_rows_follow_measured_rows_and_are_marked(tmp_path):
     scores = measured(tmp_path, {**DATASETS, "facts": "general"}, ours={})
     table = headline(scores)
     assert (
@@ -64,7 +64,7 @@ def test_published_rows_stand_beside_measured_ones_and_apart_from_them(tmp_path)
     )
 
 
-def test_published_runs_that_failed_are_shown_and_not_averaged(tmp_path):
+def test_failed_published_runs_are_shown_and_not_averaged(tmp_path):
     rows = {row.name: row for row in headline(measured(tmp_path, ours={})).rows}
     failed = rows["SmolLM3-3B MixTune 0-shot"]
     assert failed.cells["gids"].f1 == 0 and failed.cells["gids"].broken
@@ -73,7 +73,7 @@ def test_published_runs_that_failed_are_shown_and_not_averaged(tmp_path):
     )
 
 
-def test_comparisons_are_those_of_the_plain_tests_and_corrected_over_the_table(tmp_path):
+def test_comparisons_equal_the_plain_tests_and_are_corrected_over_the_table(tmp_path):
     frontier = {"kind": "frontier", "right": 0.6}
     scores = measured(
         tmp_path,
@@ -157,7 +157,7 @@ def test_systems_are_compared_on_the_examples_that_both_answered(tmp_path):
     assert "gpt, gids: incomplete: 50 of 200 examples are answered" in row.flags
 
 
-def test_answers_in_common_labels_are_compared_in_these_and_in_no_overall_row(tmp_path):
+def test_answers_in_common_labels_are_compared_in_these_and_not_overall(tmp_path):
     place = {
         "born in": "born in",
         "works for": "works for",
@@ -194,7 +194,7 @@ def test_answers_in_common_labels_are_compared_in_these_and_in_no_overall_row(tm
     )
 
 
-def test_a_study_that_only_asks_without_listing_labels_compares_these(tmp_path):
+def test_a_study_with_generic_prompts_only_compares_these(tmp_path):
     generic = {"enumerated": False, "train_shots": 0, "prompt_shots": 0}
     frontier = {"kind": "frontier", "right": 0.6}
     scores = measured(tmp_path, a=generic, more={**generic, "prompt_shots": 2}, gpt=frontier)
@@ -248,7 +248,7 @@ def test_each_contrast_pairs_systems_that_differ_in_one_thing(tmp_path):
     as_json([*generic, *across])
 
 
-def test_what_a_system_was_not_trained_on_is_in_no_mean_test_or_fit_with_what_it_was(tmp_path):
+def test_datasets_without_training_are_not_mixed_with_trained_ones(tmp_path):
     def answer(one):
         return one.relation if one.dataset != "pg_fiction" or int(one.id[-1]) < 3 else "none"
 
@@ -439,7 +439,7 @@ def test_main_effects_of_the_eight_styles(tmp_path):
         ),
     ],
 )
-def test_styles_that_give_no_main_effect_say_why(tmp_path, systems, problem):
+def test_styles_without_main_effects_have_a_reason(tmp_path, systems, problem):
     (table,) = prompt_sensitivity(measured(tmp_path, resamples=20, **systems))
     assert problem in table.problem and table.effects == ()
     assert (table.spread is None) == (len(systems) == 1 or "same" in problem)

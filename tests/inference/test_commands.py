@@ -160,3 +160,27 @@ def test_a_single_answer_is_shown_with_its_own_probability(
         ["0.6065"],
     ]
     assert "--mode score" in table.caption
+
+
+def test_a_bound_is_shown_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        json.dumps(
+            run_on(tmp_path).model_dump(mode="json", exclude_unset=True)
+            | {"model": {"path": "facts-base"}}
+        )
+    )
+    row = Prediction(
+        "text", "", "met", score=-0.1, probabilities={"met": 0.9}, bounds={"saw": 0.01, "no": 0.05}
+    )
+    monkeypatch.setattr(commands, "open_model", lambda *given: Loaded(tmp_path, "m", None, {}))
+    monkeypatch.setattr(
+        commands, "predict_examples", lambda *given, above, **more: [row][: above > 0]
+    )
+    text = "<e1>Ada</e1> saw <e2>Bob</e2>."
+    table = commands.predict_text("facts-base", text, "score", config, above=0.1)
+    assert [[str(cell) for cell in column.cells] for column in table.columns] == [
+        ["met", "no", "saw"],
+        ["0.9000", "at most 0.05", "at most 0.01"],
+    ]
+    assert "not shares of their sum" in table.caption

@@ -135,7 +135,7 @@ def test_few_compilations_whatever_the_lengths(models):
     prompts = some_prompts(range(1, 300, 11))
     before = fill._cache_size(), decode_until._cache_size()
     counts = []
-    decode(model, prompts, {3}, 5, batch_tokens=1024, settled=counts.append)
+    decode(model, prompts, {3}, 5, batch_tokens=1024, on_results=counts.append)
     assert sum(map(len, counts)) == len(prompts) and len(counts) > 3
     assert max(fill._cache_size() - before[0], decode_until._cache_size() - before[1]) <= 3
     after = fill._cache_size(), decode_until._cache_size()

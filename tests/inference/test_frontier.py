@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from refusals import refusal
 
 from jaxre.config import Prompt, Source, check_config
-from jaxre.evaluation import frontier_requests
 from jaxre.evaluation.compare import compare_files
-from jaxre.evaluation.frontier_requests import (
+from jaxre.evaluation.frontier import requests as frontier_requests
+from jaxre.evaluation.frontier.requests import (
     Ask,
     Limits,
     build_manifest,
@@ -520,16 +520,16 @@ def test_labels_from_the_test_split_are_said(config, tmp_path):
     written = exported(flagged, tmp_path, "openai")
     assert [
         line
-        for line in written.told
+        for line in written.notices
         if line.startswith("LABELS FROM THE TEST SPLIT: those of test")
     ]
     done = import_results(
         written.manifest, answer_files("openai", written.files, tmp_path, model), tmp_path / "cache"
     )
-    assert set(written.told) <= set(
+    assert set(written.notices) <= set(
         check_file(done.path, flagged, None, None, None, None, 0.7).notes
     )
-    assert exported(config, tmp_path / "plain", "openai").told == ()
+    assert exported(config, tmp_path / "plain", "openai").notices == ()
 
 
 def test_an_import_is_compared_and_checked(config, tmp_path):

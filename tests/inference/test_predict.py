@@ -104,6 +104,40 @@ def test_the_best_label_alone_is_that_of_all_scores(loaded):
     )
 
 
+def test_labels_above_a_probability_have_it_and_the_others_a_bound(loaded, tmp_path):
+    """This model writes no label with more than 0.1: only the best is sure to be exact."""
+    every = predict_examples(loaded, EXAMPLES, LABELS, Prompt(), SETTINGS)
+    rows = predict_examples(loaded, EXAMPLES, LABELS, Prompt(), SETTINGS, above=0.1)
+    for whole, row in zip(every, rows, strict=True):
+        assert row.generated_relation == whole.generated_relation in row.probabilities
+        assert sorted([*row.probabilities, *row.bounds]) == sorted(LABELS) and row.bounds
+        assert math.isclose(row.probabilities[row.generated_relation], math.exp(row.score))
+        for label, share in whole.probabilities.items():
+            # a share of the sum over the labels -> the probability of writing the label
+            written = math.exp(whole.score) * share / whole.probabilities[whole.generated_relation]
+            if label in row.bounds:
+                assert written <= row.bounds[label] * (1 + 1e-4) and row.bounds[label] <= 0.1
+            else:
+                assert math.isclose(row.probabilities[label], written, rel_tol=1e-4)
+    write_predictions(tmp_path / "some", rows)
+    assert (
+        rows
+        == read_predictions(tmp_path / "some.csv")
+        == read_predictions(tmp_path / "some.parquet")
+    )
+
+
+@pytest.mark.parametrize("above", [0.0, 1.0, -0.5, math.nan])
+def test_a_threshold_that_is_no_probability_is_refused(loaded, above):
+    with pytest.raises(InputError, match="between 0 and 1"):
+        predict_examples(loaded, EXAMPLES, LABELS, Prompt(), SETTINGS, above=above)
+
+
+def test_a_threshold_goes_with_scores_alone(loaded):
+    with pytest.raises(InputError, match="use --mode score"):
+        predict_examples(loaded, EXAMPLES, LABELS, Prompt(), SETTINGS, mode="best", above=0.1)
+
+
 def test_generated_rows_hold_the_cleaned_greedy_text(loaded):
     rows = predict_examples(loaded, EXAMPLES, LABELS, Prompt(), SETTINGS, mode="generate")
     template = ChatTemplate(load_tokenizer(loaded.folder), "2026-01-01", "test")

@@ -233,7 +233,7 @@ def test_progress_counts_every_example(models):
         model.architecture,
         batch_tokens=512,
     )
-    run_scoring(model, plan, settled=counts.append)
+    run_scoring(model, plan, on_results=counts.append)
     assert sum(map(len, counts)) == 20 and len(counts) == len(plan.batches) > 1
     assert f"{len(plan.batches)} batches" in str(plan) and 0 <= plan.pad_share < 1
 

@@ -12,7 +12,7 @@ from jaxre.errors import InputError
 from jaxre.inference import search
 from jaxre.inference.prefix import shared_prefixes
 from jaxre.inference.scoring import score_labels
-from jaxre.inference.search import Branches, Search, best_labels
+from jaxre.inference.search import Branches, Search, best_labels, labels_above
 from jaxre.inference.trees import answer_tree
 
 V, END = 97, 96
@@ -36,7 +36,7 @@ def some_prompts(shared, lengths, seed=0):
 def check(model, prompts, labels, **settings):
     done = []
     best, scores = best_labels(
-        model, prompts, [labels] * len(prompts), **settings, settled=done.append
+        model, prompts, [labels] * len(prompts), **settings, on_results=done.append
     )
     truth = score_labels(model, prompts, [labels] * len(prompts))
     assert best.tolist() == truth.argmax(axis=1).tolist()
@@ -102,6 +102,33 @@ def test_of_equal_scores_the_first_label_is_the_best(models):
         assert set(best.tolist()) == {next(place for place, number in enumerate(order) if number)}
 
 
+@pytest.mark.parametrize("columns", [64, 3], ids=["search", "search or all scores"])
+@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
+def test_labels_above_a_probability_are_exact_and_the_others_bounded(
+    models, monkeypatch, kind, columns
+):
+    """Against transformers, one label at a time; thresholds from all labels to the best alone."""
+    monkeypatch.setattr(search, "COLUMNS", columns)
+    model = models.random_model(V, adapter=True, kind=kind)
+    prompts, answers = some_prompts(70, [1, 9, 30, 12]), [random_labels(12, 5)] * 4
+    truth = models.brute_force(models.in_transformers(model), prompts, answers)
+    counts = []
+    for probability in (1e-25, 1e-9, 1e-4, 0.9):
+        parts = []
+        scores, exact = labels_above(model, prompts, answers, probability, on_results=parts.append)
+        assert scores.shape == exact.shape == truth.shape
+        np.testing.assert_allclose(scores[exact], truth[exact], atol=1e-4)
+        assert (scores[~exact] > truth[~exact] - 1e-4).all()
+        assert (scores[~exact] <= np.log(probability)).all()
+        assert exact[truth > np.log(probability) + 1e-4].all()
+        best = np.where(exact, scores, -np.inf).argmax(axis=1)
+        assert best.tolist() == truth.argmax(axis=1).tolist()
+        assert sorted(example for part in parts for example in part) == [0, 1, 2, 3]
+        counts.append(int(exact.sum()))
+    assert counts[0] == truth.size and counts == sorted(counts, reverse=True)
+    assert counts[-1] < truth.size or columns == 3
+
+
 def test_few_nodes_are_read_where_the_model_is_sure(models, monkeypatch):
     """A label that the model is sure of takes as many steps as it has tokens, not as many as the
     tree has nodes.
@@ -154,7 +181,7 @@ def test_what_is_settled_is_not_kept(models, monkeypatch):
         prompts,
         [labels] * len(prompts),
         batch_tokens=256,
-        settled=lambda done: at_once.append(sum(one() is not None for one in begun)),
+        on_results=lambda done: at_once.append(sum(one() is not None for one in begun)),
     )
     assert len(begun) == len(prompts) and max(at_once) < len(prompts) / 2
 

@@ -1,4 +1,4 @@
-"""What every test of a kernel has around it."""
+"""Fixtures of every kernel test."""
 
 from __future__ import annotations
 

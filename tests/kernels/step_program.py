@@ -22,11 +22,11 @@ from jaxre_kernels.nf4 import forms as nf4_forms
 
 from jaxre.config import check_config
 from jaxre.data.packing import RowShape
+from jaxre.models import sharding
 from jaxre.models.architecture import architecture_of
 from jaxre.models.lora import init_adapter
 from jaxre.models.quantised import is_nf4
 from jaxre.models.weights import places, tree_of
-from jaxre.training import sharding
 from jaxre.training.compilation import compile_update
 from jaxre.training.initial import Initial, stored_for_kernels
 from jaxre.training.kernels import ops_of
@@ -77,7 +77,7 @@ def devices_of(target: str) -> list:
 
 
 def initial_of(config, architecture, optimiser, mesh) -> Initial:
-    """What `initial_state` gives for a LoRA run, as shapes with shardings."""
+    """The result of `initial_state` for a LoRA run, as shapes with shardings."""
     base = tree_of(
         (path, weight_of(weight, shape, config.model.quantise))
         for weight, path, shape, _ in places(architecture)

@@ -106,7 +106,7 @@ def memory(rows, length, heads, kv_heads, channels, both_ways=False):
 
 
 def compiled(folder: Path, device: Device, *shape) -> dict[str, Kernel]:
-    """What the compiler says of each kernel."""
+    """The compiler's report on each kernel."""
     architecture = f"sm_{device.major}{device.minor}"
     _, kernels = gpu_compilation.compiled(
         folder, PROGRAM, *shape, target=device.told(), architecture=architecture

@@ -1,8 +1,7 @@
-"""What the tests of kernels rely on: the interpreters find a race, a read behind an array and
-memory that was never written.
+"""The interpreters detect a race, a read behind an array and memory that was never written.
 
-Each kernel here has one such fault. Were it not found, tests that run kernels under `STRICT` and
-`strict` would show nothing of it.
+Each kernel here has one such fault. If it went undetected, tests that run kernels under `STRICT`
+and `strict` would not reveal such faults either.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def mask(
 
 
 def sigmas(share: float, expected: float, count: int) -> float:
-    """How many standard deviations of `count` fair draws a share is from what is expected."""
+    """Distance of a share from its expectation, in standard deviations of `count` fair draws."""
     return abs(share - expected) / np.sqrt(expected * (1 - expected) / count)
 
 

@@ -25,8 +25,8 @@ LLAMA = {
 }
 
 
-def test_silent_fields_mean_what_the_model_type_means():
-    """SmolLM3-3B's published config.json does not say that its head is tied."""
+def test_omitted_fields_have_the_defaults_of_the_model_type():
+    """The published config.json of SmolLM3-3B omits that its head is tied."""
     families = [
         architecture_of({**LLAMA, "num_key_value_heads": 4, "model_type": kind}, "test")
         for kind in ("llama", "qwen2", "qwen3", "smollm3")
@@ -78,8 +78,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     ],
 )
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_rope_fields_mean_what_they_mean_to_transformers(kind, fields, tmp_path):
-    """Old and new names, beside each other, and lengths that are said twice or not at all."""
+def test_rope_fields_are_read_as_in_transformers(kind, fields, tmp_path):
+    """Old and new names together, and lengths that are given twice or not at all."""
     ground_truth("torch")
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -90,8 +90,8 @@ def test_rope_fields_mean_what_they_mean_to_transformers(kind, fields, tmp_path)
     np.testing.assert_array_equal(rotary_frequencies(read_architecture(tmp_path)), theirs)
 
 
-def test_key_heads_are_said_where_the_class_has_a_number_of_its_own():
-    """Qwen2Config without the field means 32, whatever the model."""
+def test_key_heads_are_required_where_the_class_has_another_default():
+    """Qwen2Config defaults to 32 for any model."""
     with pytest.raises(InputError, match="num_key_value_heads is missing"):
         architecture_of({**LLAMA, "model_type": "qwen2"}, "test")
 
@@ -133,7 +133,7 @@ def test_key_heads_are_said_where_the_class_has_a_number_of_its_own():
         ),
     ],
 )
-def test_what_we_cannot_run_is_refused_by_name(change, message):
+def test_an_unsupported_feature_is_refused_by_name(change, message):
     with pytest.raises(InputError, match=r"^test: ") as error:
         architecture_of({**LLAMA, **change}, "test")
     assert message in str(error.value) and "\n" not in str(error.value)
@@ -240,8 +240,8 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
         },
     ],
 )
-def test_gemma3_fields_mean_what_they_mean_to_transformers(fields, tmp_path):
-    """As published and as transformers 5 writes it again; a field that is not there too."""
+def test_gemma3_fields_are_read_as_in_transformers(fields, tmp_path):
+    """As published, as transformers 5 rewrites it, and with fields left out."""
     ground_truth("torch")
     from transformers import AutoConfig
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
@@ -292,7 +292,7 @@ def test_gemma3_fields_mean_what_they_mean_to_transformers(fields, tmp_path):
         ),
     ],
 )
-def test_what_we_cannot_run_of_gemma3_is_refused_by_name(change, message):
+def test_an_unsupported_feature_of_gemma3_is_refused_by_name(change, message):
     with pytest.raises(InputError, match=r"^test: ") as error:
         architecture_of({**GEMMA3_270M, **change}, "test")
     assert message in str(error.value) and "\n" not in str(error.value)

@@ -101,7 +101,7 @@ def products_of(text: str) -> list[tuple[str, str, str]]:
 
 
 def compiled_products(text: str) -> set[tuple[str, str, str]]:
-    """The same of compiled HLO."""
+    """(operand, operand, result) dtypes of the products in compiled HLO."""
     found = set()
     for computation in re.split(r"\n(?=%|ENTRY)", text):
         dtypes = dict(re.findall(r"%([\w.\-]+) = (\w+)\[", computation))
@@ -113,7 +113,7 @@ def compiled_products(text: str) -> set[tuple[str, str, str]]:
 
 
 def test_products_are_lowered_with_bf16_operands_and_f32_results(model):
-    """All that multiply a weight; sums over tokens are f32, XLA for CPUs has no others."""
+    """Every product with a weight; sums over tokens are f32, as XLA for CPUs has no others."""
     architecture, params, factors, tokens = model
     lowered = jax.jit(jax.grad(partial(loss_of, architecture, tokens), argnums=1)).lower(
         halved(params, "cpu"), factors

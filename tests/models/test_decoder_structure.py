@@ -1,4 +1,4 @@
-"""What the forward pass promises of itself: packing, shared prefixes, scanning, chosen positions,
+"""Promises of the forward pass: packing, shared prefixes, scanning, chosen positions,
 one definition under NNX.
 """
 
@@ -166,11 +166,10 @@ def test_where_attention_looks_changes_no_hidden_state_and_no_gradient(kind):
 @KINDS
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_layers_keep_for_the_backward_pass_only_what_it_needs(dtype, kind):
-    """Of each token: two hidden states and their norms, q, k, v, attention's output, three arrays
-    of the MLP, and narrow ones.
+    """For each token: two hidden states and their norms, q, k, v, the output of attention, three
+    arrays of the MLP, and narrow ones.
 
-    No weight is copied, no dropout mask kept, nothing in f32 that is not so by itself, and nothing
-    T x T.
+    No copy of a weight, no dropout mask, no f32 copy of a narrower array, and nothing T x T.
     """
     architecture, _ = make(4, kind)
     params = tree_of(
@@ -257,18 +256,9 @@ def test_scanned_layers_equal_unrolled(layers, kind):
                 else jax.tree.map(lambda leaf, at=layer: leaf[at], part["layers"])
                 for part in (params, factors)
             ]
-            x, _ = decoder.run_layer(
-                *parts,
-                x,
-                angles,
-                architecture.rotary[layer],
-                layer,
-                architecture,
-                attend,
-                None,
-                adapter,
-                window=architecture.layer_window(layer),
-            )
+            window = architecture.layer_window(layer)
+            one = decoder.Layer(*parts, None, layer, architecture.rotary[layer], window)
+            x, _ = decoder.run_layer(one, x, angles, architecture, attend, adapter)
         return scanned, x
 
     assert relative(*both(params, factors)) < CLOSE

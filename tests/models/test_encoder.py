@@ -124,7 +124,7 @@ def test_logits_equal_transformers_on_real_pretrained_weights():
 
 
 def test_gradients_equal_transformers(pair):
-    """Of every weight, cross-entropy of one example a row; dropout is off on both sides."""
+    """Gradients of every weight for the cross-entropy of one example a row, without dropout."""
     torch = ground_truth("torch")
     model, architecture, params = pair
     tokens, targets = tokens_of(architecture, 3, 20), np.array([0, 4, 2])
@@ -151,7 +151,7 @@ def test_gradients_equal_transformers(pair):
     ours = dict(hf_tensors(architecture, gradient(jax.tree.map(jnp.asarray, params))))
     assert set(ours) == set(theirs)
     for name, value in ours.items():
-        if "key.bias" in name:  # shifts every score of a query alike: 0 but for rounding
+        if "key.bias" in name:  # shifts all scores of a query equally: rounding
             assert max(np.abs(value).max(), np.abs(theirs[name]).max()) < 1e-5
         elif not name.endswith("word_embeddings.weight"):
             assert relative(value, theirs[name]) < PARITY, name
@@ -321,7 +321,7 @@ def test_a_described_token_starts_at_the_mean_of_its_description():
 
 
 @pytest.mark.parametrize("name", ["bert, two token types", "roberta, positions from 2"])
-def test_a_head_is_kept_for_its_own_labels_and_drawn_for_others(name):
+def test_a_head_is_reused_for_its_own_labels_and_drawn_for_others(name):
     architecture, params = random_encoder(name)
     same = for_task(architecture, params, 0, {}, LABELS, 0)
     assert same[2] == () and np.array_equal(same[1]["classifier"], params["classifier"])

@@ -221,7 +221,7 @@ def test_base_quantised_when_read_equals_the_dense_one_quantised(layout, tmp_pat
 
 
 def test_each_matrix_is_bitsandbytes_own(layout):
-    """Of every layer, in Hugging Face's orientation."""
+    """Compares every layer in Hugging Face's orientation."""
     architecture, params = load_base(layout, quantise="nf4")
     for part, layers in (
         ("layers", range(architecture.layers - 1)),

@@ -18,7 +18,7 @@ from jaxre.models.weights import places, table, tree_of
 
 @pytest.mark.slow
 def test_backward_pass_keeps_no_dense_copy_of_the_base():
-    """Beside what a step on a dense base needs, room for the matrices of a layer or two, of twelve;
+    """Beyond a step on a dense base, it needs memory for the matrices of a layer or two, of twelve;
     the quantised base is not copied.
     """
     fields = {

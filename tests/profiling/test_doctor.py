@@ -1,5 +1,5 @@
-"""`jaxre doctor` says which implementation of each op is the default here, and what was
-measured.
+"""`jaxre doctor` reports the default implementation of each op on this machine, and its
+measurement.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from jaxre_kernels.implementations import Entry
 from jaxre.profiling.doctor import diagnose
 
 
-def told() -> dict[str, str]:
+def report() -> dict[str, str]:
     names, values = diagnose().columns
     return dict(zip(names.cells, values.cells, strict=True))
 
 
-def test_doctor_tells_what_the_table_says_of_this_device(monkeypatch):
+def test_doctor_reports_the_table_of_implementations_for_this_device(monkeypatch):
     monkeypatch.setattr(implementations, "read_table", tuple)
-    before = told()
+    before = report()
     for op in ("attention", "linear cross-entropy", "fused LoRA", "NF4"):
         assert before[op].startswith("xla: ") and before[op].endswith("nothing was measured on cpu")
     entry = Entry(
@@ -32,7 +32,7 @@ def test_doctor_tells_what_the_table_says_of_this_device(monkeypatch):
         1e-6,
     )
     monkeypatch.setattr(implementations, "read_table", lambda: (entry,))
-    after = told()
+    after = report()
     assert (
         "float32, tokens 1 to 2,048: xla (block 8), measured on cpu on 2026-11-22: 1.50 x xla"
         in after["fused LoRA"]

@@ -159,7 +159,7 @@ def test_what_each_device_of_a_mesh_runs_counts_for_all_of_them() -> None:
     ["pallas_tpu", pytest.param("pallas_gpu", marks=[pytest.mark.slow, needs_interpreter])],
 )
 def test_products_that_a_kernel_hides_are_not_counted(implementation: str) -> None:
-    """The grid of one hangs on the data, the products of the other are no `dot_general`."""
+    """The TPU kernel's grid depends on the data; the GPU kernel's products are no `dot_general`."""
     q, k, v = (jax.ShapeDtypeStruct((1, 256, heads, 64), jnp.bfloat16) for heads in (4, 2, 2))
     until = jax.ShapeDtypeStruct((1, 256), jnp.int32)
 

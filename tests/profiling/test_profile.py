@@ -24,7 +24,6 @@ from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.errors import DoesNotFit
 from jaxre.profiling import profile
 from jaxre.profiling.measure import Timed
-from jaxre.profiling.prepared import members
 from jaxre.profiling.profile import (
     candidates,
     profile_folder,
@@ -33,13 +32,14 @@ from jaxre.profiling.profile import (
     sweep_table,
     verdict,
 )
+from jaxre.profiling.updates import members
 
 pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture
 def quiet(capsys: pytest.CaptureFixture) -> None:
-    """What the command prints is kept out of the report."""
+    """Keeps the command's output out of the test report."""
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +180,11 @@ def test_a_sweep_goes_on_where_rows_do_not_fit_and_keeps_nothing_of_them(
     """Refused by the compiler's figure, or out of memory when they run."""
 
     class Run(SimpleNamespace):
-        """What a weak reference can be made to."""
+        """A namespace that supports weak references."""
 
     held: list[weakref.ref] = []
 
-    def prepare(config: Config) -> Run:
+    def set_up(config: Config) -> Run:
         assert not any(run() for run in held), "two runs in memory"
         if config.train.row_length == 256:
             raise DoesNotFit("rows of 4 x 256 take 99 MiB")
@@ -199,7 +199,8 @@ def test_a_sweep_goes_on_where_rows_do_not_fit_and_keeps_nothing_of_them(
         return Timed(steps, 4.0, 400.0, run.length, 0.0, 0.0, 0.0)
 
     monkeypatch.setattr(profile, "ACCUMULATIONS", (1,))
-    monkeypatch.setattr(profile, "prepare", prepare)
+    monkeypatch.setattr(profile, "set_up", set_up)
+    monkeypatch.setattr(profile, "Updates", lambda run: run)
     monkeypatch.setattr(profile, "time_updates", time_updates)
     config = tiny_config(tmp_path, model, data={"validation": None}, train={"row_length": 512})
     tried = sweep_rows(config)

@@ -1,10 +1,10 @@
-"""The table of benchmarks: each loads by name, and what is where is counted as published."""
+"""The table of benchmarks: each loads by name, and its counts are the published ones."""
 
 import pytest
 from refusals import refusal
 
 from jaxre.config import Source
-from jaxre.evaluation.study_record import RecordedDataset
+from jaxre.evaluation.report.record import RecordedDataset
 from jaxre.relations import sources
 from jaxre.relations.benchmarks import BENCHMARKS, COPIES, ORIGINALS, open_licence
 from jaxre.relations.schema import label_counts

@@ -79,8 +79,8 @@ def test_the_label_inventory_of_test_is_the_published_one(everything, name):
 
 
 def essence(example):
-    """What both copies state: places in characters other than white space; one glues the final full
-    stop to the last word.
+    """The facts that both copies state, with places in characters other than white space; one copy
+    attaches the final full stop to the last word.
     """
 
     def squeezed(text):

@@ -1,6 +1,4 @@
-"""Hub datasets: what `datasets` loads from a folder stands in for the hub, which no test may
-reach.
-"""
+"""Hub datasets: a folder loaded by `datasets` replaces the hub, which no test may reach."""
 
 import dataclasses
 import hashlib
@@ -147,7 +145,7 @@ def test_an_unknown_subset_lists_those_there_are(tmp_path):
         ),
     ],
 )
-def test_what_the_hub_refuses_is_one_line_with_a_mend(monkeypatch, error, message):
+def test_what_the_hub_refuses_is_one_line_with_a_fix(monkeypatch, error, message):
     def refuse(*arguments, **settings):
         raise error
 

@@ -12,7 +12,7 @@ from refusals import refusal
 
 from jaxre.config import Config, Data, Source, check_config
 from jaxre.relations import mixtures, sources
-from jaxre.relations.labels import schemas_of, task_of, told_tested, with_given
+from jaxre.relations.labels import label_source_notices, schemas_of, task_of, with_given
 from jaxre.relations.schema import ANY, Schemas
 
 
@@ -72,8 +72,8 @@ def test_listed_labels_are_strict_and_collected_ones_are_told(tmp_path: Path) ->
         lambda: collected(listed).check(examples, "data.train")
     )
     taken = run({"sources": [a, b]}, labels={"a": table(tmp_path, "other", "x")}).data
-    told = collected(taken).check(examples, "data.train")
-    assert told == ["data.train: 2 of 3 examples of a have labels outside of its schema (v, y)"]
+    notices = collected(taken).check(examples, "data.train")
+    assert notices == ["data.train: 2 of 3 examples of a have labels outside of its schema (v, y)"]
     assert "is not in the schema (x)" in refusal(
         lambda: collected(taken).check(examples, "data.train", strict=True)
     )
@@ -107,7 +107,7 @@ def test_a_misspelt_dataset_in_data_labels_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "expected"),
     [
         (
             {"labels": {"facts": {"dataset": "facts", "split": "test"}}},
@@ -140,12 +140,12 @@ def test_a_misspelt_dataset_in_data_labels_is_refused(tmp_path: Path) -> None:
         ({"labels": ["born_in"], "train": {"dataset": "facts", "split": "test"}}, None),
     ],
 )
-def test_labels_of_the_tested_split_are_flagged(data: dict, told: str | None) -> None:
+def test_labels_of_the_tested_split_are_flagged(data: dict, expected: str | None) -> None:
     data = {**data, "train": {"dataset": "facts", "split": "train", **data.get("train", {})}}
-    lines = told_tested(run(**data).data)
-    assert len(lines) == (told is not None)
-    assert told is None or (
-        lines[0].startswith("LABELS FROM THE TEST SPLIT: ") and told in lines[0]
+    lines = label_source_notices(run(**data).data)
+    assert len(lines) == (expected is not None)
+    assert expected is None or (
+        lines[0].startswith("LABELS FROM THE TEST SPLIT: ") and expected in lines[0]
     )
 
 
@@ -156,7 +156,7 @@ def test_a_dataset_of_a_mixture_is_asked_with_its_own_labels_and_examples(tmp_pa
     a, b = table(tmp_path, "a", "xy"), table(tmp_path, "b", "zw")
     asked = task_of(run({"sources": [a, b]}), Source(**b), "b")
     assert (asked.schema.labels, asked.dataset) == (("w", "z"), "b")
-    assert "b.jsonl, which is what is tested" in asked.told[0]  # the file that it was trained on
+    assert "b.jsonl, which is what is tested" in asked.notices[0]  # the file that it was trained on
     assert {example.dataset for example in asked.train} == {"b"} and not asked.schema.strict
     # for a text, no example is read
     assert task_of(run({"sources": [a, b]}), Source(**b)).dataset == "b"
@@ -168,8 +168,8 @@ def test_labels_of_what_is_predicted_are_flagged_there_too() -> None:
         {"sources": [{"dataset": "facts", "split": "train"}]},
         labels={"facts": {"dataset": "facts", "split": "validation"}},
     )
-    assert not task_of(config, Source(dataset="facts", split="test"), "facts").told
-    (line,) = task_of(config, Source(dataset="facts", split="validation"), "facts").told
+    assert not task_of(config, Source(dataset="facts", split="test"), "facts").notices
+    (line,) = task_of(config, Source(dataset="facts", split="validation"), "facts").notices
     assert "which is what is tested" in line
 
 
@@ -184,7 +184,7 @@ def test_a_benchmark_that_a_run_was_not_trained_on_is_asked_with_its_own_trainin
     assert asked.train == truth and asked.schema.labels == tuple(
         sorted({example.relation for example in truth})
     )
-    assert asked.told == (
+    assert asked.notices == (
         (
             "facts: the run was not trained on it; its labels and demonstrations come from its own"
             " training split (facts/train)"
@@ -198,13 +198,13 @@ def test_data_labels_comes_before_a_benchmarks_own_training_split(tmp_path: Path
     listed = run({"sources": [a]}, labels={"facts": ["born_in", "none"]})
     asked = task_of(listed, source, "facts")
     assert asked.schema.labels == ("born_in", "none") and not asked.train
-    assert asked.told == ("facts: its labels come from data.labels.facts",)
+    assert asked.notices == ("facts: its labels come from data.labels.facts",)
     # The tested split may give labels, flagged, but never demonstrations: they would show answers
     # of the test.
     taken = run({"sources": [a]}, labels={"facts": {"dataset": "facts", "split": "test"}})
     asked = task_of(taken, source, "facts", shots=1)
     assert {example.split for example in asked.train} == {"train"}
-    assert any(line.startswith("LABELS FROM THE TEST SPLIT") for line in asked.told)
+    assert any(line.startswith("LABELS FROM THE TEST SPLIT") for line in asked.notices)
 
 
 def test_a_file_of_a_mixture_without_labels_is_refused(tmp_path: Path) -> None:

@@ -130,17 +130,19 @@ def test_two_files_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other" / "a.jsonl").write_text(
         Path(first).read_text().replace('"id": "', '"id": "second'), encoding="utf-8"
     )
-    told = refusal(
+    message = refusal(
         lambda: mixtures.load(mixture(first, str(tmp_path / "other" / "a.jsonl")), "data.train")
     )
     assert (
-        f"data.train: {first} and " in told
-        and "would be one dataset, a," in told
-        and "rename one" in told
+        f"data.train: {first} and " in message
+        and "would be one dataset, a," in message
+        and "rename one" in message
     )
     # A benchmark has a name, too.
-    told = refusal(lambda: mixtures.load(mixture("gids", table(tmp_path, "gids", 3)), "data.train"))
-    assert "data.train: gids and " in told and "would be one dataset, gids," in told
+    message = refusal(
+        lambda: mixtures.load(mixture("gids", table(tmp_path, "gids", 3)), "data.train")
+    )
+    assert "data.train: gids and " in message and "would be one dataset, gids," in message
     # Parts of one file are not two.
     parts = (
         Source(dataset=first, part=(0.0, 0.5)),

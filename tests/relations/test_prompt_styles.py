@@ -134,7 +134,7 @@ def test_a_run_keeps_the_definitions_that_a_file_had(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "told"),
+    ("prompt", "expected"),
     [
         ({"enumerate": True, "label_definitions": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
         (
@@ -157,9 +157,9 @@ def test_a_run_keeps_the_definitions_that_a_file_had(tmp_path: Path) -> None:
         ({"label_definitions": "facts"}, "set enumerate=true too"),
     ],
 )
-def test_definitions_that_cannot_be_used_are_refused(prompt: dict, told: str) -> None:
+def test_definitions_that_cannot_be_used_are_refused(prompt: dict, expected: str) -> None:
     message = refusal(lambda: check_config(run(prompt=prompt), "test"))
-    assert message.startswith("test: prompt") and told in message
+    assert message.startswith("test: prompt") and expected in message
 
 
 def test_the_prompt_at_prediction_is_that_of_training_but_for_what_is_given(tmp_path: Path) -> None:

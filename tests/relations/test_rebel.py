@@ -1,4 +1,4 @@
-"""REBEL: every triple is an example, shifted boundaries are mended, one file is divided by
+"""REBEL: every triple is an example, shifted boundaries are corrected, one file is divided by
 document.
 """
 

@@ -1,4 +1,4 @@
-"""One call for every dataset: dispatch, parts, limits, and what two splits share."""
+"""One call for every dataset: dispatch, parts, limits, and overlaps of two splits."""
 
 import itertools
 import json
@@ -114,7 +114,7 @@ def test_the_hub_gets_name_split_subset_and_columns(monkeypatch):
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
 def test_a_missing_column_names_the_setting_that_maps_it(tmp_path, split):
-    """What the message says to type is a setting of the run, and mends it."""
+    """The setting that the message suggests exists in the run, and fixes it."""
     path = tmp_path / "mine.jsonl"
     path.write_text('{"text": "a b", "subj": "a", "tail": "b", "relation": "no"}\n')
     data = {"train": {"dataset": str(path)}, split: {"dataset": str(path)}}

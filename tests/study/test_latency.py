@@ -1,4 +1,4 @@
-"""What the latency of an answer counts."""
+"""The latency of an answer excludes the transfer of the weights."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ CONFIG = {
 
 
 def test_no_answer_brings_the_weights_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An opened model has them on the host."""
+    """An opened model has its weights on the host."""
     architecture = architecture_of(CONFIG, "test")
     loaded = Loaded(
         Path(), "tiny", architecture, jax.tree.map(np.asarray, init_weights(architecture, 0))

@@ -1,5 +1,5 @@
-"""What went wrong in the study (paper/protocol.md, five mistakes), and cannot in ours: each tested
-on the paper's own grid.
+"""The five mistakes of the study (paper/protocol.md), which ours cannot make: each tested on the
+paper's own grid.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from jaxre.data.dataset import load_dataset
 from jaxre.data.template import ChatTemplate
 from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import demonstrator, questions_of
-from jaxre.evaluation.metrics import score
+from jaxre.evaluation.metrics.scores import score
 from jaxre.inference.answers import label_answers
 from jaxre.inference.predict import stop_ids
 from jaxre.relations.benchmarks import BENCHMARKS, COPIES, ORIGINALS
 from jaxre.relations.hub import PREFIX
-from jaxre.relations.labels import told_tested
+from jaxre.relations.labels import label_source_notices
 from jaxre.relations.mixtures import sources_of
 from jaxre.relations.sources import load
 from jaxre.study.grid import Run, System, grid
@@ -126,12 +126,14 @@ def test_no_label_is_collected_from_what_is_tested(paper) -> None:
     for run in paper[0]:
         if run.kind == "language-model":
             continue
-        assert told_tested(run.config.data) == []
+        assert label_source_notices(run.config.data) == []
         for name in run.datasets:
             test = settings.datasets[name].test
-            assert told_tested(run.config.data, test) == []
+            assert label_source_notices(run.config.data, test) == []
             theirs = run.config.data.model_copy(update={"labels": {name: test}})
-            assert any("LABELS FROM THE TEST SPLIT" in line for line in told_tested(theirs, test))
+            assert any(
+                "LABELS FROM THE TEST SPLIT" in line for line in label_source_notices(theirs, test)
+            )
 
 
 def test_every_source_of_the_paper_is_known_by_the_name_it_is_given(paper) -> None:

@@ -16,11 +16,11 @@ from rich.console import Console
 from tiny import write_tiny_model
 from tiny_encoders import write_tiny_encoder
 
-from jaxre.evaluation.published import published
-from jaxre.evaluation.report import write_report
-from jaxre.evaluation.report_data import collect
-from jaxre.evaluation.study_record import read_record
-from jaxre.evaluation.study_scores import OVERALL, measure
+from jaxre.evaluation.report.findings import collect
+from jaxre.evaluation.report.published import published
+from jaxre.evaluation.report.record import read_record
+from jaxre.evaluation.report.study_scores import OVERALL, measure
+from jaxre.evaluation.report.write import write_report
 from jaxre.relations.benchmarks import COPIES
 from jaxre.study.execute import study
 from jaxre.study.settings import load_study
@@ -64,8 +64,8 @@ def rows(name: str, split: str) -> list[dict]:
 
 
 def answers() -> list[dict]:
-    """What the study collected: of two models, all right but the first, for which one of them had
-    no answer.
+    """Answers as the study collected them: of two models, all correct but the first, to which one
+    model has no answer.
     """
     return [
         {
@@ -104,7 +104,7 @@ def hub(name: str, subset: str | None = None) -> datasets.DatasetDict:
 
 
 def write_tacred(folder: Path) -> None:
-    """As its holder has it."""
+    """The release as its licence holder has it."""
     folder.mkdir(parents=True)
     for split, file in {
         "train": "train.json",

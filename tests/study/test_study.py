@@ -23,9 +23,9 @@ from jaxre.data.dataset import load_dataset
 from jaxre.data.dataset import make_plan as packing
 from jaxre.evaluation.evaluate import evaluate_rows
 from jaxre.evaluation.predictions import write_predictions
-from jaxre.evaluation.prompt_effects import prompt_sensitivity
-from jaxre.evaluation.study_record import read_record
-from jaxre.evaluation.study_scores import measure
+from jaxre.evaluation.report.prompt_effects import prompt_sensitivity
+from jaxre.evaluation.report.record import read_record
+from jaxre.evaluation.report.study_scores import measure
 from jaxre.inference.predict import predict_examples
 from jaxre.relations.sources import load
 from jaxre.study import execute
@@ -55,7 +55,7 @@ def quiet() -> Console:
 
 
 def undone(tree: dict) -> list[str]:
-    """The steps that a start would do."""
+    """The steps that are not done."""
     made = make_plan(study_of(tree))
     return [name for name, step in made.steps.items() if made.state(step) != "done"]
 
@@ -405,7 +405,7 @@ def test_cached_answers_of_several_models_and_settings_are_told_apart(
 
 
 @pytest.mark.parametrize(
-    ("frontier", "told"),
+    ("frontier", "expected"),
     [
         (
             [{"datasets": ["facts"], "style": "shots3"}],
@@ -426,11 +426,11 @@ def test_cached_answers_of_several_models_and_settings_are_told_apart(
     ],
 )
 def test_caches_that_are_no_row_of_the_results_are_refused(
-    tmp_path: Path, tiny_model: Path, frontier: list[dict], told: str
+    tmp_path: Path, tiny_model: Path, frontier: list[dict], expected: str
 ) -> None:
     tree = study_tree(tmp_path, tiny_model)
     tree["frontier"] = [{"name": "cached", "cache": "x.csv", **one} for one in frontier]
-    assert told in refusal(lambda: study_of(tree))
+    assert expected in refusal(lambda: study_of(tree))
 
 
 def test_cached_answers_in_common_labels_are_recorded_as_such(

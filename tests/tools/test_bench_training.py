@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from jaxre_kernels.lora import lora_group
@@ -19,9 +20,11 @@ from jaxre_kernels.lora.group import Factors
 from jaxre_kernels.nf4 import quantise, tiled
 from tiny import tiny_config, write_tiny_model
 
-from jaxre.data.dataset import make_plan
-from jaxre.profiling.prepared import prepare
-from jaxre.training import step
+from jaxre.checkpoints import packaged
+from jaxre.checkpoints.source import open_model
+from jaxre.errors import InputError
+from jaxre.profiling.updates import Updates
+from jaxre.training.setup import set_up
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -72,6 +75,8 @@ class FakeSide:
         self.events.append((self.key, command))
         if command.startswith("check"):
             return {"loss": self.losses[self.key][command], "supervised": 10}
+        if command.startswith("curve"):
+            return {"losses": self.losses[self.key][command]}
         if command == "warm":
             return {"updates": 1}
         examples = next(self.turns)
@@ -91,7 +96,13 @@ def settings(
     *sides: str, dtype: str = "float32", packed: str | list[str] = "sdpa"
 ) -> argparse.Namespace:
     return argparse.Namespace(
-        sides=list(sides), rounds=3, dtype=dtype, nf4=False, packed=packed, prompts=["0shot"]
+        sides=list(sides),
+        rounds=3,
+        dtype=dtype,
+        nf4=False,
+        packed=packed,
+        prompts=["0shot"],
+        curve=0,
     )
 
 
@@ -288,24 +299,21 @@ def test_each_variant_computes_the_loss_of_jaxre(
         **changes,
         train={"epochs": 1, "batch_tokens": 2048},
     )
-    whole = prepare(config)
-    loss = float(whole.update(whole.next_rows()).loss)
+    whole = set_up(config)
+    updates = Updates(whole)
+    loss = float(updates.run(updates.next_rows()).loss)
     work = {}
     for name, variant in sides.VARIANTS.items():
         key, _, value = "".join(variant.settings).partition("=")
         given = {"epochs": 1, "batch_tokens": 2048} | (
             {key.removeprefix("train."): value} if key else {}
         )
-        if variant.loss_sum:
-            monkeypatch.setattr(step, "loss_sum", step.loss_sum)  # put back by undo
-            sides.run_with(variant.loss_sum)
-        run = prepare(
-            tiny_config(tmp_path, tmp_path / "model", **changes, train=given),
-            plan_of=variant.plan_of or make_plan,
+        run = set_up(
+            tiny_config(tmp_path, tmp_path / "model", **changes, train=given), **variant.changes
         )
-        monkeypatch.undo()
-        rows = run.next_rows()
-        assert float(run.update(rows).loss) == pytest.approx(loss, rel=1e-5), name
+        updates = Updates(run)
+        rows = updates.next_rows()
+        assert float(updates.run(rows).loss) == pytest.approx(loss, rel=1e-5), name
         assert np.sum(rows.weights) == whole.dataset.train.tokens.supervised.sum(), name
         work[name] = flops(run)
     # Each of these does more of its own part, and the other's is as it was.
@@ -361,7 +369,7 @@ def test_the_peers_check_in_f32_is_on_dense_weights(
 ) -> None:
     made = []
 
-    def trainer(side, folder, given, rows, checkpointing, *, dtype, quantise):
+    def trainer(side, folder, given, rows, checkpointing, *, dtype, quantise, curve=False):
         made.append((rows, checkpointing, dtype, quantise))
         return SimpleNamespace(
             args=SimpleNamespace(torch_compile=False),
@@ -392,7 +400,7 @@ def test_the_packed_peer_takes_fewer_rows_at_once_and_then_checkpoints_where_mem
     torch = pytest.importorskip("torch")
     made = []
 
-    def trainer(side, folder, given, rows, checkpointing, *, dtype, quantise):
+    def trainer(side, folder, given, rows, checkpointing, *, dtype, quantise, curve=False):
         def train() -> None:
             if len(made) < 4:
                 raise torch.OutOfMemoryError("out of memory")
@@ -481,32 +489,93 @@ def test_pytorchs_packed_attention_keeps_examples_apart(
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.usefixtures("shared_data")
-def test_all_sides_start_from_one_model_one_adapter_and_the_same_tokens(
-    sides: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared_models: Path
-) -> None:
+@pytest.fixture
+def small(
+    sides: ModuleType, monkeypatch: pytest.MonkeyPatch, shared_data: Path, shared_models: Path
+) -> argparse.Namespace:
+    """The settings of a benchmark of 20 examples on a model of two narrow layers."""
     folder, shape = sides.SHAPES["tiny"]
-    small = shape | {
+    narrow = {
         "hidden_size": 48,
         "intermediate_size": 64,
         "num_attention_heads": 3,
         "num_key_value_heads": 1,
     }
-    monkeypatch.setitem(sides.SHAPES, "tiny", (folder, small))
+    monkeypatch.setitem(sides.SHAPES, "tiny", (folder, shape | narrow))
     monkeypatch.setenv("JAXRE_MODELS", str(shared_models))
-    given = argparse.Namespace(
-        shape="tiny",
-        prompts=["0shot", "2shot"],
+    return argparse.Namespace(
+        model="random:tiny",
+        prompts=["0shot"],
         dtype="float32",
         examples=20,
         rows=1,
         row_length=1024,
         set=[],
         nf4=False,
+        curve=4,
     )
+
+
+def test_curves_that_differ_stop_the_benchmark_and_stand_in_the_table_if_they_agree(
+    bench: ModuleType, fake: type[FakeSide], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = settings("a", "c", dtype="bfloat16")
+    given.curve = 2
+    curves = {
+        "a": {"curve exact": [2.0, 1.0], "curve timed": [2.0, 1.002]},
+        "c": {"curve exact": [2.0, 1.00001], "curve timed": [2.0, 1.001]},
+    }
+    monkeypatch.setattr(
+        fake, "losses", {name: losses(1.0, 1.0) | curve for name, curve in curves.items()}
+    )
+    monkeypatch.setattr(fake, "examples", {"a": [1] * 3, "c": [4] * 3})
+    found = bench.bench_prompt("0shot", tmp_path, given)["c"]["curve"]
+    lines = list(bench.described_curves(found, "bfloat16"))
+    assert lines[1].endswith("goes from 2.0000 to 1.0000")
+    assert [line for line in lines if line.startswith("| (")] == [
+        "| (c) f32 | 5.0e-06 | 1.0e-05 |",
+        "| (c) bfloat16 | 5.0e-04 | 1.0e-03 |",
+        "| (a) bfloat16 | 1.0e-03 | 2.0e-03 |",
+    ]
+    curves["c"]["curve exact"][1] = 1.1
+    monkeypatch.setattr(fake, "events", [])
+    monkeypatch.setattr(
+        fake, "losses", {name: losses(1.0, 1.0) | curve for name, curve in curves.items()}
+    )
+    with pytest.raises(SystemExit, match="train differently"):
+        bench.bench_prompt("0shot", tmp_path, given)
+    assert "warm" not in {what for _, what in fake.events}
+
+
+def test_the_recipe_and_jaxre_train_alike(
+    sides: ModuleType, peers: ModuleType, small: argparse.Namespace, tmp_path: Path
+) -> None:
+    small.examples = 4 * 8
+    small.set = ["train.learning_rate=0.1"]  # so that four updates change the loss
+    sides.write_inputs(tmp_path, small)
+    config = sides.run_config(
+        tmp_path, "0shot", small, *sides.curve_settings(small), "lora.dropout=0.0"
+    )
+    ours = sides.curve_of(set_up(config), tmp_path)["losses"]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(peers, "RATE", 0.1)
+        trainer = peers.torch_trainer(
+            "a", tmp_path, small, 4, True, dtype="float32", quantise=False, curve=True
+        )
+        theirs = peers.curve_of(trainer)["losses"]
+    assert len(ours) == len(theirs) == 4
+    assert np.ptp(ours) > 0.1
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+def test_all_sides_start_from_one_model_one_adapter_and_the_same_tokens(
+    sides: ModuleType, small: argparse.Namespace, tmp_path: Path
+) -> None:
+    given = small
+    given.prompts = ["0shot", "2shot"]
     told = sides.write_inputs(tmp_path, given)["prompts"]
     for prompt in given.prompts:
-        run = prepare(sides.run_config(tmp_path, prompt, given))
+        run = set_up(sides.run_config(tmp_path, prompt, given))
         stored, tokens = np.load(tmp_path / f"{prompt}.npz"), run.dataset.train.tokens
         np.testing.assert_array_equal(stored["tokens"], tokens.tokens)
         np.testing.assert_array_equal(stored["prompt_lengths"], tokens.prompt_lengths)
@@ -516,7 +585,32 @@ def test_all_sides_start_from_one_model_one_adapter_and_the_same_tokens(
             min(np.abs(pair["b"]).max() for pair in run.initial.state.trainable["layers"].values())
             > 0.01
         )
-        assert np.isfinite(float(run.update(run.next_rows()).loss))
+        updates = Updates(run)
+        assert np.isfinite(float(updates.run(updates.next_rows()).loss))
+
+
+def test_a_benchmark_takes_real_weights(
+    sides: ModuleType, small: argparse.Namespace, tmp_path: Path
+) -> None:
+    small.model = "facts-base"
+    sides.write_inputs(tmp_path, small)
+    base = set_up(sides.run_config(tmp_path, "0shot", small)).initial.base
+    loaded = open_model("facts-base", np.dtype("float32")).base
+    for ours, theirs in zip(jax.tree.leaves(base), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_default_model_is_the_real_one_where_it_is_installed(
+    sides: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packaged, "packaged_file", lambda name: Path(name))
+    assert sides.default_model() == "smollm2-135m"
+
+    def missing(name: str) -> Path:
+        raise InputError(f"{name}: not installed")
+
+    monkeypatch.setattr(packaged, "packaged_file", missing)
+    assert sides.default_model() == "random:smollm2-135m"
 
 
 def test_an_unknown_side_is_refused(

@@ -47,7 +47,7 @@ DRY = argparse.Namespace(dry=True, sweep=True)
 
 
 def records_of(run, *args, deadline: float = float("inf"), earlier: str = "") -> list[dict]:
-    """What a section leaves in its file, what was begun aside."""
+    """The records that a section writes to its file, except those of beginnings."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records"
         path.write_text(earlier)

@@ -22,7 +22,8 @@ from tiny import tiny_config
 
 from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.data.rows import fill_update
-from jaxre.training import kernels, sharding
+from jaxre.models import sharding
+from jaxre.training import kernels
 from jaxre.training.initial import initial_state
 from jaxre.training.kernels import ops_of
 from jaxre.training.step import dropout_keys, loss_sum, model_of

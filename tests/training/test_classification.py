@@ -32,18 +32,18 @@ from jaxre.data.rows import Rows, fill_rows
 from jaxre.data.template import Encoded
 from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import TokenSet
-from jaxre.evaluation.metrics import score
+from jaxre.evaluation.metrics.scores import score
 from jaxre.inference.commands import predict_data, predict_text
 from jaxre.models.architecture import architecture_of
 from jaxre.models.module import init_weights
 from jaxre.models.ops import ONE_DEVICE, Ops
+from jaxre.models.sharding import make_mesh
 from jaxre.training import kernels
 from jaxre.training.kernels import ops_of
 from jaxre.training.log import read_log
 from jaxre.training.loop import train
-from jaxre.training.sharding import make_mesh
 from jaxre.training.step import classification_loss_sum, dropout_keys
-from jaxre.training.validate import told
+from jaxre.training.validate import described_validation
 
 ROW, EXAMPLES, STEP = 64, 24, 5
 # Relative, per tensor: f32 sums in another order; the promise of the design.
@@ -144,8 +144,7 @@ def test_packed_loss_and_gradients_equal_one_example_a_row(
         rows = fill_rows(tokens, find_prefixes(tokens), packed, RowShape(EXAMPLES, ROW, 8))
         loss, found = gradients(params, rows, architecture, dropout, ops)
         assert abs(float(loss / reference_loss) - 1) < TOLERANCE
-        # The bias of the keys shifts every score of a query alike: its gradient is 0 but for
-        # rounding.
+        # The bias of the keys shifts all scores of a query equally: its gradient is rounding.
         pairs = zip(*(without_key_bias(one) for one in (found, reference)), strict=True)
         assert max(relative(a, b) for a, b in pairs) < TOLERANCE
     if dropout:
@@ -255,10 +254,10 @@ def test_predictions_are_the_softmax_of_the_exported_head_in_transformers(finish
     rows = predict_data(
         str(finished), None, None, "score", None, None, Console(file=io.StringIO())
     ).rows
-    model, told = AutoModelForSequenceClassification.from_pretrained(
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
         finished / "model", output_loading_info=True
     )
-    assert not any(told.values()), told
+    assert not any(loading.values()), loading
     tokenizer = AutoTokenizer.from_pretrained(finished / "model")
     assert len(rows) == 24
     with torch.no_grad():
@@ -312,7 +311,7 @@ def test_types_that_training_did_not_have_are_counted(finished: Path, tmp_path: 
     )
 
 
-def test_a_text_without_types_is_told_to_get_untyped_markers(finished: Path) -> None:
+def test_a_text_without_types_is_reported_to_get_untyped_markers(finished: Path) -> None:
     table = predict_text(str(finished), "<e1>Ada</e1> saw <e2>Rome</e2>.", "score", None)
     assert "no type, or none that training had; they get the untyped marker" in table.caption
 
@@ -364,7 +363,7 @@ def test_labels_of_a_head_may_be_in_any_order(finished: Path, tmp_path: Path) ->
         )
     further = train(encoder_config(tmp_path, folder, "further", train={"epochs": 1}), console)
     assert (
-        "labels (that of the model)" in console.file.getvalue()
+        "labels (from the model)" in console.file.getvalue()
         and losses(further)[0] < 0.9 * losses(finished)[0]
     )
 
@@ -375,7 +374,7 @@ def test_a_run_is_trained_further_with_its_own_head_and_markers(
     console = Console(file=io.StringIO(), width=200)
     config = encoder_config(tmp_path, finished, "further", train={"epochs": 1})
     run = train(config, console)
-    assert "labels (that of the model); 0 new marker tokens" in console.file.getvalue()
+    assert "labels (from the model); 0 new marker tokens" in console.file.getvalue()
     assert losses(run)[0] < losses(finished)[0]
     assert open_model(run, None).architecture == open_model(finished, None).architecture
 
@@ -405,7 +404,7 @@ def test_a_run_by_tokens_with_accumulation_and_one_example(tmp_path: Path) -> No
 
 
 def test_a_run_that_predicts_one_class_is_flagged_in_its_log(tmp_path: Path) -> None:
-    """Weights that make all texts alike, and a learning rate that changes nothing."""
+    """Weights for which all texts are the same, and a learning rate that changes nothing."""
     model = write_tiny_encoder(tmp_path / "model", initializer_range=1e-6)
     console = Console(file=io.StringIO(), width=200)
     run = train(
@@ -420,9 +419,9 @@ def test_a_run_that_predicts_one_class_is_flagged_in_its_log(tmp_path: Path) -> 
     )
 
 
-def test_validation_figures_are_told_without_the_flag_where_it_is_off() -> None:
+def test_the_line_on_a_validation_has_no_flag_without_a_collapse() -> None:
     assert (
-        told({"loss": 1.0, "f1": 0.5, "collapsed": False})
+        described_validation({"loss": 1.0, "f1": 0.5, "collapsed": False})
         == "validation loss 1.0000  validation f1 0.5000"
     )
 
@@ -485,7 +484,7 @@ def test_prediction_without_a_head_or_with_other_labels_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"train": {"method": "lora"}}, "train.method=full"),
         ({"train": {"prompt_weight": 0.1}}, "has no prompt"),
@@ -494,6 +493,6 @@ def test_prediction_without_a_head_or_with_other_labels_is_refused(
     ],
 )
 def test_settings_that_an_encoder_does_not_have_are_refused(
-    tmp_path: Path, changes: dict, told: str
+    tmp_path: Path, changes: dict, message: str
 ) -> None:
-    assert told in refusal(lambda: encoder_config(tmp_path, tmp_path, **changes))
+    assert message in refusal(lambda: encoder_config(tmp_path, tmp_path, **changes))

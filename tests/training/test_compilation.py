@@ -29,27 +29,26 @@ from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.data.loader import updates
 from jaxre.data.rows import fill_update
 from jaxre.errors import DoesNotFit
-from jaxre.training import loop
+from jaxre.models.sharding import make_mesh, put_rows, row_sharding
+from jaxre.training import loop, setup
 from jaxre.training.compilation import POLICIES, CompiledUpdates, compile_updates, memory_limit
 from jaxre.training.initial import initial_state
 from jaxre.training.log import read_log
 from jaxre.training.loop import train
-from jaxre.training.sharding import make_mesh, put_rows, row_sharding
 from jaxre.training.step import make_optimiser
+from jaxre.training.validate import Validation
 
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of many narrow layers, so that memory is what the backward pass keeps."""
+    """A model of many narrow layers, so that the backward pass takes most of the memory."""
     return write_tiny_model(
         tmp_path_factory.mktemp("deep"), num_hidden_layers=8, hidden_size=32, intermediate_size=64
     )
 
 
-def prepare(config: Config, model: Path) -> tuple:
-    """What `compile_updates` takes, with LoRA factors of which none is zero, and the rows of the
-    first update.
-    """
+def compilation_inputs(config: Config, model: Path) -> tuple:
+    """Arguments of `compile_updates`, with nonzero LoRA factors, and rows of the first update."""
     optimiser, mesh, dataset = (
         make_optimiser(config, 4),
         make_mesh(config.mesh),
@@ -70,7 +69,7 @@ def prepare(config: Config, model: Path) -> tuple:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Path]:
-    """A cache folder of its own, as JAX_COMPILATION_CACHE_DIR names it."""
+    """Sets a fresh cache folder, as JAX_COMPILATION_CACHE_DIR does."""
     before = jax.config.jax_compilation_cache_dir, jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", True)
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "xla"))
@@ -95,7 +94,7 @@ def test_loss_and_gradients_are_those_of_no_policy(deep: Path, tmp_path: Path, k
     """The moments after one update are the clipped gradients, up to a factor; the learning rate of
     the first is zero.
     """
-    found, memory = {}, []
+    results, memory = {}, []
     model = (
         write_tiny_encoder(tmp_path / "encoder", num_hidden_layers=6) if kind == "encoder" else deep
     )
@@ -110,38 +109,36 @@ def test_loss_and_gradients_are_those_of_no_policy(deep: Path, tmp_path: Path, k
             config = tiny_config(
                 tmp_path, model, train=settings | {"accumulation": 2 if "acc" in kind else 1}
             )
-        given, rows = prepare(config, model)
-        compiled = compile_updates(*given)
+        inputs, rows = compilation_inputs(config, model)
+        compiled = compile_updates(*inputs)
         assert compiled.remat == remat and list(compiled.tried) == [remat]
         memory.append(compiled.memory[1])
-        state, metrics = compiled.updates[given[1].updates[0].shape](
-            given[2].state, given[2].base, rows
-        )
-        found[remat] = jax.tree_util.tree_leaves_with_path((metrics, state.optimiser))
-    # f32, other fusions; 1.4e-5 measured with jax 0.10, 3.5e-5 with 0.12, of small gradients
+        _, plan, initial, *_ = inputs
+        state, metrics = compiled.updates[plan.updates[0].shape](initial.state, initial.base, rows)
+        results[remat] = jax.tree_util.tree_leaves_with_path((metrics, state.optimiser))
+    # f32, other fusions, small gradients: 1.4e-5 to 9.8e-5 measured, by processor and JAX version.
     for remat in POLICIES[1:]:
-        for (path, ours), (_, reference) in zip(found[remat], found["none"], strict=True):
-            # A bias of the keys moves all scores of a query alike: its gradient is zero, what is
-            # found is rounding.
+        for (path, ours), (_, reference) in zip(results[remat], results["none"], strict=True):
+            # A bias of the keys shifts all scores of a query equally: its gradient is rounding.
             name = jax.tree_util.keystr(path)
             if np.abs(reference).max() > 0 and "k_bias" not in name:
                 if ".nu" in name:  # a square has twice the relative error of its gradient
                     ours, reference = np.sqrt(ours), np.sqrt(reference)
-                assert relative(ours, reference) < 5e-5, (remat, name)
+                assert relative(ours, reference) < 3e-4, (remat, name)
     assert memory == sorted(memory, reverse=True) and len(set(memory)) == len(POLICIES), memory
 
 
 @pytest.mark.once
-def test_the_first_policy_that_fits_is_taken_and_told(
+def test_the_first_policy_that_fits_is_taken_and_reported(
     deep: Path, tmp_path: Path, cache: Path
 ) -> None:
     use_compilation_cache(print)  # each of the programs below is compiled once
     settings = {"row_length": 128, "batch_tokens": 512}
-    (config, *given), _ = prepare(tiny_config(tmp_path, deep, train=settings), deep)
+    (config, *inputs), _ = compilation_inputs(tiny_config(tmp_path, deep, train=settings), deep)
 
     def compiled_with(**changes: object) -> CompiledUpdates:
         return compile_updates(
-            config.model_copy(update={"train": config.train.model_copy(update=changes)}), *given
+            config.model_copy(update={"train": config.train.model_copy(update=changes)}), *inputs
         )
 
     sizes = {remat: sum(compiled_with(remat=remat).memory) for remat in POLICIES}
@@ -152,10 +149,11 @@ def test_the_first_policy_that_fits_is_taken_and_told(
         }
         assert (
             list(compiled.tried)[-1] == remat
-            and f"{remat} (of {sizes[remat] / 2**20:,.0f} MiB a device" in compiled.told_remat()
+            and f"{remat} (of {sizes[remat] / 2**20:,.0f} MiB a device"
+            in compiled.described_remat()
         )
 
-    # Nothing fits: what is advised does, and leaves no run folder that would refuse it.
+    # Nothing fits: the advised setting does, and no run folder remains that would refuse it.
     settings |= {"max_steps": 1}
     config = tiny_config(
         tmp_path,
@@ -205,7 +203,7 @@ def test_a_twentieth_of_what_a_device_reports_is_left_free_and_a_setting_is_take
     )
 
 
-def test_a_compilation_inside_the_loop_stops_the_run_and_is_named(
+def test_a_compilation_inside_the_loop_is_reported_and_the_run_goes_on(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def foreign(loss: jax.Array) -> jax.Array:
@@ -216,14 +214,13 @@ def test_a_compilation_inside_the_loop_stops_the_run_and_is_named(
             jax.jit(foreign)(losses[0].loss)
 
     monkeypatch.setattr(loop, "check_finite", compiles)
-    said = refusal(
-        lambda: train(
-            tiny_config(
-                tmp_path, tiny_model, train={"max_steps": 4, "batch_tokens": 512, "row_length": 128}
-            )
-        )
+    config = tiny_config(
+        tmp_path, tiny_model, train={"max_steps": 4, "batch_tokens": 512, "row_length": 128}
     )
-    assert "compiled again at step 2" in said and "foreign" in said
+    console = Console(file=io.StringIO(), width=200)
+    late = [one for one in read_log(train(config, console)) if one["kind"] == "compiled"]
+    assert [one["step"] for one in late] == [2] and "foreign" in late[0]["programs"][0]
+    assert "step 2: jit(foreign) was compiled during training" in console.file.getvalue()
 
 
 @pytest.mark.slow
@@ -231,30 +228,30 @@ def test_nothing_is_compiled_after_the_first_validation(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three validations and checkpoints: the guard above lets only the first of each compile."""
-    counts, run = [], loop.Validation.run
+    # An earlier test may have compiled the same programs; the first count must not be zero.
+    jax.clear_caches()
+    counts, run = [], Validation.run
 
-    def counted(self: loop.Validation, *given: object) -> dict[str, float]:
+    def counted(self: Validation, *given: object) -> dict[str, float]:
         with loop.Compilations() as compilations:
             found = run(self, *given)
         counts.append(len(compilations.names))
         return found
 
-    monkeypatch.setattr(loop.Validation, "run", counted)
+    monkeypatch.setattr(Validation, "run", counted)
     train(tiny_config(tmp_path, tiny_model, train={"epochs": 3, "batch_tokens": 1024}))
     assert len(counts) == 3 and counts[0] > 0 and counts[1:] == [0, 0]
 
 
 @dataclasses.dataclass
 class Watched:
-    """A number on the device; `told` is called when the host asks for it, or waits for it, in
-    whatever way.
-    """
+    """A number on the device that calls `on_wait` whenever the host reads it or waits for it."""
 
     value: jax.Array
-    told: Callable[[], None]
+    on_wait: Callable[[], None]
 
     def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
-        self.told()
+        self.on_wait()
         return np.asarray(self.value)
 
     def __float__(self) -> float:
@@ -263,7 +260,7 @@ class Watched:
     item = tolist = __float__
 
     def block_until_ready(self) -> Watched:
-        self.told()
+        self.on_wait()
         return self
 
 
@@ -271,15 +268,12 @@ class Watched:
 def test_the_device_is_waited_for_at_log_steps_only(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each wait of the loop for a metric or for the state, with the number of updates that were
-    begun before it.
-    """
+    """Records, for each wait of the loop for a metric or the state, the number of updates begun."""
     waits, begun = [], 0
 
-    def told() -> None:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # others prepare rows and write checkpoints
+    def observe() -> None:
+        # other threads prepare rows and write checkpoints
+        if threading.current_thread() is threading.main_thread():
             waits.append(begun)
 
     @dataclasses.dataclass
@@ -290,22 +284,24 @@ def test_the_device_is_waited_for_at_log_steps_only(
             nonlocal begun
             state, metrics = self.compiled(*given)
             begun += 1
-            return state, loop.Metrics(*(Watched(value, told) for value in metrics))
+            return state, loop.Metrics(*(Watched(value, observe) for value in metrics))
 
         def memory_analysis(self) -> object:
             return self.compiled.memory_analysis()
 
-    def watched(*given: object) -> CompiledUpdates:
+    def watched_updates(*given: object) -> CompiledUpdates:
         compiled = compile_updates(*given)
         return dataclasses.replace(
             compiled, updates={shape: Update(update) for shape, update in compiled.updates.items()}
         )
 
     ready, all_ready, value = ArrayImpl.block_until_ready, jax.block_until_ready, ArrayImpl._value
-    monkeypatch.setattr(ArrayImpl, "block_until_ready", lambda array: (told(), ready(array))[1])
-    monkeypatch.setattr(jax, "block_until_ready", lambda tree: (told(), all_ready(tree))[1])
-    monkeypatch.setattr(ArrayImpl, "_value", property(lambda array: (told(), value.fget(array))[1]))
-    monkeypatch.setattr(loop, "compile_updates", watched)
+    monkeypatch.setattr(ArrayImpl, "block_until_ready", lambda array: (observe(), ready(array))[1])
+    monkeypatch.setattr(jax, "block_until_ready", lambda tree: (observe(), all_ready(tree))[1])
+    monkeypatch.setattr(
+        ArrayImpl, "_value", property(lambda array: (observe(), value.fget(array))[1])
+    )
+    monkeypatch.setattr(setup, "compile_updates", watched_updates)
     settings = {
         "epochs": 1,
         "batch_tokens": 512,
@@ -323,7 +319,7 @@ def test_the_device_is_waited_for_at_log_steps_only(
 
 def test_updates_come_in_order_and_on_the_device(tiny_model: Path, tmp_path: Path) -> None:
     config = tiny_config(tmp_path, tiny_model, train={"batch_tokens": 512})
-    (_, plan, _, _, mesh), _ = prepare(config, tiny_model)
+    (_, plan, _, _, mesh), _ = compilation_inputs(config, tiny_model)
     tokens = load_dataset(config, tiny_model).train.tokens
     sharding = row_sharding(mesh)
     found = list(updates(tokens, plan, 3, put=lambda rows: put_rows(rows, sharding)))
@@ -363,8 +359,8 @@ def test_a_second_run_reads_what_the_first_compiled(
     second, said = short(tmp_path, tiny_model, "second")
     assert f"{cache}: 1 read, 0 written" in said and second == first
 
-    # Damaged, by a process that was killed while it wrote: compiled again, told once, the same
-    # losses.
+    # Damaged by a process that was killed while writing: compiled again, reported once, and the
+    # losses are the same.
     for entry in cache.glob("*-cache"):
         entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
     third, said = short(tmp_path, tiny_model, "third")
@@ -375,7 +371,7 @@ def test_a_second_run_reads_what_the_first_compiled(
     )
 
 
-def test_a_cache_that_cannot_be_written_is_told_once_and_done_without(
+def test_a_cache_that_cannot_be_written_is_reported_once_and_not_used(
     tiny_model: Path, tmp_path: Path, cache: Path
 ) -> None:
     cache.write_text("a file, not a folder")

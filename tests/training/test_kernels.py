@@ -1,6 +1,4 @@
-"""Which implementation of each op a run trains with: what is asked for, told, and refused before
-anything runs.
-"""
+"""The implementation of each op in a run: chosen, reported, or refused before anything runs."""
 
 from __future__ import annotations
 
@@ -22,7 +20,8 @@ from tiny_encoders import encoder_config
 
 from jaxre.config import Kernels, Mesh
 from jaxre.data.dataset import load_dataset, make_plan
-from jaxre.training import kernels, sharding
+from jaxre.models import sharding
+from jaxre.training import kernels
 from jaxre.training.compilation import compile_updates
 from jaxre.training.initial import initial_state, stored_for_kernels
 from jaxre.training.kernels import check_kernels, ops_of
@@ -93,7 +92,7 @@ def test_a_kernel_runs_on_what_it_was_written_for(
 def test_lora_that_a_jax_cannot_compile_for_a_tpu_is_refused(
     version, kind, compiles, monkeypatch
 ) -> None:
-    """Other ops it compiles for all of them."""
+    """It compiles the other ops for all of them."""
     monkeypatch.setattr(jax, "__version_info__", version)
     mesh = mesh_like("tpu")
     mesh.devices[0].device_kind = kind
@@ -125,7 +124,7 @@ def test_arrays_that_a_kernel_does_not_take_are_refused_when_the_update_is_trace
     assert "float16" in refusal(lambda: ops.lora_group(x, [table.T], [None], None, 1.0, 0.0))
 
 
-def test_an_update_tells_what_it_runs_and_asks_the_table(
+def test_an_update_reports_its_kernels_and_reads_the_table(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = jax.devices()[0].device_kind
@@ -144,15 +143,15 @@ def test_an_update_tells_what_it_runs_and_asks_the_table(
     config = tiny_config(tmp_path, tiny_model, kernels={"cross_entropy": "xla"})
     mesh, dataset = one_device(), load_dataset(config, tiny_model)
     plan, optimiser = make_plan(config, dataset.train.tokens, shards=1), make_optimiser(config, 4)
-    told = compile_updates(
+    reported = compile_updates(
         config, plan, initial_state(config, np.dtype(np.float32), optimiser, mesh), optimiser, mesh
     ).kernels
-    assert set(told) == set(OPS)
-    assert told["attention"].startswith(
+    assert set(reported) == set(OPS)
+    assert reported["attention"].startswith(
         "xla (the table's: xla (queries 64), measured on cpu on 2026-11-22"
     )
-    assert told["cross_entropy"].startswith("xla (asked for; ")
-    assert told["lora"].startswith("xla (the default; opt-in, unverified: ")
+    assert reported["cross_entropy"].startswith("xla (asked for; ")
+    assert reported["lora"].startswith("xla (the default; opt-in, unverified: ")
 
 
 def test_encoders_and_full_fine_tuning_refuse_kernels_that_they_do_not_have(
@@ -208,8 +207,8 @@ def test_nf4_weights_are_brought_into_a_kernels_form_once(monkeypatch: pytest.Mo
     narrow = {"last": {"q": quantise(draw.standard_normal((16, 96), np.float32))}}
     said = refusal(lambda: stored_for_kernels(narrow, Kernels(lora="pallas_tpu"), None))
     assert said.startswith("kernels.lora=pallas_tpu: NF4") and "multiple of 64" in said
-    # So they are into that of the kernel that the table has for such devices, but for those that it
-    # does not take.
+    # So they are for the kernel that the table lists for the device, except those that it does not
+    # support.
     entry = Entry("nf4", "TPU v5e", "bfloat16", {}, "pallas_tpu", {}, "2026-11-23", 2.0, 1e-3)
     monkeypatch.setattr(dispatch, "read_table", lambda: (entry,))
     assert jax.tree.structure(stored_for_kernels(base, Kernels(), "TPU v5e")) == jax.tree.structure(

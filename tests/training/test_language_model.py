@@ -1,5 +1,5 @@
 """The language-model objective with its head in chunks: losses and gradients of the dense head,
-less memory, told before step 1.
+less memory, reported before step 1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tiny_decoders import random_factors, relative
 from jaxre.config import Config
 from jaxre.data.dataset import load_dataset, make_plan
 from jaxre.data.rows import fill_update
-from jaxre.training import sharding
+from jaxre.models import sharding
 from jaxre.training.initial import initial_state
 from jaxre.training.log import read_log
 from jaxre.training.loop import train
@@ -84,14 +84,13 @@ def test_loss_and_gradients_equal_those_of_the_dense_head(
             jax.jit(jax.value_and_grad(loss))(trainable, initial.base)
         )
     for (path, ours), (_, reference) in zip(found[CHUNK], found[1 << 20], strict=True):
-        # A bias of the keys moves all scores of a query alike: its gradient is zero, what is found
-        # is rounding.
+        # A bias of the keys shifts all scores of a query equally: its gradient is rounding.
         if "k_bias" not in jax.tree_util.keystr(path):
             assert relative(ours, reference) < 1e-5, path  # f32, sums in another order
 
 
 @pytest.mark.once
-def test_a_run_has_the_losses_of_the_dense_head_and_tells_what_it_chose(
+def test_a_run_has_the_losses_of_the_dense_head_and_reports_its_choice(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     curves, said = {}, {}

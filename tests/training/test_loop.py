@@ -1,4 +1,4 @@
-"""The loop: resume, kills, best checkpoint, what a run leaves behind."""
+"""The loop: resume, kills, best checkpoint, files of a run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from jaxre.checkpoints.run_store import RunStore
 from jaxre.checkpoints.source import open_model
 from jaxre.config import load_config, save_config
 from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.data.loader import updates
 from jaxre.errors import InputError
+from jaxre.models.sharding import make_mesh
 from jaxre.training.compilation import compile_updates
 from jaxre.training.initial import initial_state, start_reading
-from jaxre.training.log import read_log
-from jaxre.training.loop import check_finite, prepared, train
+from jaxre.training.log import RunLog, read_log
+from jaxre.training.loop import check_finite, train
 from jaxre.training.run_folder import first_difference
-from jaxre.training.sharding import make_mesh
 from jaxre.training.step import Metrics, make_optimiser
 
 
@@ -49,7 +50,7 @@ def drawn(run: Path, tag: str) -> list[int]:
 
 @pytest.fixture(scope="module")
 def said() -> Console:
-    """What the finished run prints."""
+    """Output of the finished run."""
     return Console(file=io.StringIO(), width=200)
 
 
@@ -124,7 +125,7 @@ def test_the_best_checkpoint_becomes_the_adapter(finished: Path) -> None:
     assert config.train.best == "f1"
 
 
-def test_the_best_is_kept_beside_the_latest(tmp_path: Path) -> None:
+def test_the_best_and_the_latest_checkpoint_stay(tmp_path: Path) -> None:
     store = RunStore(tmp_path / "checkpoints", keep=1, best="f1")
     state = {"w": jax.numpy.arange(4.0)}
     for step, f1 in enumerate([0.2, 0.9, 0.5, 0.6], 1):
@@ -163,8 +164,8 @@ def test_another_config_on_the_same_folder_is_refused(finished: Path) -> None:
 def test_a_killed_run_continues_the_exact_loss_curve(
     tiny_model: Path, tmp_path: Path, finished: Path
 ) -> None:
-    """Killed, with a checkpoint and a log record left half-written; every loss equals that of the
-    run that was not.
+    """Killed with a checkpoint and a log record half-written; every loss equals that of the
+    uninterrupted run.
     """
     expected = losses(finished)
     broken = tiny_config(tmp_path, tiny_model, "broken", train={"checkpoint_every": 2})
@@ -231,7 +232,7 @@ def test_the_memory_that_is_printed_is_that_of_weights_state_and_rows(
     plan, optimiser = make_plan(config, dataset.train.tokens, shards=1), make_optimiser(config, 4)
     initial = initial_state(config, jnp.float32, optimiser, mesh)
     kept, temporary = compile_updates(config, plan, initial, optimiser, mesh).memory
-    rows = next(prepared(config, dataset, plan, 0, 1, lambda rows: rows))
+    rows = next(updates(dataset.train.tokens, plan))
     if method == "full":
         rows = rows._replace(owner=np.zeros(0))  # dropout's only; XLA leaves out what is not used
     held = sum(
@@ -260,6 +261,15 @@ def test_a_run_by_examples_continues_the_exact_loss_curve(tiny_model: Path, tmp_
     expected = losses(train(config))
     forget_after(config.run_folder, 4)
     assert losses(train(config)) == expected and len(expected) > 4
+
+
+def test_a_run_killed_before_its_first_checkpoint_logs_its_data_once(tmp_path: Path) -> None:
+    for _ in range(2):
+        log = RunLog(tmp_path, 0)
+        log.write("truncation", 0, {"cut": 1})
+        log.write("train", 1, {"loss": 1.0})
+        log.close()
+    assert [record["kind"] for record in read_log(tmp_path)] == ["truncation", "train"]
 
 
 def forget_after(run: Path, step: int) -> None:
@@ -426,8 +436,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny_model: Path, tmp_path: Pat
     assert not (config.run_folder / "model").exists()
 
 
-def test_weights_that_do_not_load_are_refused_where_they_are_asked_for(tmp_path: Path) -> None:
-    """They are read in a thread of their own, beside the data."""
+def test_weights_that_do_not_load_are_refused_when_they_are_used(tmp_path: Path) -> None:
+    """A separate thread reads them while the data is prepared."""
     read = start_reading(tiny_config(tmp_path, tmp_path / "absent"), np.dtype(np.float32))
     assert "absent" in refusal(read)
 

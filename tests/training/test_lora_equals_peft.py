@@ -24,8 +24,8 @@ from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import fill_update
 from jaxre.data.template import Encoded
 from jaxre.data.tokens import TokenSet
+from jaxre.models import sharding
 from jaxre.models.lora import scale_of
-from jaxre.training import sharding
 from jaxre.training.initial import initial_state
 from jaxre.training.step import make_optimiser, make_update
 
@@ -182,9 +182,9 @@ def ours(config: Config, tokens: TokenSet, plan: Plan, dtype: type) -> Trajector
             initial.architecture, base, tokens[0][None], factors=start, scale=scale_of(config.lora)
         )
         metrics, gradient = [], None
-        for one in plan.updates[:STEPS]:
-            state, told = update(state, base, fill_update(tokens, plan.prefixes, one))
-            metrics.append(told)
+        for planned in plan.updates[:STEPS]:
+            state, figures = update(state, base, fill_update(tokens, plan.prefixes, planned))
+            metrics.append(figures)
             gradient = gradient or jax.device_get(state.optimiser[0].trace)
         losses, norms = np.array(metrics).T
         factors = jax.device_get(state.trainable)
@@ -256,8 +256,8 @@ def theirs(
 
 
 def widen(model) -> None:
-    """transformers computes norms and cosines in f32 whatever the weights are; here in f64 (of the
-    same f32 angles).
+    """Computes norms and cosines of a transformers decoder in f64 (from the same f32 angles), which
+    it does in f32 whatever the weights are.
     """
     gemma3 = model.config.model_type == "gemma3_text"
     for module in model.modules():
@@ -288,8 +288,8 @@ def clip_exactly(parameters: list[torch.nn.Parameter], limit: float) -> torch.Te
 
 
 def in_our_form(model, lora: Lora, read: Callable[[torch.nn.Parameter], torch.Tensor]) -> dict:
-    """What `read` gives of each A and B, stacked over layers but the last, as
-    `models.lora.init_adapter` has them.
+    """Applies `read` to each A and B and stacks layers but the last, in the form of
+    `models.lora.init_adapter`.
     """
     layers = model.base_model.model.model.layers
 

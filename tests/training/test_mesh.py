@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import environment, jaxre
 from tiny import tiny_config, write_tiny_model
 
 from jaxre.config import Config, save_config
@@ -31,42 +30,6 @@ GEMMA3 = {
 }
 # Sums run in another order on another mesh; f32 rounding reaches 1e-6 here, the promise is 1e-5.
 TOLERANCE = 1e-5
-
-
-def environment(devices: int, **more: str) -> dict[str, str]:
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith("JAX_")}
-    # What is split how and what it gives is asked here, not how well it is compiled: that takes
-    # longer.
-    quick = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    return inherited | quick | {"XLA_FLAGS": flags, "PYTHONPATH": str(HERE.parent)} | more
-
-
-def train_in_processes(config_path: Path, devices: int, processes: int = 1) -> None:
-    """`jaxre train` in one process, or in several that know of each other."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for number in range(processes):
-        joined = {
-            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-            "JAX_NUM_PROCESSES": str(processes),
-            "JAX_PROCESS_ID": str(number),
-        }
-        command = [sys.executable, "-m", "jaxre.cli", "train", str(config_path)]
-        env = environment(devices, **(joined if processes > 1 else {}))
-        started.append(
-            subprocess.Popen(
-                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    outputs = [process.communicate(timeout=300)[0] for process in started]
-    assert all(process.returncode == 0 for process in started), "\n".join(outputs)
 
 
 def curve(run: Path) -> dict[int, tuple[float, float]]:
@@ -89,10 +52,10 @@ def test_gradients_on_every_mesh_equal_one_device(
     command = [sys.executable, str(HERE / "mesh_gradients.py"), str(model), str(tmp_path), method]
     done = subprocess.run(command, env=environment(8), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == (5 if method == "lora" else 2)
-    for one in found:
-        assert one["loss"] < TOLERANCE and one["gradient"] < TOLERANCE, one
+    errors = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(errors) == (5 if method == "lora" else 2)
+    for error in errors:
+        assert error["loss"] < TOLERANCE and error["gradient"] < TOLERANCE, error
 
 
 @pytest.mark.slow
@@ -114,7 +77,7 @@ def test_two_processes_give_one_process_losses_and_gradients_and_resume_on_anoth
         )
 
     train(config("one"))
-    train_in_processes(write("two", data=2, fsdp=2, tensor=2), devices=4, processes=2)
+    jaxre("train", str(write("two", data=2, fsdp=2, tensor=2)), devices=4, processes=2)
     expected, found = curve(tmp_path / "runs" / "one"), curve(tmp_path / "runs" / "two")
     assert list(found) == list(expected) and len(found) >= 3
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=TOLERANCE)
@@ -125,7 +88,7 @@ def test_two_processes_give_one_process_losses_and_gradients_and_resume_on_anoth
         if checkpoint.name.isdigit() and int(checkpoint.name) > 2:
             shutil.rmtree(checkpoint)
     (run / "log.jsonl").unlink()
-    train_in_processes(write("two", data=1, fsdp=4, tensor=1), devices=4)
+    jaxre("train", str(write("two", data=1, fsdp=4, tensor=1)), devices=4)
     resumed = curve(run)
     assert min(resumed) == 3
     np.testing.assert_allclose(
@@ -141,7 +104,8 @@ import jax, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxre.config import Kernels, Mesh
 from jaxre.models.ops import ONE_DEVICE
-from jaxre.training import kernels, sharding
+from jaxre.models import sharding
+from jaxre.training import kernels
 
 mesh = sharding.make_mesh(Mesh(tensor=int(sys.argv[1])))
 draw = np.random.default_rng(0)

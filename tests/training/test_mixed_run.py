@@ -4,6 +4,7 @@ predicts each with its own.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -17,15 +18,15 @@ from rich.console import Console
 from tiny import tiny_config, write_tiny_model
 
 from jaxre.config import Config, check_config
-from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.data.dataset import Dataset, load_dataset, make_plan
 from jaxre.evaluation.predictions import read_predictions
 from jaxre.inference.commands import predict_data, predict_text
+from jaxre.models.sharding import make_mesh
 from jaxre.training.initial import initial_state
 from jaxre.training.log import read_log
 from jaxre.training.loop import train
-from jaxre.training.sharding import make_mesh
 from jaxre.training.step import make_optimiser
-from jaxre.training.validate import Validation, told
+from jaxre.training.validate import Scored, Validation, described_validation
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +94,43 @@ def test_validation_scores_each_dataset_with_its_own_labels_and_reports_the_mean
     for key in ("f1", "accuracy"):
         assert both[key] == pytest.approx((both[f"{key}/Ada"] + both[f"{key}/Eve"]) / 2)
     assert set(alone) == {"loss", "f1", "accuracy", "collapsed"}
-    assert "f1/Ada" in told(both) and "accuracy/Ada" not in told(both)
+    line = described_validation(both)
+    assert "f1/Ada" in line and "accuracy/Ada" not in line
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("row_length", [512, 65])  # with 65 some examples are left out
+def test_the_scores_of_the_labels_hold_the_loss(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row_length: int
+) -> None:
+    config = mixed(tmp_path, model, "Ada", "Eve")
+    train = config.train.model_copy(
+        update={"row_length": row_length, "batch_tokens": 2 * row_length}
+    )
+    config = config.model_copy(update={"train": train})
+    passes, scored = [], Validation._scored
+
+    def without_answers(self: Validation, dataset: Dataset) -> list[Scored]:
+        nothing = np.zeros((2, 0), np.int64)
+        return [dataclasses.replace(one, answers=nothing) for one in scored(self, dataset)]
+
+    def counted(self: Validation, *given: object) -> dict[str, float]:
+        passes.append(len(self.batches))
+        return run(self, *given)
+
+    run = Validation.run
+    monkeypatch.setattr(Validation, "run", counted)
+    ours = figures(config, model)
+    monkeypatch.setattr(Validation, "_scored", without_answers)
+    theirs = figures(config, model)
+    assert passes[0] == 0 < passes[1]
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    dropped = load_dataset(config, model).validation.dropped
+    assert bool(dropped) == (row_length == 65)
 
 
 def test_a_dataset_that_collapsed_is_named() -> None:
-    line = told(
+    line = described_validation(
         {
             "loss": 1.0,
             "f1": 0.5,
@@ -147,7 +180,9 @@ def test_a_mixture_of_benchmarks_from_data_to_predictions(
     flag = "LABELS FROM THE TEST SPLIT: those of conll04 are collected from conll04/test"
     assert flag in said.getvalue()
     (record,) = [record for record in read_log(run) if record["kind"] == "data"]
-    assert "of 8 of conll04/train (general)" in record["told"][0] and flag in record["told"][1]
+    assert (
+        "of 8 of conll04/train (general)" in record["notices"][0] and flag in record["notices"][1]
+    )
 
     plain = predict_data(str(run), None, None, "score", None, None, console)
     styled = predict_data(str(run), None, None, "score", None, None, console, style="shots2-labels")

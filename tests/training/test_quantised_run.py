@@ -1,5 +1,5 @@
-"""QLoRA runs: the same from a model folder and from a stored base, told before step 1, predicted
-with what they were trained on.
+"""QLoRA runs: equal from a model folder and from a stored base, reported before step 1, and
+predicted with the base of training.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from jaxre.checkpoints.convert import convert
 from jaxre.checkpoints.source import open_model
 from jaxre.config import Config, check_config
 from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.data.loader import updates
 from jaxre.inference.commands import predict_data
 from jaxre.models.quantised import is_nf4, is_quantised
+from jaxre.models.sharding import make_mesh
 from jaxre.training.compilation import compile_updates
 from jaxre.training.initial import initial_state
 from jaxre.training.log import read_log
-from jaxre.training.loop import prepared, train
-from jaxre.training.sharding import make_mesh
+from jaxre.training.loop import train
 from jaxre.training.step import make_optimiser
 
 # Other tests of the second jax line train on NF4 too (test_mesh) and predict with it
@@ -60,7 +61,9 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, said: Consol
     return train(qlora(tmp_path_factory.mktemp("run"), tiny_model, data=changes), said)
 
 
-def test_training_on_nf4_learns_and_is_told_before_the_first_step(run: Path, said: Console) -> None:
+def test_training_on_nf4_learns_and_is_reported_before_the_first_step(
+    run: Path, said: Console
+) -> None:
     found = losses(run)
     assert found[-1] < 0.8 * found[0]
     (line,) = (
@@ -80,7 +83,7 @@ def test_training_on_nf4_learns_and_is_told_before_the_first_step(run: Path, sai
 def test_a_stored_base_gives_the_same_run_bit_for_bit(
     run: Path, store: Path, tmp_path: Path
 ) -> None:
-    """Whether model.quantise is said or not: the store is NF4."""
+    """The store is NF4, so the config need not set model.quantise."""
     assert losses(train(tiny_config(tmp_path, store, "stored"))) == losses(run)
 
 
@@ -111,7 +114,7 @@ def test_a_run_is_predicted_with_its_quantised_base_as_its_merged_model_is(
 
 
 def unquantised(run: Path, folder: Path) -> Path:
-    """The run's config for a model that is merged already."""
+    """Writes the run's config for a merged model."""
     path = folder / "config.yaml"
     path.write_text((run / "config.yaml").read_text().replace("quantise: nf4", "quantise: null"))
     return path
@@ -150,7 +153,7 @@ def test_the_memory_that_is_printed_counts_the_base_as_it_is_stored(
         plan = make_plan(config, dataset.train.tokens, shards=1)
         initial = initial_state(config, jnp.float32, optimiser, mesh)
         kept, _ = compile_updates(config, plan, initial, optimiser, mesh).memory
-        rows = next(prepared(config, dataset, plan, 0, 1, lambda rows: rows))
+        rows = next(updates(dataset.train.tokens, plan))
         return kept, sum(
             leaf.nbytes for leaf in jax.tree.leaves((initial.state, initial.base, rows))
         )

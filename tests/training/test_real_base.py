@@ -1,4 +1,5 @@
-"""SmolLM2-135M as its package has it: it learns, and its export answers alike in transformers.
+"""SmolLM2-135M from its package: it learns, and its export gives the same answers in
+transformers.
 
 `tools/test` installs it; `tools/check_real_weights.py` shows the rest.
 """
@@ -61,9 +62,7 @@ def test_its_loss_falls(run: Path) -> None:
     assert len(losses) == 12 and sum(losses[-3:]) < 0.7 * sum(losses[:3]), losses
 
 
-def test_its_export_answers_alike_in_transformers_from_its_own_files(
-    run: Path, tmp_path: Path
-) -> None:
+def test_its_export_gives_the_same_answers_in_transformers(run: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = load_config(run / "config.yaml")

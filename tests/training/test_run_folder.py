@@ -1,4 +1,4 @@
-"""What a run may go on with: settings that do not change what it computes, and no others."""
+"""A run may be resumed with other settings only if they do not change what it computes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TREE = {
 
 
 def difference(place: str, value: object) -> str | None:
-    """What tells the config apart from the same one with another value at a place."""
+    """The first difference between the config and a copy with another value at a place."""
     changed = {key: dict(part) if isinstance(part, dict) else part for key, part in TREE.items()}
     *parents, last = place.split(".")
     node = changed
@@ -45,7 +45,7 @@ def difference(place: str, value: object) -> str | None:
         ("train.checkpoint_every", 3),
     ],
 )
-def test_goes_on_with_what_changes_no_result(place, value):
+def test_a_setting_that_changes_no_result_is_free(place, value):
     assert difference(place, value) is None
 
 
@@ -61,5 +61,5 @@ def test_goes_on_with_what_changes_no_result(place, value):
         ("model.quantise", "nf4"),
     ],
 )
-def test_names_what_does(place, value):
+def test_a_setting_that_changes_the_result_is_named(place, value):
     assert difference(place, value).startswith(f"{place} (")

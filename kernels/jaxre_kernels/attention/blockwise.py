@@ -1,46 +1,45 @@
-"""Attention over packed rows in plain XLA: a block of queries looks at the keys near it and at the
+"""Attention over packed rows in plain XLA: each block of queries looks at nearby keys and at the
 shared prefix.
 
-Work grows with T x (prefix + back + Q), not with T x T. On a CPU the blocks of a row come one after
-another, so that scores and weights stay in the cache (prefix of 352 of rows of 2,048 tokens: 0.67
-of the processor time of all blocks in one batched product, on two CPU cores). Few blocks begin far
-behind the start of an example: each looks back no further than its tokens see, in steps of 64 (0.63
-to 0.68 of the processor time of one width for all; rows of 1,024 and 2,048 tokens, spans of 144 and
-208, most examples near 80 tokens; 2026-11-21). Elsewhere as many blocks as AT_ONCE allows are one
-batched product: one after another they would be so many small programs that starting them takes
-longer than they do. (Compiled for an H200 with jax 0.11.2, an update of Qwen2.5-0.5B on 1,280
-tokens starts 4,600 programs, and 12,000 with its blocks one after another; not timed.)
+Work grows with T x (prefix + back + Q), not with T x T. On a CPU the blocks of a row run one after
+another, so scores and weights stay in the cache (prefix of 352 of rows of 2,048 tokens: 0.67 of the
+processor time of all blocks in one batched product, on two CPU cores). Few blocks begin far behind
+the start of an example: each looks back no further than its tokens see, in steps of 64 (0.63 to
+0.68 of the processor time of one width for all; rows of 1,024 and 2,048 tokens, spans of 144 and
+208, most examples near 80 tokens; 2026-11-21). On other platforms as many blocks as AT_ONCE allows
+are one batched product: run one after another, they would be many programs so small that starting
+them takes longer than running them. (Compiled for an H200 with jax 0.11.2, an update of
+Qwen2.5-0.5B on 1,280 tokens starts 4,600 programs, and 12,000 with its blocks one after another;
+not timed.)
 
-The backward pass keeps q, k, v and, per query and head, the highest score m and the sum l, and
-forms the weights again (FlashAttention, Dao et al. 2022, algorithm 4). The log-sum-exp m + log l
-alone would do, but it is rounded as a score is, not as a difference of scores: in a network with
-large scores that doubled the f32 error of the gradients. With E = exp(s Q K' - m), dE = (dO / l) V'
-and dS = E (dE - rowsum(E dE) / l):
+The backward pass stores q, k, v and, per query and head, the highest score m and the sum l, and
+recomputes the weights (FlashAttention, Dao et al. 2022, algorithm 4). The log-sum-exp m + log l
+alone would suffice, but it is rounded as a score is, not as a difference of scores: in a network
+with large scores that doubled the f32 error of the gradients. With E = exp(s Q K' - m),
+dE = (dO / l) V' and dS = E (dE - rowsum(E dE) / l):
 
     dV = E' (dO / l),    dQ = s dS K,    dK = s dS' Q
 
-Memory: kept are q, k, v and two f32 numbers a query and head, where autodiff of dense attention
-keeps T weights each. At once there are S B H Q U scores in f32 (at least), backward their gradients
-too, and copies of k and v (and of dk and dv in f32) laid out for the blocks.
+Memory: stores q, k, v and two f32 numbers a query and head, where autodiff of dense attention
+stores T weights each. At any time there are S B H Q U scores in f32 (at least), in the backward
+pass their gradients too, and copies of k and v (and of dk and dv in f32) laid out for the blocks.
 
 Roofline of one block of one key head, with G = H / K; in bf16, where scores and their gradients
 pass through memory in f32, and weights in bf16:
 
-                FLOPs                                bytes of scores
-                    bytes of q, k, v and results    FLOP a byte, C = 64, 128
-    forward      4 M U C    (S, O)                   16 M U
-        4 (M + U) C                     16, 32
-    backward    10 M U C    (S, dE, dQ, dK, dV)      34 M U
-        6 M C + 12 U C                  19, 38
+                FLOPs                               bytes: scores    q, k, v, results
+    forward      4 M U C    (S, O)                  16 M U           4 (M + U) C
+    backward    10 M U C    (S, dE, dQ, dK, dV)     34 M U           6 M C + 12 U C
 
-An H200 needs 206 by its datasheet, so there scores bound this, 6 to 13 times; a kernel keeps them
-on the chip. On a CPU a block's scores stay in the cache, and products and exponentials bound. M U
-is counted for all keys that are looked at, visible or not.
+That is 16 and 32 FLOP a byte forward with C = 64 and 128, and 19 and 38 backward. An H200 needs
+206 by its datasheet, so there it is memory-bound by the scores, 6 to 13 times; a kernel keeps them
+on the chip. On a CPU the scores of a block stay in the cache, so products and exponentials bound
+it. M U counts all keys looked at, visible or not.
 
 Letters: B rows, T tokens in a row, H query heads, K key/value heads, C head channels, N times S
 blocks of Q queries, S of them at once, R = S x B, M = Q x H / K queries of a block and key head, U
-= prefix + back + Q keys that a block looks at at most, L = back + N x S x Q places of keys laid out
-for the blocks: zeros before and behind the row.
+= prefix + back + Q keys that a block looks at (at most), L = back + N x S x Q places of keys laid
+out for the blocks, with zeros before and behind the row.
 """
 
 from __future__ import annotations
@@ -55,8 +54,8 @@ from jaxre_kernels.attention.reference import Window
 from jaxre_kernels.linear import packed, unpacked
 
 STEP = 64
-# scores at once where they need not stay in a cache: 256 MiB in f32, of which the backward pass has
-# four
+# Scores of a batched product, where they need not stay in a cache: 256 MiB in f32. The backward
+# pass holds four such arrays.
 AT_ONCE = 2**26
 
 
@@ -71,7 +70,7 @@ class Blocks(NamedTuple):
 
     @property
     def backs(self) -> tuple[int, ...]:
-        """How far back a block may look, ascending."""
+        """Distances that a block may look back, ascending."""
         return (*range(STEP, self.back, STEP), self.back)
 
 
@@ -84,14 +83,13 @@ def blockwise_attention(
     blocks: Blocks,
     window: Window | None = None,
 ) -> jax.Array:
-    """Softmax attention in which token i sees token j exactly when `j <= i < visible_until[j]`, and
-    lies within the window if there is one; softmax in f32 (at least).
+    """Softmax attention in which token i sees token j exactly when `j <= i < visible_until[j]` and
+    j is within the window, if there is one; softmax in f32 (at least).
 
     Args:
       q: [B, T, H, C] float; k, v: [B, T, K, C] of q's dtype, or bf16 beside f32 (then products are
         in bf16, summed in f32); visible_until: [B, T] int32.
-      blocks: where to look; every visible pair must lie there. What a window hides within them is
-        looked at.
+      blocks: where to look; must cover every visible pair. A window hides pairs but saves no work.
 
     Returns:
       [B, T, H, C] of q's dtype.
@@ -100,7 +98,7 @@ def blockwise_attention(
 
 
 class Order(NamedTuple):
-    """How a platform goes through the blocks: how many at once, and how far back these may look,
+    """A platform's schedule of blocks: how many at once, and the distances these may look back,
     ascending.
     """
 
@@ -109,7 +107,7 @@ class Order(NamedTuple):
 
 
 def _orders(q, blocks):
-    """Of a CPU, and of anything else."""
+    """Two orders of work: for a CPU, and for any other device."""
     B, T, H, _ = q.shape
     number, scores = (
         -(-T // blocks.queries),
@@ -125,13 +123,13 @@ def _by_platform(run, blocks, q, *arrays):
 
 
 def _forward(q, k, v, visible_until, blocks, window):
-    out, *kept = _by_platform(_attend, blocks, q, k, v, visible_until, window)
-    laid_by = (packed(array.astype(q.dtype), k.dtype) for array in (q, k, v))
-    return out, (*laid_by, visible_until, window, *kept)
+    out, *statistics = _by_platform(_attend, blocks, q, k, v, visible_until, window)
+    stored = (packed(array.astype(q.dtype), k.dtype) for array in (q, k, v))
+    return out, (*stored, visible_until, window, *statistics)
 
 
-def _backward(blocks, kept, dout):
-    q, k, v, *rest = kept
+def _backward(blocks, residuals, dout):
+    q, k, v, *rest = residuals
     if k.dtype == jnp.uint16:
         k, v = (unpacked(array, jnp.bfloat16) for array in (k, v))
         q = unpacked(q, k.dtype).astype(dout.dtype)
@@ -159,12 +157,12 @@ def _attend(blocks, order, q, k, v, visible_until, window):
         )
         return (sums / total).astype(q.dtype), highest, total
 
-    def step(n, one):
-        width, queries = one
+    def step(n, cut):
+        width, queries = cut
         return n + 1, _looking_back(attend, width, order, n, queries)
 
-    _, found = jax.lax.scan(step, zero, (widths, _cut(q, k.shape[2], blocks, order)))
-    return tuple(_joined(array, q, blocks, order) for array in found)
+    _, parts = jax.lax.scan(step, zero, (widths, _cut(q, k.shape[2], blocks, order)))
+    return tuple(_joined(array, q, blocks, order) for array in parts)
 
 
 def _gradients(blocks, order, q, k, v, visible_until, window, highest, total, dout):
@@ -185,9 +183,9 @@ def _gradients(blocks, order, q, k, v, visible_until, window, highest, total, do
             for pair in ((queries, dscores), (dsums, weights.astype(q.dtype)))
         )
 
-    def step(carry, one):
+    def step(carry, inputs):
         n, dkeys, dvalues = carry
-        width, *operands = one
+        width, *operands = inputs
         dqueries, keys_part, values_part = _looking_back(gradients, width, order, n, *operands)
         return (
             n + 1,
@@ -196,7 +194,7 @@ def _gradients(blocks, order, q, k, v, visible_until, window, highest, total, do
         ), dqueries
 
     zeros = jnp.zeros(keys.shape, jnp.promote_types(q.dtype, jnp.float32))
-    # Behind the row is no sum either, and what is divided by one there is zero.
+    # Behind the row the sums are 1 rather than 0: the zeros there are divided by them.
     cut = (
         _cut(array, k.shape[2], blocks, order, fill)
         for array, fill in ((q, 0), (dout, 0), (highest, 0), (total, 1))
@@ -210,8 +208,8 @@ def _gradients(blocks, order, q, k, v, visible_until, window, highest, total, do
 
 
 def _widths(visible_until, blocks, order):
-    """[N] int32: which of `order.backs` holds all that a step's blocks see of any row before their
-    own tokens and behind the prefix.
+    """[N] int32: index into `order.backs` of the least distance that covers everything the blocks
+    of a step see, in any row, between the prefix and their own tokens.
     """
     T, Q = visible_until.shape[1], blocks.queries
     first, key = jnp.arange(0, T, Q)[:, None], jnp.arange(T)
@@ -229,38 +227,37 @@ def _looking_back(run, width, order, *operands):
     return jax.lax.switch(width, [partial(run, back) for back in order.backs], *operands)
 
 
-def _product(letters, one, other):
-    """In the dtype of `other`, summed in f32 (at least)."""
-    wide = jnp.promote_types(one.dtype, jnp.float32)
-    return jnp.einsum(letters, one.astype(other.dtype), other, preferred_element_type=wide)
+def _product(letters, x, y):
+    """Product in y's dtype, summed in f32 (at least)."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum(letters, x.astype(y.dtype), y, preferred_element_type=wide)
 
 
 def _scores(queries, keys, visible):
-    """[R, K, M, U], the lowest number where a query does not see a key."""
+    """[R, K, M, U]; the lowest number where a query does not see a key."""
     scores = _product("rkmc,rkuc->rkmu", queries, keys) * queries.shape[-1] ** -0.5
     return jnp.where(visible, scores, jnp.finfo(scores.dtype).min)
 
 
 def _visible(seen, n, queries, blocks, order, back):
-    """[R, 1, M, U] bool of step n. A near key that belongs to the prefix counts there alone."""
+    """[R, 1, M, U] bool of step n. A near key within the prefix counts only in the prefix copy."""
     until, window = seen
     rows = until.shape[0]
     row = jnp.broadcast_to(jnp.arange(until.shape[2])[:, None] - blocks.back, until.shape)
     first = (n * order.at_once + jnp.repeat(jnp.arange(order.at_once), rows)) * blocks.queries  # R
     within = jnp.repeat(jnp.arange(blocks.queries), queries.shape[2] // blocks.queries)  # M
     query = first[:, None, None, None] + within[:, None]  # R 1 M 1
-    # Outside the row `until` is zero, and no query sees such a key.
+    # Outside the row `until` is zero, so no query sees such a key.
     # R 1 1 U
     key, until = (_at(array, n, blocks, order, back)[..., None, :, 0] for array in (row, until))
-    # the copy of the prefix, before the near keys
-    apart = jnp.arange(key.shape[-1]) < blocks.prefix
-    visible = ((key >= blocks.prefix) | apart) & (key <= query) & (query < until)
+    in_prefix_copy = jnp.arange(key.shape[-1]) < blocks.prefix  # it precedes the near keys
+    visible = ((key >= blocks.prefix) | in_prefix_copy) & (key <= query) & (query < until)
     if window is None:
         return visible
     position = _at(window.positions, n, blocks, order, back)[..., None, :, 0]  # R 1 1 U
     own = position[..., 0, -blocks.queries :]  # R 1 Q: a block's last keys are its own tokens'
-    asked = jnp.repeat(own, queries.shape[2] // blocks.queries, axis=-1)[..., None]  # R 1 M 1
-    return visible & (asked - position < window.length)
+    query_position = jnp.repeat(own, queries.shape[2] // blocks.queries, axis=-1)  # R 1 M
+    return visible & (query_position[..., None] - position < window.length)
 
 
 def _cut(array, kv_heads, blocks, order, fill=0):
@@ -276,18 +273,18 @@ def _joined(array, like, blocks, order):
     """[N, R, K, M, C] -> [B, T, H, C], of `like`'s B, T and H."""
     B, T, H, _ = like.shape
     N, _, K, _, C = array.shape
-    whole = array.reshape(N, order.at_once, B, K, blocks.queries, H // K, C).transpose(
+    rows = array.reshape(N, order.at_once, B, K, blocks.queries, H // K, C).transpose(
         2, 0, 1, 4, 3, 5, 6
     )
-    return whole.reshape(B, -1, H, C)[:, :T]
+    return rows.reshape(B, -1, H, C)[:, :T]
 
 
 def _lay_all_out(k, v, visible_until, window, blocks, order):
-    """Keys and values laid out, `visible_until` and the window's positions too, how far back each
-    step looks, and the number of the first.
+    """Lays out keys, values, `visible_until` and the window's positions; also returns how far back
+    each step looks, and the number of the first step.
 
-    A mask hangs on no layer: without the barrier JAX would form those of all blocks before a scan
-    over layers, and keep them.
+    A mask is the same in every layer: without the barrier JAX would form the masks of all blocks
+    before a scan over layers, and store them.
     """
     k, visible_until, window, zero = jax.lax.optimization_barrier(
         (k, visible_until, window, jnp.int32(0))
@@ -308,7 +305,7 @@ def _lay_out(array, blocks, order):
 
 
 def _at(laid_out, n, blocks, order, back):
-    """[B, K, L, C] -> [R, K, prefix + back + Q, C]: the prefix, then what is near each block of
+    """[B, K, L, C] -> [R, K, prefix + back + Q, C]: the prefix, then the keys near each block of
     step n.
     """
     width = order.at_once * blocks.queries
@@ -341,11 +338,11 @@ def _windows(near, order, back):
 
 
 def _part(queries, scores, blocks, back):
-    """[R, K, U, C]: scores [R, K, M, prefix + back + Q] times queries [R, K, M, C], zeros where a
+    """[R, K, U, C]: scores [R, K, M, prefix + back + Q] times queries [R, K, M, C]; zero where a
     block did not look.
     """
-    # As [C, U]: on a CPU the first operand of a sum over queries is transposed in memory, and C is
-    # the narrow side. Without the barrier the compiler would turn the product around again.
+    # As [C, U]: a CPU transposes the first operand of a sum over queries in memory, and C is the
+    # narrow side. Without the barrier the compiler would swap the operands again.
     part = jax.lax.optimization_barrier(_product("rkmc,rkmu->rkcu", queries, scores)).swapaxes(
         -1, -2
     )
@@ -354,7 +351,7 @@ def _part(queries, scores, blocks, back):
 
 
 def _added(total, part, n, blocks, order):
-    """total [B, K, L, C] with part [R, K, U, C] of step n added where its keys are."""
+    """total [B, K, L, C] plus part [R, K, U, C] of step n, added at its keys."""
     B, K, _, C = total.shape
     if blocks.prefix:
         prefix = part[:, :, : blocks.prefix].reshape(order.at_once, B, K, blocks.prefix, C).sum(0)

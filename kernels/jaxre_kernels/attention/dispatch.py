@@ -1,4 +1,4 @@
-"""Which attention runs, and why: decided from names and shapes, never by looking for devices."""
+"""Chooses the attention implementation from names and shapes, never by looking for devices."""
 
 from __future__ import annotations
 
@@ -34,17 +34,16 @@ IMPLEMENTATIONS = {
     "xla": _xla,
     **{name: partial(_pallas, name) for name in ("pallas_tpu", "pallas_gpu", "pallas_gpu_sm80")},
 }
-# cuDNN's public entry, `jax.nn.dot_product_attention`, isolates packed examples only by a dense T x
-# T bias, and the static facts of a plan do not say that every row holds one example: it is left
-# out.
+# cuDNN is left out: its public entry, `jax.nn.dot_product_attention`, can isolate packed examples
+# only by a dense T x T bias, and a plan's static facts do not guarantee one example per row.
 
 NO_WINDOW = "it knows no sliding window of positions"
 
-# Of a block. On two CPU cores blocks of 64, 128 and 256 took 1.03, 1.00 and 1.51 (prefix 32, span
-# 144, two rows of 1,024), and 1.04, 1.00 and 1.08 (prefix 352, span 208, one row of 2,048) of the
-# processor time (9 and 3 heads of 64 channels, f32; 2026-11-21).
+# Queries of a block. On two CPU cores the processor time of 64, 128 and 256 was 1.03, 1.00 and 1.51
+# (prefix 32, span 144, two rows of 1,024), and 1.04, 1.00 and 1.08 (prefix 352, span 208, one row
+# of 2,048), relative to 128 (9 and 3 heads of 64 channels, f32; 2026-11-21).
 QUERIES = 128
-TILES = {  # what `tools/tune_kernels.py` tries
+TILES = {  # sizes that `tools/tune_kernels.py` tries
     "xla": [{"queries": queries} for queries in (64, 128, 256, 512)],
     "pallas_tpu": [{"block": tokens} for tokens in (128, 256, 512)],
 }
@@ -54,10 +53,10 @@ NEAR_MULTIPLE = 32  # keys behind a block, rounded up
 def blocks_of(
     length: int, prefix: int = 0, span: int | None = None, queries: int | None = None
 ) -> Blocks:
-    """Where the queries of a row of `length` look, from the bounds of `attention`: dense where
-    blocks would look at no fewer keys.
+    """Blocks for rows of `length` under the bounds of `attention`; dense where blocks would look at
+    no fewer keys.
 
-    `queries` of a block are QUERIES if not given.
+    `queries` per block defaults to QUERIES.
     """
     queries = QUERIES if queries is None else queries
     back = -(-((length if span is None else span) - 1) // NEAR_MULTIPLE) * NEAR_MULTIPLE
@@ -67,7 +66,7 @@ def blocks_of(
 
 
 class Heads(NamedTuple):
-    """What an implementation has to know of q, k and v besides the length of their rows."""
+    """Shapes and dtype of q, k and v, without the length of their rows."""
 
     rows: int
     heads: int
@@ -87,15 +86,15 @@ def choose(
     both_ways: bool = False,
     window: bool = False,
 ) -> tuple[str, str]:
-    """The implementation that `attention` runs for such rows (for any, without a length), and the
-    reason in words.
+    """Returns the implementation that `attention` runs for such rows (for any rows, without a
+    length), and the reason in words.
 
-    The table is asked where rows, `heads` and `device_kind` are given (see
-    `jaxre_kernels.implementations`). It holds measurements of causal attention: never where
-    segments are seen `both_ways`. With a sliding `window` "xla" alone runs.
+    The table is consulted if length, `heads` and `device_kind` are given (see
+    `jaxre_kernels.implementations`). It holds measurements of causal attention only, so it is not
+    used where segments are seen `both_ways`. Only "xla" supports a sliding `window`.
 
     Raises:
-      ValueError: an implementation that does not exist, or that does not take these `heads`.
+      ValueError: an implementation that does not exist, or that does not support these `heads`.
     """
     entry = _measured(length, prefix, span, heads, None if both_ways else device_kind)
 
@@ -112,13 +111,8 @@ def choose(
     if length is None or (name != "xla" and heads is None):
         return name, reason
     if name != "xla":
-        return (
-            name,
-            (
-                f"{reason};"
-                f" {_told(name, length, prefix, span, heads, tiles_of(entry, name).get('block'))}"
-            ),
-        )
+        block = tiles_of(entry, name).get("block")
+        return name, f"{reason}; {_described(name, length, prefix, span, heads, block)}"
     if both_ways:
         return name, f"{reason}; dense, both ways"
     blocks = blocks_of(length, prefix, span, **tiles_of(entry, name))
@@ -148,7 +142,7 @@ def _measured(
     return measured("attention", device_kind, sizes.pop("dtype"), sizes)
 
 
-def _told(
+def _described(
     name: str, length: int, prefix: int, span: int | None, heads: Heads, block: int | None = None
 ) -> str:
     kernels = kernels_of("attention", name)
@@ -180,31 +174,29 @@ def attention(
     device_kind: str | None = None,
     tiles: Mapping[str, int] | None = None,
 ) -> jax.Array:
-    """Attention in which each token sees its own ancestors and nothing else: i sees j exactly when
+    """Attention in which each token sees only its own ancestors: i sees j exactly when
     `j <= i < visible_until[j]`.
 
-    `prefix` and `span` bound where to look and change nothing else; a visible pair outside of them
-    is not looked at.
+    `prefix` and `span` only bound where to look: visible pairs outside of them would be missed.
 
     Args:
       q: [B, T, H, C] float; k, v: [B, T, K, C] of q's dtype; visible_until: [B, T] int32.
-      visible_from: [B, T] int32, for segments that share nothing and are seen both ways (encoders):
-        the first token of j's segment. Then i sees j exactly when `visible_from[j] <= i <
+      visible_from: [B, T] int32, the first token of j's segment, for isolated segments that are
+        seen both ways (encoders). Then i sees j exactly when `visible_from[j] <= i <
         visible_until[j]`.
-      window: of a sliding layer, where tokens are not seen `both_ways`: i sees j only if it lies
-        within it too.
-      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; no bound on the span
-        if it is None.
-      device_kind: of the device that the program is for, to ask the table; "xla" runs where neither
-        is given.
-      tiles: of the implementation that is asked for (`TILES`); the table's, else its own, if not
-        given.
+      window: of a sliding layer, causal rows only: i sees j only if j is also within the window.
+      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; a span of None is
+        unbounded.
+      device_kind: kind of the target device, for the table; without it or `implementation`, "xla"
+        runs.
+      tiles: tile sizes of the chosen implementation (`TILES`); by default those of the table, else
+        the implementation's own.
 
     Returns:
       [B, T, H, C] of q's dtype.
 
     Raises:
-      ValueError: an implementation that does not exist, or that does not take such arrays.
+      ValueError: an implementation that does not exist, or that does not support such arrays.
     """
     B, T, H, C = q.shape
     heads = Heads(B, H, k.shape[2], C, q.dtype)

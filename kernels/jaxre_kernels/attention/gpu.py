@@ -1,35 +1,33 @@
-"""Packed-sequence attention for Hopper GPUs (Pallas Mosaic GPU), forward and backward. unverified:
-has not run on a GPU
+"""Not yet run on a Hopper GPU: unverified. `tools/hardware_check --only attention` confirms it.
 
-It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). Pallas's
-interpreter takes no product with a factor in registers: there these four are ordinary products
-(`gpu_kernels._added`). What is said of speed is arithmetic.
+Packed-sequence attention for Hopper GPUs (Pallas Mosaic GPU), forward and backward. Tested in
+Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). The interpreter does not
+support a factor in registers, so there these four products are ordinary ones
+(`gpu_kernels._accumulated`). Every statement about speed is arithmetic.
 
-What is computed, and over which block pairs: `gpu_vjp.py`, whose letters are used here. GPUs
+The computation and the choice of block pairs: `gpu_vjp.py`, whose letters are used here. GPUs
 without `wgmma` and TMA: `gpu_sm80.py`.
 
-Layout. Arrays stay [B, S, H, C] as the caller has them: the copy engine picks [U, C] of a head out
-of them. Query heads that share a key head are thread blocks that run at a time, and find its blocks
-in the second-level cache.
+Layout. Arrays stay [B, S, H, C], the caller's layout: the copy engine picks [U, C] of a head out
+of them. Query heads that share a key head are thread blocks that run at the same time and find its
+blocks in the L2 cache.
 
-Memory. In shared memory a thread block holds, with C channels:
+Memory. A thread block needs this much shared memory, with C channels, besides its barriers:
 
     forward 640 C + 1,536 bytes        dQ 772 C + 1,536        dK, dV 768 C + 1,536
-        beside its barriers
 
-Roofline of one block pair and query head, in bf16, beside 4,096 exponentials each:
+Roofline of one block pair and query head, in bf16, besides 4,096 exponentials each:
 
-              FLOPs                               bytes read, of the second-level cache
-                  FLOP a byte
-    forward   4 U U C   (S, O)                    4 U C    (K, V)                              64
-    dQ        6 U U C   (S, dP, dQ)               4 U C    (K, V)                              96
-    dK, dV    8 U U C   (S, dP, dK, dV)           4 U C    (Q, dO~)                            128
+              FLOPs                               bytes read from L2      FLOP a byte
+    forward   4 U U C   (S, O)                    4 U C    (K, V)         64
+    dQ        6 U U C   (S, dP, dQ)               4 U C    (K, V)         96
+    dK, dV    8 U U C   (S, dP, dK, dV)           4 U C    (Q, dO~)       128
 
 An H200 has 989 TFLOP/s and 4.8 TB/s by its datasheet, 206 FLOP a byte of its memory; a block of
-keys is read from memory once, and from the cache by the G heads and the blocks of queries that see
-it. With 16 and 2 heads of 128 channels, 8,192 tokens in examples of 150 are 14, 21 and 28 GFLOP and
-75, 109 and 84 MB: 16, 23 and 28 us at the least. A list of three entries is short, and starting a
-thread block, waiting for its first copies and leaving its results are not in that.
+keys is read from memory once, and from L2 by the G heads and the blocks of queries that see it.
+With 16 and 2 heads of 128 channels, 8,192 tokens in examples of 150 are 14, 21 and 28 GFLOP and 75,
+109 and 84 MB: at least 16, 23 and 28 us. That leaves out starting a thread block, waiting for its
+first copies and writing its results, which matter because a list of three entries is short.
 """
 
 from __future__ import annotations
@@ -43,7 +41,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxre_kernels.attention.gpu_kernels import dkv_kernel, dq_kernel, forward_kernel
 from jaxre_kernels.attention.gpu_vjp import (
     BLOCK,
-    MISSING,
     Kernels,
     attend,
     block_of,
@@ -51,6 +48,7 @@ from jaxre_kernels.attention.gpu_vjp import (
     statistics_of,
     unsupported,
 )
+from jaxre_kernels.mosaic_gpu import MISSING
 
 __all__ = ["BLOCK", "MISSING", "block_of", "packed_attention", "unsupported"]
 
@@ -63,8 +61,8 @@ def _forward(call, q, k, *arrays):
         (like(q), statistics_of(q)),
         [
             *_tiles(call, q, 1, 2, 2),
-            _numbers(call, 2, 2, dtype=jnp.int32),
-            _numbers(call, 2),
+            _vectors(call, 2, 2, dtype=jnp.int32),
+            _vectors(call, 2),
             *_arrivals(1, 3),
         ],
         q,
@@ -75,16 +73,18 @@ def _forward(call, q, k, *arrays):
 
 def _dq(call, q, k, *arrays):
     B, S, H, C = q.shape
-    tiles, numbers = (
-        _tiles(call, q, 1, 1, 2, 2),
-        (_numbers(call, 2, 2, dtype=jnp.int32), _numbers(call, 2)),
-    )
     return call.run(
         "attention_dq",
         dq_kernel,
         (q, k, *arrays),
         (like(q), jax.ShapeDtypeStruct((B, H, S), jnp.float32)),
-        [*tiles, *numbers, plgpu.SMEM((C,), jnp.float32), *_arrivals(4, 3)],
+        [
+            *_tiles(call, q, 1, 1, 2, 2),
+            _vectors(call, 2, 2, dtype=jnp.int32),
+            _vectors(call, 2),
+            plgpu.SMEM((C,), jnp.float32),
+            *_arrivals(4, 3),
+        ],
         q,
         k,
         heads=H,
@@ -99,8 +99,8 @@ def _dkv(call, q, k, *arrays):
         (like(k), like(k)),
         [
             *_tiles(call, q, 1, 1, 2, 2),
-            _numbers(call, 2, dtype=jnp.int32),
-            _numbers(call, 2, 2),
+            _vectors(call, 2, dtype=jnp.int32),
+            _vectors(call, 2, 2),
             *_arrivals(3, 3),
         ],
         q,
@@ -120,11 +120,11 @@ def _tiles(call, q, *slots):
     ]
 
 
-def _numbers(call, *shape, dtype=jnp.float32):
+def _vectors(call, *shape, dtype=jnp.float32):
     """[..., U] in shared memory."""
     return plgpu.SMEM((*shape, call.block), dtype)
 
 
 def _arrivals(own, slot):
-    """Barriers for the copies of the own block, and for those of each of two slots."""
+    """Barriers for the copies of the own block, and for those into each of two slots."""
     return plgpu.Barrier(num_arrivals=own), plgpu.Barrier(num_arrivals=slot, num_barriers=2)

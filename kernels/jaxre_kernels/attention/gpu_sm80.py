@@ -1,21 +1,22 @@
-"""Packed-sequence attention for Ampere and Ada GPUs (Pallas Mosaic GPU), forward and backward.
-unverified: has not run on a GPU
+"""Not yet run on an Ampere or Ada GPU: unverified. `tools/hardware_check --only attention` confirms
+it.
 
-For A100, RTX 30 and RTX 40 (sm_80, sm_86, sm_89), which have neither `wgmma` nor TMA: products are
-`mma` of a warp, copies `cp.async`. It was compiled ahead of time for an A100 and an RTX 4090, and
-what was compiled was run on a CPU, instruction by instruction: the root mean square of its distance
-to f64 is 0.94 to 1.05 of that of the XLA implementation in bf16. Pallas's interpreter has neither
-`mma` nor `cp.async`: there the kernels run with ordinary products and with copies that arrive at
-barriers (`_barriers`), in the same order. What is said of speed is arithmetic.
+Packed-sequence attention for Ampere and Ada GPUs (Pallas Mosaic GPU), forward and backward. For
+A100, RTX 30 and RTX 40 (sm_80, sm_86, sm_89), which have neither `wgmma` nor TMA: products are
+`mma` of a warp, copies `cp.async`. Compiled ahead of time for an A100 and an RTX 4090; the compiled
+code was run on a CPU, instruction by instruction: its root-mean-square distance to f64 is 0.94 to
+1.05 of that of the XLA implementation in bf16. Pallas's interpreter has neither `mma` nor
+`cp.async`: there the kernels run with ordinary products and with copies that arrive at barriers
+(`_barriers`), in the same order. Every statement about speed is arithmetic.
 
-What is computed, and over which block pairs: `gpu_vjp.py`, whose letters are used here.
+The computation and the choice of block pairs: `gpu_vjp.py`, whose letters are used here.
 
-Layout. Arrays are seen as [B, S, H C], which moves nothing: a copy takes [W, C] out of that. W
-tokens of what is walked over come at a time: 64, but with 128 channels 32 for dQ and 16 for dK and
+Layout. Arrays are viewed as [B, S, H C], which moves nothing: a copy takes [W, C] out of that. The
+blocks walked over arrive W tokens at a time: 64, but with 128 channels 32 for dQ and 16 for dK and
 dV. So no register is spilled (with 32, four of dK and dV were), and two thread blocks fit a
 processor with 100 KiB of shared memory.
 
-Memory. In shared memory a thread block holds 2 (n U + 2 W) C bytes, with n = 1 block of its own
+Memory. A thread block holds 2 (n U + 2 W) C bytes of shared memory, with n = 1 block of its own
 forward, 2 backward:
 
               C = 64        C = 128
@@ -24,11 +25,11 @@ forward, 2 backward:
     dK, dV    32 KiB        40 KiB
 
 Roofline of one block pair and query head, as in `gpu.py`: 4, 6 and 8 U U C FLOPs for 4 U C bytes
-read of the second-level cache. An RTX 4090 has 165 TFLOP/s in bf16 with f32 sums, 1.0 TB/s of
-memory and 72 MB of that cache by its datasheet; a multiprocessor needs 4,096 cycles for the
-products of a block pair forward at 128 channels, several times what the copy of a block takes to
-arrive: one slot for what comes, filled while the other is used, and a second thread block are
-enough. An A100 (312 TFLOP/s) needs 1,024.
+read from the L2 cache. An RTX 4090 has 165 TFLOP/s in bf16 with f32 sums, 1.0 TB/s of memory and 72
+MB of L2 by its datasheet; a multiprocessor needs 4,096 cycles for the products of a block pair
+forward at 128 channels, several times what the copy of a block takes to arrive: one slot for
+arrivals, filled while the other is used, and a second thread block are enough. An A100 (312
+TFLOP/s) needs 1,024.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ from jaxre_kernels.attention.gpu_sm80_kernels import dkv_kernel, dq_kernel, forw
 from jaxre_kernels.attention.gpu_vjp import (
     BLOCK,
     CHANNELS,
-    MISSING,
     Kernels,
     attend,
     block_of,
@@ -51,6 +51,7 @@ from jaxre_kernels.attention.gpu_vjp import (
     statistics_of,
     unsupported,
 )
+from jaxre_kernels.mosaic_gpu import MISSING
 
 __all__ = ["BLOCK", "MISSING", "block_of", "packed_attention", "unsupported"]
 
@@ -123,8 +124,8 @@ def _kernels(engine):
 
 
 packed_attention = partial(attend, _kernels(engine=False))
-# The same kernels where there is a copy engine, to be run for comparison: a later GPU takes no
-# `cp.async` from Pallas.
+# The same kernels with the copy engine, for comparison on later GPUs, where Pallas does not support
+# `cp.async`.
 with_copy_engine = partial(attend, _kernels(engine=True))
 
 
@@ -139,7 +140,7 @@ def _wide(q):
 
 
 def _barriers(engine, call, **copies):
-    """What copies of the copy engine arrive at, and their number; `cp.async` needs none."""
+    """Barriers at which copies of the copy engine arrive, by name; `cp.async` needs none."""
     return (
         {f"{name}_arrived": plgpu.Barrier(num_arrivals=count) for name, count in copies.items()}
         if engine or call.interpret

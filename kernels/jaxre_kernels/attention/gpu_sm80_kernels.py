@@ -1,23 +1,24 @@
-"""The three Mosaic GPU kernels of packed attention for GPUs without `wgmma` and TMA. See
-`gpu_sm80.py` for what they compute.
+"""Not yet run on an Ampere or Ada GPU: unverified. `tools/hardware_check --only attention` confirms
+it.
+
+The three Mosaic GPU kernels of packed attention for GPUs without `wgmma` and TMA. Their formulas:
+`gpu_vjp.py`.
 
 One thread block is four warps. It owns a block of queries of one head (or of keys of one key head),
 walks over the pieces of W tokens of the blocks that these meet, and keeps its sums in registers
-until the end: nothing is added up in memory. Two arrays pass through shared memory, each in one
-slot, in such an order that either is on its way while products of the other are formed:
+until the end: nothing is accumulated in memory. Two arrays pass through shared memory, each in one
+slot; the order lets each arrive while products of the other are computed:
 
-    wait for the first -> ask for the second -> products of the first -> wait for the second -> ask
-        for the next first, once nothing
-    needs this one any more -> products of the second
+    wait for the first -> request the second -> products of the first -> wait for the second ->
+        request the next first, once this one is no longer needed -> products of the second
 
-A warp copies with `cp.async`, and Mosaic GPU puts a barrier of all warps in front of each copy and
-behind each wait (`CompilerParams.unsafe_no_auto_barriers` is off): no warp still reads what is
-overwritten, each sees what the others copied. All that is under way is waited for, so it needs no
-count of copies. Where there are barriers for it (`own_arrived`, `keys_arrived`, ...), copies are
-those of the copy engine instead, and all else is the same: so it runs in Pallas's interpreter, and
-on a later GPU.
+A warp copies with `cp.async`, and Mosaic GPU puts a barrier of all warps before each copy and after
+each wait (`CompilerParams.unsafe_no_auto_barriers` is off): no warp still reads what is
+overwritten, and each sees what the others copied. A wait is for all outstanding copies, so they
+need no count. If barriers are passed (`own_arrived`, `keys_arrived`, ...), the copy engine copies
+instead, and all else is the same: this is how it runs in Pallas's interpreter, and on a later GPU.
 
-What is read once, or is small, goes from global memory to registers: bounds, statistics, results.
+Data that is read once, or small, goes from global memory to registers: bounds, statistics, results.
 
 Arrays in global memory: q, dO~, O and dQ [B, S, H C], k, v, dK and dV [B, S, K C]: `cp.async` takes
 [W, C] out of the last two axes only. The rest is as in `gpu_kernels.py`. U is the number of tokens
@@ -37,18 +38,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxre_kernels.attention.gpu_tiles import (
     HIDDEN,
-    TILE,
     along,
     full,
     online_softmax,
     own_block,
-    quotient,
-    remainder,
     visible,
     weights_again,
 )
+from jaxre_kernels.mosaic_gpu import SWIZZLE, TILE, quotient, remainder, transposed
 
-SWIZZLE = 128  # bytes: a tile of shared memory is 8 rows of that many
 DEPTH = 16  # of a product of a warp
 
 
@@ -72,8 +70,8 @@ def forward_kernel(
     scale,
     interpreted,
 ):
-    """Output of a block of queries, and of each query the highest score and the sum of weights
-    (`statistics`).
+    """Writes the output of a block of queries, and the highest score and the sum of weights of each
+    query (`statistics`).
 
     Shared memory: `queries` [U, C], `keys` and `values` [W, C].
     """
@@ -94,25 +92,29 @@ def forward_kernel(
         values,
         values_arrived,
     )
-    _ask(q.at[here], queries, own_arrived)
-    stream_k.ask(0)
+    _request(q.at[here], queries, own_arrived)
+    stream_k.request(0)
     _wait(own_arrived)
 
     def compute(step, carry):
         sums, highest, count = carry
         stream_k.wait()
-        stream_v.ask(step)
+        stream_v.request(step)
         scores = _product(queries, keys, interpreted)  # queries keys
         since, until = (_loaded(bounds.at[i, row, walk.tokens(step)], 1) for i in (0, 1))
         seen = visible(since, until, start, scores, queries=0)
         weights, shrink, highest, count = online_softmax(scores, seen, highest, count, scale)
         stream_v.wait()
-        stream_k.ask_next(step)
-        return _added(sums * along(shrink, 0, sums), weights, values, interpreted), highest, count
+        stream_k.request_next(step)
+        return (
+            _accumulated(sums * along(shrink, 0, sums), weights, values, interpreted),
+            highest,
+            count,
+        )
 
     before = full((U, C), 0.0), full((U,), HIDDEN, TILE.reduce(1)), full((U,), 0.0, TILE.reduce(1))
     sums, highest, count = lax.fori_loop(0, walk.steps, compute, before)
-    _leave(sums / along(count, 0, sums), queries, out.at[here])
+    _write(sums / along(count, 0, sums), queries, out.at[here])
     for i, vector in enumerate((highest, count)):
         statistics.at[i, row, head, pl.ds(start, U)][...] = vector
 
@@ -141,8 +143,8 @@ def dq_kernel(
     scale,
     interpreted,
 ):
-    """Gradient of a block of queries, from dO~ (`dsums`) and of each query the highest score and r
-    (`statistics`).
+    """Writes the gradient of a block of queries, from dO~ (`dsums`) and the highest score and r of
+    each query (`statistics`).
 
     `slack` and `rounded` as in `gpu_kernels.dq_kernel`. Values come first: they are needed once,
     keys twice. Shared memory: `queries` and `douts` [U, C], `keys` and `values` [W, C].
@@ -162,19 +164,19 @@ def dq_kernel(
         values,
         values_arrived,
     )
-    _ask(q.at[here], queries, own_arrived)
-    _ask(dsums.at[here], douts, own_arrived)
-    stream_v.ask(0)
+    _request(q.at[here], queries, own_arrived)
+    _request(dsums.at[here], douts, own_arrived)
+    stream_v.request(0)
     highest, mean = (_loaded(statistics.at[i, row, head, pl.ds(start, U)], 0) for i in (0, 1))
     _wait(own_arrived)
 
     def compute(step, carry):
         sums, slack, rounded = carry
         stream_v.wait()
-        stream_k.ask(step)
+        stream_k.request(step)
         dweights = _product(douts, values, interpreted)  # queries keys
         stream_k.wait()
-        stream_v.ask_next(step)
+        stream_v.request_next(step)
         scores = _product(queries, keys, interpreted)
         since, until = (_loaded(bounds.at[i, row, walk.tokens(step)], 1) for i in (0, 1))
         weights = weights_again(
@@ -186,14 +188,14 @@ def dq_kernel(
         dscores = weights * (dweights - along(mean, 0, scores))
         slack = slack + dscores.sum(1)
         rounded = rounded + dscores.astype(keys.dtype).astype(jnp.float32).sum(1)
-        return _added(sums, dscores, keys, interpreted), slack, rounded
+        return _accumulated(sums, dscores, keys, interpreted), slack, rounded
 
     nothing = full((U,), 0.0, TILE.reduce(1))
     sums, slack, rounded = lax.fori_loop(
         0, walk.steps, compute, (full((U, C), 0.0), nothing, nothing)
     )
     middle = _loaded(middles.at[row, quotient(start, U), key_head], 1)
-    _leave((sums - along(rounded, 0, sums) * along(middle, 1, sums)) * scale, queries, dq.at[here])
+    _write((sums - along(rounded, 0, sums) * along(middle, 1, sums)) * scale, queries, dq.at[here])
     slacks.at[row, head, pl.ds(start, U)][...] = slack
 
 
@@ -220,11 +222,11 @@ def dkv_kernel(
     scale,
     interpreted,
 ):
-    """Gradients of a block of keys and values of one key head, over the queries of all heads that
-    use it.
+    """Writes the gradients of a block of keys and values of one key head, summed over the queries
+    of all heads that use it.
 
-    Scores stand the other way round, [keys, queries]: as they come out of one product they go into
-    the next. Shared memory: `keys` and `values` [U, C], `queries` and `douts` [W, C].
+    Scores are transposed, [keys, queries]: the result of one product is the factor of the next as
+    it is. Shared memory: `keys` and `values` [U, C], `queries` and `douts` [W, C].
     """
     U, C = keys.shape
     own, row, start = own_block(k, U)
@@ -247,38 +249,38 @@ def dkv_kernel(
         douts,
         douts_arrived,
     )
-    _ask(k.at[here], keys, own_arrived)
-    _ask(v.at[here], values, own_arrived)
-    stream_do.ask(0)
+    _request(k.at[here], keys, own_arrived)
+    _request(v.at[here], values, own_arrived)
+    stream_do.request(0)
     since, until = (_loaded(bounds.at[i, row, pl.ds(start, U)], 0) for i in (0, 1))
     _wait(own_arrived)
 
     def compute(step, carry):
         dkeys, dvalues = carry
         stream_do.wait()
-        stream_q.ask(step)
+        stream_q.request(step)
         dweights = _product(values, douts, interpreted)  # keys queries
         stream_q.wait()
         scores = _product(keys, queries, interpreted)
         highest, mean = (statistics.at[i, row, query_head(step), walk.tokens(step)] for i in (0, 1))
         seen = visible(since, until, walk.tokens(step).start, scores, queries=1)
         weights = weights_again(scores, seen, along(_loaded(highest, 1), 1, scores), scale)
-        dvalues = _added(dvalues, weights, douts, interpreted)
-        stream_do.ask_next(step)
+        dvalues = _accumulated(dvalues, weights, douts, interpreted)
+        stream_do.request_next(step)
         dscores = weights * (dweights - along(_loaded(mean, 1), 1, scores))
-        return _added(dkeys, dscores, queries, interpreted), dvalues
+        return _accumulated(dkeys, dscores, queries, interpreted), dvalues
 
     dkeys, dvalues = lax.fori_loop(0, walk.steps, compute, (full((U, C), 0.0),) * 2)
-    _leave(dkeys * scale, keys, dk.at[here])
-    _leave(dvalues, values, dv.at[here])
+    _write(dkeys * scale, keys, dk.at[here])
+    _write(dvalues, values, dv.at[here])
 
 
-# ---- pieces that come and go ------------------------------------------------------------------
+# ---- copies to and from shared memory ---------------------------------------------------------
 
 
 class _Walk(NamedTuple):
-    """The steps of a thread block: blocks that it meets, for each the query heads of a key head,
-    for each the pieces of a block.
+    """The steps of a thread block: the blocks that it meets, for each the query heads of a key
+    head, for each the pieces of a block.
     """
 
     others: Any
@@ -297,7 +299,7 @@ class _Walk(NamedTuple):
         return self.total * (self.heads * self.pieces)
 
     def place(self, step):
-        """Of the query head among those of its key head."""
+        """Index of the query head among those of its key head."""
         return remainder(quotient(step, self.pieces), self.heads)
 
     def tokens(self, step):
@@ -306,28 +308,30 @@ class _Walk(NamedTuple):
 
 
 class _Stream(NamedTuple):
-    """What passes through one slot of shared memory; `source(step)` is where it lies."""
+    """An array that passes through one slot of shared memory; `source(step)` is its place in
+    memory.
+    """
 
     walk: _Walk
     source: Callable
     slot: Any
     arrived: Any
 
-    def ask(self, step):
-        _ask(self.source(step), self.slot, self.arrived)
+    def request(self, step):
+        _request(self.source(step), self.slot, self.arrived)
 
-    def ask_next(self, step):
+    def request_next(self, step):
         @pl.when(step + 1 < self.walk.steps)
         def _():
-            self.ask(step + 1)
+            self.request(step + 1)
 
     def wait(self):
         _wait(self.arrived)
 
 
-def _ask(source, slot, arrived):
+def _request(source, slot, arrived):
     if arrived is not None:
-        plgpu.commit_smem()  # orders what ordinary loads read before what the copy engine writes
+        plgpu.commit_smem()  # orders ordinary loads before writes of the copy engine
     plgpu.copy_gmem_to_smem(source, slot, arrived, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
@@ -338,9 +342,9 @@ def _wait(arrived):
         plgpu.barrier_wait(arrived)
 
 
-def _leave(values, slot, there):
-    """To global memory, by way of shared memory: as a product leaves them, four threads hold 16
-    bytes of a row.
+def _write(values, slot, there):
+    """Writes to global memory, by way of shared memory: as a product leaves them, four threads hold
+    16 bytes of a row.
     """
     slot[...] = values.astype(slot.dtype)
     there[...] = plgpu.load(
@@ -349,7 +353,7 @@ def _leave(values, slot, there):
 
 
 def _loaded(ref, axis):
-    """A vector in global memory, as it is to lie along `axis` of a tile."""
+    """A vector of global memory, laid out along `axis` of a tile."""
     return plgpu.load(ref, layout=TILE.reduce(1 - axis), optimized=False)
 
 
@@ -360,45 +364,39 @@ def _channels(head, channels):
 # ---- products ---------------------------------------------------------------------------------
 
 
-def _product(one, other, interpreted):
-    """one @ other' of two blocks [_, C] in shared memory. Pallas's interpreter has no `mma`: there
-    it is an ordinary product.
+def _product(x, y, interpreted):
+    """x @ y' of two blocks [_, C] in shared memory; an ordinary product in Pallas's interpreter,
+    which has no `mma`.
     """
     if interpreted:
-        return jnp.dot(one[...], other[...].T, preferred_element_type=jnp.float32)
-    result = full((one.shape[0], other.shape[0]), 0.0)
-    width = SWIZZLE // one.dtype.itemsize
-    for first in range(0, one.shape[1], width):
+        return jnp.dot(x[...], y[...].T, preferred_element_type=jnp.float32)
+    result = full((x.shape[0], y.shape[0]), 0.0)
+    width = SWIZZLE // x.dtype.itemsize
+    for first in range(0, x.shape[1], width):
         channels = pl.ds(first, width)
-        left = plgpu.load(one.at[:, channels], layout=plgpu.Layout.MMA_LHS(one.dtype))
-        right = plgpu.load(
-            other.at[:, channels].transpose((1, 0)), layout=plgpu.Layout.MMA_RHS(one.dtype)
-        )
+        left = plgpu.load(x.at[:, channels], layout=plgpu.Layout.MMA_LHS(x.dtype))
+        right = plgpu.load(transposed(y.at[:, channels]), layout=plgpu.Layout.MMA_RHS(x.dtype))
         result = plgpu.mma(result, left, right)
     return result
 
 
-def _added(sums, one, other, interpreted):
-    """sums + one @ other, one in registers, rounded to the dtype of the other, which is in shared
-    memory.
-    """
+def _accumulated(sums, x, y, interpreted):
+    """sums + x @ y, x in registers and rounded to y's dtype, y in shared memory."""
     if interpreted:
-        return sums + jnp.dot(
-            one.astype(other.dtype), other[...], preferred_element_type=jnp.float32
-        )
-    one = _as_factor(one, other.dtype)
-    for first in range(0, other.shape[0], DEPTH):
-        right = plgpu.load(other.at[pl.ds(first, DEPTH)], layout=plgpu.Layout.MMA_RHS(other.dtype))
-        sums = plgpu.mma(sums, one[:, first : first + DEPTH], right)
+        return sums + jnp.dot(x.astype(y.dtype), y[...], preferred_element_type=jnp.float32)
+    x = _as_factor(x, y.dtype)
+    for first in range(0, y.shape[0], DEPTH):
+        right = plgpu.load(y.at[pl.ds(first, DEPTH)], layout=plgpu.Layout.MMA_RHS(y.dtype))
+        sums = plgpu.mma(sums, x[:, first : first + DEPTH], right)
     return sums
 
 
 def _as_factor(array, dtype):
-    """A result of a product, rounded, as the left factor of the next: each thread has what it
-    needs, under other numbers.
+    """A product's result, rounded, as the left factor of the next product: each thread already
+    holds the values it needs, under other register numbers.
 
-    In both, register [j, c, r] of a thread is of columns 16 j + 8 c and rows 8 r of its warp's: j
-    and c are one axis in the result.
+    In both layouts, register [j, c, r] of a thread belongs to columns 16 j + 8 c and rows 8 r of
+    its warp's; in the result j and c are one axis.
     """
     layout = plgpu.Layout.MMA_LHS(dtype)
 

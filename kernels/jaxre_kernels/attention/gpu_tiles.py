@@ -1,44 +1,34 @@
-"""What the Mosaic GPU kernels of packed attention share: where a thread block stands, and the
+"""Not yet run on a GPU: unverified. `tools/hardware_check --only attention` confirms it.
+
+Shared parts of the Mosaic GPU kernels of packed attention: the position of a thread block, and the
 weights of a block of scores.
 
 A block of scores lies in the registers of four warps as the tensor cores leave a product (`TILE`):
-a warp holds 16 rows. It is the same for `wgmma` and for `mma`. Scores carry the factor log2 e, so
-that exp2 is the exponential.
+a warp holds 16 rows. The layout is the same for `wgmma` and for `mma`. Scores carry the factor
+log2 e, so exp2 replaces the exponential.
 """
 
 from __future__ import annotations
 
-import math
-
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # less any score it stays finite
-LOG2_E = math.log2(math.e)
-TILE = plgpu.Layout.WGMMA
+from jaxre_kernels.mosaic_gpu import LOG2_E, TILE, quotient, remainder
+
+HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite even after subtracting any score
 
 
 def own_block(array, block):
-    """Of the block of this thread block: its number over all rows, its row, and its first token.
-    `array` [B, S, ...].
+    """The thread block's block: its number over all rows, its row, and its first token. `array`
+    [B, S, ...].
     """
     own, blocks = lax.axis_index("blocks"), array.shape[1] // block
     return own, quotient(own, blocks), remainder(own, blocks) * block
 
 
-def quotient(number, by):
-    """Of numbers that are not negative: `//` would ask for the sign."""
-    return lax.div(number, np.int32(by))
-
-
-def remainder(number, by):
-    return lax.rem(number, np.int32(by))
-
-
 def along(vector, axis, like):
-    """A vector that lies along `axis` of `like`, repeated over the other."""
+    """A vector that lies along `axis` of `like`, broadcast over the other axis."""
     return lax.broadcast_in_dim(vector, like.shape, [axis])
 
 
@@ -47,7 +37,7 @@ def full(shape, value, layout=TILE):
 
 
 def visible(since, until, start, scores, *, queries):
-    """Whether a query sees a key, as `scores`.
+    """Mask of the shape of `scores`, true where a query sees a key.
 
     `since` and `until` are the bounds of the keys, along the keys; `queries` is the axis of the
     queries, whose first is `start`.
@@ -59,11 +49,11 @@ def visible(since, until, start, scores, *, queries):
 
 
 def online_softmax(scores, seen, highest, count, scale):
-    """Weights of a block of keys; by how much what was summed before shrinks; the highest score and
-    the sum of weights until now.
+    """One step of the online softmax: weights of a block of keys, the factor that rescales earlier
+    sums, and the new highest score and sum of weights.
 
-    A query that has seen no key yet has highest = HIDDEN and weights of one; the first score that
-    it sees takes all of that times exp2(HIDDEN - score) = 0.
+    A query that has not seen a key yet has highest = HIDDEN and weights of one; the first score
+    it sees rescales all of that by exp2(HIDDEN - score) = 0.
     """
     scores = jnp.where(seen, scores * (scale * LOG2_E), HIDDEN)
     now = jnp.maximum(highest, scores.max(1))
@@ -72,5 +62,5 @@ def online_softmax(scores, seen, highest, count, scale):
 
 
 def weights_again(scores, seen, highest, scale):
-    """exp(s Q K' - m), zero where a query does not see a key. What overflows there is not taken."""
+    """exp(s Q K' - m), zero where a query does not see a key; overflow there is discarded."""
     return jnp.where(seen, jnp.exp2(scores * (scale * LOG2_E) - highest), 0.0)

@@ -1,13 +1,15 @@
-"""What the packed attentions for GPUs share: what is computed, which blocks meet, how arrays are
-laid out, the custom VJP.
+"""Not yet run on a GPU: unverified. `tools/hardware_check --only attention` confirms it.
 
-What is computed. Query i sees key j exactly when visible_from[j] <= i < visible_until[j]. Causal
-rows have visible_from[j] = j; isolated segments that are seen both ways (encoders) have the start
-of j's segment. Forward (Dao et al. 2022, algorithm 1), block of keys by block of keys, s = C**-0.5:
+Shared parts of packed attention for GPUs: the formulas, the choice of block pairs, the layout of
+arrays, the custom VJP.
+
+Formulas. Query i sees key j exactly when visible_from[j] <= i < visible_until[j]. Causal rows have
+visible_from[j] = j; isolated segments that are seen both ways (encoders) have the start of j's
+segment. Forward (Dao et al. 2022, algorithm 1), block of keys by block of keys, s = C**-0.5:
 
     S = s Q K',    m = max S,    E = exp(S - m),    l = rowsum E,    O = E V / l
 
-Kept for backward: q, k, v, O, and m and l in f32. m and l stay apart: m + log l is rounded as a
+Saved for backward: q, k, v, O, and m and l in f32. m and l stay apart: m + log l is rounded as a
 score is, which doubled the f32 error of gradients in a network with large scores (`blockwise.py`).
 With P = E / l and dO~ = dO / l:
 
@@ -16,20 +18,19 @@ With P = E / l and dO~ = dO / l:
     r = rowsum(P dP) / l = rowsum(dO~ O),
         because rowsum(P (dO V')) = rowsum(dO (P V)) = rowsum(dO O)
 
-dO~ and r are formed once, outside of the kernels; one kernel sums dQ over blocks of keys, one dK
-and dV over those of queries and over the query heads of a key head. Each block of a result has one
-thread block that sums it, in a fixed order: no atomic additions, the same bits each time. The r of
-a bf16 O carries its rounding. A row of dS adds up to zero, so what it does add up to in the first
-kernel corrects r for the second; and any one key c may be taken from all keys in dQ = s dS (K - c):
-with the mean of the queries' own block for c, rounding dS to bf16 does no harm through what keys
-have in common.
+dO~ and r are computed once, outside of the kernels; one kernel sums dQ over blocks of keys, one dK
+and dV over those of queries and over the query heads of a key head. Each block of a result is
+summed by one thread block, in a fixed order: no atomic additions, the same bits each time. The r of
+a bf16 O carries its rounding. A row of dS should sum to zero, so its actual sum in the first kernel
+corrects r for the second. For the same reason any one key c may be subtracted from all keys in
+dQ = s dS (K - c): with the mean of the queries' own block for c, rounding dS to bf16 does no harm
+through the part that keys have in common.
 
-Which block pairs. A thread block walks over a list of exactly the blocks that hold a visible token
-pair with its own (`pairs.py`), so cost follows visible pairs. Lists and their lengths are numbers
-on the device, found from `visible_until`, of which they are all that hangs on it: a scan over
-layers can form them once. Blocks have 64 tokens, the least that a product of a warpgroup takes: of
-150-token examples 8,192 tokens need about 3.3 blocks a block of queries; blocks of 128 would need
-2.2 that are four times as large.
+Block pairs. A thread block walks over a list of exactly the blocks that hold a visible token pair
+with its own (`pairs.py`), so cost follows visible pairs. Lists and their lengths are arrays on the
+device; they depend on `visible_until` alone, so a scan over layers can compute them once. Blocks
+have 64 tokens, the least that a product of a warpgroup takes: of 150-token examples 8,192 tokens
+need about 3.3 blocks a block of queries; blocks of 128 would need 2.2 that are four times as large.
 
 Letters: B rows, T tokens, H query heads, K key heads, G = H/K, C channels, S = T padded to blocks,
 N = S/U, U = 64 tokens of a block. Where T is a multiple of 64 and C is 64 or 128 nothing is copied
@@ -39,7 +40,7 @@ dtypes: q, k, v, dO and results in bf16; scores, softmax, sums, m, l and r in f3
 are rounded to bf16 for their products, as in `blockwise.py`. f32 is refused: the tensor cores would
 round it to 10 bits.
 
-Memory: 8 bytes a query and head are kept, and O, which the caller has anyway. No [T, T] array of a
+Memory: saves 8 bytes a query and head, and O, which the caller has anyway. No [T, T] array of a
 head exists; the lists take 4 N bytes a block, 64 KiB for a row of 8,192 tokens.
 
 Sharding: inside `shard_map(..., check_vma=False)`, rows or heads split, not under automatic
@@ -58,27 +59,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from jaxre_kernels.attention.pairs import Reach, meeting, reach_of
-
-MISSING = (
-    None
-    if jax.__version_info__ >= (0, 11)
-    else f"it needs jax 0.11 or later, this is {jax.__version__}"
-)
+from jaxre_kernels.mosaic_gpu import MISSING, shared_tile
 
 BLOCK = 64  # tokens: the rows of a product of a warpgroup
-SWIZZLE = 128  # bytes: a tile of shared memory is 8 rows of that many
 CHANNELS = (64, 128)
 GRID_LIMIT = 65535  # thread blocks along any but the fastest axis of a grid
 
 
 class Kernels(NamedTuple):
-    """The three calls of an implementation; U-blocks that meet are told by `others` [B x N, N] and
-    `total` [B x N] int32.
+    """The three kernel calls of an implementation; `others` lists the U-blocks that meet: [B x N,
+    N], and `total` [B x N] int32 counts them.
 
     forward(call, q, k, v, bounds, others, total) -> O, statistics (m, l) [2, B, H, S] f32
-    dq(call, q, k, v, bounds, dO~, statistics (m, r), middles [B, N, K, C] f32, others, total) ->
-    dQ, slack [B, H, S] f32 dkv(call, q, k, v, bounds, dO~, statistics (m, r), others, total) -> dK,
-    dV
+    dq(call, q, k, v, bounds, dO~, statistics (m, r), middles [B, N, K, C] f32, others, total)
+        -> dQ, slack [B, H, S] f32
+    dkv(call, q, k, v, bounds, dO~, statistics (m, r), others, total) -> dK, dV
     """
 
     forward: Callable
@@ -87,8 +82,8 @@ class Kernels(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Static choices of a call: the kernels, tokens of a block, what is known of the rows, factor
-    of scores, whether Pallas interprets.
+    """Static choices of a call: kernels, tokens of a block, reach of the rows, factor of scores,
+    whether Pallas interprets.
     """
 
     kernels: Kernels
@@ -98,8 +93,8 @@ class Call(NamedTuple):
     interpret: Any
 
     def run(self, name, kernel, arrays, out_type, scratch, q, k, heads):
-        """Heads vary fastest: thread blocks that share keys run at a time, and find them in the
-        second-level cache.
+        """Runs a kernel. Heads vary fastest: thread blocks that share keys run at the same time and
+        find them in the L2 cache.
         """
         return plgpu.kernel(
             partial(
@@ -112,23 +107,20 @@ class Call(NamedTuple):
             scratch_types=scratch,
             grid=(q.shape[0] * q.shape[1] // self.block, heads),
             grid_names=("blocks", "heads"),
-            # No sum or maximum is over rows of several warps: none needs shared memory.
+            # No sum or maximum spans the rows of several warps, so none needs shared memory.
             compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
             interpret=self.interpret,
             kernel_name=name,
         )(*arrays)
 
     def tile(self, *shape, like):
-        """[..., tokens, C] in shared memory as products read it, and for Pallas's interpreter,
-        whose blocks are smaller, as it is.
+        """[..., tokens, C] in shared memory, laid out for products; untransformed for Pallas's
+        interpreter, whose blocks are smaller.
         """
-        transforms = (
-            plgpu.TilingTransform((8, SWIZZLE // like.dtype.itemsize)),
-            plgpu.SwizzleTransform(SWIZZLE),
-        )
-        return plgpu.SMEM(
-            (*shape, like.shape[3]), like.dtype, transforms=() if self.interpret else transforms
-        )
+        shape = (*shape, like.shape[3])
+        if self.interpret:
+            return plgpu.SMEM(shape, like.dtype)
+        return shared_tile(shape, like.dtype)
 
 
 def like(array: jax.Array) -> jax.ShapeDtypeStruct:
@@ -157,17 +149,16 @@ def attend(
     visible_until[j]`.
 
     Args:
-      kernels: of the kind of GPU: `packed_attention` of `gpu.py` and of `gpu_sm80.py` is this with
-        theirs.
+      kernels: of the kind of GPU; `packed_attention` of `gpu.py` and of `gpu_sm80.py` bind theirs.
       q: [B, T, H, C] bf16; k, v: [B, T, K, C] of q's dtype.
       visible_until: [B, T] int32. Every token sees itself; a pad token nothing else.
       visible_from: [B, T] int32, the first token of j's segment, for segments that are seen both
         ways; None: j, causal.
-      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; no bound on the span
-        if it is None.
-      block: tokens of a block; a GPU takes 64 alone.
-      interpret: what `plgpu.kernel` takes: `plgpu.InterpretGPUParams` to run without a GPU. It
-        takes f32, too.
+      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; a span of None is
+        unbounded.
+      block: tokens of a block; must be 64 on a GPU.
+      interpret: argument of `plgpu.kernel`: `plgpu.InterpretGPUParams` to run without a GPU, in f32
+        too.
 
     Returns:
       [B, T, H, C] of q's dtype.
@@ -188,7 +179,7 @@ def attend(
 
 
 def block_of(length: int, span: int | None = None, group: int = 1) -> int:
-    """Tokens of a block, whatever the shape."""
+    """Tokens of a block, the same for every shape."""
     return BLOCK
 
 
@@ -202,7 +193,7 @@ def unsupported(
     channels: int,
     dtype: DTypeLike,
 ) -> str | None:
-    """Why `packed_attention` does not take such arrays, in words; None if it does."""
+    """Why `packed_attention` does not support such arrays, in words; None if it does."""
     if MISSING is not None:
         return MISSING
     dtype = jnp.dtype(dtype)
@@ -237,11 +228,11 @@ def _forward(q, k, v, bounds, call):
     return out, (q, k, v, bounds, out, statistics)
 
 
-def _backward(call, kept, dout):
-    q, k, v, bounds, out, statistics = kept
+def _backward(call, residuals, dout):
+    q, k, v, bounds, out, statistics = residuals
     highest, count = statistics
     dsums = (dout.astype(jnp.float32) / _per_query(count, q)).astype(q.dtype)
-    # Of the rounded dO~, as in the kernels: what cancels in dS cancels here too.
+    # From the rounded dO~, as in the kernels, so that what cancels in dS cancels here too.
     mean = (dsums.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     mean = _lay(mean, call.block, multiples=(1,))[..., 0].swapaxes(1, 2)  # B H S
     *laid, dsums = (_lay(array, call.block) for array in (q, k, v, dsums))
@@ -267,7 +258,7 @@ def _middles(k, block):
 
 def _lists(bounds, call, transposed=False):
     """`others` [B x N, N] and `total` [B x N]: the blocks of keys that a block of queries meets;
-    transposed, the other way round.
+    transposed, the blocks of queries of a block of keys.
     """
     meets = meeting(*bounds, call.block, call.reach)  # B N N
     meets = (meets.swapaxes(1, 2) if transposed else meets).reshape(-1, meets.shape[2])
@@ -279,8 +270,8 @@ def _lists(bounds, call, transposed=False):
 
 
 def _lay(array, block, multiples=CHANNELS):
-    """[B, T, H, C] with zeros behind each row and behind the channels; the array itself where
-    nothing is to be added.
+    """[B, T, H, C] with zeros behind each row and behind the channels; the array itself if it needs
+    no padding.
     """
     _, T, _, C = array.shape
     wide = min(width for width in multiples if width >= C)

@@ -1,23 +1,22 @@
-"""Which blocks of a row have to meet: the list of block pairs that hold a visible token pair.
+"""Lists the block pairs of a row that contain a visible token pair.
 
-A row is cut into N blocks of tokens, for queries and for keys alike. Key j is seen by the queries
+A row is cut into N blocks of tokens, the same for queries and keys. Key j is seen by the queries
 of one stretch, [visible_from[j], visible_until[j]), with visible_from[j] = j where attention is
 causal. Queries of block m and keys of block n have a visible pair exactly when
 
     least visible_from of n < end of m    and    largest visible_until of n > start of m.
 
-That two different keys could meet the two conditions does no harm, for a causal row nor for
+It does no harm that two different keys could meet the two conditions, in causal rows and in
 isolated segments:
 
-- m behind n: causal, every key of n starts before m, and the second condition alone decides.
+- m behind n: causal, every key of n starts before m, so the second condition alone decides.
   Segments: both bounds grow with the key, so the key with the largest bound is the last one of n,
   and its stretch starts no later than itself, before m.
 - m ahead of n: causal, no key of n starts before the end of m. Segments: the key with the least
   start is the first of n, and its stretch ends behind itself, behind m.
 - m = n: every token sees itself.
 
-The blocks of all rows are numbered through, so that a list names a row and a place in it by one
-number.
+Blocks are numbered through all rows, so one number names a row and a place in it.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ import jax.numpy as jnp
 
 
 class Reach(NamedTuple):
-    """What is known of a row before it is seen, in blocks: it bounds the length of a list.
+    """Static bounds on the visible blocks of a row; they bound the length of a list.
 
-    Block m of queries has visible keys in blocks of [m - back, m + ahead] and of [0, prefix) alone.
+    Queries of block m see keys only in blocks [m - back, m + ahead] and [0, prefix).
     """
 
     back: int
@@ -45,7 +44,7 @@ class Reach(NamedTuple):
         return near | ((key < self.prefix) & (key <= query))
 
     def bound(self, blocks: int) -> int:
-        """The number of block pairs of a row that are allowed."""
+        """Number of allowed block pairs in a row."""
         near = sum(min(m, self.back) + 1 + min(blocks - 1 - m, self.ahead) for m in range(blocks))
         return near + sum(min(max(m - self.back, 0), self.prefix) for m in range(blocks))
 
@@ -53,8 +52,8 @@ class Reach(NamedTuple):
 def reach_of(
     length: int, block: int, prefix: int = 0, span: int | None = None, *, causal: bool = True
 ) -> Reach:
-    """The reach of rows of `length` whose visible pairs (i, j) have i - j < span or j < prefix; j -
-    i < span if not causal.
+    """Reach of rows of `length` whose visible pairs (i, j) have i - j < span or j < prefix, and, if
+    not causal, j - i < span.
     """
     blocks = -(-length // block)
     # The first query of a block sees span - 1 tokens back.
@@ -63,10 +62,10 @@ def reach_of(
 
 
 class Pairs(NamedTuple):
-    """Block pairs, one step of a kernel each: those of one block of the result follow one another.
+    """Block pairs, one per kernel step; the pairs of one result block are consecutive.
 
-    own [S] int32: the block of the result; other [S] int32: the block that it meets; total [1]
-    int32: how many there are. Places from `total` on repeat a valid pair and mean nothing.
+    own [S] int32: block of the result; other [S] int32: block that it meets; total [1] int32:
+    number of pairs. Entries from `total` on repeat a valid pair and are ignored.
     """
 
     own: jax.Array
@@ -87,14 +86,14 @@ def meeting(
     least = visible_from.reshape(-1, 1, blocks, block).min(-1)  # B 1 N
     largest = visible_until.reshape(-1, 1, blocks, block).max(-1)
     seen = (least < start[:, None] + block) & (largest > start[:, None])
-    # A block always meets itself, whatever the bounds say: no block of a result is left unwritten.
+    # Every block meets itself, whatever the bounds say, so every result block is written.
     return (seen | jnp.eye(blocks, dtype=bool)) & reach.allowed(blocks)
 
 
 def listed(meets: jax.Array, reach: Reach) -> Pairs:
     """[B, N, N] bool, the blocks of the result on the second axis -> the pairs, in order.
 
-    Sorting numbers is what a TPU does well; the scatter behind `jnp.nonzero` it does one by one.
+    Sorts numbers, which is fast on a TPU; the scatter behind `jnp.nonzero` would run one by one.
     """
     B, N, _ = meets.shape
     number = jnp.arange(B * N * N, dtype=jnp.int32)

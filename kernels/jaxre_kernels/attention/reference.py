@@ -1,8 +1,8 @@
 """Dense attention under a mask: the oracle of every kernel, and the attention of encoders and of
 decoding.
 
-A row is a forest of prefix trees laid out depth first. Each node's subtree is one stretch of
-the row, so one number per token says who sees it: token i sees token j exactly when
+A row is a forest of prefix trees laid out depth first. Each node's subtree is one contiguous
+stretch of the row, so one number per token defines visibility: token i sees token j exactly when
 `j <= i < visible_until[j]`. A pad token j has `visible_until[j] = j + 1` and sees itself.
 
 Letters: B rows, T tokens in a row, H query heads, K key/value heads, G = H/K, C head channels.
@@ -18,24 +18,31 @@ import jax.numpy as jnp
 
 class Window(NamedTuple):
     """A sliding window over positions: token i sees token j only if positions[i] - positions[j] <
-    length, so that a token sees `length` tokens with its own.
+    length, so a token sees `length` tokens, its own included.
 
-    positions: [B, T] int32; length: [] int32. Behind a shared prefix positions are nearer to each
-    other than places in the row.
+    positions: [B, T] int32; length: [] int32. Behind a shared prefix, two tokens can be closer in
+    position than in the row.
     """
 
     positions: jax.Array
     length: jax.Array | int
 
 
-def visible_mask(visible_until: jax.Array, window: Window | None = None) -> jax.Array:
-    """[B, T] int32 -> [B, T, T] bool; entry [b, i, j] is whether token i sees token j."""
+def visible_mask(
+    visible_until: jax.Array, window: Window | None = None, queries: jax.Array | None = None
+) -> jax.Array:
+    """[B, T] int32 -> [B, T, T] bool; entry [b, i, j] is whether token i sees token j.
+
+    With `queries` [B, S] int32, the row positions of some tokens: [B, S, T] for those alone.
+    """
     index = jnp.arange(visible_until.shape[-1])
-    before = index[None, :] <= index[:, None]  # T T
-    visible = before & (index[:, None] < visible_until[:, None, :])
+    query = index[None] if queries is None else queries  # B S, or 1 T
+    visible = (index <= query[..., None]) & (query[..., None] < visible_until[:, None])
     if window is None:
         return visible
-    return visible & (window.positions[:, :, None] - window.positions[:, None] < window.length)
+    positions = window.positions
+    own = positions if queries is None else jnp.take_along_axis(positions, queries, axis=1)
+    return visible & (own[..., None] - positions[:, None] < window.length)
 
 
 def both_ways_mask(visible_until: jax.Array, visible_from: jax.Array) -> jax.Array:

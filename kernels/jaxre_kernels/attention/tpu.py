@@ -1,38 +1,21 @@
-"""Packed-sequence attention for TPUs (Pallas Mosaic), forward and backward. unverified: has not run
-on a TPU
+"""Not yet run on a TPU: unverified. `tools/hardware_check --only attention` confirms it.
 
-It was run in Pallas's interpreters and compiled ahead of time for v5e, v5p and v6e. What is said of
-speed is arithmetic.
+Packed-sequence attention for TPUs (Pallas Mosaic), forward and backward. Tested in Pallas's
+interpreters and compiled ahead of time for v5e, v5p and v6e. Every statement about speed is
+arithmetic.
 
-What is computed. Query i sees key j exactly when visible_from[j] <= i < visible_until[j]. Causal
-rows have visible_from[j] = j; isolated segments that are seen both ways (encoders) have the start
-of j's segment. Forward (Dao et al. 2022, algorithm 1), block of keys by block of keys, s = C**-0.5:
+Formulas: derived in `gpu_vjp.py`. dO~ and r are computed once, outside of the kernels; one kernel
+sums dQ over blocks of keys, one dK and dV over those of queries. With the mean of the
+queries' own block of keys subtracted in dQ, its distance to f32 is half that of the XLA
+implementation for keys of noise + 4.
 
-    S = s Q K',    m = max S,    E = exp(S - m),    l = rowsum E,    O = E V / l
-
-Kept for backward: q, k, v, O, and m and l in f32. m and l stay apart: m + log l is rounded as a
-score is, which doubled the f32 error of gradients in a network with large scores (`blockwise.py`).
-With P = E / l and dO~ = dO / l:
-
-    dV = P' dO = E' dO~,    dP = dO V',    dS = P (dP - rowsum(P dP)) = E (dO~ V' - r),
-        dQ = s dS K,    dK = s dS' Q
-    r = rowsum(P dP) / l = rowsum(dO~ O),
-        because rowsum(P (dO V')) = rowsum(dO (P V)) = rowsum(dO O)
-
-dO~ and r are formed once, outside of the kernels; one kernel sums dQ over blocks of keys, one dK
-and dV over those of queries. The r of a bf16 O carries its rounding. A row of dS adds up to zero,
-so what it does add up to in the first kernel corrects r for the second; and any one key c may be
-taken from all keys in dQ = s dS (K - c): with the mean of a near block for c, rounding dS to bf16
-does no harm through what keys have in common (keys of noise + 4: half of the XLA implementation's
-distance to f32).
-
-Which block pairs. The grid of a kernel is (groups of key heads, block pairs): step s works on pair
-s of a list that holds exactly the pairs with a visible token pair (`pairs.py`). Its length is a
-number on the device, found from `visible_until`. A static grid that skips would still spend an idle
-step on each of the other N x N pairs: 4,096 for a row of 8,192 tokens in blocks of 128, of which
-150-token examples need about 140. Rows lie one behind another on one axis of tokens, so an entry of
-the list is a row and a place in it at once. The lists hang on `visible_until` alone: a scan over
-layers can form them once.
+Block pairs. The grid of a kernel is (groups of key heads, block pairs): step s works on pair s of a
+list of exactly the pairs with a visible token pair (`pairs.py`). Its length is a number on the
+device, computed from `visible_until`. A static grid that skips would still spend an idle step on
+each of the other N x N pairs: 4,096 for a row of 8,192 tokens in blocks of 128, of which 150-token
+examples need about 140. Rows are concatenated on one axis of tokens, so one number in the list
+names a row and a place in it. The lists depend on `visible_until` alone, so a scan over layers can
+compute them once.
 
 Layout. Letters: B rows, T tokens, H query heads, K key heads, G = H/K, C channels, S = B x T padded
 to blocks, U tokens of a block, M = G x U queries of a step and key head. All query heads of a key
@@ -44,18 +27,18 @@ are rows [1, M]. Channels are padded to 16 only, the sublanes of a tile of bf16.
 dtypes: q, k, v, dO and results in bf16 or f32; scores, softmax, sums, m, l and r in f32; weights
 and dS are rounded to q's dtype for their products, as in `blockwise.py`.
 
-Memory: 8 bytes a query and head are kept, and O, which the caller has anyway. No [T, T] array
-exists: the scores of 9 heads and one row of 8,192 tokens would be 2.4 GB in f32.
+Memory: saves 8 bytes a query and head, and O, which the caller has anyway. No [T, T] array exists:
+the scores of 9 heads and one row of 8,192 tokens would be 2.4 GB in f32.
 
-Roofline, of one block pair and key head, w bytes a number, beside M x U exponentials each:
+Roofline, of one block pair and key head, w bytes a number, besides M x U exponentials each:
 
               FLOPs                            bytes read            FLOP a byte, bf16
     forward   4 M U C   (S, O)                 2 U C w               M
     dQ        6 M U C   (S, dP, dQ)            2 U C w               1.5 M
     dK, dV    8 M U C   (S, dP, dK, dV)        2 M C w + 8 M         2 U
 
-From 240 (v5e), 166 (v5p) and 560 (v6e) FLOP a byte on, by the datasheets, the matrix unit is what
-bounds: with G = 3 and blocks of 256 that holds for all but dK/dV on v6e. A step of a grid costs
+The matrix unit is the bound from 240 (v5e), 166 (v5p) and 560 (v6e) FLOP a byte on, by the
+datasheets: with G = 3 and blocks of 256 that holds for all but dK/dV on v6e. A step of a grid costs
 about 0.35 us whatever it does (Pallas's documentation); nine heads of 64 channels at 128 x 128
 tokens are 38 MFLOP forward, 0.4 us on a v5e whose matrix unit is half used at 64 channels. So all
 heads that fit share a step, and blocks are larger where examples may be long.
@@ -77,17 +60,16 @@ from jax.typing import DTypeLike
 
 from jaxre_kernels.attention.pairs import Pairs, Reach, listed, meeting, reach_of
 from jaxre_kernels.attention.tpu_kernels import dkv_kernel, dq_kernel, forward_kernel
+from jaxre_kernels.mosaic_tpu import LANES, VMEM_LIMIT
 
 CHANNEL_MULTIPLE = 16  # sublanes of a tile of bf16
-LANES = 128
-STEP_QUERIES = 2304  # queries of a step times heads: what 9 heads and blocks of 256 need
-VMEM_LIMIT = 48 * 2**20  # bytes; v5p has 64 MiB, v5e and v6e 128
+STEP_QUERIES = 2304  # queries of a step times heads: 9 heads and blocks of 256
 SMEM_LIMIT = 2**19  # bytes, of 2**20
 
 
 class Tiling(NamedTuple):
-    """Static choices of a call: tokens of a block, key heads of a step, what is known of the rows,
-    whether Pallas interprets.
+    """Static choices of a call: tokens of a block, key heads of a step, reach of the rows, whether
+    Pallas interprets.
     """
 
     block: int
@@ -116,10 +98,10 @@ def packed_attention(
       visible_until: [B, T] int32. Every token sees itself; a pad token nothing else.
       visible_from: [B, T] int32, the first token of j's segment, for segments that are seen both
         ways; None: j, causal.
-      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; no bound on the span
-        if it is None.
-      block: tokens of a block, a multiple of 128 on a TPU; chosen from the shape if it is None.
-      interpret: what `pl.pallas_call` takes: True or `pltpu.InterpretParams` to run without a TPU.
+      prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; a span of None is
+        unbounded.
+      block: tokens of a block, a multiple of 128 on a TPU; chosen from the shape by default.
+      interpret: argument of `pl.pallas_call`: True or `pltpu.InterpretParams` to run without a TPU.
 
     Returns:
       [B, T, H, C] of q's dtype.
@@ -163,7 +145,7 @@ def unsupported(
     channels: int,
     dtype: DTypeLike,
 ) -> str | None:
-    """Why `packed_attention` does not take such arrays, in words; None if it does."""
+    """Why `packed_attention` does not support such arrays, in words; None if it does."""
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         return f"it takes float32 and bfloat16, not {dtype.name}"
@@ -194,9 +176,9 @@ def _kv_heads_of_a_step(kv_heads: int, group: int, block: int) -> int:
 
 
 def _vmem_bytes(block: int, kv_heads: int, group: int, channels: int, dtype: jnp.dtype) -> int:
-    """About what a step of the dK/dV kernel holds, the largest of the three."""
+    """Approximate bytes that a step of the dK/dV kernel holds; it is the largest of the three."""
     channels = channels + -channels % CHANNEL_MULTIPLE
-    # What comes or goes has two buffers: q and dO, k and v and their gradients, statistics, mean
+    # Inputs and outputs have two buffers: q and dO, k and v and their gradients, statistics, mean
     # and bounds in tiles of 8.
     buffers = (
         2 * kv_heads * block * ((2 * group + 4) * channels * dtype.itemsize + group * 2 * 8 * 4)
@@ -239,11 +221,11 @@ def _forward(q, k, v, bounds, tiling):
     return out, (q, k, v, bounds, out, statistics)
 
 
-def _backward(tiling, kept, dout):
-    q, k, v, bounds, out, statistics = kept
+def _backward(tiling, residuals, dout):
+    q, k, v, bounds, out, statistics = residuals
     count = _brought_back(statistics[:, 1:], q[..., :1])  # B T H 1
     dsums = (dout.astype(jnp.float32) / count).astype(q.dtype)
-    # Of the rounded dO~, as in the kernels: what cancels in dS cancels here too.
+    # From the rounded dO~, as in the kernels, so that what cancels in dS cancels here too.
     mean = (dsums.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)
     statistics = jnp.concatenate([statistics, _lay(mean, tiling.block, multiple=1)], axis=1)
     laid = [_lay(array, tiling.block) for array in (q, k, v, dsums)]
@@ -251,7 +233,7 @@ def _backward(tiling, kept, dout):
     call = _Call(q.shape[2] // k.shape[2], laid[0].shape, tiling, q.shape[3] ** -0.5)
 
     def specs(own):
-        """Of the arrays, for a list whose own blocks are those of queries, or of keys."""
+        """Block specs of the arrays, for a list whose own blocks are of queries, or of keys."""
         keys = call.keys(not own)
         return [
             call.queries(own),
@@ -289,8 +271,8 @@ _attention.defvjp(_forward, _backward)
 
 
 class _Call(NamedTuple):
-    """The shapes and blocks of a call of any of the kernels. `own` arrays move with the result's
-    blocks, others with what these meet.
+    """Shapes and blocks of a kernel call. `own` arrays move with the blocks of the result, the
+    others with the blocks that these meet.
     """
 
     group: int
@@ -308,8 +290,7 @@ class _Call(NamedTuple):
             out_specs=out_specs,
             scratch_shapes=scratch_shapes,
         )
-        # A result is summed over the steps of its block, in their order; groups of heads have no
-        # order.
+        # The steps of a block are summed in order; groups of heads may run in any order.
         params = pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         )
@@ -398,6 +379,6 @@ def _lay_bounds(bounds, block):
 
 
 def _joined(bounds):
-    """[2, B, N x block] -> [8, S], the rows one behind another; eight sublanes, as a tile has."""
+    """[2, B, N x block] -> [8, S], the rows concatenated; eight sublanes, as a tile has."""
     rows = jnp.arange(bounds.shape[1], dtype=jnp.int32)[:, None]
     return jnp.pad((bounds + rows * bounds.shape[2]).reshape(2, -1), ((0, 6), (0, 0)))

@@ -1,8 +1,10 @@
-"""The three Pallas kernels of packed attention on TPUs, one step each: a block pair and some key
-heads. See `tpu.py` for what they compute.
+"""Not yet run on a TPU: unverified. `tools/hardware_check --only attention` confirms it.
 
-Every array has its tokens along the lanes: queries [C, M], keys [C, U], scores [U, M]. What softmax
-keeps of a query is then a lane of [1, M], found by sums over sublanes, and heads of 64 channels
+The three Pallas kernels of packed attention on TPUs; a step computes a block pair and some key
+heads. Their formulas: `gpu_vjp.py`.
+
+Every array has its tokens along the lanes: queries [C, M], keys [C, U], scores [U, M]. The softmax
+statistics of a query are then one lane of [1, M], summed over sublanes, and heads of 64 channels
 leave no lane empty. `own` [S], `other` [S], `total` [1]: the list of block pairs (`pairs.Pairs`),
 in scalar memory.
 """
@@ -13,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # added to a score, it stays finite
+from jaxre_kernels.mosaic_tpu import product
+
+HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite even when added to a score
 
 
 def forward_kernel(
@@ -35,9 +39,9 @@ def forward_kernel(
 ):
     """Adds a block of keys to the running softmax of a block of queries.
 
-    `sums` [heads, C, M], `highest` and `count` [heads, 1, M]: values summed by weight, highest
-    score and sum of weights so far. A query that has seen no key yet has highest = HIDDEN and
-    weights of one; the first score that it sees takes all of that times exp(HIDDEN - score) = 0.
+    `sums` [heads, C, M], `highest` and `count` [heads, 1, M]: weighted sum of values, highest score
+    and sum of weights so far. A query that has not seen a key yet has highest = HIDDEN and weights
+    of one; the first score it sees rescales all of that by exp(HIDDEN - score) = 0.
     """
     step = pl.program_id(1)
     heads = range(k_ref.shape[0])
@@ -51,15 +55,13 @@ def forward_kernel(
     hidden = _hidden(own, step, bounds_ref, group)
     # C M
     for head in heads:
-        scores = _product(k_ref[head], _grouped(q_ref, head, group), (0, 0)) * scale + hidden  # U M
+        scores = product(k_ref[head], _grouped(q_ref, head, group), 0, 0) * scale + hidden  # U M
         before = highest[head]  # 1 M
         now = jnp.maximum(before, scores.max(0, keepdims=True))
         shrink, weights = jnp.exp(before - now), jnp.exp(scores - now)
         highest[head] = now
         count[head] = count[head] * shrink + weights.sum(0, keepdims=True)
-        sums[head] = sums[head] * shrink + _product(
-            v_ref[head], weights.astype(v_ref.dtype), (1, 0)
-        )
+        sums[head] = sums[head] * shrink + product(v_ref[head], weights.astype(v_ref.dtype), 1, 0)
 
     @pl.when(_is_last(own, total, step))
     def _():
@@ -90,13 +92,14 @@ def dq_kernel(
     group,
     scale,
 ):
-    """Adds what a block of keys gives to the gradient of a block of queries. `dq` is [heads, C, M].
+    """Adds the contribution of a block of keys to the gradient of a block of queries. `dq` is
+    [heads, C, M].
 
-    The gradients of a query's scores add up to zero, but not with a `mean` from a rounded output,
-    nor once they are rounded. What they add up to is kept: `slack` [heads, 1, M], before rounding,
-    corrects `mean` for the other kernel; `rounded`, after it, takes the middle of the keys out of
-    `dq`. `middle` [heads, C, 1] is that of the queries' own block: keys have a large common part
-    where their projection has a bias.
+    The gradients of a query's scores should sum to zero, but do not with a `mean` from a rounded
+    output, nor once they are rounded. Two sums measure the error: `slack` [heads, 1, M], before
+    rounding, corrects `mean` for the other kernel; `rounded`, after it, removes the mean key from
+    `dq`. `middle` [heads, C, 1] is that mean over the queries' own block: keys have a large common
+    part where their projection has a bias.
     """
     step = pl.program_id(1)
     heads = range(k_ref.shape[0])
@@ -116,13 +119,13 @@ def dq_kernel(
     for head in heads:
         queries, dsums = _grouped(q_ref, head, group), _grouped(dsums_ref, head, group)
         highest, _, mean = _rows(_grouped(statistics_ref, head, group))
-        _, dscores = _formed_again(
+        _, dscores = _weights_again(
             queries, k_ref[head], v_ref[head], dsums, highest, mean, hidden, scale
         )
         slack[head] += dscores.sum(0, keepdims=True)
         dscores = dscores.astype(queries.dtype)
         rounded[head] += dscores.astype(jnp.float32).sum(0, keepdims=True)
-        dq[head] += _product(k_ref[head], dscores, (1, 0))  # C M
+        dq[head] += product(k_ref[head], dscores, 1, 0)  # C M
 
     @pl.when(_is_last(own, total, step))
     def _():
@@ -151,11 +154,10 @@ def dkv_kernel(
     group,
     scale,
 ):
-    """Adds what a block of queries, all of a group, gives to the gradients of a block of keys. `dk`
-    and `dv` are [heads, U, C].
+    """Adds the contribution of a block of queries, all of a group, to the gradients of a block of
+    keys. `dk` and `dv` are [heads, U, C].
 
-    As [U, C] the large factor of their products is the one that streams through the matrix unit as
-    it lies.
+    As [U, C] the large factor of their products streams through the matrix unit untransposed.
     """
     step = pl.program_id(1)
     heads = range(k_ref.shape[0])
@@ -170,11 +172,11 @@ def dkv_kernel(
         queries, dsums = _grouped(q_ref, head, group), _grouped(dsums_ref, head, group)
         highest, _, _ = _rows(_grouped(statistics_ref, head, group))
         statistics = highest, _grouped(mean_ref, head, group)
-        weights, dscores = _formed_again(
+        weights, dscores = _weights_again(
             queries, k_ref[head], v_ref[head], dsums, *statistics, hidden, scale
         )
-        dk[head] += _product(dscores.astype(queries.dtype), queries, (1, 1))  # U C
-        dv[head] += _product(weights.astype(queries.dtype), dsums, (1, 1))
+        dk[head] += product(dscores.astype(queries.dtype), queries, 1, 1)  # U C
+        dv[head] += product(weights.astype(queries.dtype), dsums, 1, 1)
 
     @pl.when(_is_last(own, total, step))
     def _():
@@ -183,23 +185,12 @@ def dkv_kernel(
             dv_ref[head] = dv[head].T.astype(dv_ref.dtype)
 
 
-def _formed_again(queries, keys, values, dsums, highest, mean, hidden, scale):
-    """Weights and gradients of the scaled scores, both [U, M] f32, from highest score and mean [1,
-    M].
+def _weights_again(queries, keys, values, dsums, highest, mean, hidden, scale):
+    """Recomputes the weights and the gradients of the scaled scores, both [U, M] f32, from highest
+    score and mean [1, M].
     """
-    weights = jnp.exp(_product(keys, queries, (0, 0)) * scale + hidden - highest)
-    return weights, weights * (_product(values, dsums, (0, 0)) - mean)
-
-
-def _product(one, other, contracted):
-    """Sums in f32. Factors in f32 are not rounded to bf16, whatever the default of the matrix unit:
-    who asks for f32 checks parity.
-    """
-    precision = jax.lax.Precision.HIGHEST if one.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    dims = (((contracted[0],), (contracted[1],)), ((), ()))
-    return jax.lax.dot_general(
-        one, other, dims, precision=precision, preferred_element_type=jnp.float32
-    )
+    weights = jnp.exp(product(keys, queries, 0, 0) * scale + hidden - highest)
+    return weights, weights * (product(values, dsums, 0, 0) - mean)
 
 
 def _is_first(own, step):
@@ -212,8 +203,8 @@ def _is_last(own, total, step):
 
 
 def _hidden(query_blocks, step, bounds_ref, group):
-    """[U, M] f32: zero where a query sees a key, else HIDDEN. Formed once a step, for all heads, it
-    leaves them one sum a score.
+    """[U, M] f32: zero where a query sees a key, else HIDDEN. Computed once a step for all heads,
+    it costs them one addition a score.
     """
     block = bounds_ref.shape[1]
     bounds = bounds_ref[...].T  # U 8: keys lie along sublanes, as in the scores
@@ -223,7 +214,7 @@ def _hidden(query_blocks, step, bounds_ref, group):
 
 
 def _rows(statistics):
-    """[3, M] -> three of [1, M]: highest score, sum of weights, mean of the weights' gradients."""
+    """[3, M] -> three of [1, M]: highest score, sum of weights, mean gradient of the weights."""
     return statistics[0:1], statistics[1:2], statistics[2:3]
 
 

@@ -1,5 +1,5 @@
-"""Vocabulary head and cross-entropy as one op that never forms all logits: `linear_cross_entropy(x,
-head, targets, weights)`.
+"""Vocabulary head and cross-entropy as one op, `linear_cross_entropy(x, head, targets, weights)`,
+which never forms all logits.
 """
 
 from jaxre_kernels.cross_entropy.chunked import chunked_cross_entropy

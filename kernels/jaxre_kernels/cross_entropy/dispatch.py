@@ -1,6 +1,4 @@
-"""Which linear cross-entropy runs, and why: decided from names and shapes, never by looking for
-devices.
-"""
+"""Chooses the linear cross-entropy from names and shapes, never by looking for devices."""
 
 from __future__ import annotations
 
@@ -18,12 +16,12 @@ from jaxre_kernels.implementations import Entry, kernels_of, measured, named, ti
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 
-# At a time on a device: enough for a chunk's products to outweigh its reading of the head. On two
+# Tokens at a time on a device: enough for a chunk's products to outweigh reading the head. On two
 # CPU cores 256, 512 and 1,024 of 4,096 tokens at a time took 0.75, 0.71 and 0.78 of the dense op's
 # processor time (256 channels, 4,096 entries, frozen head, f32, with one exponential more than now;
 # 2026-11-21). Not measured on an accelerator.
 TOKENS = 1024
-TILES = {  # what `tools/tune_kernels.py` tries
+TILES = {  # sizes that `tools/tune_kernels.py` tries
     "xla": [{"at_most": tokens} for tokens in (512, 1024, 2048, 4096, 8192)],
     "pallas_gpu": [{"at_most": tokens} for tokens in (1024, 2048, 4096, 8192)],
     "pallas_tpu": [
@@ -34,13 +32,13 @@ TILES = {  # what `tools/tune_kernels.py` tries
 
 
 def positions_at_once(tokens: tuple[int, ...], shards: int = 1, at_most: int | None = None) -> int:
-    """At how many of each row's positions at a time the head runs, so that a device has `at_most`
-    tokens; all where they are as few.
+    """Positions of each row that the head processes at a time, so that a device has `at_most`
+    tokens; all if there are no more.
 
     Args:
-      tokens: shape [..., S] of the targets; shards: over how many devices the rows are split, along
-        the first axis.
-      at_most: TOKENS if not given.
+      tokens: shape [..., S] of the targets; shards: number of devices that the rows are split over,
+        along the first axis.
+      at_most: TOKENS by default.
     """
     *rows, positions = tokens
     most = max(
@@ -50,7 +48,7 @@ def positions_at_once(tokens: tuple[int, ...], shards: int = 1, at_most: int | N
 
 
 class Channels(NamedTuple):
-    """What an implementation has to know of x besides the shape of its tokens."""
+    """Width and dtype of x, without the shape of its tokens."""
 
     channels: int
     dtype: DTypeLike
@@ -65,15 +63,15 @@ def choose(
     implementation: str | None = None,
     device_kind: str | None = None,
 ) -> tuple[str, str]:
-    """The implementation that `linear_cross_entropy` runs for such targets (for any, without a
-    shape), and the reason in words.
+    """Returns the implementation that `linear_cross_entropy` runs for such targets (for any,
+    without a shape), and the reason in words.
 
-    The table is asked where a shape, `channels` and `device_kind` are given (see
+    The table is consulted if a shape, `channels` and `device_kind` are given (see
     `jaxre_kernels.implementations`).
 
     Raises:
-      ValueError: an implementation that does not exist, or that does not take these `channels` or
-        `shards`.
+      ValueError: an implementation that does not exist, or that does not support these `channels`
+        or `shards`.
     """
     entry = _measured(tokens, vocabulary, shards, channels, device_kind)
 
@@ -84,13 +82,14 @@ def choose(
     if name != "xla":
         if refusal := _unsupported(name, shards, channels):
             raise ValueError(f"linear cross-entropy {name!r} does not run here: {refusal}")
-        return name, f"{reason}; {_told(name, tokens, vocabulary, channels, tiles_of(entry, name))}"
+        return (
+            name,
+            f"{reason}; {_described(name, tokens, vocabulary, channels, tiles_of(entry, name))}",
+        )
     if tokens is None:
         return name, reason
-    at_once, size = (
-        positions_at_once(tokens, shards, **tiles_of(entry, name)),
-        4 * vocabulary * math.prod(tokens) / shards / 2**20,
-    )
+    at_once = positions_at_once(tokens, shards, **tiles_of(entry, name))
+    size = 4 * vocabulary * math.prod(tokens) / shards / 2**20
     if at_once == tokens[-1]:
         return name, f"{reason}; all logits at once, {size:,.1f} MiB a device"
     part = size * at_once / tokens[-1]
@@ -129,14 +128,14 @@ def _unsupported(name: str, shards: int, channels: Channels | None) -> str | Non
     return None if channels is None else kernels_of("cross_entropy", name).unsupported(*channels)
 
 
-def _told(
+def _described(
     name: str,
     tokens: tuple[int, ...] | None,
     vocabulary: int,
     channels: Channels | None,
     tiles: dict[str, int],
 ) -> str:
-    """What of the logits a kernel leaves in memory."""
+    """The part of the logits that a kernel writes to memory, in words."""
     kernels = kernels_of("cross_entropy", name)
     if name == "pallas_tpu":
         sizes = (
@@ -175,12 +174,12 @@ def linear_cross_entropy(
 
     Args:
       x: [..., S, D] float; head: [V, D] of x's dtype, or bf16 beside f32 in plain XLA.
-      targets: [..., S] int32 in [0, V); one of weight 0 may be anything. weights: [..., S] f32.
-      shards: over how many devices the rows are split, along the first axis.
-      device_kind: of the device that the program is for, to ask the table; "xla" runs where neither
-        is given.
-      tiles: of the implementation that is asked for (`TILES`); the table's, else its own, if not
-        given.
+      targets: [..., S] int32 in [0, V), arbitrary where the weight is 0. weights: [..., S] f32.
+      shards: number of devices that the rows are split over, along the first axis.
+      device_kind: kind of the target device, for the table; without it or `implementation`, "xla"
+        runs.
+      tiles: tile sizes of the chosen implementation (`TILES`); by default those of the table, else
+        the implementation's own.
 
     Returns:
       [] f32 (f64 for f64).
@@ -208,8 +207,8 @@ def linear_cross_entropy(
             x, head, targets, weights, **tiles
         )
     positions = positions_at_once(targets.shape, shards, **tiles)
-    # Backwards, too, the chunked op multiplies in the head's dtype; autodiff of the dense one
-    # multiplies in the wider one.
+    # The chunked op multiplies in the head's dtype in the backward pass too; autodiff of the dense
+    # op would multiply in the wider dtype.
     if positions == targets.shape[-1] and x.dtype == head.dtype:
         return dense_cross_entropy(x, head, jnp.clip(targets, 0, head.shape[0] - 1), weights)
     return chunked_cross_entropy(x, head, targets, weights, positions, shards)

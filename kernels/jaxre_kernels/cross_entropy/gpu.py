@@ -1,32 +1,32 @@
-"""Linear cross-entropy for Hopper GPUs (Pallas Mosaic GPU): logits stay on the chip. unverified:
-has not run on a GPU
+"""Not yet run on a Hopper GPU: unverified. `tools/hardware_check --only cross_entropy` confirms it.
 
-It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). What is said of
-speed is arithmetic.
+Linear cross-entropy for Hopper GPUs (Pallas Mosaic GPU): logits stay on the chip. Tested in
+Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). Every statement about speed is
+arithmetic.
 
-What is computed. The logit of the target is a product of two rows, known before any other: it is
-the reference of the exponentials, in place of the largest logit, which is known at the end alone.
-For a chunk of n tokens, with z_n = x_n . head_target,
+Formulas. The logit of the target is a product of two rows, known before any other: it is the
+reference of the exponentials, in place of the largest logit, which is known only at the end. For a
+chunk of n tokens, with z_n = x_n . head_target,
 
     E_nv = exp(x_n . head_v - z_n),    t_n = sum_v E_nv,    loss = sum_n w_n log t_n
     G = E but G_n,target = 1 - t_n,    s_n = w_n / t_n
     dx_n = s_n (G head)_n,    dhead = G' (s x)
 
-One kernel forms tiles of logits, sums E in f32 and leaves it in memory in bf16, where one number of
-each token is then overwritten; the two wide products are XLA's. Rounding: bf16 has the exponents of
-f32, so each E keeps 8 bits whatever the reference is, and with t_n of at least 1 nothing that
+One kernel computes tiles of logits, sums E in f32 and writes it to memory in bf16, where one number
+of each token is then overwritten; the two wide products are XLA's. Rounding: bf16 has the exponents
+of f32, so each E keeps 8 bits whatever the reference is, and with t_n of at least 1 nothing that
 matters underflows. G of a target is a difference in f32: it keeps its digits where the target has
-nearly all of the softmax. Most of dx may be the target's row, so what rounding took from that
-factor is added in f32. For dhead s x is rounded, too. z_n is not summed in the order of the logits:
-t_n carries the difference, of the order of f32's rounding of z_n.
+nearly all of the softmax. Most of dx may be the target's row, so the rounding error of that factor
+is added in f32. For dhead s x is rounded, too. z_n is not summed in the order of the logits: t_n
+carries the difference, of the order of f32's rounding of z_n.
 
-Where a loss is above 66 (t_n above 2^96) a sum of E could overflow: such a chunk finds its largest
-logits with XLA, 128 tokens at a time, and runs the kernel again with these for z, at about twice
-the time. That is decided once a chunk, on the host.
+Where a loss is above 66 (t_n above 2^96) a sum of E could overflow: such a chunk computes its
+largest logits with XLA, 128 tokens at a time, and runs the kernel again with these for z, at about
+twice the time. That is decided once a chunk, on the host.
 
 Why E goes through memory. As in attention, one sweep could sum dx on the chip: D f32 numbers a
-token, 64 tokens of 896 channels fill the registers of a processor. Forming the logits a second time
-would cost 6 N V D FLOPs in place of 4 N V D.
+token, 64 tokens of 896 channels fill the registers of a processor. Computing the logits a second
+time would cost 6 N V D FLOPs in place of 4 N V D.
 
 Memory: E of a chunk, 2 n V bytes (n is 2,048 at most: 594 MiB with 151,936 entries, as f32 logits
 of 1,024 tokens), losses [N] and dx [N, D] in f32, and where the head is trained dhead [V, D] in
@@ -40,17 +40,17 @@ Roofline of a chunk, in bf16:
     dhead     2 n V D     8 V D (added to, f32), 2 n V           330
 
 An H200 has 989 TFLOP/s and 4.8 TB/s by its datasheet, 206 FLOP a byte: products bound all three.
-FLOPs and bytes are those of the bare products with logits in bf16. Beside them stand n V
-exponentials, 16 a clock and processor: of a tile of 128 tokens and 256 entries 2,048 clocks, where
-its product takes 16 D, 14,336 for 896 channels. One behind the other that is 14% of the kernel, 7%
-of a frozen head's op.
+FLOPs and bytes are those of the bare products with logits in bf16. Besides these there are n V
+exponentials, 16 a clock and processor: for a tile of 128 tokens and 256 entries 2,048 clocks, where
+its product takes 16 D, 14,336 for 896 channels. Without overlap that is 14% of the kernel, 7% of a
+frozen head's op.
 
-The kernel. A thread block of 128 tokens walks over tiles of 256 entries. One of its warpgroups asks
-the copy engine for 64 channels of both at a time, four steps ahead, into a ring in shared memory;
-two multiply 64 tokens each, the next product under way before the last is waited for. The ring goes
-on from tile to tile, and one warpgroup begins two steps behind the other: each takes its
-exponentials while the other multiplies. Two thread blocks, a cluster, walk over the same entries
-and copy half of them each for both: a step brings 32 KiB of the second-level cache for 4.2 MFLOP,
+The kernel. A thread block of 128 tokens walks over tiles of 256 entries. One of its warpgroups
+requests 64 channels of both at a time from the copy engine, four steps ahead, into a ring in shared
+memory; two multiply 64 tokens each, and start the next product before they wait for the last. The
+ring continues from tile to tile, and one warpgroup begins two steps behind the other: each computes
+its exponentials while the other multiplies. Two thread blocks, a cluster, walk over the same
+entries and each copy half of them for both: a step brings 32 KiB from the L2 cache for 4.2 MFLOP,
 128 FLOP a byte.
 
 Sharding: inside `shard_map(..., check_vma=False)`, tokens split, not under automatic partitioning.
@@ -64,7 +64,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -72,27 +71,28 @@ from jax.typing import DTypeLike
 
 from jaxre_kernels.cross_entropy.gradients import with_gradients
 from jaxre_kernels.cross_entropy.reference import logits_of
-
-MISSING = (
-    None
-    if jax.__version_info__ >= (0, 11)
-    else f"it needs jax 0.11 or later, this is {jax.__version__}"
+from jaxre_kernels.mosaic_gpu import (
+    LOG2_E,
+    MISSING,
+    PROCESSORS,
+    TILE,
+    quotient,
+    remainder,
+    shared_tile,
+    transposed,
 )
 
 TOKENS = 2048  # at a time, at most; not measured on a GPU
 MULTIPLIERS = 2  # warpgroups that multiply; one more copies
 PAIR = 2  # thread blocks of a cluster, which share the tiles of the head
-SLOTS = 4  # of the ring, and two for tiles of E that leave
+SLOTS = 4  # of the ring; tiles of E on their way out have two more
 LEAD = 2  # steps of the ring that the first warpgroup is ahead
-PROCESSORS = 132  # of an H100 or H200
 LIMIT = 2.0**96  # of a sum of exponentials: products of them with rows of the head stay finite
-LOG2_E = math.log2(math.e)
-TILE = plgpu.Layout.WGMMA  # how a product lies in the registers of a warpgroup
 
 
 class Tiling(NamedTuple):
-    """Static choices: tokens at a time; of a tile the tokens of a warpgroup, entries and channels;
-    what there is of a device.
+    """Static choices: tokens at a time; tokens of a warpgroup, entries and channels of a tile; the
+    device's processors.
     """
 
     at_most: int = TOKENS
@@ -126,12 +126,12 @@ def pallas_cross_entropy(
     weights.
 
     Args:
-      x: [..., D] bf16; head: [V, D] of x's dtype. Copied where D is no multiple of 64 or V none of
-        8.
-      targets: [...] int32 in [0, V); one of weight 0 may be anything. weights: [...] f32.
+      x: [..., D] bf16; head: [V, D] of x's dtype. Copied if D is not a multiple of 64 or V not one
+        of 8.
+      targets: [...] int32 in [0, V), arbitrary where the weight is 0. weights: [...] f32.
       at_most: tokens at a time, whose V exponentials are in memory as bf16.
-      tiling: of the kernel, for Pallas's interpreter: a GPU takes what is there if it is None. The
-        interpreter takes f32, too.
+      tiling: of the kernel, for Pallas's interpreter, which supports f32 too; on a GPU use the
+        default.
 
     Returns:
       [] f32.
@@ -147,7 +147,7 @@ def pallas_cross_entropy(
 
 
 def unsupported(channels: int, dtype: DTypeLike) -> str | None:
-    """Why `pallas_cross_entropy` does not take such arrays, in words; None if it does."""
+    """Why `pallas_cross_entropy` does not support such arrays, in words; None if it does."""
     if MISSING is not None:
         return MISSING
     dtype = jnp.dtype(dtype)
@@ -158,15 +158,15 @@ def unsupported(channels: int, dtype: DTypeLike) -> str | None:
 
 
 def _sums(x, head, targets, weights, tiling, wanted):
-    """See `with_gradients`."""
+    """The loss and its gradients; see `with_gradients`."""
     want_x, want_head = wanted
     shape, (V, D), N = x.shape, head.shape, math.prod(x.shape[:-1])
-    n = _whole(pl.cdiv(N, pl.cdiv(N, tiling.at_most)), tiling.pair)
+    n = _rounded_up(pl.cdiv(N, pl.cdiv(N, tiling.at_most)), tiling.pair)
     channels = (0, -D % tiling.channels)
     entries = jnp.pad(head, ((0, -V % 8), channels))
 
     def cut(array):
-        """[N, ...] -> [chunks, n, ...]; what is missing at the end is zero, so of weight 0."""
+        """[N, ...] -> [chunks, n, ...]; padded with zeros at the end, so with weight 0."""
         return jnp.pad(array, ((0, -N % n), *[(0, 0)] * (array.ndim - 1))).reshape(
             -1, n, *array.shape[1:]
         )
@@ -186,7 +186,7 @@ def _sums(x, head, targets, weights, tiling, wanted):
                 rounded, indices_are_sorted=True, unique_indices=True
             )
         if want_x:
-            # Most of dx may be the target's row: what rounding took from its factor is added.
+            # Most of dx may be the target's row, so the rounding error of its factor is added.
             left = (of_targets - rounded.astype(jnp.float32))[:, None] * rows
             dx = scale * (jnp.dot(shares, entries, preferred_element_type=jnp.float32) + left)
         if want_head:
@@ -196,10 +196,8 @@ def _sums(x, head, targets, weights, tiling, wanted):
         return dhead, (dx, jnp.log(total) + (reference - own))
 
     start = jnp.zeros(entries.shape, jnp.float32) if want_head else None
-    flat_targets, flat_weights = (
-        jnp.clip(targets, 0, V - 1).reshape(N),
-        weights.reshape(N).astype(jnp.float32),
-    )
+    flat_targets = jnp.clip(targets, 0, V - 1).reshape(N)
+    flat_weights = weights.reshape(N).astype(jnp.float32)
     flat = jnp.pad(x.reshape(N, D), ((0, 0), channels))
     dhead, (dx, losses) = lax.scan(chunk, start, (cut(flat), cut(flat_targets), cut(flat_weights)))
     losses = losses.reshape(-1)[:N]
@@ -216,8 +214,8 @@ _op = with_gradients(_sums)
 
 
 def _finite(own, run, largest):
-    """`reference` [n], and what `run` makes of it: with `own`, or where that overflows with the
-    largest logits.
+    """`reference` [n], and what `run` returns for it: the targets' logits (`own`), or the largest
+    logits if those overflow.
     """
     total, shares = run(own)
 
@@ -229,48 +227,40 @@ def _finite(own, run, largest):
 
 
 def _largest(x: jax.Array, head: jax.Array, block: int) -> jax.Array:
-    """The largest logit of each token, of a block at a time: [n, D], [V, D] -> [n]."""
+    """The largest logit of each token, one block at a time: [n, D], [V, D] -> [n]."""
     few = x[:, : head.shape[1]].reshape(-1, block, head.shape[1])
     return lax.map(lambda x: logits_of(x, head).max(axis=-1), few).reshape(-1)
 
 
-def _whole(number: int, of: int) -> int:
-    return -(-number // of) * of
+def _rounded_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 # ---- the kernel -------------------------------------------------------------------------------
 
 
 def _exponentials(
-    x: jax.Array, head: jax.Array, entries: int, tiling: Tiling, kept: bool, reference: jax.Array
+    x: jax.Array, head: jax.Array, entries: int, tiling: Tiling, store: bool, reference: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """t [n] f32 and E [n, V] of x's dtype (None if it is not kept); rows of the head behind
-    `entries` do not count.
+    """t [n] f32 and E [n, V] of x's dtype (None without `store`); rows of the head from `entries`
+    on do not count.
     """
     n, V = x.shape[0], head.shape[0]
     blocks, tiles = n // tiling.block, pl.cdiv(V, tiling.entries)
-    each = tiles_of_a_split(blocks, tiles, tiling.processors)
-    splits = pl.cdiv(tiles, each)
-    # Tiles of shared memory are 8 rows of the channels of a step: 128 bytes on a GPU.
-    transforms = (
-        plgpu.TilingTransform((8, tiling.channels)),
-        plgpu.SwizzleTransform(tiling.channels * x.dtype.itemsize),
-    )
-    ring = [
-        plgpu.SMEM((SLOTS, rows, tiling.channels), x.dtype, transforms=transforms)
-        for rows in (tiling.block, tiling.entries)
-    ]
+    tiles_each = tiles_of_a_split(blocks, tiles, tiling.processors)
+    splits = pl.cdiv(tiles, tiles_each)
+    # Steps are as wide as the swizzle: 128 bytes on a GPU.
+    shared = partial(shared_tile, dtype=x.dtype, swizzle=tiling.channels * x.dtype.itemsize)
+    ring = [shared((SLOTS, rows, tiling.channels)) for rows in (tiling.block, tiling.entries)]
     sums, *shares = plgpu.kernel(
-        partial(_kernel, entries=entries, each=each, tiling=tiling, kept=kept),
+        partial(_kernel, entries=entries, tiles_each=tiles_each, tiling=tiling, store=store),
         out_type=[
             jax.ShapeDtypeStruct((splits, n), jnp.float32),
-            *[jax.ShapeDtypeStruct((n, V), x.dtype)] * kept,
+            *[jax.ShapeDtypeStruct((n, V), x.dtype)] * store,
         ],
         scratch_types=[
             *ring,
-            plgpu.SMEM(
-                (MULTIPLIERS, 2, tiling.tokens, tiling.channels), x.dtype, transforms=transforms
-            ),
+            shared((MULTIPLIERS, 2, tiling.tokens, tiling.channels)),
             plgpu.Barrier(num_arrivals=len(ring), num_barriers=SLOTS),
             plgpu.ClusterBarrier(
                 collective_axes=("pair",), num_arrivals=MULTIPLIERS, num_barriers=SLOTS
@@ -287,27 +277,27 @@ def _exponentials(
         interpret=tiling.interpret,
         kernel_name="cross_entropy_exponentials",
     )(x, head, reference)
-    return sums.sum(axis=0), shares[0] if kept else None
+    return sums.sum(axis=0), shares[0] if store else None
 
 
 def tiles_of_a_split(blocks: int, tiles: int, processors: int = PROCESSORS) -> int:
-    """How many tiles of entries a thread block walks over, so that `blocks` of tokens leave few
-    processors without work at the end.
+    """Tiles of entries per thread block, chosen so that `blocks` of tokens leave few processors
+    idle at the end.
     """
 
-    def rounds(each: int) -> int:
-        """Tiles that a processor sees one after another."""
-        return each * pl.cdiv(blocks * pl.cdiv(tiles, each), processors)
+    def rounds(size: int) -> int:
+        """Tiles that a processor computes one after another."""
+        return size * pl.cdiv(blocks * pl.cdiv(tiles, size), processors)
 
-    # Several thread blocks one after another on a processor even out what does not divide.
+    # Several thread blocks in sequence on a processor even out a remainder.
     return min(
         (pl.cdiv(tiles, max(1, processors * waves // blocks)) for waves in range(1, 5)), key=rounds
     )
 
 
 class _Walk(NamedTuple):
-    """Of a thread block: its first token and tile of entries, the number of its tiles, and of the
-    steps of each, by channels.
+    """The work of a thread block: its first token and tile of entries, its number of tiles, and the
+    steps of each tile, by channels.
     """
 
     start: jax.Array
@@ -321,21 +311,22 @@ class _Walk(NamedTuple):
         return self.tiles * self.steps
 
 
-def _kernel(x, head, reference, sums, *refs, entries, each, tiling, kept):
-    """Sums [splits, n] of the exponentials of a split of the entries, and these (`shares` [n, V]).
+def _kernel(x, head, reference, sums, *refs, entries, tiles_each, tiling, store):
+    """Writes sums [splits, n] of the exponentials over a split of the entries, and the exponentials
+    themselves (`shares` [n, V]).
 
     Shared memory: `tokens` [SLOTS, 128, 64] and `rows` [SLOTS, 256, 64] of the head, the ring;
-    `leaving` [2, 2, 64, 64], two slots of each warpgroup that multiplies. A slot of the ring
-    `arrived`, and is `free` when all of the pair have multiplied it.
+    `leaving` [2, 2, 64, 64], two slots of each warpgroup that multiplies. A slot of the ring has
+    `arrived`, and is `free` once both thread blocks of the pair have multiplied it.
     """
     shares, (tokens, rows, leaving, arrived, free, ahead) = (
-        (refs[0], refs[1:]) if kept else (None, refs)
+        (refs[0], refs[1:]) if store else (None, refs)
     )
     split, warpgroup = lax.axis_index("splits"), lax.axis_index("warpgroup")
     walk = _Walk(
         start=lax.axis_index("pairs") * tiling.pair + lax.axis_index("pair") * tiling.block,
-        first=split * each,
-        tiles=jnp.minimum(each, pl.cdiv(head.shape[0], tiling.entries) - split * each),
+        first=split * tiles_each,
+        tiles=jnp.minimum(tiles_each, pl.cdiv(head.shape[0], tiling.entries) - split * tiles_each),
         steps=x.shape[1] // tiling.channels,
         tiling=tiling,
     )
@@ -348,10 +339,8 @@ def _kernel(x, head, reference, sums, *refs, entries, each, tiling, kept):
     @pl.when(warpgroup < MULTIPLIERS)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        mine, here = (
-            pl.ds(warpgroup * tiling.tokens, tiling.tokens),
-            pl.ds(walk.start + warpgroup * tiling.tokens, tiling.tokens),
-        )
+        mine = pl.ds(warpgroup * tiling.tokens, tiling.tokens)
+        here = pl.ds(walk.start + warpgroup * tiling.tokens, tiling.tokens)
         base = plgpu.load(reference.at[here], layout=TILE.reduce(1), optimized=False) * LOG2_E
         pl.when(warpgroup > 0)(lambda: plgpu.barrier_wait(ahead))
 
@@ -359,13 +348,15 @@ def _kernel(x, head, reference, sums, *refs, entries, each, tiling, kept):
             logits = _logits(
                 walk, tile, tokens.at[:, mine], rows, arrived, free, ahead, warpgroup == 0
             )
-            found = jnp.exp2(logits * LOG2_E - lax.broadcast_in_dim(base, logits.shape, [0]))
+            tile_shares = jnp.exp2(logits * LOG2_E - lax.broadcast_in_dim(base, logits.shape, [0]))
             start = (walk.first + tile) * tiling.entries
             if entries % tiling.entries:
-                found = _within(found, entries - start)
-            if kept:
-                _leave(found.astype(leaving.dtype), leaving.at[warpgroup], shares, here, start)
-            return total + found.sum(1)
+                tile_shares = _within(tile_shares, entries - start)
+            if store:
+                _write(
+                    tile_shares.astype(leaving.dtype), leaving.at[warpgroup], shares, here, start
+                )
+            return total + tile_shares.sum(1)
 
         nothing = plgpu.layout_cast(jnp.zeros(tiling.tokens, jnp.float32), TILE.reduce(1))
         sums.at[split, here][...] = lax.fori_loop(0, walk.tiles, tile_of, nothing)
@@ -373,18 +364,18 @@ def _kernel(x, head, reference, sums, *refs, entries, each, tiling, kept):
 
 
 def _bring(walk, x, head, tokens, rows, arrived, free):
-    """Asks for what each step needs, as soon as its slot is free, until all that was brought is
+    """Requests the data of each step as soon as its slot is free, until everything has been
     multiplied.
     """
     E, C = walk.tiling.entries, walk.tiling.channels
 
     def fetch(step, _):
-        slot, channels = _remainder(step, SLOTS), pl.ds(_remainder(step, walk.steps) * C, C)
+        slot, channels = remainder(step, SLOTS), pl.ds(remainder(step, walk.steps) * C, C)
         pl.when(step >= SLOTS)(lambda: plgpu.barrier_wait(free.at[slot]))
 
         @pl.when(step < walk.all_steps)
         def _():
-            entries = pl.ds((walk.first + _quotient(step, walk.steps)) * E, E)
+            entries = pl.ds((walk.first + quotient(step, walk.steps)) * E, E)
             plgpu.copy_gmem_to_smem(
                 x.at[pl.ds(walk.start, walk.tiling.block), channels],
                 tokens.at[slot],
@@ -398,20 +389,20 @@ def _bring(walk, x, head, tokens, rows, arrived, free):
 
 
 def _logits(walk, tile, tokens, rows, arrived, free, ahead, leads):
-    """[64, 256] of a warpgroup. A slot is free when the product after its own is under way; one
-    that leads says so to the other.
+    """[64, 256] of a warpgroup. A slot is freed once the next product has started; the warpgroup
+    that leads signals the other when to begin.
     """
     before = tile * walk.steps
     lead = jnp.minimum(LEAD, walk.all_steps) - 1
 
     def multiply(sums):
         def step_of(step, _):
-            slot = _remainder(before + step, SLOTS)
+            slot = remainder(before + step, SLOTS)
             plgpu.barrier_wait(arrived.at[slot])
-            plgpu.wgmma(sums, tokens.at[slot], rows.at[slot].transpose((1, 0)))
-            plgpu.wgmma_wait(1)  # all but this one
+            plgpu.wgmma(sums, tokens.at[slot], transposed(rows.at[slot]))
+            plgpu.wgmma_wait(1)  # for all products but this one
             pl.when(step > 0)(
-                lambda: plgpu.barrier_arrive(free.at[_remainder(before + step - 1, SLOTS)])
+                lambda: plgpu.barrier_arrive(free.at[remainder(before + step - 1, SLOTS)])
             )
             pl.when(leads & (before + step == lead))(lambda: plgpu.barrier_arrive(ahead))
 
@@ -421,38 +412,31 @@ def _logits(walk, tile, tokens, rows, arrived, free, ahead, leads):
     logits = pl.run_scoped(
         multiply, plgpu.ACC((walk.tiling.tokens, walk.tiling.entries), jnp.float32)
     )
-    plgpu.barrier_arrive(free.at[_remainder(before + walk.steps - 1, SLOTS)])
+    plgpu.barrier_arrive(free.at[remainder(before + walk.steps - 1, SLOTS)])
     return logits
 
 
-def _within(found, left):
-    """Zeros from column `left` on: behind the last entry the copy engine brings zeros, whose
-    exponentials do not count.
+def _within(shares, columns):
+    """Zeroes columns from `columns` on: behind the last entry the copy engine reads zeros, whose
+    exponentials must not count.
     """
 
     def cut():
-        column = plgpu.broadcasted_iota(jnp.int32, found.shape, 1, layout=TILE)
-        return jnp.where(column < left, found, 0.0)
+        column = plgpu.broadcasted_iota(jnp.int32, shares.shape, 1, layout=TILE)
+        return jnp.where(column < columns, shares, 0.0)
 
-    return lax.cond(left < found.shape[1], cut, lambda: found)
+    return lax.cond(columns < shares.shape[1], cut, lambda: shares)
 
 
-def _leave(found, slots, shares, here, start):
-    """A tile goes to memory by two slots in turn; what is behind the last entry is not written."""
+def _write(tile, slots, shares, here, start):
+    """Writes a tile to memory through two slots in turn; columns behind the last entry are not
+    written.
+    """
     C = slots.shape[2]
-    for i in range(found.shape[1] // C):
+    for i in range(tile.shape[1] // C):
         slot = slots.at[i % 2]
-        # of the copy before the last the slot is read
+        # the copy before the last has read its slot
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        slot[...] = found[:, i * C : (i + 1) * C]
+        slot[...] = tile[:, i * C : (i + 1) * C]
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(slot, shares.at[here, pl.ds(start + i * C, C)])
-
-
-def _quotient(number, by):
-    """Of numbers that are not negative: `//` would ask for the sign."""
-    return lax.div(number, np.int32(by))
-
-
-def _remainder(number, by):
-    return lax.rem(number, np.int32(by))

@@ -1,6 +1,4 @@
-"""Cross-entropy from the logits, and from hidden states by way of all logits: the oracle of every
-kernel.
-"""
+"""Cross-entropy of logits, and of hidden states through all logits: the oracle of every kernel."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> 
 
 
 def logits_of(x: jax.Array, head: jax.Array) -> jax.Array:
-    """The vocabulary head: [..., D], [V, D] -> [..., V], multiplied in the head's dtype, f32 (at
-    least).
+    """Applies the vocabulary head: [..., D], [V, D] -> [..., V], multiplied in the head's dtype,
+    f32 (at least).
     """
     return jnp.einsum(
         "...d,vd->...v",
@@ -31,7 +29,7 @@ def logits_of(x: jax.Array, head: jax.Array) -> jax.Array:
 def dense_cross_entropy(
     x: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """`linear_cross_entropy` as it is written down; autodiff keeps the logits and forms a gradient
-    of their size.
+    """`linear_cross_entropy` as written in the formula; autodiff stores the logits and forms a
+    gradient of their size.
     """
     return cross_entropy(logits_of(x, head), targets, weights)

@@ -1,18 +1,19 @@
-"""Linear cross-entropy for TPUs in Pallas: no logits leave the chip. Unverified: has not run on a
-TPU.
+"""Not yet run on a TPU: unverified. `tools/hardware_check --only cross_entropy` confirms it.
 
-A head that is not trained makes this attention over the vocabulary, with the head as keys and as
-values:
+Linear cross-entropy for TPUs in Pallas: logits stay on the chip.
+
+With a frozen head this is attention over the vocabulary, with the head as keys and as values:
 
     lse_n = log sum_v exp(x_n . head_v),    mean_n = sum_v softmax(x head^T)_nv head_v,
         dx_n = w_n (mean_n - head_target)
 
-so one sweep over blocks of the vocabulary, its softmax rescaled when a larger logit comes (Milakov
-& Gimelshein 2018, Dao et al. 2022), gives loss and dx in two products. The target's logit and row
-are a gather of N rows outside of the kernel, not a comparison in each block. In bf16 the weights of
-the mean are rounded before they are divided by their sum: the largest is exactly 1, so mean -
-head_target keeps its digits where the target has nearly all of the softmax. dhead is a sweep of its
-own, over blocks of tokens for each block of the vocabulary, which forms the logits again:
+so one sweep over blocks of the vocabulary, whose softmax is rescaled when a larger logit comes
+(Milakov & Gimelshein 2018, Dao et al. 2022), computes loss and dx in two products. The target's
+logit and row are a gather of N rows outside of the kernel, not a comparison in each block. In bf16
+the weights of the mean are rounded before they are divided by their sum: the largest is exactly 1,
+so mean - head_target keeps its digits where the target has nearly all of the softmax. dhead is a
+sweep of its own, over blocks of tokens for each block of the vocabulary, which recomputes the
+logits:
 
     dhead_v = sum_n w_n (exp(x_n . head_v - lse_n) - [v = target_n]) x_n
 
@@ -34,8 +35,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from jaxre_kernels.cross_entropy.gradients import with_gradients
+from jaxre_kernels.mosaic_tpu import VMEM_LIMIT
 
-VMEM_LIMIT = 48 * 2**20  # bytes; v5p has 64 MiB, v5e and v6e 128
 BLOCKS = ((512, 512), (256, 512), (256, 256), (128, 128))  # tokens, entries; not measured on a TPU
 
 
@@ -61,10 +62,10 @@ def pallas_cross_entropy(
 
     Args:
       x: [..., D] bf16 or f32; head: [V, D] of x's dtype.
-      targets: [...] int32 in [0, V); one of weight 0 may be anything. weights: [...] f32.
-      blocks: tokens and entries of a block, multiples of 128 on a TPU; chosen from the shape if it
-        is None.
-      interpret: what `pl.pallas_call` takes: True or `pltpu.InterpretParams` to run without a TPU.
+      targets: [...] int32 in [0, V), arbitrary where the weight is 0. weights: [...] f32.
+      blocks: tokens and entries of a block, multiples of 128 on a TPU; chosen from the shape by
+        default.
+      interpret: argument of `pl.pallas_call`: True or `pltpu.InterpretParams` to run without a TPU.
 
     Returns:
       [] f32.
@@ -93,7 +94,7 @@ def blocks_of(channels: int, dtype: DTypeLike) -> tuple[int, int] | None:
 
 
 def unsupported(channels: int, dtype: DTypeLike) -> str | None:
-    """Why `pallas_cross_entropy` does not take such arrays, in words; None if it does."""
+    """Why `pallas_cross_entropy` does not support such arrays, in words; None if it does."""
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         return f"it takes float32 and bfloat16, not {jnp.dtype(dtype).name}"
     if blocks_of(channels, dtype) is None:
@@ -104,8 +105,8 @@ def unsupported(channels: int, dtype: DTypeLike) -> str | None:
 
 
 def _vmem_bytes(tokens: int, entries: int, channels: int, dtype: jnp.dtype) -> int:
-    """About what a step holds: two buffers of all that comes and goes, and logits, shares and what
-    they are made of.
+    """Approximate bytes that a step holds: two buffers of all inputs and outputs, and five arrays
+    of the size of the logits.
     """
     channels += -channels % 128
     return (
@@ -115,12 +116,10 @@ def _vmem_bytes(tokens: int, entries: int, channels: int, dtype: jnp.dtype) -> i
 
 
 def _sums(x, head, targets, weights, tiling, wanted):
-    """See `with_gradients`."""
+    """The loss and its gradients; see `with_gradients`."""
     shape, (V, D) = x.shape, head.shape
-    targets, flat_weights = (
-        jnp.clip(targets, 0, V - 1).reshape(-1),
-        weights.reshape(-1).astype(jnp.float32),
-    )
+    targets = jnp.clip(targets, 0, V - 1).reshape(-1)
+    flat_weights = weights.reshape(-1).astype(jnp.float32)
     flat = x.reshape(-1, D)
     N = flat.shape[0]
     missing = -N % tiling.tokens
@@ -132,8 +131,7 @@ def _sums(x, head, targets, weights, tiling, wanted):
     dhead = None
     if wanted[1]:
         padded_targets, padded_weights = (
-            jnp.pad(targets, (0, missing)),
-            jnp.pad(flat_weights, (0, missing)),
+            jnp.pad(array, (0, missing)) for array in (targets, flat_weights)
         )
         dhead = _dhead(padded, head, lse, padded_targets, padded_weights, tiling)
     return jnp.sum(flat_weights * losses), dx, dhead, losses.reshape(shape[:-1])
@@ -145,12 +143,12 @@ _op = with_gradients(_sums)
 def _softmax(
     x: jax.Array, head: jax.Array, tiling: Tiling, with_mean: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """lse [N, 1] and mean [N, D] (None if not asked for), f32, of whole blocks of tokens."""
+    """lse [N, 1] and mean [N, D] (None without `with_mean`), f32, of whole blocks of tokens."""
     (N, D), V = x.shape, head.shape[0]
     n, v = tiling.tokens, tiling.entries
     of_tokens = lambda width: pl.BlockSpec((n, width), lambda i, j: (i, 0))  # noqa: E731
     widths = (1, D) if with_mean else (1,)
-    found = pl.pallas_call(
+    outputs = pl.pallas_call(
         partial(_softmax_kernel, entries=V, block=v, with_mean=with_mean),
         grid=(N // n, pl.cdiv(V, v)),
         in_specs=[of_tokens(D), pl.BlockSpec((v, D), lambda i, j: (j, 0))],
@@ -163,7 +161,7 @@ def _softmax(
         interpret=tiling.interpret,
         name="cross_entropy_softmax",
     )(x, head)
-    return found[0], found[1] if with_mean else None
+    return outputs[0], outputs[1] if with_mean else None
 
 
 def _softmax_kernel(x_ref, head_ref, lse_ref, *refs, entries, block, with_mean):
@@ -180,7 +178,7 @@ def _softmax_kernel(x_ref, head_ref, lse_ref, *refs, entries, block, with_mean):
     head = head_ref[...]  # v D
     logits = _product(x_ref[...], head, 1, 1)  # n v
     if entries % block:
-        # What the last block has beyond the vocabulary may be anything, NaN too.
+        # The last block reads arbitrary values beyond the vocabulary, even NaN.
         left = entries - j * block
         logits = jnp.where(
             jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1) < left, logits, -jnp.inf
@@ -214,20 +212,12 @@ def _dhead(
     """[V, D] f32 of whole blocks of tokens."""
     (N, D), V = x.shape, head.shape[0]
     n, v = tiling.tokens, tiling.entries
-    of_entries, of_tokens = (
-        pl.BlockSpec((v, D), lambda i, j: (i, 0)),
-        pl.BlockSpec((1, n), lambda i, j: (0, j)),
-    )
+    of_entries = pl.BlockSpec((v, D), lambda i, j: (i, 0))
+    of_tokens = pl.BlockSpec((1, n), lambda i, j: (0, j))
     return pl.pallas_call(
         _dhead_kernel,
         grid=(pl.cdiv(V, v), N // n),
-        in_specs=[
-            of_entries,
-            pl.BlockSpec((n, D), lambda i, j: (j, 0)),
-            of_tokens,
-            of_tokens,
-            of_tokens,
-        ],
+        in_specs=[of_entries, pl.BlockSpec((n, D), lambda i, j: (j, 0)), *[of_tokens] * 3],
         out_specs=of_entries,
         out_shape=jax.ShapeDtypeStruct((V, D), jnp.float32),
         compiler_params=pltpu.CompilerParams(
@@ -239,8 +229,8 @@ def _dhead(
 
 
 def _dhead_kernel(head_ref, x_ref, lse_ref, targets_ref, weights_ref, dhead_ref):
-    """Entries stand in rows, so what the last block has beyond the vocabulary stays in rows that
-    are not written back.
+    """Adds a block of tokens to the gradient of a block of entries. Entries are rows, so values
+    beyond the vocabulary stay in rows of the last block that are not written back.
     """
     i, j = pl.program_id(0), pl.program_id(1)
 

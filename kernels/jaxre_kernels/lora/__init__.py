@@ -1,4 +1,4 @@
-"""LoRA projections of one input as one op, `lora_group(x, weights, factors, ...)`, and their
+"""LoRA projections of one input as one op, `lora_group(x, weights, factors, ...)`, with
 counter-based dropout.
 """
 

@@ -1,6 +1,4 @@
-"""Which LoRA projections run, and why: decided from names and shapes, never by looking for
-devices.
-"""
+"""Chooses the LoRA implementation from names and shapes, never by looking for devices."""
 
 from __future__ import annotations
 
@@ -23,14 +21,14 @@ def choose(
     implementation: str | None = None,
     device_kind: str | None = None,
 ) -> tuple[str, str]:
-    """The implementation that `lora_group` runs for such projections (for any, without them), and
-    the reason in words.
+    """Returns the implementation that `lora_group` runs for such projections (for any, without
+    them), and the reason in words.
 
-    The table is asked where projections and `device_kind` are given (see
+    The table is consulted if projections and `device_kind` are given (see
     `jaxre_kernels.implementations`).
 
     Raises:
-      ValueError: an implementation that does not exist, or that does not take these projections.
+      ValueError: an implementation that does not exist, or that does not support these projections.
     """
 
     def unsupported(name: str) -> str | None:
@@ -47,12 +45,12 @@ def choose(
             f"LoRA implementation {name!r} does not run here: {refusal}; leave it out, or ask for"
             " 'xla'"
         )
-    return name, f"{reason}; {kernels_of('lora', name).told(projections)}"
+    return name, f"{reason}; {kernels_of('lora', name).described(projections)}"
 
 
 def _measured(projections: Projections | None, device_kind: str | None) -> Entry | None:
-    """The table's entry; none for projections of which some are NF4, or that have not all the same
-    rank: those are not measured.
+    """The table's entry; None for projections that mix NF4 and dense weights or ranks, which are
+    not measured.
     """
     if projections is None or len(set(projections.ranks)) > 1 or len(set(projections.nf4)) > 1:
         return None
@@ -68,11 +66,10 @@ def _measured(projections: Projections | None, device_kind: str | None) -> Entry
 
 
 def nf4_form(device_kind: str | None) -> str:
-    """The implementation whose form NF4 weights are best stored in: one that the table names for
+    """The implementation in whose form NF4 weights are best stored: one that the table names for
     some of them, else "xla".
 
-    All implementations read all forms; what is in another than theirs they bring there on every
-    call.
+    Every implementation reads all forms, but converts a form other than its own on every call.
     """
     names = (
         entry.implementation
@@ -83,11 +80,10 @@ def nf4_form(device_kind: str | None) -> str:
 
 
 def stored(weight: NF4Weight, implementation: str) -> NF4Weight | NF4Tiles:
-    """An NF4 weight, or a stack of them, in the form that an implementation reads: brought there
-    once, not on every call.
+    """Converts an NF4 weight, or a stack of them, once, to the form that an implementation reads.
 
     Raises:
-      ValueError: a weight that it does not take.
+      ValueError: a weight that it does not support.
     """
     if implementation == "xla":
         return weight
@@ -106,23 +102,23 @@ def lora_group(
     implementation: str | None = None,
     device_kind: str | None = None,
 ) -> list[jax.Array]:
-    """x W + scale (dropout(x) A) B of every projection of one input; all see the same dropout mask.
+    """x W + scale (dropout(x) A) B of every projection of one input, all with the same dropout
+    mask.
 
     Differentiable in x and the factors; the weights are frozen.
 
     Args:
       x: [..., I] compute dtype.
-      weights: each [I, O] of x's dtype, an `NF4Weight` (O, I), or an `NF4Tiles`: the kernels bring
-        what is NF4 into the form of the latter, with halves as they want them, on every call where
-        it is not.
-      factors: one for each weight, None where LoRA does not target it; cast to x's dtype in the
-        products.
-      words: [...] uint32 of `group_words`, the counters of the dropout mask; may be None where rate
-        is 0.
+      weights: each [I, O] of x's dtype, an `NF4Weight` (O, I), or an `NF4Tiles`. The kernels read
+        `NF4Tiles` with halves of their own size and convert other NF4 forms on every call.
+      factors: one per weight, None where LoRA does not target it; cast to x's dtype in the
+      products.
+      words: [...] uint32 of `group_words`, the counters of the dropout mask; may be None if rate is
+        0.
       scale: alpha / rank, or alpha / sqrt(rank).
-      rate: probability that a channel is dropped, in [0, 1); 0 switches dropout off.
-      device_kind: of the device that the program is for, to ask the table; "xla" runs where neither
-        is given.
+      rate: probability of dropping a channel, in [0, 1); 0 disables dropout.
+      device_kind: kind of the target device, for the table; without it or `implementation`, "xla"
+        runs.
 
     Returns:
       [..., O] of x's dtype for each weight. The gradients of the factors are summed in f32.

@@ -1,10 +1,10 @@
 """Dropout as a pure function of counters, so that packing, sharding and recomputation cannot change
 it.
 
-The mask of one channel of one token depends on (seed, step, layer, input group, owner,
-position, channel) and nothing else. Words are mixed with the 32-bit finaliser of
-MurmurHash3 (Appleby, public domain), whose output bits each flip with probability 0.5 when
-one input bit flips; a channel is dropped when its word falls below rate x 2^32.
+The mask of one channel of one token depends on (seed, step, layer, input group, owner, position,
+channel) and nothing else. Words are mixed with the 32-bit finaliser of MurmurHash3 (Appleby, public
+domain), whose output bits each flip with probability 0.5 when one input bit flips; a channel is
+dropped when its word is below rate x 2^32.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def keep_channels(words: jax.Array, channels: int, rate: float) -> jax.Array:
 
 
 def is_kept(words: jax.Array, channel: jax.Array, rate: float) -> jax.Array:
-    """Whether a channel of a token is kept; `words` and `channel` are uint32 and broadcast. Pallas
-    kernels call it too.
+    """True where a channel of a token is kept; `words` and `channel` are uint32 and broadcast.
+    Pallas kernels call it too.
     """
     return _mix(words + channel * np.uint32(_GOLDEN)) >= np.uint32(int(rate * 2**32))
 

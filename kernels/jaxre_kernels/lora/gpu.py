@@ -1,31 +1,32 @@
-"""The LoRA projections of one input for Hopper GPUs (Pallas Mosaic GPU), forward and backward.
-unverified: has not run on a GPU
+"""Not yet run on a Hopper GPU: unverified. `tools/hardware_check --only lora,nf4` confirms it.
 
-Weights are dense or NF4. It was run in Pallas's interpreter and compiled ahead of time for an H200
-(sm_90a). What is said of speed is arithmetic.
+The LoRA projections of one input for Hopper GPUs (Pallas Mosaic GPU), forward and backward, with
+dense or NF4 weights. Tested in Pallas's interpreter and compiled ahead of time for an H200
+(sm_90a). Every statement about speed is arithmetic.
 
-What is computed is what `group.py` derives; with c = scale / (1 - rate), x' = x where its channel
-is kept and else 0:
+The formulas are derived in `group.py`; with c = scale / (1 - rate), and x' = x with dropped
+channels set to 0:
 
     forward    L = c x' [A1 A2 ...],    Yi = x Wi + Li Bi
     backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,    [dA1 dA2 ...] = x'^T dL,
         dx = sum_i dYi Wi^T + mask (dL [A1 A2 ...]^T)
 
-One kernel forms all Yi, one dx. A sum of base and low-rank product is formed in f32 registers, and
-rounded and written once. A step of a sum is 64 channels; ranks are padded to 64 and are more steps
-of the same sum: [x, Li] [Wi; Bi] with no copy of either. Backwards dropout lies behind the low-rank
-product: that is formed when the rest is summed, and masked in registers by the counters. A tile of
-any projection is a thread block of the one grid, so narrow projections (k and v) fill the
-processors together with wide ones.
+One kernel computes all Yi, one dx. A sum of base and low-rank product is formed in f32 registers,
+and rounded and written once. A step of a sum is 64 channels; ranks are padded to 64 and are more
+steps of the same sum: [x, Li] [Wi; Bi] with no copy of either. In the backward pass dropout follows
+the low-rank product, which is therefore computed after the rest of the sum and masked in registers
+by the counters. A tile of any projection is a thread block of the one grid, so narrow projections
+(k and v) fill the processors together with wide ones.
 
-L has a kernel of its own where there is dropout, which drops channels of x in shared memory. dLi
-and dBi come from one read of dYi (`gpu_narrow.py`) where that moves fewer bytes than two products
-of XLA, which is decided from the shapes: for wide projections and ranks of at most 32. It reads dY
-apart from the kernel of dx, whose tiles have too few registers left for dB. dA is XLA's: a sum over
-all tokens of dL, which is complete only after all outputs. In bf16 these products move, a token,
-beside 2 (I + O) bytes of each of the wide kernels:
+With dropout, L has a kernel of its own, which drops channels of x in shared memory. dLi and dBi
+come from one read of dYi (`gpu_narrow.py`) where that moves fewer bytes than two products of XLA,
+which is decided from the shapes: for wide projections and ranks of at most 32. It reads dY
+separately from the kernel of dx, whose tiles have too few registers left for dB. dA is XLA's: a sum
+over all tokens of dL, which is complete only after all outputs. In bf16 these products move, a
+token, besides 2 (I + O) bytes of each of the wide kernels:
 
-    L: 2 I        dL and dB: 2.2 O to 4 O        dA: 2 I, and 4 I where the compiler writes x' down
+    L: 2 I        dL and dB: 2.2 O to 4 O        dA: 2 I, and 4 I if the compiler writes x' to
+      memory
 
 At 16,384 tokens and the 4.8 TB/s of an H200 that is 6 us forwards and at most 34 us backwards for
 q, k and v of Qwen2.5-0.5B, and 14 and at most 342 us for gate and up of 3B (with rank 32, 237); at
@@ -33,36 +34,34 @@ its 989 TFLOP/s the wide product takes 34 us and 1.49 ms each way.
 
 NF4. The feeding warpgroup decodes codes to bf16 in shared memory, by 15 selections a parameter,
 while the other two multiply: the product reads them there, forwards as they are and backwards
-transposed. Weights lie as `NF4Tiles` with halves of 64 rows, the tile of a warpgroup; other forms
-are brought into that one on every call. Decoding takes about 25 operations a parameter and 256
-tokens; a processor does 128 of these in the time of 2,048 multiplications, so decoding takes at
-least 1.6 times as long as the product and bounds it. For many tokens decoding once to memory and a
-dense product is faster: 4.6 bytes a parameter, 1 ps, beside the 33 ps that 16,384 tokens take to
-multiply by it. What this saves is memory (2 bytes a parameter of the group), and time where tokens
-are few.
+transposed. Weights are `NF4Tiles` with halves of 64 rows, the tile of a warpgroup; other forms are
+converted on every call. Decoding takes about 25 operations a parameter and 256 tokens; a processor
+does 128 of these in the time of 2,048 multiplications, so decoding takes at least 1.6 times as long
+as the product and bounds it. For many tokens decoding once to memory and a dense product is faster:
+4.6 bytes a parameter, 1 ps, beside the 33 ps that 16,384 tokens take to multiply by it. This kernel
+saves memory (2 bytes a parameter of the group), and time if tokens are few.
 
-Layout. N tokens, padded to tiles of 256 by a copy where they are none; I and O multiples of 64, I
-of 128 with NF4. Tiles have 128 channels, or 64 where a width is no multiple of 128: 960 channels
-are 15 such.
+Layout. N tokens, padded by a copy if not a multiple of 256; I and O multiples of 64, I of 128 with
+NF4. Tiles have 128 channels, or 64 if a width is not a multiple of 128: 960 channels are 15 such.
 
 dtypes: x, W, dY and results bf16, A and B cast to it; sums, dA and dB f32; L and dL rounded to
 bf16, as in `group.py`. f32 is refused: the tensor cores would round it to 10 bits.
 
-Memory: kept for the backward pass are x and L, of which each projection has 64 numbers a token or a
-multiple. Neither x', the mask, Li Bi nor a decoded W is kept, and the latter two are nowhere in
-memory. In shared memory a thread block has 4 slots, 229,376 bytes, with NF4 3 slots and codes,
+Memory: the backward pass saves x and L, of which each projection has 64 numbers a token or a
+multiple. Neither x', the mask, Li Bi nor a decoded W is saved, and the latter two are never in
+memory. A thread block has 4 slots, 229,376 bytes of shared memory, with NF4 3 slots and codes,
 198,656 forwards and 189,440 backwards. So one thread block runs on a processor, and writing its
 tile is not hidden.
 
 Roofline of one step of a tile of 256 x 128, 4.2 MFLOP:
 
-                bytes read, of the second-level cache           FLOP a byte
+                bytes read from L2                              FLOP a byte
     dense       2 (256 + 128) 64                                85
     NF4         2 x 256 x 64 + 9/16 x 128 x 64                  112
 
-Of memory, what runs at a time (132 processors: 11 x 12 tiles of tokens and channels) reads 2 (2,816
-+ 1,536) bytes a channel for 2 x 2,816 x 1,536 FLOP, 994 FLOP a byte; an H200 has 206 of them to a
-byte.
+Of memory, the thread blocks that run at the same time (132 processors: 11 x 12 tiles of tokens and
+channels) read 2 (2,816 + 1,536) bytes a channel for 2 x 2,816 x 1,536 FLOP, 994 FLOP a byte; an
+H200 has 206 of them to a byte.
 
 Sharding: inside `shard_map(..., check_vma=False)`, tokens split, not under automatic partitioning.
 """
@@ -92,27 +91,20 @@ from jaxre_kernels.lora.group import (
     Projections,
     b_gradient,
     dlow_of,
+    in_tiles,
+    inputs_of,
     joined_a,
     low_of,
     projections_of,
     with_a_gradients,
 )
-from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, tiled
-
-MISSING = (
-    None
-    if jax.__version_info__ >= (0, 11)
-    else f"it needs jax 0.11 or later, this is {jax.__version__}"
-)
+from jaxre_kernels.mosaic_gpu import MISSING, shared_tile
+from jaxre_kernels.nf4 import NF4Tiles, NF4Weight
 
 NF4_HALF = STEP  # rows of a half of `NF4Tiles`
 TOKENS = 256  # of a tile
 WIDTHS = (128, 64)  # channels of a tile
-# steps on the way, by whether a weight is NF4: then codes need room too
-SLOTS = {
-    False: 4,
-    True: 3,
-}
+SLOTS = {False: 4, True: 3}  # steps in flight, by whether a weight is NF4: codes need memory too
 
 
 def pallas_lora_group(
@@ -128,9 +120,9 @@ def pallas_lora_group(
     """x W + scale (dropout(x) A) B of every projection of one input on one device; differentiable
     in x and the factors.
 
-    Args: as of `lora_group`; x is bf16.
-      interpret: what `plgpu.kernel` takes: `plgpu.InterpretGPUParams` to run without a GPU. It
-      takes f32, too.
+    Args: those of `lora_group`; x is bf16.
+      interpret: argument of `plgpu.kernel`: `plgpu.InterpretGPUParams` to run without a GPU, in f32
+        too.
 
     Raises:
       ValueError: what `unsupported` says.
@@ -143,7 +135,7 @@ def pallas_lora_group(
 
 
 def unsupported(projections: Projections) -> str | None:
-    """Why `pallas_lora_group` does not take such projections, in words; None if it does."""
+    """Why `pallas_lora_group` does not support such projections, in words; None if it does."""
     if MISSING is not None:
         return MISSING
     dtype = jnp.dtype(projections.dtype)
@@ -163,14 +155,14 @@ def unsupported(projections: Projections) -> str | None:
     return None
 
 
-def told(projections: Projections) -> str:
-    """How it runs, in words; for projections that it takes."""
+def described(projections: Projections) -> str:
+    """Describes the tiles of supported projections."""
     forward, backward = _width(*projections.outputs), _width(projections.inputs)
     return f"tiles of {TOKENS} tokens and {forward} outputs forwards, {backward} inputs backwards"
 
 
 def _width(*widths: int) -> int:
-    """Of a tile."""
+    """The widest tile that divides all `widths`."""
     return next(tile for tile in WIDTHS if all(width % tile == 0 for width in widths))
 
 
@@ -185,7 +177,7 @@ def _op(x, weights, factors, words, scale, rate, interpret):
 def _forward(x, weights, factors, words, scale, rate, interpret):
     trained, padded = any(factor is not None for factor in factors), _padded(factors)
     outputs = projections_of(x, weights, factors).outputs
-    width, laid, rows, low = _width(*outputs), _laid(weights), _rows(x), None
+    width, laid, rows, low = _width(*outputs), in_tiles(weights, NF4_HALF), _rows(x), None
     if trained:
         low = (
             _low(x, padded, words, scale, rate, interpret)
@@ -211,14 +203,14 @@ def _forward(x, weights, factors, words, scale, rate, interpret):
     return ys, (x if trained else None, weights, factors, words, low)
 
 
-def _backward(scale, rate, interpret, kept, dys):
-    x, weights, factors, words, low = kept
-    padded, laid, rows = _padded(factors), _laid(weights), [_rows(dy) for dy in dys]
+def _backward(scale, rate, interpret, residuals, dys):
+    x, weights, factors, words, low = residuals
+    padded, laid, rows = _padded(factors), in_tiles(weights, NF4_HALF), [_rows(dy) for dy in dys]
     dlow = a = dbs = None
     if low is not None:
         a = joined_a(padded, x.dtype)
         dlow, dbs = _dlow_and_dbs(rows, _rows(low), padded, factors, scale / (1 - rate), interpret)
-    inputs = _inputs(laid[0])
+    inputs = inputs_of(laid[0])
     masked = low is not None and rate
     (dx,) = _run(
         "lora_backward",
@@ -246,8 +238,8 @@ _op.defvjp(_forward, _backward)
 
 
 def _dlow_and_dbs(rows, low, padded, factors, scale, interpret):
-    """dL [N, sum of R], and dB [R, O] of each projection or None: by one read of dY where
-    `panel_of` says so, else by two of XLA's.
+    """dL [N, sum of R], and dB [R, O] of each projection or None: from one read of dY where
+    `panel_of` finds that cheaper, else from two products of XLA.
     """
     dlows, dbs, first = [], [], 0
     for dy, wide, factor in zip(rows, padded, factors, strict=True):
@@ -291,12 +283,11 @@ def _low(x, factors, words, scale, rate, interpret):
 
 
 def _run(name, kernel, arrays, out_type, tiles, rhs, interpret, packed=None):
-    """A kernel over all tiles.
+    """Runs a kernel over all tiles.
 
     Args:
-      tiles: tokens of a tile, and how many tiles of channels there are; rhs: shape of a step of
-        weights.
-      packed: columns of a tile of codes, for a kernel of weights that may be NF4.
+      tiles: tokens of a tile, and the number of tiles of channels; rhs: shape of a step of weights.
+      packed: columns of a tile of codes, for a kernel whose weights may be NF4.
     """
     dtype, tokens = out_type[0].dtype, out_type[0].shape[0]
     nf4 = any(
@@ -305,24 +296,13 @@ def _run(name, kernel, arrays, out_type, tiles, rhs, interpret, packed=None):
     )
     slots, (height, columns) = SLOTS[nf4], tiles
 
-    def shared(swizzle, *shape):
-        """In shared memory as products read it: rows of `swizzle` bytes."""
-        return plgpu.SMEM(
-            shape,
-            dtype,
-            transforms=(
-                plgpu.TilingTransform((8, swizzle // dtype.itemsize)),
-                plgpu.SwizzleTransform(swizzle),
-            ),
-        )
-
     ring = Ring(
-        shared(128, slots, height, STEP),
-        shared(128, slots, *rhs),
+        shared_tile((slots, height, STEP), dtype),
+        shared_tile((slots, *rhs), dtype),
         plgpu.Barrier(num_arrivals=2, num_barriers=slots),
         plgpu.Barrier(num_arrivals=2, num_barriers=slots),
     )
-    scratch = {"ring": ring, "staged": shared(64, 2, 2, height // 2, CHUNK)}
+    scratch = {"ring": ring, "staged": shared_tile((2, 2, height // 2, CHUNK), dtype, swizzle=64)}
     if packed is not None:
         scratch["packed"] = _packed(packed) if nf4 else None
     return plgpu.kernel(
@@ -349,9 +329,7 @@ def _packed(columns):
 
 
 def _rows(array):
-    """[..., I] -> [N, I], with zeros behind up to whole tiles; the same memory where there are
-    none.
-    """
+    """[..., I] -> [N, I], padded with zeros to whole tiles; the same memory if none are needed."""
     flat = array.reshape(-1, array.shape[-1])
     return jnp.pad(flat, ((0, -flat.shape[0] % TOKENS), (0, 0)))
 
@@ -366,19 +344,8 @@ def _brought_back(rows, like):
     return rows[: like.size // like.shape[-1]].reshape(*like.shape[:-1], -1)
 
 
-def _laid(weights):
-    return [
-        tiled(weight, NF4_HALF) if isinstance(weight, NF4Weight | NF4Tiles) else weight
-        for weight in weights
-    ]
-
-
-def _inputs(weight):
-    return 2 * weight.codes.shape[0] if isinstance(weight, NF4Tiles) else weight.shape[0]
-
-
 def _padded(factors):
-    """With ranks that are multiples of 64."""
+    """Factors with ranks padded to multiples of 64."""
     return [
         None if factor is None else Factors(_wide(factor.a, 1), _wide(factor.b, 0))
         for factor in factors

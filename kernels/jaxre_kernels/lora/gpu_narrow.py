@@ -1,17 +1,17 @@
-"""dL and dB of a LoRA projection for Hopper GPUs, by one read of dY (Pallas Mosaic GPU).
-unverified: has not run on a GPU
+"""Not yet run on a Hopper GPU: unverified. `tools/hardware_check --only lora,nf4` confirms it.
 
-It was run in Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). What is said of
-speed is arithmetic.
+dL and dB of a LoRA projection for Hopper GPUs, from one read of dY (Pallas Mosaic GPU). Tested in
+Pallas's interpreter and compiled ahead of time for an H200 (sm_90a). Every statement about speed is
+arithmetic.
 
     dL = c dY B^T,    dB = L^T dY        (see `group.py`)
 
 One is a sum over outputs, the other over tokens. A thread block has a range of outputs and a span
-of tokens: B of its range lies in shared memory, dB of its range in f32 registers until the span is
-over, dL of 128 tokens until they are done. So every range leaves partial sums of dL, every span of
+of tokens: B of its range is in shared memory, dB of its range in f32 registers until the span is
+over, dL of 128 tokens until they are done. So every range writes partial sums of dL, every span of
 dB, in f32, which XLA adds up. (dL of a single range is complete, but registers hold 16 bytes of a
-row of bf16 together, half of what memory takes at once.) Sums have an order: nothing is added
-atomically.
+row of bf16 together, half of a memory transaction.) Sums have a fixed order, without atomic
+additions.
 
 Roofline. Bytes of memory, for N tokens, O outputs, ranks padded to r of 16 or 32, k ranges and s
 spans:
@@ -20,9 +20,9 @@ spans:
     this kernel            2 N O + 4 r N (L is transposed first) + 8 r N k (dL written and read) +
         8 r O s (dB, s > 1)
 
-Of up to 132 thread blocks, the processors of an H200, and ranges that the registers hold,
-`panel_of` takes the cut that moves least, and none where XLA's products move less. For 16,384
-tokens that is, as a share of 4 N O,
+Among cuts into at most 132 thread blocks (the processors of an H200) and ranges that the registers
+hold, `panel_of` selects the one that moves fewest bytes, or none where XLA's products move fewer.
+For 16,384 tokens that is, as a share of 4 N O,
 
     rank                                16      32
     0.5B   q, o, down of 896            0.72    0.94
@@ -32,16 +32,16 @@ tokens that is, as a share of 4 N O,
            gate, up of 11,008           0.58    0.65
 
 Rank 64 is left to XLA: dB of 512 outputs spills, and with ranges of 256 the partial sums of dL move
-as much as a read of dY. Each pair of bytes of dY takes 4 r FLOPs: 64 a byte with r of 32, below the
-206 of an H200, so memory bounds all of these.
+as many bytes as a read of dY. Each pair of bytes of dY takes 4 r FLOPs: 64 a byte with r of 32,
+below the 206 of an H200, so memory bounds all of these.
 
-Memory: nothing is kept for longer; the partial sums are there for a while. In shared memory 98,304
-+ 512 r + 256 r pairs bytes.
+Memory: nothing is saved beyond the call; the partial sums are temporary. Shared memory: 98,304 +
+512 r + 256 r pairs bytes.
 
-The kernel. A step is 128 tokens and 128 outputs, two slabs of 64. One warpgroup asks the copy
-engine for steps, three slots ahead; two multiply. Of dL each has 64 tokens and both slabs, of dB
-all 128 tokens and its own slab. Ranks are the narrow side of both products, so few of them take few
-registers. What a range or B has beyond the last output is the last slab again, with zeros for B.
+The kernel. A step is 128 tokens and 128 outputs, two slabs of 64. One warpgroup requests steps from
+the copy engine, three slots ahead; two multiply. Each computes 64 tokens and both slabs of dL, and
+all 128 tokens and its own slab of dB. Ranks are the narrow side of both products, so few of them
+take few registers. Beyond the last output, a range or B repeats the last slab, with zeros for B.
 """
 
 from __future__ import annotations
@@ -55,20 +55,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-SLAB = 64  # outputs of which a warpgroup sums dB
+from jaxre_kernels.mosaic_gpu import PROCESSORS, quotient, remainder, shared_tile, transposed
+
+SLAB = 64  # outputs whose dB a warpgroup sums
 PAIR = 2 * SLAB  # outputs of a step
 TOKENS = 128  # of a step
-SLOTS = 3  # steps on the way
-# Pairs of a range, by ranks: what was compiled without spills. 8 pairs of 16 ranks spill 656 bytes,
-# 4 of 64 ranks 768, and fewer pairs of 64 move as much as XLA. No multiple of `SLOTS`: slots of
-# pairs would be constants, their addresses kept in registers.
+SLOTS = 3  # steps in flight
+# Pairs of a range, by ranks: those that compile without spills. 8 pairs of 16 ranks spill 656
+# bytes, 4 of 64 ranks 768, and fewer pairs of 64 move as much as XLA. Not multiples of `SLOTS`: the
+# slots of pairs would be constants whose addresses stay in registers.
 PAIRS = {16: (1, 2, 4), 32: (1, 2, 4)}
-PROCESSORS = 132  # of an H100 or H200
-FEEDER = 2  # the warpgroup that feeds; those before it multiply
+FEEDER = 2  # the warpgroup that feeds; the two before it multiply
 
 
 class Panel(NamedTuple):
-    """How a projection is cut: pairs of slabs of a range, ranges of outputs, spans of tokens. A
+    """The cut of a projection: pairs of slabs of a range, ranges of outputs, spans of tokens. A
     thread block has one range and span.
     """
 
@@ -93,9 +94,7 @@ class Ring(NamedTuple):
 
 
 def panel_of(tokens: int, outputs: int, rank: int) -> Panel | None:
-    """The cut of a projection that moves the fewest bytes; None where two products of XLA move
-    fewer.
-    """
+    """The cut of a projection that moves the fewest bytes; None if XLA's products move fewer."""
     r, steps, pairs = _width(rank), tokens // TOKENS, pl.cdiv(outputs, PAIR)
 
     def cut(of_range):
@@ -120,22 +119,13 @@ def narrow_gradients(
     Args:
       dy: [N, O] bf16, N a multiple of 128, O of 64; low: [N, R] and b: [R, O] of its dtype, R up to
         32.
-      interpret: as of `pallas_lora_group`.
+      interpret: as in `pallas_lora_group`.
 
     Returns:
       [N, R] of that dtype, and [R, O] f32.
     """
     (tokens, outputs), rank, dtype = dy.shape, b.shape[0], dy.dtype
     r, wide = _width(rank), panel.pairs * panel.ranges * PAIR
-
-    def shared(*shape):
-        """In shared memory as products read it."""
-        columns = 128 // dtype.itemsize
-        return plgpu.SMEM(
-            shape,
-            dtype,
-            transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)),
-        )
 
     dlow, db = plgpu.kernel(
         partial(_kernel, panel=panel, scale=scale),
@@ -145,9 +135,9 @@ def narrow_gradients(
         ],
         scratch_types={
             "ring": Ring(
-                shared(SLOTS, 2, TOKENS, SLAB),
-                shared(2, r, TOKENS),
-                shared(panel.pairs, 2, r, SLAB),
+                shared_tile((SLOTS, 2, TOKENS, SLAB), dtype),
+                shared_tile((2, r, TOKENS), dtype),
+                shared_tile((panel.pairs, 2, r, SLAB), dtype),
                 plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
                 plgpu.Barrier(num_arrivals=2, num_barriers=SLOTS),
                 plgpu.Barrier(num_arrivals=1, num_barriers=2),
@@ -162,31 +152,27 @@ def narrow_gradients(
         interpret=interpret,
         kernel_name=f"lora_narrow_{r}x{panel.pairs}",
     )(dy, jnp.pad(low.T, ((0, r - rank), (0, 0))), jnp.pad(b, ((0, r - rank), (0, wide - outputs))))
-    return _added(dlow)[:, :rank].astype(dtype), _added(db)[:outputs, :rank].T
+    return _total(dlow)[:, :rank].astype(dtype), _total(db)[:outputs, :rank].T
 
 
-def _added(parts):
+def _total(parts):
     return parts[0] if parts.shape[0] == 1 else parts.sum(0)
 
 
 def _width(rank):
-    """Ranks as the kernel has them."""
+    """Ranks padded to the widths of the kernel."""
     return next((width for width in PAIRS if rank <= width), rank)
 
 
 def _kernel(dy, low, b, dlow, db, *, ring, panel, scale):
     """dy [N, O], low [r, N], b [r, O padded] -> dlow [ranges, N, r], db [spans, O padded, r]."""
     block, warpgroup = lax.axis_index("blocks"), lax.axis_index("warpgroup")
-    own, span, all_steps = (
-        lax.rem(block, jnp.int32(panel.ranges)),
-        lax.div(block, jnp.int32(panel.ranges)),
-        dy.shape[0] // TOKENS,
-    )
-    first, end = (lax.div((span + i) * all_steps, jnp.int32(panel.spans)) for i in (0, 1))
+    own, span = remainder(block, panel.ranges), quotient(block, panel.ranges)
+    all_steps = dy.shape[0] // TOKENS
+    first, end = (quotient((span + i) * all_steps, panel.spans) for i in (0, 1))
     steps, pairs, r = end - first, panel.pairs, low.shape[0]
 
-    # Feeding is given more than 24 registers, as in `gpu_kernels.py`: with those its addresses
-    # spill.
+    # Feeding gets more registers than the 24 of `gpu_kernels.py`: with those its addresses spill.
     @pl.when(warpgroup == FEEDER)
     def _():
         plgpu.set_max_registers(56, action="decrease")
@@ -201,13 +187,13 @@ def _kernel(dy, low, b, dlow, db, *, ring, panel, scale):
             return carry
 
         def feed_step(step, carry):
-            rows, at = pl.ds((first + step) * TOKENS, TOKENS), lax.rem(step, jnp.int32(2))
+            rows, at = pl.ds((first + step) * TOKENS, TOKENS), remainder(step, 2)
             pl.when(step >= 2)(lambda: plgpu.barrier_wait(ring.low_free.at[at]))
             plgpu.copy_gmem_to_smem(low.at[:, rows], ring.lows.at[at], ring.low_full.at[at])
 
             def feed_pair(pair, carry):
                 number = step * pairs + pair
-                slot = lax.rem(number, jnp.int32(SLOTS))
+                slot = remainder(number, SLOTS)
                 pl.when(number >= SLOTS)(lambda: plgpu.barrier_wait(ring.free.at[slot]))
                 for half in range(2):
                     columns = pl.ds(jnp.minimum(slab + 2 * pair + half, last) * SLAB, SLAB)
@@ -230,32 +216,32 @@ def _kernel(dy, low, b, dlow, db, *, ring, panel, scale):
             for pair in range(pairs):
                 plgpu.barrier_wait(ring.b_full.at[pair])
 
-            def some(step, carry):
-                at = lax.rem(step, jnp.int32(2))
-                # Zero, but the compiler cannot know: it would keep the addresses of all of B in
-                # registers.
-                zero = step * lax.div(block, jnp.int32(2**20))
+            def multiply_step(step, carry):
+                at = remainder(step, 2)
+                # Always zero, unknown to the compiler: otherwise it would keep the addresses of all
+                # of B in registers.
+                zero = step * quotient(block, 2**20)
                 plgpu.barrier_wait(ring.low_full.at[at])
 
                 def form_dlow(total):
                     for pair, sums in enumerate(dbs):
                         number = step * pairs + pair
-                        slot = lax.rem(number, jnp.int32(SLOTS))
+                        slot = remainder(number, SLOTS)
                         plgpu.barrier_wait(ring.full.at[slot])
                         for half in range(2):
                             plgpu.wgmma(
                                 total,
                                 ring.dys.at[slot, half, half_tokens],
-                                _transposed(ring.bs.at[pair + zero, half]),
+                                transposed(ring.bs.at[pair + zero, half]),
                             )
                         plgpu.wgmma(
                             sums,
-                            _transposed(ring.dys.at[slot, warpgroup]),
-                            _transposed(ring.lows.at[at]),
+                            transposed(ring.dys.at[slot, warpgroup]),
+                            transposed(ring.lows.at[at]),
                         )
-                        # the other warpgroup multiplies meanwhile, and memory is slower than both
+                        # meanwhile the other warpgroup multiplies, and memory is slower than both
                         plgpu.wgmma_wait(0)
-                        # The slot is free, if it is used again.
+                        # frees the slot if it is used again
                         pl.when(number + SLOTS < steps * pairs)(
                             lambda slot=slot: plgpu.barrier_arrive(ring.free.at[slot])
                         )
@@ -267,14 +253,10 @@ def _kernel(dy, low, b, dlow, db, *, ring, panel, scale):
                 dlow.at[own, rows][...] = total * scale
                 return carry
 
-            lax.fori_loop(0, steps, some, ())
+            lax.fori_loop(0, steps, multiply_step, ())
             return [sums[...] for sums in dbs]
 
         for pair, sums in enumerate(
             pl.run_scoped(form, *[plgpu.ACC((SLAB, r), jnp.float32)] * pairs)
         ):
             db.at[span, pl.ds((own * pairs + pair) * PAIR + warpgroup * SLAB, SLAB)][...] = sums
-
-
-def _transposed(ref):
-    return ref.transpose((1, 0))

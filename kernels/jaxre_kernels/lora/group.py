@@ -1,12 +1,12 @@
 """The LoRA projections of one input (q, k and v, say) as one op in plain XLA, with its own backward
 pass.
 
-    L = c x' [A1 A2 ...]        one narrow product; x' is x where its channel is kept and else 0, c
-        = scale / (1 - rate)
+    L = c x' [A1 A2 ...]        one narrow product; x' is x with dropped channels set to 0,
+                                c = scale / (1 - rate)
     Yi = x Wi + Li Bi
 
 W is frozen: its gradient is never formed, and an NF4 weight is dequantised again in the backward
-pass. Kept for that are x and the narrow L; autodiff would keep x' and its mask too, which are drawn
+pass. That pass saves x and the narrow L; autodiff would also store x' and its mask, which are drawn
 again from their counters. With dLi = c dYi Bi^T, side by side in dL:
 
     dBi = Li^T dYi,    [dA1 dA2 ...] = x'^T dL,    dx = sum_i dYi Wi^T + mask (dL [A1 A2 ...]^T)
@@ -16,13 +16,13 @@ seven projections of a layer of 576 channels and 1,536 in the MLP, rank 16, 2 x 
 dropout 0.05; 2026-11-21). So does [x, Li] [Wi; Bi] as one product, forwards and backwards or
 backwards alone (0.67 to 0.68), which would copy every W.
 
-dtypes: x, W, dY and results of one, A and B cast to it; products that give L, dL, dA and dB are
-summed in f32 (at least), L and dL then rounded to x's dtype, dA and dB to that of the masters, f32.
-On a CPU x, dY and results may be f32 beside W in bf16: then all operands but those of dA and dB are
-rounded to bf16, and x and L kept as such (see `jaxre_kernels.linear`).
+dtypes: x, W, dY and results have one dtype, and A and B are cast to it; the products for L, dL, dA
+and dB are summed in f32 (at least), L and dL then rounded to x's dtype, dA and dB to that of the
+masters, f32. On a CPU x, dY and results may be f32 beside W in bf16: then all operands but those of
+dA and dB are rounded to bf16, and x and L saved as such (see `jaxre_kernels.linear`).
 
-Memory: kept for the backward pass are x and L, of the sum of the ranks R numbers a token. x' and
-its mask, I numbers a token each, are there for one product, a dequantised W for one projection.
+Memory: the backward pass saves x and L, of the sum of the ranks R numbers a token. x' and its mask,
+I numbers a token each, exist during one product, a dequantised W during one projection.
 
 Roofline for N tokens, I inputs, O outputs and ranks R of all projections together, N much larger
 than I and O and these than R, in bf16; bytes are the least that XLA moves:
@@ -32,10 +32,10 @@ than I and O and these than R, in bf16; bytes are the least that XLA moves:
     backward    2 N I O + 4 N R (I + O)        2 N (4 I + 3 O) + 2 I O        I O / (4 I + 3 O)
 
 Y is written by the base product, then read and written again for its low-rank term, as dx is; x is
-read twice forwards, dY three times backwards. Where the compiler writes x' down that is 4 N I more
-each way, and an NF4 weight is 2.5 I O more (`nf4/reference.py`). For q, k and v of Qwen2.5-0.5B and
-3B that is 197 and 445 FLOPs a byte forwards, 147 and 330 backwards; an H200 needs 206 by its
-datasheet, a bare product has I O / (I + O): 504 and 1,138.
+read twice forwards, dY three times backwards. If the compiler writes x' to memory that is 4 N I
+more each way, and an NF4 weight is 2.5 I O more (`nf4/reference.py`). For q, k and v of
+Qwen2.5-0.5B and 3B that is 197 and 445 FLOPs a byte forwards, 147 and 330 backwards; an H200 needs
+206 by its datasheet, a bare product has I O / (I + O): 504 and 1,138.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ from jax.typing import DTypeLike
 
 from jaxre_kernels.linear import packed, product, unpacked
 from jaxre_kernels.lora.dropout import keep_channels
-from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, dequantise, dequantise_tiles
+from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, dequantise, dequantise_tiles, tiled
 
 
 class Factors(NamedTuple):
-    """Of one projection: a [I, R], b [R, O], f32 masters."""
+    """LoRA factors of one projection: a [I, R], b [R, O], f32 masters."""
 
     a: jax.Array
     b: jax.Array
 
 
 class Projections(NamedTuple):
-    """What an implementation has to know of a call; of each projection its outputs, its rank (0: no
-    LoRA), and whether it is NF4.
+    """Shapes and dtype of a call; for each projection its outputs, its rank (0: no LoRA), and
+    whether it is NF4.
     """
 
     tokens: int
@@ -91,6 +91,20 @@ def _outputs(weight: jax.Array | NF4Weight | NF4Tiles) -> int:
     return (weight.codes if isinstance(weight, NF4Tiles) else weight).shape[-1]
 
 
+def in_tiles(
+    weights: Sequence[jax.Array | NF4Weight | NF4Tiles], half: int
+) -> list[jax.Array | NF4Tiles]:
+    """The weights with all NF4 in tiles of `half`."""
+    return [
+        tiled(weight, half) if isinstance(weight, NF4Weight | NF4Tiles) else weight
+        for weight in weights
+    ]
+
+
+def inputs_of(weight: jax.Array | NF4Tiles) -> int:
+    return 2 * weight.codes.shape[0] if isinstance(weight, NF4Tiles) else weight.shape[0]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def joined_lora_group(
     x: jax.Array,
@@ -100,7 +114,7 @@ def joined_lora_group(
     scale: float,
     rate: float,
 ) -> list[jax.Array]:
-    """As `lora_group`, with the narrow product of all projections as one."""
+    """`lora_group` in plain XLA, with the narrow product of all projections as one."""
     return _forward(x, weights, factors, words, scale, rate)[0]
 
 
@@ -117,15 +131,15 @@ def _forward(x, weights, factors, words, scale, rate):
     return outputs, (packed(x, dtype), weights, factors, words, packed(low, dtype))
 
 
-def _backward(scale, rate, kept, dys):
-    x, weights, factors, words, low = kept
+def _backward(scale, rate, residuals, dys):
+    x, weights, factors, words, low = residuals
     dx = sum(_times_transposed(dy, weight) for dy, weight in zip(dys, weights, strict=True))
     if low is None:
         return dx, None, None, None
     dtype = _products_in(dx, weights)
     dlow = dlow_of([dy.astype(dtype) for dy in dys], factors, scale, rate).astype(dx.dtype)
     dx += _dropped(product(dlow, joined_a(factors, dtype).T), words, rate)
-    # Sums over tokens in f32 even of what was rounded: XLA for CPUs has no others.
+    # Sums over tokens are in f32 even for rounded values: XLA for CPUs has no others.
     x, low = (unpacked(array, dtype).astype(dx.dtype) for array in (x, low))
     return dx, None, factor_gradients(x, low, dlow, dys, factors, words, rate), None
 
@@ -192,9 +206,9 @@ def with_a_gradients(
     words: jax.Array | None,
     rate: float,
 ) -> list[Factors | None]:
-    """dA of each projection, summed in f32, beside the dB that is there."""
-    # As [R, I]: on a CPU the first operand of a sum over tokens is transposed in memory, and dL is
-    # the narrow one. Without the barrier the compiler would turn the product around again.
+    """Pairs dA of each projection, summed in f32, with the given dB."""
+    # As [R, I]: a CPU transposes the first operand of a sum over tokens in memory, and dL is the
+    # narrow one. Without the barrier the compiler would swap the operands again.
     das = iter(
         _split(
             jax.lax.optimization_barrier(_over_tokens(dlow, _dropped(x, words, rate))).T, factors
@@ -221,8 +235,8 @@ def joined_a(factors: Sequence[Factors | None], dtype: jnp.dtype) -> jax.Array:
 
 
 def _products_in(x: jax.Array, weights: Sequence[jax.Array | NF4Weight | NF4Tiles]) -> jnp.dtype:
-    """The dtype of the group's products: that of its dense weights, x's where all are NF4."""
-    dense = (one.dtype for one in weights if not isinstance(one, NF4Weight | NF4Tiles))
+    """The dtype of the group's products: that of its dense weights, or x's if all are NF4."""
+    dense = (weight.dtype for weight in weights if not isinstance(weight, NF4Weight | NF4Tiles))
     return next(dense, x.dtype)
 
 
@@ -247,7 +261,7 @@ def _dense(weight: jax.Array | NF4Tiles, dtype: jnp.dtype) -> jax.Array:
 
 
 def _dropped(x: jax.Array, words: jax.Array | None, rate: float) -> jax.Array:
-    """x where its channel is kept, else 0; the factor 1 / (1 - rate) is in the narrow products."""
+    """x with dropped channels set to 0; the factor 1 / (1 - rate) is in the narrow products."""
     return jnp.where(keep_channels(words, x.shape[-1], rate), x, 0) if rate else x
 
 

@@ -1,12 +1,12 @@
-"""The LoRA projections of one input for TPUs (Pallas Mosaic), forward and backward, dense or NF4.
-Unverified: has not run on a TPU.
+"""Not yet run on a TPU: unverified. `tools/hardware_check --only lora,nf4` confirms it.
 
-It was run in Pallas's interpreters and compiled ahead of time for v5e, v5p and v6e with jax
-0.12.0.1, for v5e alone with 0.10.2 (of the other two, one runs out of vector memory there). What is
-said of speed is arithmetic.
+The LoRA projections of one input for TPUs (Pallas Mosaic), forward and backward, with dense or NF4
+weights. Tested in Pallas's interpreters and compiled ahead of time for v5e, v5p and v6e with jax
+0.12.0.1, for v5e alone with 0.10.2 (of the other two, one runs out of vector memory there). Every
+statement about speed is arithmetic.
 
-What is computed is what `group.py` derives; with c = scale / (1 - rate), x' = x where its channel
-is kept and else 0:
+The formulas are derived in `group.py`; with c = scale / (1 - rate), and x' = x with dropped
+channels set to 0:
 
     forward    L = c x' [A1 A2 ...],    Yi = x Wi + Li Bi
     backward   dLi = c dYi Bi^T,    dBi = Li^T dYi,
@@ -14,28 +14,28 @@ is kept and else 0:
 
 in one kernel each. A sum of base and low-rank product is formed in f32 and rounded and written
 once; x' and the mask never leave the chip, and a mask is drawn once forwards and once backwards,
-where dx and dA share it. The read of dYi that gives dLi and dBi also gives dx.
+where dx and dA share it. One read of dYi serves dLi, dBi and dx.
 
 Grid: (spans of tokens, parts of the wide axis, blocks of a span). A part of W, of all projections
 at once, stays in vector memory while the tokens of a span pass by: an NF4 weight is decoded once a
 span, whatever the number of its blocks. Forwards a part is some outputs of every projection and all
 inputs, backwards some inputs and all outputs, so no sum goes over parts. The narrow L or dL of a
-span is formed with its first part and kept for the others. Spans have no order (v5p has two cores)
-and leave sums of their own of dA and dB, which are added up outside.
+span is computed with its first part and stored for the others. Spans have no order (v5p has two
+cores); each writes its own sums of dA and dB, which are added up outside.
 
 Layout. Letters: N tokens, n of a block, I inputs, O outputs, o and i of a part, R the sum of the
 ranks, each padded to 16, the sublanes of a tile of bf16. A, B and L are [R, I], [R, O] and [R, N]:
 with a rank of 32 along the 128 lanes three quarters of each tile would be empty, in HBM too. NF4
-weights lie as `NF4Tiles`; an `NF4Weight` is brought into that form on every call. What the last
-part has beyond the end of its axis is whatever the memory holds; it stays in columns of the result
-that are not written. Tokens that fill no span are zeros.
+weights are `NF4Tiles`; an `NF4Weight` is converted on every call. Beyond the end of its axis the
+last part reads arbitrary memory; those columns of the result are not written. The last span is
+padded with zero tokens.
 
 dtypes: x, W, dY and results bf16 or f32, A and B cast to it; sums, dA and dB f32; L and dL rounded
 to x's dtype, as in `group.py`.
 
-Memory: kept for the backward pass are x and L, R numbers a token. Neither x', the mask, Li Bi nor a
-decoded W is ever in HBM. Packing an `NF4Weight` takes up to 9 bytes a parameter for a while.
-Refused is what does not fit vector memory: the f32 sums of dB of all outputs do not at rank 128 for
+Memory: the backward pass saves x and L, R numbers a token. Neither x', the mask, Li Bi nor a
+decoded W is ever in HBM. Packing an `NF4Weight` takes up to 9 bytes a parameter temporarily. Shapes
+that do not fit vector memory are refused: the f32 sums of dB of all outputs do not at rank 128 for
 gate and up of 11,008 (64 fits), nor, in f32, any rank of these.
 
 Roofline, of one part and block, w bytes a number; W is read once a span, 2,048 tokens: 1,024 FLOPs
@@ -45,11 +45,11 @@ a byte read in f32, more in less.
     forward      2 n I o (+ 2 n I R)   n (I + o) w                    o, where I is much larger
     backward     2 n i O (+ 4 n i R)   n (O + 2 i) w                  i, where O is much larger
 
-From 240 (v5e), 166 (v5p) and 560 (v6e) FLOP a byte on, by the datasheets, the matrix unit is what
-bounds. Decoding is about 30 vector operations a parameter and span, of 2,048 multiplications; a v5e
-does 16 of these in the time of one of those, so that is a quarter of the products' time where the
-two do not overlap. A mask is about 12 operations a channel and token, beside a multiplication for
-each of the outputs.
+The matrix unit is the bound from 240 (v5e), 166 (v5p) and 560 (v6e) FLOP a byte on, by the
+datasheets. Decoding is about 30 vector operations a parameter and span, of 2,048 multiplications; a
+v5e does 16 of these in the time of one of those, so that is a quarter of the products' time where
+the two do not overlap. A mask is about 12 operations a channel and token, beside a multiplication
+for each of the outputs.
 
 Sharding: like every Pallas TPU kernel it runs inside `shard_map(..., check_vma=False)`, tokens
 split, not under automatic partitioning.
@@ -66,32 +66,37 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxre_kernels.lora.group import Factors, Projections, projections_of
+from jaxre_kernels.lora.group import (
+    Factors,
+    Projections,
+    in_tiles,
+    inputs_of,
+    projections_of,
+)
 from jaxre_kernels.lora.tpu_kernels import backward_kernel, forward_kernel
-from jaxre_kernels.nf4 import NF4Tiles, NF4Weight, tiled
+from jaxre_kernels.mosaic_tpu import LANES, VMEM_LIMIT
+from jaxre_kernels.nf4 import NF4Tiles, NF4Weight
 from jaxre_kernels.nf4.tiles import HALF
 from jaxre_kernels.nf4.weight import BLOCK
 
 RANK_MULTIPLE = 16  # sublanes of a tile of bf16
-LANES = 128
 NF4_HALF = HALF  # rows of a half of `NF4Tiles`
-VMEM_LIMIT = 48 * 2**20  # bytes; v5p has 64 MiB, v5e and v6e 128
 TOKENS = (512, 256, 128)  # of a block
 SPAN = 2048  # tokens
-CHUNK = 256  # channels of which a mask is drawn at a time
+CHUNK = 256  # channels whose mask is drawn at a time
 ENOUGH = 1024  # FLOPs a byte; v6e needs 560
 
 
 class Blocks(NamedTuple):
-    """Tokens of a block, and into how many parts the wide axis is cut."""
+    """Tokens of a block, and the number of parts of the wide axis."""
 
     tokens: int
     parts: int
 
 
 class Tiling(NamedTuple):
-    """Static choices of a call; the lanes that a part is a multiple of, and whether Pallas
-    interprets, differ in tests.
+    """Static choices of a call. Tests change the lanes of which a part is a multiple, and whether
+    Pallas interprets.
     """
 
     forward: Blocks
@@ -115,8 +120,8 @@ def pallas_lora_group(
     """x W + scale (dropout(x) A) B of every projection of one input on one device; differentiable
     in x and the factors.
 
-    Args: as of `lora_group`; x is bf16 or f32.
-      tiling: chosen from the shapes if it is None.
+    Args: those of `lora_group`; x is bf16 or f32.
+      tiling: chosen from the shapes by default.
 
     Raises:
       ValueError: what `unsupported` says.
@@ -132,7 +137,7 @@ def pallas_lora_group(
 
 
 def unsupported(projections: Projections) -> str | None:
-    """Why `pallas_lora_group` does not take such projections, in words; None if it does."""
+    """Why `pallas_lora_group` does not support such projections, in words; None if it does."""
     dtype = jnp.dtype(projections.dtype)
     if dtype not in (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)):
         return f"it takes float32 and bfloat16, not {dtype.name}"
@@ -147,13 +152,13 @@ def unsupported(projections: Projections) -> str | None:
     return None
 
 
-def told(projections: Projections) -> str:
-    """How it runs, in words; for projections that it takes."""
+def described(projections: Projections) -> str:
+    """Describes the blocks of supported projections."""
     forward, backward, *_ = tiling_of(projections)
-    return f"{_told(forward, 'outputs')} forwards, {_told(backward, 'inputs')} backwards"
+    return f"{_described(forward, 'outputs')} forwards, {_described(backward, 'inputs')} backwards"
 
 
-def _told(blocks: Blocks, axis: str) -> str:
+def _described(blocks: Blocks, axis: str) -> str:
     return (
         f"{blocks.tokens} tokens and "
         + (f"1/{blocks.parts} of the {axis}" if blocks.parts > 1 else f"all {axis}")
@@ -163,7 +168,7 @@ def _told(blocks: Blocks, axis: str) -> str:
 
 @cache
 def tiling_of(projections: Projections) -> Tiling | None:
-    """The parts and blocks of the highest estimated share of the peak; None if none fit. Not
+    """The parts and blocks with the highest estimated share of the peak; None if none fit. Not
     measured on a TPU.
     """
     forward = _best(
@@ -182,8 +187,8 @@ def tiling_of(projections: Projections) -> Tiling | None:
 
 
 def _best(projections, widths_of, total, bytes_of) -> Blocks | None:
-    """The most FLOPs a byte up to ENOUGH, least beyond the end of the axis, most tokens to an entry
-    of W in the matrix unit.
+    """The blocks with the most FLOPs a byte up to ENOUGH, the least beyond the end of the axis, and
+    the most tokens to an entry of W in the matrix unit.
     """
     best, highest = None, 0.0
     for parts in range(1, -(-total // LANES) + 1):
@@ -191,19 +196,23 @@ def _best(projections, widths_of, total, bytes_of) -> Blocks | None:
         if widths is None:
             continue
         for tokens in TOKENS:
-            few = tokens > max(TOKENS[-1], projections.tokens + -projections.tokens % TOKENS[-1])
+            mostly_padding = tokens > max(
+                TOKENS[-1], projections.tokens + -projections.tokens % TOKENS[-1]
+            )
             share = (
                 min(sum(widths), ENOUGH) * total / (parts * sum(widths)) * tokens / (tokens + 64)
             )
-            if share > highest and not few and bytes_of(projections, tokens, widths) <= VMEM_LIMIT:
+            if (
+                share > highest
+                and not mostly_padding
+                and bytes_of(projections, tokens, widths) <= VMEM_LIMIT
+            ):
                 best, highest = Blocks(tokens, parts), share
     return best
 
 
 def _output_parts(projections: Projections, parts: int, lanes: int) -> list[int] | None:
-    """The outputs of each projection in one part, or None where one of them has fewer blocks than
-    parts.
-    """
+    """The outputs of each projection in one part; None if one has fewer blocks than parts."""
     widths = [_width(outputs, parts, lanes) for outputs in projections.outputs]
     return None if None in widths else widths
 
@@ -215,21 +224,20 @@ def _input_parts(projections: Projections, parts: int, lanes: int) -> list[int] 
 
 
 def _width(size: int, parts: int, multiple: int) -> int | None:
-    """Of a part, the last one may be shorter; None if the axis has fewer parts of that multiple."""
+    """Size of a part, of which the last may be shorter; None if the axis has fewer parts of that
+    multiple.
+    """
     width = size if parts == 1 else -(-size // parts // multiple) * multiple
     return width if -(-size // width) == parts else None
 
 
 def _forward_bytes(projections: Projections, tokens: int, widths: list[int]) -> int:
-    """About what a step of the forward kernel holds: two buffers of all that comes and goes, what
-    it keeps, sums in f32.
+    """Approximate bytes that a step of the forward kernel holds: two buffers of all inputs and
+    outputs, scratch, sums in f32.
     """
     size = jnp.dtype(projections.dtype).itemsize
-    inputs, widths, ranks = (
-        _lanes(projections.inputs),
-        list(map(_lanes, widths)),
-        list(map(_padded_rank, projections.ranks)),
-    )
+    inputs, widths = _lanes(projections.inputs), list(map(_lanes, widths))
+    ranks = list(map(_padded_rank, projections.ranks))
     weights = sum(
         _weight_bytes(inputs, width, inputs, nf4, size)
         for width, nf4 in zip(widths, projections.nf4, strict=True)
@@ -242,29 +250,17 @@ def _forward_bytes(projections: Projections, tokens: int, widths: list[int]) -> 
 
 
 def _backward_bytes(projections: Projections, tokens: int, widths: list[int]) -> int:
-    """The same of the backward kernel."""
+    """Approximate bytes that a step of the backward kernel holds."""
     size = jnp.dtype(projections.dtype).itemsize
-    inputs, outputs, ranks = (
-        _lanes(widths[0]),
-        list(map(_lanes, projections.outputs)),
-        list(map(_padded_rank, projections.ranks)),
-    )
+    inputs, outputs = _lanes(widths[0]), list(map(_lanes, projections.outputs))
+    ranks = list(map(_padded_rank, projections.ranks))
     weights = sum(
         _weight_bytes(inputs, width, projections.inputs, nf4, size)
         for width, nf4 in zip(outputs, projections.nf4, strict=True)
     )
-    gradients = (
-        2
-        * (size + 4)
-        * (
-            sum(rank * width for rank, width in zip(ranks, outputs, strict=True))
-            + sum(ranks) * inputs
-        )
-    )
-    sums = (
-        4 * max(rank * width for rank, width in zip(ranks, outputs, strict=True))
-        + 4 * tokens * 10 * CHUNK
-    )
+    bs = [rank * width for rank, width in zip(ranks, outputs, strict=True)]
+    gradients = 2 * (size + 4) * (sum(bs) + sum(ranks) * inputs)
+    sums = 4 * max(bs) + 4 * tokens * 10 * CHUNK
     return (
         2 * tokens * (2 * inputs + sum(outputs)) * size
         + weights
@@ -275,7 +271,7 @@ def _backward_bytes(projections: Projections, tokens: int, widths: list[int]) ->
 
 
 def _weight_bytes(inputs: int, outputs: int, all_inputs: int, nf4: bool, size: int) -> int:
-    """Two buffers of a part; of NF4 two of codes and of the absmax of all inputs, and one of
+    """Two buffers of a part; for NF4 two of codes and of the absmax of all inputs, and one of
     values.
     """
     return outputs * (inputs * (size + 1) + all_inputs // 8 if nf4 else 2 * inputs * size)
@@ -298,18 +294,13 @@ def _op(x, weights, factors, words, scale, rate, tiling):
 
 
 def _forward(x, weights, factors, words, scale, rate, tiling):
-    projections, trained = (
-        projections_of(x, weights, factors),
-        any(factor is not None for factor in factors),
-    )
+    projections = projections_of(x, weights, factors)
+    trained = any(factor is not None for factor in factors)
     call = _Call(projections, tiling, tiling.forward)
     widths = _output_parts(projections, tiling.forward.parts, tiling.lanes)
-    a, bs, words_of_lanes = (
-        _joined_a(factors, x.dtype),
-        _padded_bs(factors, x.dtype),
-        call.words(words, rate if trained else 0),
-    )
-    laid, shapes = _laid(weights), [(projections.inputs, width) for width in widths]
+    a, bs = _joined_a(factors, x.dtype), _padded_bs(factors, x.dtype)
+    words_of_lanes = call.words(words, rate if trained else 0)
+    laid, shapes = in_tiles(weights, NF4_HALF), [(projections.inputs, width) for width in widths]
     ys, low = call.run(
         "lora_forward",
         partial(forward_kernel, scale=scale / (1 - rate), rate=rate, chunk=tiling.chunk),
@@ -343,20 +334,17 @@ def _forward(x, weights, factors, words, scale, rate, tiling):
     )
 
 
-def _backward(scale, rate, tiling, kept, dys):
-    x, weights, factors, words, low = kept
-    like, laid = dys[0], _laid(weights)
-    inputs = _inputs(laid[0])
+def _backward(scale, rate, tiling, residuals, dys):
+    x, weights, factors, words, low = residuals
+    like, laid = dys[0], in_tiles(weights, NF4_HALF)
+    inputs = inputs_of(laid[0])
     projections = projections_of(
         jax.ShapeDtypeStruct((*like.shape[:-1], inputs), like.dtype), weights, factors
     )
     call = _Call(projections, tiling, tiling.backward)
     (width,) = _input_parts(projections, tiling.backward.parts, tiling.lanes)
-    a, bs, words_of_lanes = (
-        _joined_a(factors, like.dtype),
-        _padded_bs(factors, like.dtype),
-        call.words(words, 0 if low is None else rate),
-    )
+    a, bs = _joined_a(factors, like.dtype), _padded_bs(factors, like.dtype)
+    words_of_lanes = call.words(words, 0 if low is None else rate)
     low, shapes = _if(low, call.lanes), [(width, outputs) for outputs in projections.outputs]
     dx, da, dbs = call.run(
         "lora_backward",
@@ -387,7 +375,7 @@ _op.defvjp(_forward, _backward)
 
 
 class _Call(NamedTuple):
-    """The grid of a call, and the arrays and blocks that follow from it."""
+    """The grid of a call, with its arrays and blocks."""
 
     projections: Projections
     tiling: Tiling
@@ -406,7 +394,7 @@ class _Call(NamedTuple):
         return spans * steps * self.blocks.tokens
 
     def run(self, name, kernel, arrays, in_specs, out_shape, out_specs, scratch_shapes):
-        # Spans have no order; in a span, what is kept comes from its first part, and sums go over
+        # Spans have no order; within a span, scratch comes from its first part, and sums go over
         # its blocks.
         params = pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
@@ -441,22 +429,22 @@ class _Call(NamedTuple):
         )
 
     def block(self, width, moves=False):
-        """Of [padded, channels]: all channels, or those of the part."""
+        """Block spec of [padded, channels]: all channels, or those of the part."""
         steps = self.grid[2]
         return pl.BlockSpec(
             (self.blocks.tokens, width), lambda t, part, s: (t * steps + s, part if moves else 0)
         )
 
     def lanes_block(self, array):
-        """Of [R, padded], for all rows of `array`."""
+        """Block spec of [R, padded], for all rows of `array`."""
         steps = self.grid[2]
         return pl.BlockSpec(
             (array.shape[0], self.blocks.tokens), lambda t, part, s: (0, t * steps + s)
         )
 
     def once(self, array):
-        """Of [R, padded], each written with the first part: then it stays at the last one, for no
-        block may be visited twice.
+        """Block spec of [R, padded], each block written with the first part: in later parts the
+        index stays at the last block, because no block may be visited twice.
         """
         steps = self.grid[2]
         at = lambda t, part, s: (0, t * steps + jnp.where(part == 0, s, steps - 1))  # noqa: E731
@@ -477,27 +465,15 @@ class _Call(NamedTuple):
 
 
 def _if(array, made):
-    """`made(array)`, or None where there is no array: kernels without LoRA or dropout have no such
-    argument.
-    """
+    """`made(array)`, or None without an array: such kernels lack the argument."""
     return None if array is None else made(array)
 
 
 # ---- layout -----------------------------------------------------------------------------------
 
 
-def _laid(weights):
-    return [
-        tiled(weight) if isinstance(weight, NF4Weight | NF4Tiles) else weight for weight in weights
-    ]
-
-
-def _inputs(laid):
-    return 2 * laid.codes.shape[0] if isinstance(laid, NF4Tiles) else laid.shape[0]
-
-
 def _weight_specs(laid, shapes, index):
-    """Blocks of weights [I, O] in the given shapes."""
+    """Blocks of weights [I, O] of the given shapes."""
     return [
         (
             NF4Tiles(
@@ -515,7 +491,7 @@ def _weight_specs(laid, shapes, index):
 
 
 def _values(laid, shapes, dtype):
-    """Where NF4 weights are decoded to."""
+    """Scratch for decoded NF4 weights."""
     return [
         pltpu.VMEM(shape, dtype) if isinstance(weight, NF4Tiles) else None
         for weight, shape in zip(laid, shapes, strict=True)
@@ -537,7 +513,7 @@ def _padded_rows(array, dtype):
 
 
 def _gradients(da, dbs, factors):
-    """From sums of spans [spans, padded R, ...]."""
+    """Gradients of the factors, from sums of spans [spans, padded R, ...]."""
     gradients, first = [], 0
     for factor, db in zip(factors, dbs, strict=True):
         if factor is None:

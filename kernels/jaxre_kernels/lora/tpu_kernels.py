@@ -1,7 +1,9 @@
-"""The two Pallas kernels of a LoRA group on TPUs, one step each: a block of tokens and a part of
-the wide axis. See `tpu.py`.
+"""Not yet run on a TPU: unverified. `tools/hardware_check --only lora,nf4` confirms it.
 
-The grid is (spans of tokens, parts, blocks of a span). Ranks are padded to 16 and stand in rows: a
+The two Pallas kernels of a LoRA group on TPUs; a step computes a block of tokens and a part of the
+wide axis. Their formulas: `tpu.py`.
+
+The grid is (spans of tokens, parts, blocks of a span). Ranks are padded to 16 and are rows: a
 [R, I], b [R, O], low [R, tokens]. Lists have an entry for each projection, None in `bs` and `dbs`
 where LoRA does not target it and in `values` where it is dense.
 """
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxre_kernels.lora.dropout import is_kept
+from jaxre_kernels.mosaic_tpu import product
 from jaxre_kernels.nf4.tpu_kernels import decode
 from jaxre_kernels.nf4.weight import BLOCK
 
@@ -23,11 +26,11 @@ def forward_kernel(
     words_ref, x_ref, a_ref, weights, bs, ys, low_ref, values, lows, *, scale, rate, chunk
 ):
     """x [n, I], weights [I, o], bs [r, o] -> ys [n, o] of a part of the outputs; low [R, n] of all
-    of them.
+    outputs.
 
-    `lows` [blocks of a span, R, n] keeps the narrow product of the span's tokens: it is formed with
-    the first part of the outputs, dropout and all. `values` [I, o] keeps the decoded part of an NF4
-    weight, formed with the first tokens.
+    `lows` [blocks of a span, R, n] stores the narrow product of the span's tokens, dropout
+    included; it is computed with the first part of the outputs. `values` [I, o] stores the decoded
+    part of an NF4 weight, computed with the first tokens.
     """
     part, step = pl.program_id(1), pl.program_id(2)
     _decode_all(step == 0, weights, values)
@@ -43,9 +46,9 @@ def forward_kernel(
         low = lows[step]
     first = 0
     for weight, value, b, y in zip(weights, values, bs, ys, strict=True):
-        total = _product(x_ref[...], (weight if value is None else value)[...], 1, 0)  # n o
+        total = product(x_ref[...], (weight if value is None else value)[...], 1, 0)  # n o
         if b is not None:
-            total += _product(low[first : first + b.shape[0]], b[...], 0, 0)
+            total += product(low[first : first + b.shape[0]], b[...], 0, 0)
             first += b.shape[0]
         y[...] = total.astype(y.dtype)
 
@@ -72,7 +75,7 @@ def backward_kernel(
     the inputs, dbs [1, r, O].
 
     da and dbs are summed over the tokens of a span, dbs with its first part. `dlows` and `values`
-    are kept as in the forward kernel.
+    are stored as in the forward kernel.
     """
     part, step = pl.program_id(1), pl.program_id(2)
     _decode_all(step == 0, weights, values, part)
@@ -90,8 +93,8 @@ def backward_kernel(
             for b, dy, db in targeted:
                 rows = slice(first, first + b.shape[0])
                 # r n
-                dlows[step, rows] = (_product(b[...], dy[...], 1, 1) * scale).astype(dlows.dtype)
-                db[0] += _product(low_ref[rows], dy[...], 1, 0)
+                dlows[step, rows] = (product(b[...], dy[...], 1, 1) * scale).astype(dlows.dtype)
+                db[0] += product(low_ref[rows], dy[...], 1, 0)
                 first += b.shape[0]
 
         @pl.when(step == 0)
@@ -104,13 +107,13 @@ def backward_kernel(
     def add(at, start, carry):
         dx = 0.0
         for weight, value, dy in zip(weights, values, dys, strict=True):
-            dx += _product(dy[...], (weight if value is None else value)[at, :], 1, 1)  # n chunk
+            dx += product(dy[...], (weight if value is None else value)[at, :], 1, 1)  # n chunk
         if a_ref is not None:
-            x, low = x_ref[:, at], _product(dlow, a_ref[:, at], 0, 0)
+            x, low = x_ref[:, at], product(dlow, a_ref[:, at], 0, 0)
             if rate:
                 kept = _kept(words, part * dx_ref.shape[1] + start, x.shape[1], rate)
                 x, low = _where(kept, x), _where(kept, low)
-            da_ref[0, :, at] += _product(dlow, x, 1, 0)
+            da_ref[0, :, at] += product(dlow, x, 1, 0)
             dx += low
         dx_ref[:, at] = dx.astype(dx_ref.dtype)
         return carry
@@ -119,16 +122,14 @@ def backward_kernel(
 
 
 def _low(words_ref, x_ref, a_ref, rate, chunk):
-    """[R, n] f32: a times the x that dropout keeps, some channels at a time."""
+    """[R, n] f32: a times x with dropped channels set to 0, some channels at a time."""
     if not rate:
-        return _product(a_ref[...], x_ref[...], 1, 1)
+        return product(a_ref[...], x_ref[...], 1, 1)
     words = _column(words_ref)
 
     def add(at, start, total):
         x = x_ref[:, at]
-        return total + _product(
-            a_ref[:, at], _where(_kept(words, start, x.shape[1], rate), x), 1, 1
-        )
+        return total + product(a_ref[:, at], _where(_kept(words, start, x.shape[1], rate), x), 1, 1)
 
     return _over_chunks(
         x_ref.shape[1], chunk, add, jnp.zeros((a_ref.shape[0], x_ref.shape[0]), jnp.float32)
@@ -136,7 +137,7 @@ def _low(words_ref, x_ref, a_ref, rate, chunk):
 
 
 def _over_chunks(width, chunk, body, carry):
-    """`body(slice, its start, carry)` for each chunk of an axis, the last one as long as it is."""
+    """`body(slice, its start, carry)` for each chunk of an axis; the last may be shorter."""
 
     def whole(i, carry):
         start = pl.multiple_of(i * chunk, chunk)
@@ -149,9 +150,7 @@ def _over_chunks(width, chunk, body, carry):
 
 
 def _decode_all(now, weights, values, part=0):
-    """What is NF4, where it is time. `part` is that of the inputs: absmax are those of all
-    inputs.
-    """
+    """Decodes NF4 weights if `now`. `part` is a part of the inputs; absmax cover all inputs."""
     for weight, value in zip(weights, values, strict=True):
         if value is not None:
             first = part * (value.shape[0] // BLOCK)
@@ -167,23 +166,11 @@ def _column(words_ref):
 
 
 def _kept(words, start, channels, rate):
-    """[n, channels] bool, from the channel `start` on."""
+    """[n, channels] bool, for channels from `start` on."""
     channel = jax.lax.broadcasted_iota(jnp.int32, (1, channels), 1) + start
     return is_kept(words, channel.astype(jnp.uint32), rate)
 
 
 def _where(kept, x):
-    """In f32: the comparison is of 32-bit words, and not every TPU selects among 16-bit ones."""
+    """Selects in f32: the masks are of 32-bit words, and not every TPU selects 16-bit values."""
     return jnp.where(kept, x.astype(jnp.float32), 0.0).astype(x.dtype)
-
-
-def _product(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
-    """x y over an axis of each, f32; f32 inputs are not rounded to bf16 on the way."""
-    exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((x_axis,), (y_axis,)), ((), ())),
-        precision=exact,
-        preferred_element_type=jnp.float32,
-    )

@@ -1,8 +1,8 @@
-"""Quantising on the host, once, in numpy: every rounding as bitsandbytes on CPU does it.
+"""Quantises weights to NF4 once, on the host, in numpy, with every rounding of bitsandbytes on CPU.
 
 Codes and absmax follow from IEEE arithmetic alone. The mean of the absmax is torch's, whose sum has
-an order of its own (`torch_sum`); that order is of one thread, with more torch cuts sums of 32,768
-absmax (weights of 2,097,152 parameters) and longer into as many parts, and the last bit may differ.
+its own order (`torch_sum`). That is the order of one thread: with more threads torch splits sums of
+32,768 absmax (weights of 2,097,152 parameters) and longer, and the last bit may differ.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ def quantise_blocks(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     blocks, rest = flat[:whole].reshape(-1, BLOCK), flat[whole:]
     absmax = np.abs(blocks).max(axis=1)
     scaled = (blocks * (np.float32(1) / np.maximum(absmax, TINY))[:, None]).reshape(-1)
-    if (
-        rest.size
-    ):  # the short block is divided, not multiplied by a reciprocal, and its absmax is never 0
+    # The short block is divided, not multiplied by a reciprocal, and its absmax is never 0.
+    if rest.size:
         last = np.maximum(np.abs(rest).max(), TINY)
         absmax, scaled = np.append(absmax, last), np.append(scaled, rest / last)
     # The number of midpoints below; a value on a midpoint takes the lower level. Ten times as fast
@@ -95,11 +94,10 @@ def quantise_absmax(centred: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def torch_sum(values: np.ndarray) -> np.float32:
-    """The f32 sum of a vector [n] in the order torch takes on one thread of an x86 processor.
+    """The f32 sum of a vector [n] in the order that torch uses on one thread of an x86 processor.
 
-    Four vectors of 8 lanes (of one, where there are fewer values) are summed side by side, each in
-    a cascade (`_cascade`); then the vectors that are left, the four, the values that are left, the
-    lanes.
+    Four vectors of 8 lanes (of one lane if there are fewer values) are summed side by side, each in
+    a cascade (`_cascade`); then the remaining vectors, the four, the remaining values, the lanes.
     """
     width = 8 if values.size >= 8 else 1
     rows = values[: values.size // width * width].reshape(-1, width)

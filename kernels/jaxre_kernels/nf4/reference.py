@@ -2,22 +2,23 @@
 
     y = x W^T,    dx = dy W
 
-W is frozen and has no gradient, so the backward pass needs neither x nor y: what is kept for it is
-the quantised weight, which is there anyway. W is dequantised to memory for each product and again
-for its transpose.
+W is frozen and has no gradient, so the backward pass needs neither x nor y, only the quantised
+weight, which is stored anyway. W is dequantised to memory for each product and again for its
+transpose.
 
 dtypes: codes and their absmax uint8, the rest of the statistics f32; a value of W is formed in f32
 and rounded once, to x's dtype (bf16, f32 or f64), which is that of y and dx.
 
-Memory, in bytes: 0.516 a parameter for what is stored, in place of 2 (bf16) or 4 (f32); of one
-matrix at a time 2 or 4 a parameter for W, and up to 4 more where the compiler writes the f32 values
-down. Autodiff would keep W of every layer.
+Memory, in bytes: 0.516 a parameter for storage, in place of 2 (bf16) or 4 (f32); for one matrix at
+a time 2 or 4 a parameter for W, and up to 4 more if the compiler writes the f32 values to memory.
+Autodiff would store W of every layer.
 
 Roofline of y or dx, for n tokens, I inputs and O outputs, in bf16: 2 n I O FLOPs; 0.52 bytes a
 parameter read, 2 written and 2 read again, so 4.5 I O + 2 n (I + O) bytes. For few tokens that is
-0.44 n FLOPs a byte, and a dense weight has n. An H200 needs 206 by its datasheet: 580 tokens where
-I = O = 2,048, a dense weight 260. Below, a kernel that decodes on the chip (`lora`) has 8.8 times
-less of a weight to move; above, products bound, and dequantising is 1 ps a parameter beside them.
+0.44 n FLOPs a byte; a dense weight has n. An H200 needs 206 by its datasheet: 580 tokens where
+I = O = 2,048, a dense weight 260. With fewer tokens, a kernel that decodes on the chip (`lora`)
+moves 8.8 times fewer bytes of a weight; with more, products are the bound, and dequantising is 1 ps
+a parameter besides.
 """
 
 from __future__ import annotations
@@ -42,24 +43,24 @@ def dequantise(weight: NF4Weight, dtype: jnp.dtype) -> jax.Array:
 def block_absmax(weight: NF4Weight) -> jax.Array:
     """[M] f32, the absmax of each block, bit for bit as bitsandbytes dequantises it."""
     nested, levels = weight.nested_absmax[:, None], _blocks(weight.absmax, NESTED_BLOCK)
-    # The highest level is 1. Choosing it apart keeps XLA from contracting product and sum into a
-    # fused multiply-add, which rounds once where bitsandbytes rounds twice (an optimization barrier
-    # does not: CPU, jax 0.10).
+    # The highest level is 1. Selecting it apart keeps XLA from contracting product and sum into
+    # a fused multiply-add, which rounds once where bitsandbytes rounds twice (an optimization
+    # barrier does not: CPU, jax 0.10).
     absmax = jnp.where(levels == DYNAMIC.size - 1, nested, jnp.asarray(DYNAMIC)[levels] * nested)
     return absmax.reshape(-1)[: weight.absmax.size] + weight.offset
 
 
 def _blocks(values: jax.Array, length: int) -> jax.Array:
-    """[n] -> [n / length, length], the last block filled up."""
+    """[n] -> [n / length, length], the last block padded with zeros."""
     return jnp.pad(values, (0, -values.size % length)).reshape(-1, length)
 
 
 @jax.custom_vjp
 def nf4_linear(x: jax.Array, weight: NF4Weight) -> jax.Array:
-    """y = x W^T, W dequantised to x's dtype; the gradient is that of x alone.
+    """y = x W^T, W dequantised to x's dtype; differentiable in x only.
 
-    W is frozen, so its gradient is never formed. What the backward pass keeps is the quantised
-    weight: autodiff would keep W itself, of every layer at once. dX = dY W, dequantised again.
+    W is frozen, so its gradient is never formed. The backward pass saves only the quantised weight
+    and dequantises it again for dX = dY W; autodiff would store W itself, of every layer at once.
 
     Args:
       x: [..., I]; weight: of one matrix [O, I].

@@ -1,12 +1,12 @@
-"""NF4 weights as kernels want them: inputs down the rows, the halves of some rows in the two halves
-of their bytes.
+"""NF4 weights in the layout of the kernels: inputs down the rows, each byte holding values of two
+rows.
 
-A vector unit cannot look up a table or interleave lanes cheaply, and it broadcasts a row to the
-rows below it for nothing. So the matrix lies as [I, O], as a dense weight does: the 64 values of a
-block are 64 rows of a column, their absmax is one number above them. Of 2 h rows at a time, byte r
-of h holds value r in its high half and value h + r in its low half. Decoded, the halves are h whole
-rows each, and nothing has to be moved. On a TPU h is 32, half a block. On a GPU it is 64: a tile of
-a warpgroup has that many rows.
+A vector unit cannot look up a table or interleave lanes cheaply, but it broadcasts a row to the
+rows below it for free. So the matrix is stored as [I, O], like a dense weight: the 64 values of a
+block are 64 rows of a column, their absmax is one number above them. Of each 2 h rows, byte r of h
+holds value r in its high half and value h + r in its low half. Decoded, the halves are h whole rows
+each, and nothing has to be moved. On a TPU h is 32, half a block. On a GPU it is 64, the rows of a
+warpgroup's tile.
 
     value[2 h g + r, o] = NF4[codes[h g + r, o] >> 4] absmax[.., o],
         value[2 h g + h + r, o] = NF4[codes[h g + r, o] & 15] absmax[.., o]
@@ -45,15 +45,13 @@ class NF4Tiles:
 
 
 def tiled(weight: NF4Weight | NF4Tiles, half: int = HALF) -> NF4Tiles:
-    """The same values in the layout of the kernels; bit for bit what `dequantise` gives.
+    """The same values in the layout of the kernels; bit for bit those of `dequantise`.
 
     Args:
-      weight: of one matrix [O, I] (`jax.vmap` for a stack); or in that layout with halves of any
-        size.
+      weight: of one matrix [O, I] (`jax.vmap` for a stack); or tiles with halves of any size.
 
     Raises:
-      ValueError: halves that go over the end of a row, where I is no multiple of two of them, or of
-        64.
+      ValueError: I is not a multiple of two halves, or of 64.
     """
     if isinstance(weight, NF4Tiles):
         if weight.half == half:
@@ -85,9 +83,7 @@ def dequantise_tiles(tiles: NF4Tiles, dtype: jnp.dtype) -> jax.Array:
 
 
 def levels(codes: jax.Array) -> jax.Array:
-    """NF4[codes & 15] f32 by selection, bit by bit: in a kernel a table look-up would be a
-    gather.
-    """
+    """NF4[codes & 15] f32 by selection, bit by bit: in a kernel a table would need a gather."""
     chosen = list(NF4)
     for bit in range(4):
         taken = (codes & (1 << bit)) != 0
@@ -98,6 +94,6 @@ def levels(codes: jax.Array) -> jax.Array:
 
 
 def _codes(tiles: NF4Tiles) -> jax.Array:
-    """[I, O], one a byte."""
+    """[I, O], one code a byte."""
     packed = tiles.codes.reshape(-1, tiles.half, tiles.codes.shape[1])
     return jnp.concatenate([packed >> 4, packed & 15], axis=1).reshape(-1, packed.shape[2])

@@ -1,8 +1,9 @@
-"""Decoding NF4 in a TPU's vector memory, as a step of a Pallas kernel. Unverified: has not run on a
-TPU.
+"""Not yet run on a TPU: unverified. `tools/hardware_check --only nf4` confirms it.
 
-About 30 vector operations a parameter (two shifts and masks, four comparisons, 15 selections, a
-product, a rounding), so a kernel does it once for as many tokens as it can.
+Decodes NF4 in a TPU's vector memory, within a step of a Pallas kernel.
+
+Decoding takes about 30 vector operations a parameter (two shifts and masks, four comparisons, 15
+selections, a product, a rounding), so a kernel decodes once for as many tokens as it can.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from jaxre_kernels.nf4.weight import BLOCK
 
 
 def decode(codes_ref, absmax_ref, values_ref, first: jax.Array | int = 0) -> None:
-    """Writes values of `NF4Tiles`, each rounded once from f32: codes [I / 2, O] uint8, absmax [>= I
-    / 64, O] f32 -> values [I, O].
+    """Writes values of `NF4Tiles`, each rounded once from f32: codes [I / 2, O] uint8, absmax
+    [>= I / 64, O] f32 -> values [I, O].
 
-    `first` is the row of absmax that belongs to the first block of codes. Blocks beyond the last
-    row get the last one's: they are beyond the end of the matrix.
+    `first` is the row of absmax of the first block of codes. Blocks beyond the last row use the
+    last row's: they lie beyond the end of the matrix.
     """
 
     def block(g, carry):

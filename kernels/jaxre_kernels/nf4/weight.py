@@ -1,10 +1,10 @@
-"""What an NF4 weight is made of.
+"""The stored form of an NF4 weight.
 
-A matrix is flattened row by row and cut into blocks of 64. A block keeps its largest magnitude
-(absmax) and 16 levels between minus and plus that, the quantiles of a normal distribution (QLoRA,
-section 3). The absmax of all blocks, minus their mean, are quantised again: blocks of 256, 8 bits
-each with a dynamic exponent (Dettmers et al. 2021, arXiv:2110.02861). 4.127 bits a parameter in
-all.
+A matrix is flattened row by row and cut into blocks of 64. A block stores its largest magnitude
+(absmax), and for each value one of 16 levels between minus and plus that, the quantiles of a normal
+distribution (QLoRA, section 3). The absmax of all blocks, minus their mean, are quantised again:
+blocks of 256, 8 bits each with a dynamic exponent (Dettmers et al. 2021, arXiv:2110.02861). 4.127
+bits a parameter in all.
 
     value = NF4[code] * (DYNAMIC[absmax code] * nested absmax + offset)
 
@@ -48,9 +48,9 @@ NF4 = np.array(
 def _dynamic() -> np.ndarray:
     """The 256 levels of the dynamic 8-bit type, ascending, f32.
 
-    Seven exponents; below the highest, 10^0, each halves the number of levels, which are the
-    centres of equal parts of [0.1, 1]. With both signs that is 254; 0 and 1 make it 256 (there is
-    no -1).
+    Seven exponents; each exponent below the highest, 10^0, has half as many levels as the one above
+    it, the centres of equal parts of [0.1, 1]. With both signs that is 254; 0 and 1 make it 256
+    (there is no -1).
     """
     levels = [0.0, 1.0]
     for exponent in range(7):
@@ -74,8 +74,8 @@ class NF4Weight:
     """One quantised matrix [O, I], or a stack of them with one more axis in front of each array.
 
     codes: [N / 2] uint8, two a byte, the first in the high half; absmax: [M] uint8;
-    nested_absmax: [M / 256] f32; offset: [] f32 (lengths rounded up). shape: (O, I), Hugging Face's
-    order.
+    nested_absmax: [M / 256] f32; offset: [] f32 (lengths rounded up). shape: (O, I), as in Hugging
+    Face.
     """
 
     codes: Any
@@ -88,9 +88,7 @@ class NF4Weight:
 def forms(
     shape: tuple[int, int], stack: tuple[int, ...] = ()
 ) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Name -> (shape, dtype) of the arrays of a weight [O, I]; `stack` is the axis in front, if
-    there is one.
-    """
+    """Name -> (shape, dtype) of the arrays of a weight [O, I]; `stack` is the leading axis."""
     size = shape[0] * shape[1]
     blocks = -(-size // BLOCK)
     return {
@@ -102,7 +100,7 @@ def forms(
 
 
 def empty(shape: tuple[int, int], stack: tuple[int, ...] = ()) -> NF4Weight:
-    """A weight of numpy arrays to be filled."""
+    """A weight of uninitialised numpy arrays."""
     return NF4Weight(
         **{name: np.empty(*form) for name, form in forms(shape, stack).items()}, shape=shape
     )

@@ -1,0 +1,1 @@
+"""Requests to frontier models, and their cached answers."""

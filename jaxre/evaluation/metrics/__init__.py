@@ -1,0 +1,1 @@
+"""Scores, significance tests, error strata and scale regression."""
