@@ -9,7 +9,9 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -48,7 +50,7 @@ WITH_ARRAYS = {"test_packed_gradients.py", "test_shared_gradients.py"}
 
 # Runs first, so that `-m` knows the mark.
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Puts the longest files first, so that no processor idles at the end, and marks tests without
     arrays as `once`.
     """
@@ -68,6 +70,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 " one ran nowhere"
             )
     items.sort(key=lambda item: "training" not in item.path.parts)
+    if config.getoption("--one-case"):
+        _deselect_further_cases(config, items)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--one-case",
+        action="store_true",
+        help="run each parametrised test function on its first case; slow ones on all",
+    )
+
+
+def _deselect_further_cases(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keeps one case of each test function: what another JAX changes shows in any of them."""
+    seen: set[str] = set()
+    further = []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        if function in seen and not item.get_closest_marker("slow"):
+            further.append(item)
+        seen.add(function)
+    if further:
+        config.hook.pytest_deselected(items=further)
+        items[:] = [item for item in items if item not in set(further)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_dropped() -> Iterator[None]:
+    """Drops compiled programs after each file. A process has a limited number of memory mappings
+    (65,530 on Linux), each program takes several, and beyond the limit XLA crashes.
+    """
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
 
 
 def _shared(name: str, variable: str) -> Path:
