@@ -31,6 +31,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
         text = (ROOT / "configs" / name).read_text()
         assert "cpu_devices: 2" in text
         text = text.replace("cpu_devices: 2", "cpu_devices: null")
+        text, limited = re.subn(r"(split: (test|validation))", r"\1, limit: 12", text)
+        assert limited == 2
         (folder / "configs" / name).write_text(text)
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs/python.md").read_text(), re.S)
     assert len(snippets) == 3
@@ -60,7 +62,7 @@ def test_a_run_answers_as_the_command_does(page: tuple[Path, dict]) -> None:
         rows = predict_data(
             "runs/mine", None, None, "score", None, None, Console(file=io.StringIO())
         ).rows
-    answers = names["run"].predict(sources.load(Source(dataset="facts", split="test")))
+    answers = names["run"].predict(sources.load(Source(dataset="facts", split="test", limit=12)))
     for row, answer in zip(rows, answers, strict=True):
         assert row.generated_relation == answer.label
         np.testing.assert_allclose(

@@ -1,5 +1,8 @@
 """Labels as answer tokens equal the template's own tokens on every question and label."""
 
+import copy
+import functools
+
 import pytest
 
 from jaxre.data.template import ChatTemplate
@@ -55,8 +58,11 @@ TRIMMED = (
 )
 
 
+loaded = functools.cache(load_tokenizer)
+
+
 def template_of(folder, chat_template=None):
-    tokenizer = load_tokenizer(folder)
+    tokenizer = copy.copy(loaded(folder))
     tokenizer.chat_template = chat_template or tokenizer.chat_template
     return ChatTemplate(tokenizer, "2026-01-01", "test")
 

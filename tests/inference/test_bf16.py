@@ -17,8 +17,9 @@ from jaxre.models.activations import activations_for
 V = 97
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
-@pytest.mark.parametrize("shared", [0, 70], ids=["alone", "behind a prefix"])
+@pytest.mark.parametrize(
+    ("kind", "shared"), [("qwen2", 70), ("gemma3_text", 0)], ids=["behind a prefix", "alone"]
+)
 def test_scores_best_labels_and_answers_are_near_those_of_f32(models, kind, shared):
     exact = models.random_model(V, adapter=True, kind=kind)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), exact.params)

@@ -77,7 +77,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     monkeypatch.setattr(Journal, "add", adding)
 
 
-@pytest.mark.parametrize("mode", ["score", "best", "generate"])
+@pytest.mark.parametrize("mode", ["score", "generate"])
 def test_a_killed_prediction_asks_only_what_was_not_answered(
     model, config, tmp_path, mode, asked, monkeypatch
 ):

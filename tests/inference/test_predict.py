@@ -215,15 +215,14 @@ def test_decoding_stops_at_the_templates_end_of_turn_and_the_end_of_text(shared_
     assert stop_ids(template, [{"role": "user", "content": "q"}], folder) == {151645, 151643}
 
 
-@pytest.mark.parametrize(
-    "content", ["{broken", "[2]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [2, null]}']
-)
-def test_a_broken_generation_config_is_one_line(shared_models, tmp_path, content):
+def test_a_broken_generation_config_is_one_line(shared_models, tmp_path):
     folder = shared_models / "Qwen/Qwen2.5-0.5B-Instruct"
     template = ChatTemplate(load_tokenizer(folder), "2026-01-01", "test")
-    (tmp_path / "generation_config.json").write_text(content)
-    message = refusal(lambda: stop_ids(template, [{"role": "user", "content": "q"}], tmp_path))
-    assert message.startswith(str(tmp_path / "generation_config.json")) and "; " in message
+    for content in ("{broken", "[2]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [2, null]}'):
+        (tmp_path / "generation_config.json").write_text(content)
+        message = refusal(lambda: stop_ids(template, [{"role": "user", "content": "q"}], tmp_path))
+        assert message.startswith(str(tmp_path / "generation_config.json")), content
+        assert "; " in message, content
 
 
 def test_a_prompt_that_does_not_fit_names_its_example(loaded):

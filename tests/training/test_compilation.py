@@ -85,7 +85,7 @@ def cache(tmp_path: Path) -> Iterator[Path]:
     [
         "lora",
         *(
-            pytest.param(one, marks=pytest.mark.once)
+            pytest.param(one, marks=pytest.mark.slow)
             for one in ("full", "lora, accumulated", "encoder")
         ),
     ],
@@ -142,7 +142,7 @@ def test_the_first_policy_that_fits_is_taken_and_reported(
         )
 
     sizes = {remat: sum(compiled_with(remat=remat).memory) for remat in POLICIES}
-    for remat in POLICIES:
+    for remat in POLICIES[::2]:
         compiled = compiled_with(memory_gb=sizes[remat] / 2**30)
         assert compiled.remat == remat and compiled.tried == {
             one: sizes[one] for one in list(sizes)[: len(compiled.tried)]
