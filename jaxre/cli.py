@@ -129,7 +129,7 @@ def prepare(config: ConfigFile, overrides: Overrides = None, dedup: Dedup = Fals
     """
     from jaxre.checkpoints.source import tokenizer_folder
     from jaxre.config import load_config
-    from jaxre.data.preview import preview
+    from jaxre.training.preview import preview
 
     loaded = load_config(config, _with_dedup(overrides, dedup))
     console.print(preview(loaded, tokenizer_folder(loaded)))

@@ -114,9 +114,9 @@ def unpacked(config, tokens, shards):
     return dataclasses.replace(plan, updates=tuple(updates))
 
 
-def plain_lora(params, adapter, rows, architecture, ops, shape, remat):
+def plain_lora(params, adapter, rows, architecture, ops, shape, remat, keys):
     """Each projection separately, as in the formula, differentiated by JAX."""
-    from jaxre.training.step import loss_sum
+    from jaxre.objectives.sft import loss_sum
 
     return loss_sum(
         params, adapter, rows, architecture, ops._replace(lora_group=written_down), shape, remat
@@ -151,13 +151,13 @@ def written_down(x, weights, factors, words, scale, rate):
     ]
 
 
-def full_head(params, adapter, rows, architecture, ops, shape, remat):
+def full_head(params, adapter, rows, architecture, ops, shape, remat, keys):
     """The head at as many positions as a row has; positions that the last layer leaves out are
     zeros of weight 0.
     """
     import jax.numpy as jnp
 
-    from jaxre.training.step import loss_sum
+    from jaxre.objectives.sft import loss_sum
 
     def head(x, table, targets, weights):
         rest = rows.tokens.shape[1] - targets.shape[1]
@@ -172,7 +172,7 @@ def full_head(params, adapter, rows, architecture, ops, shape, remat):
     )
 
 
-def full_last_layer(params, adapter, rows, architecture, ops, shape, remat):
+def full_last_layer(params, adapter, rows, architecture, ops, shape, remat, keys):
     """The last layer at every position, like the others; the head at supervised positions."""
     from jaxre.models import decoder
 
@@ -186,7 +186,7 @@ def full_last_layer(params, adapter, rows, architecture, ops, shape, remat):
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """`settings` added to (c)'s; `plan_of` replaces `make_plan`, `loss` replaces `loss_sum`."""
+    """`settings` added to (c)'s; `plan_of` replaces `make_plan`, `loss` that of the objective."""
 
     settings: tuple[str, ...] = ()
     plan_of: Callable | None = None
@@ -323,9 +323,9 @@ def write_inputs(folder: Path, settings: argparse.Namespace) -> dict[str, Any]:
     from jaxre.checkpoints.peft import save_adapter
     from jaxre.checkpoints.source import tokenizer_folder
     from jaxre.config import Lora
-    from jaxre.data.dataset import load_dataset
     from jaxre.models.lora import init_adapter
     from jaxre.models.weights import parameter_count
+    from jaxre.objectives import load_dataset
 
     base = folder / "model"
     architecture = write_model(settings.model, base, settings.dtype)
@@ -372,7 +372,7 @@ def jaxre_side(side: str, folder: Path, settings: argparse.Namespace, talk: Talk
     import numpy as np
 
     from jaxre.checkpoints.source import tokenizer_folder
-    from jaxre.data.dataset import load_dataset
+    from jaxre.objectives import load_dataset
     from jaxre.profiling.memory import peak_memory, reset_resident_peak
     from jaxre.profiling.updates import Updates
     from jaxre.training.setup import set_up

@@ -214,7 +214,7 @@ def check_packing(model: Model) -> Iterator[tuple]:
     from jaxre.data.rows import Rows, fill_update
     from jaxre.models.decoder import Adapter
     from jaxre.models.lora import init_adapter
-    from jaxre.training.step import loss_sum
+    from jaxre.objectives.sft import loss_sum
 
     draw = np.random.default_rng(SEED)
     fresh = init_adapter(model.loaded.architecture, Lora(rank=4), jax.random.key(SEED))

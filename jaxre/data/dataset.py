@@ -1,10 +1,9 @@
-"""Loads a config's data as tokens: splits with schema, template and demonstrations; and plans their
-packing.
+"""A config's data as tokens: splits with schema, template and demonstrations; and the plan of their
+packing. `jaxre.objectives` loads them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -19,25 +18,20 @@ from transformers import PreTrainedTokenizerBase
 from jaxre import __version__
 from jaxre.code_digest import code_digest
 from jaxre.config import Config, Source, shipped
-from jaxre.data.cache import cached_tokens, read_note, stored_tokens, write_note
-from jaxre.data.markers import add_markers, encode_marked, marked_digest, marked_text, markers_in
+from jaxre.data.cache import cached_tokens
 from jaxre.data.packing import Plan, plan_by_examples, plan_by_tokens
 from jaxre.data.prefixes import find_prefixes
 from jaxre.data.template import ChatTemplate, Turn
-from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import (
     TokenSet,
     Truncation,
     demonstrator,
     encode_examples,
-    encode_texts,
     examples_digest,
     questions_of,
-    read_texts,
-    texts_digest,
 )
 from jaxre.errors import InputError
-from jaxre.relations import labels, leaks, mixtures, sources
+from jaxre.relations import leaks, mixtures, sources
 from jaxre.relations.mixtures import Count
 from jaxre.relations.schema import ANY, Example, Schema, Schemas, by_dataset
 
@@ -100,71 +94,6 @@ class Dataset:
         return self.schemas.by_dataset[ANY]
 
 
-def load_dataset(config: Config, folder: Path) -> Dataset:
-    """Reads, renders and tokenises the training and validation data.
-
-    Args:
-      folder: of the model, for its tokenizer and chat template.
-
-    Raises:
-      InputError: the data, the template or the schema cannot be used.
-    """
-    tokenizer = load_tokenizer(folder)
-    if config.train.objective == "lm":
-        train, validation = _load_texts(config, tokenizer)
-        return Dataset(train, validation, None, None, tokenizer)
-    if config.train.objective == "classify":
-        return _load_marked(config, tokenizer)
-    template = ChatTemplate(tokenizer, config.prompt.date, str(folder))
-
-    @functools.cache
-    def pool() -> mixtures.Pool:
-        return mixtures.read(
-            config.data.train,
-            "data.train",
-            lambda train_sources: leaks.load_train(config.data, train_sources),
-        )
-
-    def examples() -> list[Example]:
-        return pool().examples
-
-    def pools() -> Pools:
-        return pool().by_dataset
-
-    recipe = recipe_of(config, template)
-    note = recipe and read_note(config.data.cache, recipe)
-    tokens = note and stored_tokens(config.data.cache, note["digest"])
-    stored = (note["digest"], tokens) if tokens else None
-    if stored:
-        schemas, notices = Schemas.from_json(note["labels"]), note["notices"]
-        counts = tuple(Count(*count) for count in note["counts"])
-    else:
-        schemas, counts = labels.schemas_of(config.data, pools()), pool().counts
-        notices = schemas.check(examples(), "data.train", strict=config.prompt.enumerate)
-    train = tokenise(config, examples, schemas, template, pools, "data.train", stored)
-    train = dataclasses.replace(train, counts=counts)
-    # Not stored if a file changed between its digest and its reading.
-    if recipe and not stored and recipe == recipe_of(config, template):
-        note = {
-            "labels": schemas.to_json(),
-            "notices": notices,
-            "counts": list(map(dataclasses.astuple, counts)),
-            "digest": train.digest,
-        }
-        write_note(config.data.cache, recipe, note)
-    validation = None
-    if config.data.validation:
-        held_out = mixtures.read(config.data.validation, "data.validation")
-        schemas = labels.with_given(schemas, config.data, by_dataset(held_out.examples))
-        notices = notices + schemas.check(held_out.examples, "data.validation")
-        validation = tokenise(
-            config, lambda: held_out.examples, schemas, template, pools, "data.validation"
-        )
-        validation = dataclasses.replace(validation, counts=held_out.counts)
-    notices = (*labels.label_source_notices(config.data), *notices)
-    return Dataset(train, validation, schemas, template, tokenizer, recipe=recipe, notices=notices)
-
-
 def recipe_of(config: Config, template: ChatTemplate) -> str | None:
     """Digest of everything that the training split's tokens are made from: bytes of its files,
     settings, template, and our code that reads them.
@@ -196,8 +125,10 @@ def recipe_of(config: Config, template: ChatTemplate) -> str | None:
 @functools.cache
 def _own_code() -> str:
     """Digest of our code that reads, renders and tokenises."""
-    packages = (Path(__file__).parent, Path(__file__).parents[1] / "relations")
-    return code_digest(path for package in packages for path in sorted(package.glob("*.py")))
+    root = Path(__file__).parents[1]
+    packages = (root / "data", root / "relations")
+    paths = [path for package in packages for path in sorted(package.glob("*.py"))]
+    return code_digest([*paths, root / "objectives" / "sft.py"])
 
 
 def ask(
@@ -258,54 +189,6 @@ def tokenise(
     return Split(
         fitting, dropped, cached, read, questions, digest, truncation=tokens.truncation(row_length)
     )
-
-
-def _load_marked(config: Config, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    (train,) = leaks.load_train(config.data, [config.data.train])
-    schemas = labels.schemas_of(config.data, {ANY: train})
-    schema = schemas.of(ANY)
-    schema.check(train, "data.train")
-    new_tokens = add_markers(tokenizer, train)
-    markers = markers_in(tokenizer)
-    number_of = {label: number for number, label in enumerate(schema.labels)}
-    held_out = sources.load(config.data.validation) if config.data.validation else None
-    if held_out is not None:
-        schema.check(held_out, "data.validation")
-
-    def split(examples: list[Example], place: str) -> Split:
-        texts = [marked_text(example, markers) for example in examples]
-        digest = marked_digest(examples, texts, tokenizer)
-        tokens, cached = cached_tokens(
-            config.data.cache, digest, lambda: encode_marked(examples, texts, tokenizer)
-        )
-        numbers = np.array([number_of[example.relation] for example in examples], np.int32)
-        fitting, dropped = dataclasses.replace(tokens, labels=numbers).fitting(
-            config.train.row_length, config.data.too_long, place
-        )
-        return Split(fitting, dropped, cached, lambda: examples)
-
-    validation = None if held_out is None else split(held_out, "data.validation")
-    notices = tuple(labels.label_source_notices(config.data))
-    return Dataset(
-        split(train, "data.train"),
-        validation,
-        schemas,
-        None,
-        tokenizer,
-        new_tokens,
-        notices=notices,
-    )
-
-
-def _load_texts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Split, Split | None]:
-    text, row_length = config.data.text, config.train.row_length
-    documents = read_texts(text)
-    digest = texts_digest(documents, tokenizer, row_length)
-    tokens, cached = cached_tokens(
-        config.data.cache, digest, lambda: encode_texts(documents, tokenizer, row_length)
-    )
-    train, held_out = tokens.held_out(text.holdout)
-    return Split(train, [], cached), Split(held_out, [], cached) if len(held_out) else None
 
 
 def supervised_of(config: Config, tokens: TokenSet) -> np.ndarray:

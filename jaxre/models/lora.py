@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxre.config import Lora
+from jaxre.config import Config, Lora
 from jaxre.models.architecture import Architecture
+from jaxre.models.decoder import Adapter
 from jaxre.models.quantised import dense_shape, is_nf4, layer_matrices
 from jaxre.models.weights import Weight, places
 
@@ -26,6 +27,17 @@ def targets(
     return [
         place for place in places(architecture) if place[0].lora and place[0].name in lora.targets
     ]
+
+
+def model_of(
+    trainable: dict, base: dict, config: Config, keys: jax.Array | None, dtype: jnp.dtype
+) -> tuple[dict, Adapter | None]:
+    """(params, adapter) of the forward pass: LoRA factors beside the base, or the f32 masters cast
+    to `dtype`.
+    """
+    if config.train.method == "full":
+        return jax.tree.map(lambda master: master.astype(dtype), trainable), None
+    return base, Adapter(trainable, scale_of(config.lora), config.lora.dropout, keys)
 
 
 def init_adapter(architecture: Architecture, lora: Lora, key: jax.Array) -> dict:

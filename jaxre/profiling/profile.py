@@ -23,14 +23,16 @@ from rich.table import Table
 
 from jaxre.checkpoints.source import tokenizer_folder
 from jaxre.config import Config, check_config
-from jaxre.data.dataset import load_dataset, supervised_of
+from jaxre.data.dataset import supervised_of
 from jaxre.data.packing import Update
 from jaxre.data.rows import Rows
 from jaxre.errors import DoesNotFit, InputError
 from jaxre.evaluation.evaluate import write_json
 from jaxre.models import sharding
 from jaxre.models.architecture import EncoderArchitecture
+from jaxre.models.kernels import ops_of
 from jaxre.models.weights import parameter_count
+from jaxre.objectives import load_dataset
 from jaxre.profiling.ledger import (
     Work,
     bytes_on_device,
@@ -51,7 +53,6 @@ from jaxre.profiling.measure import (
 from jaxre.profiling.memory import peak_memory
 from jaxre.profiling.picture import draw
 from jaxre.profiling.updates import Updates, members
-from jaxre.training.kernels import ops_of
 from jaxre.training.setup import SetUp, set_up
 from jaxre.training.step import make_optimiser, make_update
 

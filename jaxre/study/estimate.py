@@ -21,7 +21,7 @@ from jaxre_kernels.nf4 import forms
 
 from jaxre.checkpoints.source import dtype_of, tokenizer_folder
 from jaxre.config import Config, Lora, Mixture, Prompt, Source
-from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.data.dataset import make_plan
 from jaxre.data.markers import add_markers, encode_marked, marked_text, markers_in
 from jaxre.data.rows import fill_update
 from jaxre.data.template import ChatTemplate
@@ -31,6 +31,7 @@ from jaxre.inference.answers import label_answers
 from jaxre.models import sharding
 from jaxre.models.architecture import EncoderArchitecture, architecture_of, read_architecture
 from jaxre.models.weights import AnyArchitecture, places, table
+from jaxre.objectives import load_dataset
 from jaxre.profiling.ledger import Work, flops_of, work_of
 from jaxre.profiling.measure import matrix_rate
 from jaxre.relations import mixtures

@@ -23,10 +23,10 @@ from jaxre.data.packing import Plan, RowShape
 from jaxre.data.rows import Rows, empty_rows
 from jaxre.errors import DoesNotFit
 from jaxre.models import sharding
+from jaxre.models.kernels import Chosen, ops_of
 from jaxre.models.ops import Ops
 from jaxre.training.initial import Initial
-from jaxre.training.kernels import Chosen, ops_of
-from jaxre.training.step import LossSum, Metrics, loss_sum, make_update
+from jaxre.training.step import LossSum, Metrics, make_update
 
 POLICIES = ("none", "block")
 # Share of the reported device memory that stays free: the compiler's figure covers one update, but
@@ -71,10 +71,10 @@ def compile_updates(
     initial: Initial,
     optimiser: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
-    loss: LossSum = loss_sum,
+    loss: LossSum | None = None,
 ) -> CompiledUpdates:
     """Compiles the update for each row shape of the plan, with `train.remat`, or with the first of
-    POLICIES that fits the device; `loss` is the loss of a decoder.
+    POLICIES that fits the device; `loss` replaces that of the config's objective.
 
     Raises:
       DoesNotFit: no policy fits; names the largest rows x T that does (compiles smaller ones).
@@ -128,7 +128,7 @@ def compile_update(
     shape: RowShape,
     micro: int,
     remat: str,
-    loss: LossSum = loss_sum,
+    loss: LossSum | None = None,
 ) -> jax.stages.Compiled:
     """Compiles the update for `micro` micro-batches of a row shape, with the state donated."""
     update = make_update(config, initial.architecture, optimiser, initial.dtype, ops, remat, loss)

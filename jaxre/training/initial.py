@@ -23,10 +23,10 @@ from jaxre.models import sharding
 from jaxre.models.activations import activations_for
 from jaxre.models.architecture import EncoderArchitecture, architecture_of, check_vocabulary
 from jaxre.models.encoder import for_task
+from jaxre.models.kernels import table_kind
 from jaxre.models.lora import init_adapter
 from jaxre.models.quantised import is_nf4, is_quantised
 from jaxre.models.weights import AnyArchitecture
-from jaxre.training.kernels import table_kind
 from jaxre.training.step import State
 
 Tree = Any

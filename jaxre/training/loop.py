@@ -39,7 +39,6 @@ from jaxre.training.log import RunLog
 from jaxre.training.run_folder import run_folder
 from jaxre.training.setup import SetUp, set_up
 from jaxre.training.step import Metrics, State, make_schedule
-from jaxre.training.validate import described_validation
 
 
 def train(config: Config, console: Console | None = None, opened: Loaded | None = None) -> Path:
@@ -186,6 +185,24 @@ def summary_of(setup: SetUp, clock: Clock, best: int) -> dict[str, Any]:
         "compilations": len(setup.compiled.updates),
         "memory_bytes": sum(setup.compiled.memory),
     }
+
+
+def described_validation(validated: dict[str, float]) -> str:
+    """Line on a validation; of each dataset's own figures it has only the F1."""
+    line = "  ".join(
+        f"validation {name} {value:.4f}"
+        for name, value in validated.items()
+        if name in ("loss", "f1", "accuracy") or name.startswith("f1/")
+    )
+    if not validated.get("collapsed"):
+        return line
+    collapsed = [
+        name.removeprefix("collapsed/")
+        for name, value in validated.items()
+        if name.startswith("collapsed/") and value
+    ]
+    where = f" of {', '.join(collapsed)}" if collapsed else ""
+    return f"{line}  COLLAPSED: one label is predicted for every example{where}"
 
 
 def check_finite(recent: list[Metrics], step: int, run: Path) -> None:

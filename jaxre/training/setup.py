@@ -13,25 +13,32 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import jax
 
 from jaxre.checkpoints.source import Loaded, dtype_of, tokenizer_folder
 from jaxre.compilation_cache import use_compilation_cache
 from jaxre.config import Config
-from jaxre.data.dataset import Dataset, load_dataset, make_plan
+from jaxre.data.dataset import Dataset, make_plan
 from jaxre.data.loader import updates
 from jaxre.data.packing import Plan
-from jaxre.data.preview import data_notices, leak_notice
 from jaxre.data.rows import Rows
 from jaxre.data.tokens import TokenSet
 from jaxre.models import sharding
+from jaxre.objectives import load_dataset, objective_of
 from jaxre.training.compilation import Compilations, CompiledUpdates, compile_updates
 from jaxre.training.initial import Initial, check_tokens, initial_state, start_reading
-from jaxre.training.step import LossSum, State, loss_sum, make_optimiser
-from jaxre.training.validate import LabelValidation, Validation
+from jaxre.training.preview import data_notices, leak_notice
+from jaxre.training.step import LossSum, State, make_optimiser
 
 MakePlan = Callable[[Config, TokenSet, int], Plan]
+
+
+class Validation(Protocol):
+    """The validation of an objective."""
+
+    def run(self, trainable: Any, base: Any) -> dict[str, float]: ...
 
 
 @dataclass
@@ -51,7 +58,7 @@ class SetUp:
     mesh: jax.sharding.Mesh
     initial: Initial
     compiled: CompiledUpdates
-    validation: Validation | LabelValidation | None
+    validation: Validation | None
     notices: list[str]
     cache: str
     compile_seconds: float
@@ -88,7 +95,7 @@ def set_up(
     opened: Loaded | None = None,
     dataset: Dataset | None = None,
     plan_of: MakePlan = make_plan,
-    loss: LossSum = loss_sum,
+    loss: LossSum | None = None,
     training: bool = False,
 ) -> SetUp:
     """Reads data and weights, plans the rows and compiles the updates of a run.
@@ -97,7 +104,8 @@ def set_up(
       say: prints a message to the user.
       opened: the model at `model.path`, if it is in memory already; it is not changed.
       dataset: by default that of the config.
-      plan_of, loss: replace `make_plan` and `loss_sum`, for benchmarks that switch a saving off.
+      plan_of, loss: replace `make_plan` and the objective's loss, for benchmarks that switch a
+        saving off.
       training: the run will be trained: looks for held-out examples in the training data and
         prepares the validation data.
 
@@ -129,8 +137,8 @@ def set_up(
     check_tokens(dataset, initial.architecture)
     validation = None
     if training and dataset.validation:
-        kind = LabelValidation if config.train.objective == "classify" else Validation
-        validation = kind(config, dataset, initial.architecture, dtype, mesh)
+        measured = objective_of(config).Validation
+        validation = measured(config, dataset, initial.architecture, dtype, mesh)
 
     # ---- compile: every update's shape (validation compiles its own at its first run)
     began = time.perf_counter()

@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxre_kernels.cross_entropy import cross_entropy
 from jaxre_kernels.lora import token_keys
 
 from jaxre.config import Config
 from jaxre.data.packing import RowShape
 from jaxre.data.rows import Rows
-from jaxre.models import decoder, encoder, lora
 from jaxre.models.architecture import Architecture, EncoderArchitecture
+from jaxre.models.lora import model_of
 from jaxre.models.ops import ONE_DEVICE, Ops
+from jaxre.objectives import objective_of
 
 Tree = Any
-LossSum = Callable[..., jax.Array]  # called as `loss_sum` is
+LossSum = Callable[..., jax.Array]  # called as `objectives.sft.loss_sum` is
 
 
 class State(NamedTuple):
@@ -47,60 +47,6 @@ class Metrics(NamedTuple):
 
     def numbers(self) -> dict[str, float]:
         return {"loss": float(self.loss), "gradient_norm": float(self.gradient_norm)}
-
-
-def loss_sum(
-    params: Tree,
-    adapter: decoder.Adapter | None,
-    rows: Rows,
-    architecture: Architecture,
-    ops: Ops = ONE_DEVICE,
-    shape: RowShape | None = None,
-    remat: str = "none",
-) -> jax.Array:
-    """Sums the weighted cross-entropy of a micro-batch; last layer and head run only at supervised
-    positions.
-
-    Args:
-      ops: operations of the devices that share the rows.
-      shape: bounds of attention in the rows; whole rows by default.
-    """
-    bounds = {"prefix": shape.prefix, "span": shape.span} if shape else {}
-    packed = (rows.tokens, rows.positions, rows.visible_until)
-    # B S D
-    x = decoder.forward(
-        params, *packed, architecture, adapter, ops, chosen=rows.supervised, remat=remat, **bounds
-    )
-    with jax.named_scope("head"):
-        normed, table = decoder.head_factors(params, x, architecture)
-        return ops.cross_entropy(normed, table, rows.targets, rows.weights)
-
-
-def classification_loss_sum(
-    params: Tree,
-    keys: jax.Array | None,
-    rows: Rows,
-    architecture: EncoderArchitecture,
-    ops: Ops = ONE_DEVICE,
-    remat: str = "none",
-) -> jax.Array:
-    """`loss_sum` of an encoder, which supervises each example once, at its first token; `keys`
-    [B, T] switch dropout on.
-    """
-    packed = (rows.tokens, rows.positions, rows.visible_until, rows.supervised)
-    logits = encoder.classify(params, *packed, architecture, keys, ops, remat)
-    return cross_entropy(logits, rows.targets, rows.weights)  # B S N
-
-
-def model_of(
-    trainable: Tree, base: Tree, config: Config, keys: jax.Array | None, dtype: jnp.dtype
-) -> tuple[Tree, decoder.Adapter | None]:
-    """(params, adapter) of the forward pass: LoRA factors beside the base, or the f32 masters cast
-    to `dtype`.
-    """
-    if config.train.method == "full":
-        return jax.tree.map(lambda master: master.astype(dtype), trainable), None
-    return base, decoder.Adapter(trainable, lora.scale_of(config.lora), config.lora.dropout, keys)
 
 
 def make_optimiser(config: Config, steps: int) -> optax.GradientTransformation:
@@ -150,7 +96,7 @@ def make_update(
     dtype: jnp.dtype,
     ops: Ops = ONE_DEVICE,
     remat: str = "none",
-    loss: LossSum = loss_sum,
+    loss: LossSum | None = None,
 ) -> Callable[[State, Tree, Rows, RowShape], tuple[State, Metrics]]:
     """Makes the update function, to be jitted with the state donated and the shape static.
 
@@ -159,8 +105,10 @@ def make_update(
     Args:
       ops: operations of the devices that share the rows.
       remat: what the backward pass recomputes: `none` or `block` (see compilation.py).
-      loss: loss of a decoder.
+      loss: replaces that of the config's objective.
     """
+    loss = loss or objective_of(config).loss_sum
+    dropout = config.train.method == "lora" and config.lora.dropout
 
     def update(
         state: State, base: Tree, rows: Rows, shape: RowShape | None = None
@@ -168,16 +116,9 @@ def make_update(
         count = jnp.maximum(jnp.sum(rows.weights), 1.0)
 
         def micro_loss(trainable: Tree, micro: Rows) -> jax.Array:
-            encodes = isinstance(architecture, EncoderArchitecture)
-            keys = None
-            if encodes or (config.train.method == "lora" and config.lora.dropout):
-                keys = dropout_keys(config.seed, state.step, micro)
-            params, adapter = model_of(trainable, base, config, keys, dtype)
-            if encodes:
-                total = classification_loss_sum(params, keys, micro, architecture, ops, remat)
-            else:
-                total = loss(params, adapter, micro, architecture, ops, shape, remat)
-            return total / count
+            keys = dropout_keys(config.seed, state.step, micro)
+            params, adapter = model_of(trainable, base, config, keys if dropout else None, dtype)
+            return loss(params, adapter, micro, architecture, ops, shape, remat, keys) / count
 
         def accumulate(
             carry: tuple[jax.Array, Tree], micro: Rows

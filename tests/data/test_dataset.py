@@ -20,8 +20,7 @@ from tiny import TEMPLATE, tiny_config
 from transformers import PreTrainedTokenizerBase
 
 from jaxre.config import Config, Prompt, Source, Text
-from jaxre.data.dataset import ask, load_dataset, make_plan
-from jaxre.data.preview import leak_notice, preview
+from jaxre.data.dataset import ask, make_plan
 from jaxre.data.template import ChatTemplate, Encoded
 from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import (
@@ -32,10 +31,12 @@ from jaxre.data.tokens import (
     read_texts,
     texts_digest,
 )
+from jaxre.objectives import load_dataset
 from jaxre.relations.labels import task_of
 from jaxre.relations.prompts import by_label, choose_demonstrations
 from jaxre.relations.schema import ANY, Schema, Schemas
 from jaxre.relations.sources import load
+from jaxre.training.preview import leak_notice, preview
 
 
 def written(

@@ -11,7 +11,7 @@ from tiny import tiny_config
 
 from jaxre import cli
 from jaxre.config import Config, save_config
-from jaxre.data.dataset import load_dataset
+from jaxre.objectives import load_dataset
 from jaxre.relations import sources
 from jaxre.relations.labels import task_of
 

@@ -11,11 +11,11 @@ import pytest
 from refusals import refusal
 from tiny_encoders import encoder_config, minilm, write_tiny_encoder
 
-from jaxre.data.dataset import load_dataset
 from jaxre.data.markers import add_markers, encode_marked, marked_text, markers_in, unknown_types
 from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import fill_rows
 from jaxre.data.tokenizer import load_tokenizer
+from jaxre.objectives import load_dataset
 from jaxre.relations.schema import Example
 
 TEXT = "In 1843, Ada Lovelace wrote her Notes (on the engine)."

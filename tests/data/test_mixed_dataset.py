@@ -14,9 +14,9 @@ from rich.console import Console
 from tiny import tiny_config
 
 from jaxre.config import Config, Source
-from jaxre.data.dataset import load_dataset
-from jaxre.data.preview import data_notices, leak_notice, preview
+from jaxre.objectives import load_dataset
 from jaxre.relations.sources import load
+from jaxre.training.preview import data_notices, leak_notice, preview
 
 
 def table(folder: Path, name: str, labels: list[str], count: int = 6, start: int = 0) -> dict:

@@ -23,9 +23,10 @@ from jaxre.data.rows import Rows, fill_rows, fill_update
 from jaxre.data.template import Encoded
 from jaxre.data.tokens import TokenSet
 from jaxre.models.architecture import architecture_of
-from jaxre.models.lora import init_adapter
+from jaxre.models.lora import init_adapter, model_of
 from jaxre.models.module import init_weights
-from jaxre.training.step import State, dropout_keys, loss_sum, make_update, model_of
+from jaxre.objectives.sft import loss_sum
+from jaxre.training.step import State, dropout_keys, make_update
 
 ROW, EXAMPLES, STEP = 64, 24, 5
 TOLERANCE = 1e-5

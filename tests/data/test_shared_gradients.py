@@ -24,9 +24,10 @@ from jaxre.data.prefixes import find_prefixes
 from jaxre.data.rows import Rows, fill_rows, fill_update
 from jaxre.data.tokens import TokenSet
 from jaxre.models.architecture import Architecture, architecture_of
-from jaxre.models.lora import init_adapter
+from jaxre.models.lora import init_adapter, model_of
 from jaxre.models.module import init_weights
-from jaxre.training.step import State, dropout_keys, loss_sum, make_update, model_of
+from jaxre.objectives.sft import loss_sum
+from jaxre.training.step import State, dropout_keys, make_update
 
 ROW, STEP, TOLERANCE = 96, 5, 1e-5
 # The switches of the families that a model may combine are on in one: each that sharing breaks is

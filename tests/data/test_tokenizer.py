@@ -11,11 +11,11 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from jaxre.config import Source, load_config, shipped
-from jaxre.data.dataset import load_dataset
 from jaxre.data.markers import add_markers, encode_marked
 from jaxre.data.tokenizer import load_tokenizer, token_ids
 from jaxre.data.tokens import encode_texts
 from jaxre.errors import InputError
+from jaxre.objectives import load_dataset
 from jaxre.relations.sources import load
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -24,12 +24,12 @@ from jaxre.config import check_config
 from jaxre.data.packing import RowShape
 from jaxre.models import sharding
 from jaxre.models.architecture import architecture_of
+from jaxre.models.kernels import ops_of
 from jaxre.models.lora import init_adapter
 from jaxre.models.quantised import is_nf4
 from jaxre.models.weights import places, tree_of
 from jaxre.training.compilation import compile_update
 from jaxre.training.initial import Initial, stored_for_kernels
-from jaxre.training.kernels import ops_of
 from jaxre.training.step import State, make_optimiser
 
 DTYPE = jnp.dtype(jnp.bfloat16)

@@ -22,8 +22,9 @@ from jaxre.models import decoder
 from jaxre.models.architecture import architecture_of
 from jaxre.models.lora import init_adapter
 from jaxre.models.module import init_weights
+from jaxre.objectives import classify
+from jaxre.objectives.sft import loss_sum
 from jaxre.profiling.ledger import Work, flops_of, program_flops, savings_of, work_of
-from jaxre.training.step import classification_loss_sum, loss_sum
 
 B, T = 2, 12
 SOME = Lora(rank=3, targets=("q", "v", "down"))
@@ -83,9 +84,9 @@ def test_encoder_flops_are_the_products_of_the_traced_forward_pass(name: str) ->
     params = jax.eval_shape(lambda: init_weights(architecture, 0))
     rows = full_rows(supervised=2)  # the last layer and the head run there only
     counted = program_flops(
-        jax.make_jaxpr(
-            lambda params, rows: classification_loss_sum(params, None, rows, architecture)
-        )(params, rows)
+        jax.make_jaxpr(lambda params, rows: classify.loss_sum(params, None, rows, architecture))(
+            params, rows
+        )
     )
     work = work_of(rows, both_ways=True)
     assert work == Work(B * T, B * 2, B * 2, B * T * T, B * 2 * T)

@@ -20,8 +20,9 @@ from tiny import tiny_config, write_tiny_model
 from jaxre import cli
 from jaxre.checkpoints.source import tokenizer_folder
 from jaxre.config import Config, save_config
-from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.data.dataset import make_plan
 from jaxre.errors import DoesNotFit
+from jaxre.objectives import load_dataset
 from jaxre.profiling import profile
 from jaxre.profiling.measure import Timed
 from jaxre.profiling.profile import (

@@ -11,13 +11,13 @@ import pytest
 from tiny_encoders import write_sentences
 
 from jaxre.config import Source, shipped
-from jaxre.data.dataset import load_dataset
 from jaxre.data.template import ChatTemplate
 from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import demonstrator, questions_of
 from jaxre.evaluation.metrics.scores import score
 from jaxre.inference.answers import label_answers
 from jaxre.inference.predict import stop_ids
+from jaxre.objectives import load_dataset
 from jaxre.relations.benchmarks import BENCHMARKS, COPIES, ORIGINALS
 from jaxre.relations.hub import PREFIX
 from jaxre.relations.labels import label_source_notices

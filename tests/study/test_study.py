@@ -19,7 +19,6 @@ from tiny import write_tiny_model
 from tiny_grid import study_of, study_tree
 
 from jaxre.checkpoints.source import open_model
-from jaxre.data.dataset import load_dataset
 from jaxre.data.dataset import make_plan as packing
 from jaxre.evaluation.evaluate import evaluate_rows
 from jaxre.evaluation.predictions import write_predictions
@@ -27,6 +26,7 @@ from jaxre.evaluation.report.prompt_effects import prompt_sensitivity
 from jaxre.evaluation.report.record import read_record
 from jaxre.evaluation.report.study_scores import measure
 from jaxre.inference.predict import predict_examples
+from jaxre.objectives import load_dataset
 from jaxre.relations.sources import load
 from jaxre.study import execute
 from jaxre.study.estimate import sizes_of, training_load

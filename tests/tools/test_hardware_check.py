@@ -21,7 +21,7 @@ import pytest
 from jaxre_kernels.attention import dispatch
 from jaxre_kernels.implementations import Entry, implementations_of
 
-from jaxre.training import kernels
+from jaxre.models import kernels
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 

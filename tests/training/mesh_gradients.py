@@ -20,13 +20,15 @@ from jax.experimental import pallas as pl
 from jaxre_kernels.cross_entropy import dispatch
 from tiny import tiny_config
 
-from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.data.dataset import make_plan
 from jaxre.data.rows import fill_update
-from jaxre.models import sharding
-from jaxre.training import kernels
+from jaxre.models import kernels, sharding
+from jaxre.models.kernels import ops_of
+from jaxre.models.lora import model_of
+from jaxre.objectives import load_dataset
+from jaxre.objectives.sft import loss_sum
 from jaxre.training.initial import initial_state
-from jaxre.training.kernels import ops_of
-from jaxre.training.step import dropout_keys, loss_sum, model_of
+from jaxre.training.step import dropout_keys
 
 # Some with the memory policy, so that it is held against one device that keeps everything.
 EVERY_AXIS = ({"data": 2, "fsdp": 2, "tensor": 2}, "block")

@@ -34,16 +34,16 @@ from jaxre.data.tokenizer import load_tokenizer
 from jaxre.data.tokens import TokenSet
 from jaxre.evaluation.metrics.scores import score
 from jaxre.inference.commands import predict_data, predict_text
+from jaxre.models import kernels
 from jaxre.models.architecture import architecture_of
+from jaxre.models.kernels import ops_of
 from jaxre.models.module import init_weights
 from jaxre.models.ops import ONE_DEVICE, Ops
 from jaxre.models.sharding import make_mesh
-from jaxre.training import kernels
-from jaxre.training.kernels import ops_of
+from jaxre.objectives import classify
 from jaxre.training.log import read_log
-from jaxre.training.loop import train
-from jaxre.training.step import classification_loss_sum, dropout_keys
-from jaxre.training.validate import described_validation
+from jaxre.training.loop import described_validation, train
+from jaxre.training.step import dropout_keys
 
 ROW, EXAMPLES, STEP = 64, 24, 5
 # Relative, per tensor: f32 sums in another order; the promise of the design.
@@ -92,9 +92,8 @@ def alone(tokens: TokenSet) -> Rows:
 def gradients(params, rows: Rows, architecture, dropout: bool, ops: Ops = ONE_DEVICE):
     def loss(params):
         keys = dropout_keys(7, jnp.int32(STEP), rows) if dropout else None
-        return classification_loss_sum(params, keys, rows, architecture, ops) / jnp.sum(
-            rows.weights
-        )
+        total = classify.loss_sum(params, None, rows, architecture, ops, keys=keys)
+        return total / jnp.sum(rows.weights)
 
     return jax.value_and_grad(loss)(params)
 

@@ -25,18 +25,19 @@ from tiny_encoders import encoder_config, write_tiny_encoder
 
 from jaxre.compilation_cache import use_compilation_cache
 from jaxre.config import Config
-from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.data.dataset import make_plan
 from jaxre.data.loader import updates
 from jaxre.data.rows import fill_update
 from jaxre.errors import DoesNotFit
 from jaxre.models.sharding import make_mesh, put_rows, row_sharding
+from jaxre.objectives import load_dataset
+from jaxre.objectives.sft import Validation
 from jaxre.training import loop, setup
 from jaxre.training.compilation import POLICIES, CompiledUpdates, compile_updates, memory_limit
 from jaxre.training.initial import initial_state
 from jaxre.training.log import read_log
 from jaxre.training.loop import train
 from jaxre.training.step import make_optimiser
-from jaxre.training.validate import Validation
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,9 @@ from jaxre.checkpoints.convert import convert
 from jaxre.checkpoints.source import open_model
 from jaxre.config import Config, Kernels
 from jaxre.inference.commands import predict_data
-from jaxre.models import decoder, sharding
+from jaxre.models import decoder, kernels, sharding
 from jaxre.models.lora import scale_of
 from jaxre.models.ops import Ops
-from jaxre.training import kernels
 from jaxre.training.log import read_log
 from jaxre.training.loop import train
 

@@ -18,13 +18,15 @@ from tiny import tiny_config, write_tiny_model
 from tiny_decoders import random_factors, relative
 
 from jaxre.config import Config
-from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.data.dataset import make_plan
 from jaxre.data.rows import fill_update
 from jaxre.models import sharding
+from jaxre.models.lora import model_of
+from jaxre.objectives import load_dataset
+from jaxre.objectives.sft import loss_sum
 from jaxre.training.initial import initial_state
 from jaxre.training.log import read_log
 from jaxre.training.loop import train
-from jaxre.training.step import loss_sum, model_of
 
 TEXT = {"text": {"sources": [{"dataset": "facts", "split": "train", "limit": 96}], "holdout": 0.2}}
 CHUNK = 100  # tokens at a time, of the 512 of an update

@@ -25,10 +25,11 @@ from jaxre.checkpoints.peft import load_adapter
 from jaxre.checkpoints.run_store import RunStore
 from jaxre.checkpoints.source import open_model
 from jaxre.config import load_config, save_config
-from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.data.dataset import make_plan
 from jaxre.data.loader import updates
 from jaxre.errors import InputError
 from jaxre.models.sharding import make_mesh
+from jaxre.objectives import load_dataset
 from jaxre.training.compilation import compile_updates
 from jaxre.training.initial import initial_state, start_reading
 from jaxre.training.log import RunLog, read_log

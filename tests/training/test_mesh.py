@@ -105,7 +105,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxre.config import Kernels, Mesh
 from jaxre.models.ops import ONE_DEVICE
 from jaxre.models import sharding
-from jaxre.training import kernels
+from jaxre.models import kernels
 
 mesh = sharding.make_mesh(Mesh(tensor=int(sys.argv[1])))
 draw = np.random.default_rng(0)

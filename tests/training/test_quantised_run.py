@@ -18,11 +18,12 @@ from tiny import tiny_config
 from jaxre.checkpoints.convert import convert
 from jaxre.checkpoints.source import open_model
 from jaxre.config import Config, check_config
-from jaxre.data.dataset import load_dataset, make_plan
+from jaxre.data.dataset import make_plan
 from jaxre.data.loader import updates
 from jaxre.inference.commands import predict_data
 from jaxre.models.quantised import is_nf4, is_quantised
 from jaxre.models.sharding import make_mesh
+from jaxre.objectives import load_dataset
 from jaxre.training.compilation import compile_updates
 from jaxre.training.initial import initial_state
 from jaxre.training.log import read_log

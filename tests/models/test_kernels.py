@@ -19,12 +19,12 @@ from tiny import tiny_config
 from tiny_encoders import encoder_config
 
 from jaxre.config import Kernels, Mesh
-from jaxre.data.dataset import load_dataset, make_plan
-from jaxre.models import sharding
-from jaxre.training import kernels
+from jaxre.data.dataset import make_plan
+from jaxre.models import kernels, sharding
+from jaxre.models.kernels import check_kernels, ops_of
+from jaxre.objectives import load_dataset
 from jaxre.training.compilation import compile_updates
 from jaxre.training.initial import initial_state, stored_for_kernels
-from jaxre.training.kernels import check_kernels, ops_of
 from jaxre.training.loop import train
 from jaxre.training.step import make_optimiser
 

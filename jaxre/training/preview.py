@@ -14,9 +14,10 @@ from rich.text import Text
 
 from jaxre.config import Config, Mixture
 from jaxre.data.cache import read_note, write_note
-from jaxre.data.dataset import Dataset, Split, load_dataset, make_plan, supervised_of
+from jaxre.data.dataset import Dataset, Split, make_plan, supervised_of
 from jaxre.data.tokens import TokenSet
 from jaxre.errors import InputError
+from jaxre.objectives import load_dataset
 from jaxre.relations import mixtures, sources
 from jaxre.relations.hub import PREFIX
 from jaxre.relations.schema import ANY, Example, by_dataset, is_negative, label_counts
