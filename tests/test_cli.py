@@ -25,6 +25,8 @@ from jaxre.config import load_config, save_config, shipped
 from jaxre.evaluation.predictions import Prediction, write_predictions
 from jaxre.relations.schema import hash_prompt
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = {
     "id": "1",

@@ -18,6 +18,8 @@ from jaxre.errors import InputError
 from jaxre.inference.commands import predict_data
 from jaxre.relations import sources
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[1]
 
 

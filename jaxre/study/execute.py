@@ -154,6 +154,9 @@ class Execution:
         took part.
         """
         self.on_device = None
+        # The programs of earlier runs: each takes memory mappings, of which Linux gives a process
+        # 65,530; beyond them XLA crashes.
+        jax.clear_caches()
         config = self.config(step)
         folder = train(
             config,
@@ -184,7 +187,6 @@ class Execution:
         if self.base is None or self.base[0] != base:
             self.base = self.on_device = None
             gc.collect()
-            jax.clear_caches()  # the compiled programs of the previous base are no longer needed
             dtype = np.dtype(np.float32) if config.train.method == "full" else dtype_for(config)
             self.base = base, open_model(config.model.path, dtype, config.model.quantise)
         return self.base[1]

@@ -159,7 +159,7 @@ def planned(tokens: TokenSet, prompt_weight: float = 0.0) -> list[tuple[Rows, Ro
 CASES = [
     (QWEN2, "lora", 0.3, 0.0),
     pytest.param(QWEN2, "full", 0.0, 0.2, marks=pytest.mark.slow),
-    (GEMMA3, "lora", 0.3, 0.0),
+    pytest.param(GEMMA3, "lora", 0.3, 0.0, marks=pytest.mark.slow),
     pytest.param(GEMMA3, "full", 0.0, 0.2, marks=pytest.mark.slow),
     pytest.param(EVERY_OTHER, "lora", 0.3, 0.0, marks=pytest.mark.slow),
     pytest.param(ONE_LAYER, "lora", 0.3, 0.0, marks=pytest.mark.slow),

@@ -17,6 +17,7 @@ from jaxre.models.activations import activations_for
 V = 97
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "shared"), [("qwen2", 70), ("gemma3_text", 0)], ids=["behind a prefix", "alone"]
 )

@@ -19,6 +19,8 @@ from jaxre.inference.commands import predict_data
 from jaxre.inference.counter import Counter
 from jaxre.inference.journal import Journal, identity_of
 
+pytestmark = pytest.mark.once
+
 N = 40
 
 

@@ -20,6 +20,8 @@ from jaxre.inference.predict import model_of, predict_examples, stop_ids
 from jaxre.relations.prompts import turns
 from jaxre.relations.schema import Example
 
+pytestmark = pytest.mark.once
+
 SMOLLM = "HuggingFaceTB/SmolLM2-360M-Instruct"
 LABELS = ["born_in", "born", "works_for", "no"]
 SETTINGS = Predict(batch_tokens=1024, max_new_tokens=6)

@@ -14,10 +14,10 @@ from jaxre.models.quantised import is_quantised
 V, END = 97, 96
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "adapter", [pytest.param(False, marks=pytest.mark.slow), True], ids=["base", "lora"]
+    ("adapter", "kind"), [(False, "qwen2"), (True, "gemma3_text")], ids=["base", "lora"]
 )
-@pytest.mark.parametrize("kind", ["qwen2", "gemma3_text"])
 def test_an_nf4_base_predicts_as_its_dequantised_values_do(models, adapter, kind):
     exact = models.random_model(V, adapter=adapter, kind=kind)
     model = models.quantised_model(exact)

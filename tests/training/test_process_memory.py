@@ -36,6 +36,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("devices", "most"), [(1, 1.15), (2, 1.3)])
 def test_a_process_peaks_at_what_is_printed_and_holds_its_base_once(
