@@ -28,7 +28,7 @@ import numpy as np
 
 from jaxre.errors import InputError
 from jaxre.inference.model import Model, adapter_of, on_device
-from jaxre.inference.prefix import Prefix, check_prompts, own_tokens, prefixes_of, shared_prefixes
+from jaxre.inference.prefix import check_prompts, own_tokens, prefixes_of, shared_prefixes
 from jaxre.inference.slots import (
     Arrivals,
     Slots,
@@ -39,7 +39,7 @@ from jaxre.inference.slots import (
     step_slots,
 )
 from jaxre.models.architecture import Architecture
-from jaxre.models.decoder import Tree, head
+from jaxre.models.decoder import Prefix, Tree, head
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxre.errors import InputError
-from jaxre.inference.attention import row_attention, window_of
 from jaxre.inference.model import adapter_of
 from jaxre.models.architecture import Architecture
-from jaxre.models.decoder import Tree, run_layers
-from jaxre.models.ops import Ops
+from jaxre.models.decoder import Prefix, Tree, run_layers, window_of
+from jaxre.models.ops import ONE_DEVICE
 
 WORTH = 64  # tokens that a prefix must save: a forward pass of its own reads all weights once more
 PREFIX_MULTIPLE = 64
@@ -41,15 +40,6 @@ class Group:
 
     members: tuple[int, ...]
     tokens: tuple[int, ...]
-
-
-class Prefix(NamedTuple):
-    """caches: keys and values, `{"layers": ([L-1, K, P, C], same), "last": ([K, P, C], same)}`; the
-    first `length` places count.
-    """
-
-    caches: dict[str, Any]
-    length: jax.Array
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], names: Sequence[str] | None) -> None:
@@ -190,7 +180,7 @@ def _prefix_caches(
 
     def attend(q, k, v, _, window):
         near = window_of(jnp.arange(P)[None], window)
-        context = row_attention(q, k, v, jnp.full((1, P), P), (), P, near)
+        context = ONE_DEVICE.attention(q, k, v, jnp.full((1, P), P, jnp.int32), window=near)
         return context, tuple(array[0].transpose(1, 0, 2) for array in (k, v))
 
     with jax.named_scope("prefix"):
@@ -202,7 +192,6 @@ def _prefix_caches(
             attend,
             None,
             adapter_of(factors, scale),
-            Ops(),
         )
     return (
         caches

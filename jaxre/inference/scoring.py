@@ -26,21 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxre.config import Kernels
 from jaxre.inference.answers import label_answers
-from jaxre.inference.attention import (
-    Part,
-    chosen_attention,
-    prefix_parts,
-    row_attention,
-    window_of,
-)
 from jaxre.inference.model import Model, adapter_of, on_device
-from jaxre.inference.prefix import Prefix, prefixes_of
+from jaxre.inference.prefix import prefixes_of
 from jaxre.inference.tree_rows import ScoringPlan, TreeRows, fill_trees, plan_scoring
 from jaxre.inference.trees import Answers
 from jaxre.models.architecture import Architecture
-from jaxre.models.decoder import Chosen, Tree, head, pruning_pays, run_layers, take
-from jaxre.models.ops import Ops
+from jaxre.models.decoder import Prefix, Tree, forward, head
+from jaxre.models.kernels import ops_of
+from jaxre.models.ops import ONE_DEVICE
 from jaxre.models.sharding import put_rows
 
 __all__ = [
@@ -163,40 +158,21 @@ def target_log_probabilities(
     The head runs on a part of the S positions at a time, so that its [B, part, V] f32 logits take
     at most `head_bytes`. span: no token of a row sees one so many places before it, or more.
     """
-    constrain = (
-        (lambda x: x)
-        if sharding is None
-        else (lambda x: jax.lax.with_sharding_constraint(x, sharding))
-    )
+    ops = ONE_DEVICE if sharding is None else ops_of(Kernels(), sharding.mesh)
     B, S, W = rows.targets.shape
-    T = rows.tokens.shape[1]
-
-    def before(cache: tuple[jax.Array, jax.Array] | None) -> list[Part]:
-        return prefix_parts(cache, prefix.length) if prefix else []
-
-    def attend(q, k, v, cache, window):
-        near = window_of(rows.positions, window)
-        return row_attention(q, k, v, rows.visible_until, before(cache), span, near), None
-
-    def attend_last(q, k, v, cache, window):
-        selected = (rows.supervised, rows.visible_until)
-        near = window_of(rows.positions, window)
-        return chosen_attention(q, k, v, *selected, before(cache), near), None
-
-    pruned = Chosen(rows.supervised, attend_last) if pruning_pays(T, S) else None
-    caches, adapter = prefix and prefix.caches, adapter_of(factors, scale)
-    x, _ = run_layers(
+    # B S D
+    x = forward(
         params,
         rows.tokens,
         rows.positions,
+        rows.visible_until,
         architecture,
-        attend,
-        caches,
-        adapter,
-        Ops(constrain),
-        pruned,
+        adapter_of(factors, scale),
+        ops,
+        chosen=rows.supervised,
+        before=prefix,
+        span=span,
     )
-    x = x if pruned else take(x, rows.supervised)  # B S D
     part = min(S, max(1, head_bytes // (4 * B * architecture.vocabulary)))
     parts = -(-S // part)
 

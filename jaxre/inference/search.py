@@ -37,7 +37,7 @@ import numpy as np
 
 from jaxre.errors import InputError
 from jaxre.inference.model import Model, adapter_of, on_device
-from jaxre.inference.prefix import Prefix, check_prompts, own_tokens, prefixes_of, shared_prefixes
+from jaxre.inference.prefix import check_prompts, own_tokens, prefixes_of, shared_prefixes
 from jaxre.inference.scoring import plan_scoring, run_scoring
 from jaxre.inference.slots import (
     Arrivals,
@@ -52,7 +52,7 @@ from jaxre.inference.slots import (
 from jaxre.inference.tree_rows import check_lengths, trees_of
 from jaxre.inference.trees import Answers, AnswerTree
 from jaxre.models.architecture import Architecture
-from jaxre.models.decoder import Tree, head
+from jaxre.models.decoder import Prefix, Tree, head
 
 COLUMNS = 64
 

@@ -20,20 +20,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxre_kernels.attention import Window
+from jaxre_kernels.attention import Part, Window, joint_attention
 
 from jaxre.data.packing import choose_lengths
-from jaxre.inference.attention import (
-    Part,
-    chosen_attention,
-    joint_attention,
-    prefix_parts,
-    row_attention,
+from jaxre.models.architecture import Architecture
+from jaxre.models.decoder import (
+    Adapter,
+    Chosen,
+    Prefix,
+    Tree,
+    attention_at,
+    part_of,
+    run_layers,
     window_of,
 )
-from jaxre.inference.prefix import Prefix
-from jaxre.models.architecture import Architecture
-from jaxre.models.decoder import Adapter, Chosen, Tree, run_layers
+from jaxre.models.ops import ONE_DEVICE
 
 OWN_MULTIPLE = 32
 SHORT = 128  # own tokens
@@ -203,13 +204,15 @@ def fill_slots(
         return tuple(array[0, place].transpose(0, 2, 1, 3) for array in (k, v))  # R K U C
 
     def attend(q, k, v, cache, window):
-        before, near = _before(cache, prefix), window_of(arrivals.positions, window)
-        context = row_attention(q, k, v, arrivals.visible_until, before, min(U, T), near)
+        near, before = window_of(arrivals.positions, window), part_of(prefix, cache)
+        context = ONE_DEVICE.attention(
+            q, k, v, arrivals.visible_until, window=near, before=before, span=min(U, T)
+        )
         return context, kept(k, v)
 
     def attend_last(q, k, v, cache, window):
-        before, near = _before(cache, prefix), window_of(arrivals.positions, window)
-        context = chosen_attention(q, k, v, last, arrivals.visible_until, before, near)
+        near, before = window_of(arrivals.positions, window), part_of(prefix, cache)
+        context = attention_at(last, q, k, v, arrivals.visible_until, near, before)
         return context, kept(k, v)
 
     with jax.named_scope("fill"):
@@ -262,22 +265,17 @@ def step_slots(
         before, own, ring = cache
         S, _, H, C = q.shape
         fresh = tuple(array.transpose(0, 2, 1, 3) for array in (k, v))  # S K 1 C
+        first = 0 if prefix is None else prefix.length
         parts = [
-            *_before(before, prefix),
-            Part(*own, own_seen),
-            Part(*ring, ring_seen),
-            Part(*fresh, jnp.bool_(True)),
+            *filter(None, [part_of(prefix, before)]),
+            Part(*own, own_seen, first + jnp.arange(U)),
+            Part(*ring, ring_seen, slots.positions),
+            Part(*fresh, jnp.bool_(True), positions[:, None]),
         ]
-        near = None
         if window is not None:
-            own_positions = jnp.arange(U) if prefix is None else prefix.length + jnp.arange(U)
-            known = (own_positions, slots.positions, positions[:, None])
-            parts[-3:] = [
-                part._replace(positions=where)
-                for part, where in zip(parts[-3:], known, strict=True)
-            ]
             near = Window(jnp.repeat(positions[:, None], H // k.shape[2], axis=1), window)
-        context = joint_attention(q.reshape(S, k.shape[2], -1, C), parts, near)  # S K G C
+            parts = [part.within(near) for part in parts]
+        context = joint_attention(q.reshape(S, k.shape[2], -1, C), parts)  # S K G C
         return context.reshape(S, 1, H, C), fresh
 
     with jax.named_scope("step"):
@@ -305,7 +303,3 @@ def step_slots(
             )
             slots = slots._replace(positions=columns)
         return slots, x[:, 0]
-
-
-def _before(cache: tuple[jax.Array, jax.Array] | None, prefix: Prefix | None) -> list[Part]:
-    return prefix_parts(cache, prefix.length) if prefix else []

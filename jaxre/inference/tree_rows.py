@@ -11,10 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import NamedSharding
+from jaxre_kernels.attention import blocks_of
 
 from jaxre.data.packing import pack_rows
 from jaxre.errors import InputError
-from jaxre.inference.attention import block_of
 from jaxre.inference.prefix import Group, check_prompts, shared_prefixes
 from jaxre.inference.trees import Answers, AnswerTree, answer_tree
 from jaxre.models.architecture import Architecture
@@ -202,7 +202,8 @@ def _choose_rows(
             ]
             for some in members
         ]
-        near = sum(block_of(length, int(sizes.max())))
+        blocks = blocks_of(length, span=int(sizes.max()))
+        near = blocks.back + blocks.queries
         work = sum(map(len, packed)) * length * (2 * body + 4 * near * attention)
         if best is None or work < best[0]:
             best = work, length, packed

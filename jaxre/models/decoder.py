@@ -22,7 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxre_kernels.attention import Window, masked_attention, visible_mask
+from jaxre_kernels.attention import (
+    Part,
+    Window,
+    joint_attention,
+    masked_attention,
+    visible_mask,
+)
 from jaxre_kernels.cross_entropy import logits_of
 from jaxre_kernels.linear import dense_linear, packed, unpacked
 from jaxre_kernels.lora import Factors, group_words
@@ -54,6 +60,15 @@ class Adapter:
     scale: float
     rate: float = 0.0
     keys: jax.Array | None = None
+
+
+class Prefix(NamedTuple):
+    """Tokens before all rows, as keys and values: caches `{"layers": ([L-1, K, P, C], same),
+    "last": ([K, P, C], same)}`, of which the first `length` places count.
+    """
+
+    caches: dict[str, Any]
+    length: jax.Array
 
 
 class Layer(NamedTuple):
@@ -92,6 +107,7 @@ def forward(
     ops: Ops = ONE_DEVICE,
     *,
     chosen: jax.Array | None = None,
+    before: Prefix | None = None,
     prefix: int = 0,
     span: int | None = None,
     remat: str = "none",
@@ -105,6 +121,7 @@ def forward(
       ops: operations of the devices that run it.
       chosen: [B, S] int32, row positions to return; all by default. The last layer then computes
         only keys and values at every position, and everything else at these.
+      before: what comes before all rows, computed already; for prediction.
       prefix, span: bounds of attention, see `jaxre_kernels.attention`.
       remat: what the backward pass recomputes: `none` or `block` (from a layer's input).
 
@@ -112,24 +129,75 @@ def forward(
       [B, T, D] of the weights' dtype, or [B, S, D] at the chosen positions.
     """
 
-    def window_of(length: Length) -> Window | None:
-        return None if length is None else Window(positions, length)
-
     def attend(q, k, v, cache, length):
-        window = window_of(length)
-        context = ops.attention(q, k, v, visible_until, window=window, prefix=prefix, span=span)
-        return context, cache
+        window, part = window_of(positions, length), part_of(before, cache)
+        bounds = {"prefix": prefix, "span": span}
+        return ops.attention(q, k, v, visible_until, window=window, before=part, **bounds), None
 
     def attend_last(q, k, v, cache, length):
-        mask = visible_mask(visible_until, window_of(length), queries=chosen)
-        return masked_attention(q, k, v, mask), cache
+        window, part = window_of(positions, length), part_of(before, cache)
+        return attention_at(chosen, q, k, v, visible_until, window, part), None
 
     pruned = chosen is not None and pruning_pays(tokens.shape[1], chosen.shape[1])
     last = Chosen(chosen, attend_last) if pruned else None
+    caches = before.caches if before else None
     x, _ = run_layers(
-        params, tokens, positions, architecture, attend, None, adapter, ops, last, remat == "block"
+        params,
+        tokens,
+        positions,
+        architecture,
+        attend,
+        caches,
+        adapter,
+        ops,
+        last,
+        remat == "block",
     )
     return x if chosen is None or pruned else take(x, chosen)
+
+
+def window_of(positions: jax.Array, length: Length) -> Window | None:
+    """The window of a layer over positions [B, T]; None for a layer without one."""
+    return None if length is None else Window(positions, length)
+
+
+def part_of(prefix: Prefix | None, cache: tuple[jax.Array, jax.Array] | None) -> Part | None:
+    """A prefix as a layer's attention takes it; `cache` is the layer's."""
+    if prefix is None:
+        return None
+    keys, values = cache
+    place = jnp.arange(keys.shape[1])
+    return Part(keys, values, place < prefix.length, place)
+
+
+def attention_at(
+    chosen: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible_until: jax.Array,
+    window: Window | None = None,
+    before: Part | None = None,
+) -> jax.Array:
+    """Attention of packed rows for the queries [B, S, H, C] at row positions `chosen` [B, S] alone,
+    dense.
+    """
+    mask = visible_mask(visible_until, window, queries=chosen)  # B S T
+    if before is None:
+        return masked_attention(q, k, v, mask)
+    B, S, H, C = q.shape
+    K = k.shape[2]
+
+    def by_group(array: jax.Array) -> jax.Array:  # B S ... -> B SG ..., queries of a key head
+        return jnp.repeat(array, H // K, axis=1)
+
+    if window is not None:
+        selected = jnp.take_along_axis(window.positions, chosen, axis=1)
+        before = before.within(window._replace(positions=by_group(selected)))
+    own = Part(*(array.transpose(0, 2, 1, 3) for array in (k, v)), by_group(mask)[:, None])
+    queries = q.reshape(B, S, K, H // K, C).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, C)
+    context = joint_attention(queries, [before, own])
+    return context.reshape(B, K, S, H // K, C).transpose(0, 2, 1, 3, 4).reshape(q.shape)
 
 
 def pruning_pays(length: int, chosen: int) -> bool:

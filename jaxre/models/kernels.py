@@ -60,7 +60,9 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
             chosen.setdefault(op, {})[f"{name} ({reason})"] = None
         return name
 
-    def attend(q, k, v, visible_until, visible_from=None, window=None, *, prefix=0, span=None):
+    def attend(
+        q, k, v, visible_until, visible_from=None, window=None, before=None, *, prefix=0, span=None
+    ):
         both_ways = visible_from is not None
         heads = attention.Heads(q.shape[0] // shards, q.shape[2], *k.shape[2:], q.dtype)
         name = choice(
@@ -72,20 +74,25 @@ def ops_of(kernels: Kernels, mesh: jax.sharding.Mesh, chosen: Chosen | None = No
             heads=heads,
             both_ways=both_ways,
             window=window is not None,
+            before=before is not None,
         )
         op = partial(
             attention.attention, prefix=prefix, span=span, implementation=name, device_kind=kind
         )
         arrays = (q, k, v, visible_until, *((visible_from,) if both_ways else ()))
-        if window is not None:
+        if window is not None or before is not None:
             if shards == 1:
-                return op(*arrays, window=window)
+                return op(*arrays, window=window, before=before)
 
-            def windowed(q, k, v, visible_until, positions, length):
-                return op(q, k, v, visible_until, window=attention.Window(positions, length))
+            def with_more(q, k, v, visible_until, positions, length, before):
+                near = None if positions is None else attention.Window(positions, length)
+                return op(q, k, v, visible_until, window=near, before=before)
 
-            return _split(windowed, mesh, 5, 1, axes=sharding.ROWS)(
-                *arrays, window.positions, jnp.asarray(window.length, jnp.int32)
+            positions = length = None
+            if window is not None:
+                positions, length = window.positions, jnp.asarray(window.length, jnp.int32)
+            return _split(with_more, mesh, 5, 2, axes=sharding.ROWS)(
+                *arrays, positions, length, before
             )
         if name != "xla":
             return _split(op, mesh, len(arrays))(*arrays)

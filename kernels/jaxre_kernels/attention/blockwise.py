@@ -50,6 +50,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxre_kernels.attention.parts import Part, joint_attention
 from jaxre_kernels.attention.reference import Window
 from jaxre_kernels.linear import packed, unpacked
 
@@ -95,6 +96,21 @@ def blockwise_attention(
       [B, T, H, C] of q's dtype.
     """
     return _forward(q, k, v, visible_until, blocks, window)[0]
+
+
+def attention_behind(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    visible_until: jax.Array,
+    blocks: Blocks,
+    before: Part,
+    window: Window | None = None,
+) -> jax.Array:
+    """`blockwise_attention` of rows whose tokens also see what comes `before` them: keys [K, P, C]
+    that all rows share. For prediction; without a backward pass of its own.
+    """
+    return _by_platform(_attend_behind, blocks, q, k, v, visible_until, window, before)
 
 
 class Order(NamedTuple):
@@ -163,6 +179,29 @@ def _attend(blocks, order, q, k, v, visible_until, window):
 
     _, parts = jax.lax.scan(step, zero, (widths, _cut(q, k.shape[2], blocks, order)))
     return tuple(_joined(array, q, blocks, order) for array in parts)
+
+
+def _attend_behind(blocks, order, q, k, v, visible_until, window, before):
+    """Attention [B, T, H, C] of each block and of what comes before its row."""
+    keys, values, seen, widths, zero = _lay_all_out(k, v, visible_until, window, blocks, order)
+
+    def attend(back, n, queries):
+        own = Part(
+            *(_at(array, n, blocks, order, back) for array in (keys, values)),
+            _visible(seen, n, queries, blocks, order, back),
+        )
+        first = before
+        if window is not None:
+            positions = _query_positions(seen[1], n, queries, blocks, order, back)
+            first = before.within(Window(positions, window.length))
+        return joint_attention(queries, [first, own])
+
+    def step(n, cut):
+        width, queries = cut
+        return n + 1, _looking_back(attend, width, order, n, queries)
+
+    _, parts = jax.lax.scan(step, zero, (widths, _cut(q, k.shape[2], blocks, order)))
+    return _joined(parts, q, blocks, order)
 
 
 def _gradients(blocks, order, q, k, v, visible_until, window, highest, total, dout):
@@ -255,9 +294,15 @@ def _visible(seen, n, queries, blocks, order, back):
     if window is None:
         return visible
     position = _at(window.positions, n, blocks, order, back)[..., None, :, 0]  # R 1 1 U
-    own = position[..., 0, -blocks.queries :]  # R 1 Q: a block's last keys are its own tokens'
-    query_position = jnp.repeat(own, queries.shape[2] // blocks.queries, axis=-1)  # R 1 M
-    return visible & (query_position[..., None] - position < window.length)
+    query_position = _query_positions(window, n, queries, blocks, order, back)  # R M
+    return visible & (query_position[:, None, :, None] - position < window.length)
+
+
+def _query_positions(window, n, queries, blocks, order, back):
+    """[R, M] positions of the queries of step n."""
+    near = _at(window.positions, n, blocks, order, back)[:, 0, :, 0]  # R U
+    own = near[:, -blocks.queries :]  # R Q: a block's last keys are its own tokens'
+    return jnp.repeat(own, queries.shape[2] // blocks.queries, axis=-1)
 
 
 def _cut(array, kv_heads, blocks, order, fill=0):

@@ -10,17 +10,22 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxre_kernels.attention.blockwise import Blocks, blockwise_attention
+from jaxre_kernels.attention.blockwise import Blocks, attention_behind, blockwise_attention
+from jaxre_kernels.attention.parts import Part
 from jaxre_kernels.attention.reference import Window, both_ways_mask, masked_attention
 from jaxre_kernels.implementations import Entry, kernels_of, measured, named, tiles_of
 
 
-def _xla(q, k, v, visible_until, visible_from, prefix, span, queries=None, window=None):
+def _xla(
+    q, k, v, visible_until, visible_from, prefix, span, queries=None, window=None, before=None
+):
     if visible_from is not None:
         return masked_attention(q, k, v, both_ways_mask(visible_until, visible_from))
     blocks = blocks_of(q.shape[1], prefix, span, queries)
     if window is not None:
         window = Window(window.positions, jnp.asarray(window.length, jnp.int32))
+    if before is not None:
+        return attention_behind(q, k, v, visible_until, blocks, before, window)
     return blockwise_attention(q, k, v, visible_until, blocks, window)
 
 
@@ -38,6 +43,7 @@ IMPLEMENTATIONS = {
 # only by a dense T x T bias, and a plan's static facts do not guarantee one example per row.
 
 NO_WINDOW = "it knows no sliding window of positions"
+NO_PART = "it knows no keys before the rows"
 
 # Queries of a block. On two CPU cores the processor time of 64, 128 and 256 was 1.03, 1.00 and 1.51
 # (prefix 32, span 144, two rows of 1,024), and 1.04, 1.00 and 1.08 (prefix 352, span 208, one row
@@ -85,29 +91,31 @@ def choose(
     device_kind: str | None = None,
     both_ways: bool = False,
     window: bool = False,
+    before: bool = False,
 ) -> tuple[str, str]:
     """Returns the implementation that `attention` runs for such rows (for any rows, without a
     length), and the reason in words.
 
     The table is consulted if length, `heads` and `device_kind` are given (see
     `jaxre_kernels.implementations`). It holds measurements of causal attention only, so it is not
-    used where segments are seen `both_ways`. Only "xla" supports a sliding `window`.
+    used where segments are seen `both_ways`. Only "xla" supports a sliding `window` and keys
+    `before` the rows.
 
     Raises:
       ValueError: an implementation that does not exist, or that does not support these `heads`.
     """
     entry = _measured(length, prefix, span, heads, None if both_ways else device_kind)
 
+    missing = NO_WINDOW if window else NO_PART if before else None
+
     def unsupported(name: str) -> str | None:
-        if name == "xla":
-            return None
-        if window:
-            return NO_WINDOW
+        if name == "xla" or missing:
+            return missing if name != "xla" else None
         return kernels_of("attention", name).unsupported(length, prefix, span, *heads)
 
     name, reason = named("attention", implementation, IMPLEMENTATIONS, entry, unsupported)
-    if name != "xla" and window:
-        raise ValueError(_refused(name, NO_WINDOW))
+    if name != "xla" and missing:
+        raise ValueError(_refused(name, missing))
     if length is None or (name != "xla" and heads is None):
         return name, reason
     if name != "xla":
@@ -167,6 +175,7 @@ def attention(
     visible_until: jax.Array,
     visible_from: jax.Array | None = None,
     window: Window | None = None,
+    before: Part | None = None,
     *,
     prefix: int = 0,
     span: int | None = None,
@@ -185,6 +194,8 @@ def attention(
         seen both ways (encoders). Then i sees j exactly when `visible_from[j] <= i <
         visible_until[j]`.
       window: of a sliding layer, causal rows only: i sees j only if j is also within the window.
+      before: keys [K, P, C] before all rows, which every token sees (in a sliding layer: those in
+        its window); causal rows only, without gradients.
       prefix, span: every visible pair (i, j) has |i - j| < span or j < prefix; a span of None is
         unbounded.
       device_kind: kind of the target device, for the table; without it or `implementation`, "xla"
@@ -210,12 +221,14 @@ def attention(
         device_kind=device_kind,
         both_ways=both_ways,
         window=window is not None,
+        before=before is not None,
     )
     if tiles is None:
         tiles = tiles_of(
             None if both_ways else _measured(T, prefix, span, heads, device_kind), name
         )
-    near = {} if window is None else {"window": window}  # "xla" alone takes it
+    given = {"window": window, "before": before}  # "xla" alone takes them
+    more = {name: value for name, value in given.items() if value is not None}
     return IMPLEMENTATIONS[name](
-        q, k, v, visible_until, visible_from, prefix, span, **tiles, **near
+        q, k, v, visible_until, visible_from, prefix, span, **tiles, **more
     )
