@@ -1,7 +1,7 @@
 """Shared prompt prefixes: found by comparing tokens, computed once, their keys and values cached.
 
     (group,) = shared_prefixes(prompts, batch_tokens=8192)
-    prefix = prefix_keys(params, factors, group.tokens, 64, architecture=..., scale=...)
+    (prefix,) = prefixes_of(params, factors, (group,), architecture, scale)
 
 System turn, label list and fixed demonstrations are most of an enumerated prompt. Every batch
 attends to their keys beside its own tokens, whose positions go on from theirs. Where a dataset has

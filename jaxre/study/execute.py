@@ -154,8 +154,8 @@ class Execution:
         took part.
         """
         self.on_device = None
-        # The programs of earlier runs: each takes memory mappings, of which Linux gives a process
-        # 65,530; beyond them XLA crashes.
+        # Drops the programs of earlier runs: each takes several memory mappings, and Linux allows a
+        # process 65,530.
         jax.clear_caches()
         config = self.config(step)
         folder = train(

@@ -241,7 +241,7 @@ LINEAR = {"rope_type": "linear", "factor": 8.0}
     ],
 )
 def test_gemma3_fields_are_read_as_in_transformers(fields, tmp_path):
-    """As published, as transformers 5 rewrites it, and with fields left out."""
+    """Reads config.json as published, as transformers 5 rewrites it, and with fields left out."""
     ground_truth("torch")
     from transformers import AutoConfig
     from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
