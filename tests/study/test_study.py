@@ -282,9 +282,11 @@ def test_a_run_that_fails_is_told_and_tried_again_and_the_others_go_on(
     tree["frontier"] = [
         {"name": "cached", "datasets": ["facts"], "cache": str(tmp_path / "cached.csv")}
     ]
-    console = quiet()
+    console, cleared, clear = quiet(), [], jax.clear_caches
+    monkeypatch.setattr(jax, "clear_caches", lambda: (cleared.append(1), clear()))
     # The run itself, its latency, its predictions, and the cache that is not there.
     assert study(study_of(tree), console) == 4
+    assert cleared  # before the run, so that programs of earlier ones do not pile up
     said = console.file.getvalue()
     assert (
         "model.safetensors" in said
