@@ -18,6 +18,7 @@ from jaxre.errors import InputError
 from jaxre.inference.prefix import Group, check_prompts, shared_prefixes
 from jaxre.inference.trees import Answers, AnswerTree, answer_tree
 from jaxre.models.architecture import Architecture
+from jaxre.models.sharding import row_shards
 from jaxre.models.weights import parameter_count
 
 ROW_MULTIPLE = 128
@@ -106,7 +107,8 @@ def plan_scoring(
     length, packed = _choose_rows(sizes, places, groups, architecture, batch_tokens)
     most = max(map(len, packed))
     count = -(-most // max(1, batch_tokens // length))  # batches of the group with most rows
-    rows = _round_up(-(-most // count), _shards(sharding))
+    shards = 1 if sharding is None else row_shards(sharding.mesh)
+    rows = _round_up(-(-most // count), shards)
     batches = [
         (number, tuple(part[start : start + rows]))
         for number, part in enumerate(packed)
@@ -239,14 +241,6 @@ def check_lengths(
             raise ValueError(
                 f"example {name} has {len(tree.valid)} labels, the first one {len(trees[0].valid)}"
             )
-
-
-def _shards(sharding: NamedSharding | None) -> int:
-    """Over how many devices the rows are spread."""
-    if sharding is None or not sharding.spec or sharding.spec[0] is None:
-        return 1
-    axes = sharding.spec[0] if isinstance(sharding.spec[0], tuple) else (sharding.spec[0],)
-    return int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
 
 
 def _sizes(
